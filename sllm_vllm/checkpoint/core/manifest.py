@@ -1,0 +1,219 @@
+"""The manifest: what a checkpoint holds and how to check it. Pure: text in, frozen records out.
+
+Nothing in a manifest is trusted: sizes are bounded before parsing, paths can only name our own partitions, and every
+offset must lie inside its file. Whoever holds a ``Manifest`` may rely on all that FORMAT.md says MUST.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sllm_vllm.checkpoint.core.dtypes import DTYPE_CODES, ITEM_NBYTES_MAX
+from sllm_vllm.config import CHUNK_NBYTES_MAX, CHUNK_NBYTES_MIN, HEADER_NBYTES_MAX, MANIFEST_NBYTES_MAX
+from sllm_vllm.errors import CheckpointInvalid
+
+FORMAT_NAME = "sllm-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PARTITION_DIR = "partitions"
+DATA_ALIGNMENT = 4096
+"""Partition data starts on a multiple of this, so that any chunk can be read with O_DIRECT."""
+
+_HEX64 = re.compile(r"[0-9a-f]{16}")
+_MEND = "convert the model again"
+
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class Source(_Record):
+    """Where the weights came from. ``fingerprint`` changes when any of its weight files does."""
+
+    model: str
+    revision: str | None = None
+    fingerprint: str
+
+
+class Layout(_Record):
+    """Whatever changes what a parameter holds. Two loads may share a checkpoint only if all of it is equal."""
+
+    model_class: str
+    dtype: str
+    quantization: str | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    pipeline_parallel_size: Annotated[int, Field(ge=1)] = 1
+    expert_parallel_size: Annotated[int, Field(ge=1)] = 1
+    num_partitions: Annotated[int, Field(ge=1, le=99_999)] = 1
+    device_type: str
+    vllm_version: str
+    config_digest: str
+    """Digest of everything else in vLLM's and the model's configuration that shapes the module."""
+
+
+class TensorRecord(_Record):
+    """One stored tensor: ``nbytes`` at ``offset`` of the partition's data, row-major. ``aliases`` share its bytes."""
+
+    name: Name
+    dtype: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
+    shape: Annotated[list[Count], Field(max_length=64)]
+    offset: Count
+    nbytes: Count
+    aliases: list[Name] = []
+
+    @property
+    def end(self) -> int:
+        """First byte behind the tensor, counted like ``offset``."""
+        return self.offset + self.nbytes
+
+    @property
+    def item_nbytes(self) -> int:
+        """Bytes an element; 1 for a tensor without elements and of a dtype that safetensors lacks."""
+        if self.dtype in DTYPE_CODES:
+            return DTYPE_CODES[self.dtype][1]
+        return self.nbytes // numel if (numel := math.prod(self.shape)) else 1
+
+    @model_validator(mode="after")
+    def _sized(self) -> Self:
+        if math.prod(self.shape) * self.item_nbytes != self.nbytes or not 1 <= self.item_nbytes <= ITEM_NBYTES_MAX:
+            raise ValueError(f"tensor {self.name!r}: {self.dtype} {self.shape} does not take {self.nbytes} bytes")
+        return self
+
+
+class Partition(_Record):
+    """One rank's data file: ``header_nbytes`` of safetensors header, then data in chunks of the manifest's size."""
+
+    rank: Count
+    path: str
+    nbytes: Count
+    header_nbytes: Annotated[int, Field(ge=DATA_ALIGNMENT, le=HEADER_NBYTES_MAX + 8)]
+    header_checksum: str
+    tensors: list[TensorRecord]
+    chunks: list[str]
+    """xxh3-64 of each chunk, as 16 hexadecimal digits."""
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes behind the header."""
+        return self.nbytes - self.header_nbytes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.path != partition_path(self.rank):
+            raise ValueError(f"path {self.path!r} is refused: partition {self.rank} lies at {partition_path(self.rank)!r}")
+        if self.header_nbytes % DATA_ALIGNMENT:
+            raise ValueError(f"{self.path}: its data starts at {self.header_nbytes}, no multiple of {DATA_ALIGNMENT}")
+        end, names = 0, set[str]()
+        for tensor in self.tensors:
+            if tensor.offset != end:
+                raise ValueError(f"{self.path}: tensor {tensor.name!r} starts at {tensor.offset}, the last ended at {end}")
+            end = tensor.end
+            for name in (tensor.name, *tensor.aliases):
+                if name in names:
+                    raise ValueError(f"{self.path}: tensor {name!r} is there twice")
+                names.add(name)
+        if end != self.data_nbytes:
+            raise ValueError(f"{self.path}: tensors end at {end} of {self.data_nbytes} data bytes")
+        if not all(_HEX64.fullmatch(text) for text in (self.header_checksum, *self.chunks)):
+            raise ValueError(f"{self.path}: a checksum is not 16 hexadecimal digits")
+        return self
+
+
+class Manifest(_Record):
+    """A whole checkpoint, validated."""
+
+    format: Literal["sllm-checkpoint"] = FORMAT_NAME
+    version: Literal[1] = FORMAT_VERSION
+    created_by: str
+    source: Source
+    layout: Layout
+    chunk_nbytes: Annotated[int, Field(ge=CHUNK_NBYTES_MIN, le=CHUNK_NBYTES_MAX, multiple_of=DATA_ALIGNMENT)]
+    partitions: list[Partition]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        ranks = [partition.rank for partition in self.partitions]
+        if ranks != list(range(self.layout.num_partitions)):
+            raise ValueError(f"partitions of ranks {ranks[:8]}, but the layout has {self.layout.num_partitions}")
+        for partition in self.partitions:
+            if len(partition.chunks) != num_chunks(partition.data_nbytes, self.chunk_nbytes):
+                raise ValueError(f"{partition.path}: {len(partition.chunks)} checksums do not fit {partition.nbytes} bytes")
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all partitions."""
+        return sum(partition.nbytes for partition in self.partitions)
+
+
+def partition_path(rank: int) -> str:
+    """Path of a rank's partition inside the checkpoint."""
+    return f"{PARTITION_DIR}/rank-{rank:05d}.safetensors"
+
+
+def num_chunks(data_nbytes: int, chunk_nbytes: int) -> int:
+    """Chunks that hold so many bytes of data; the last one may be short."""
+    return -(-data_nbytes // chunk_nbytes)
+
+
+def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
+    """A JSON object whose keys are unique.
+
+    Raises:
+        CheckpointInvalid: ``raw`` is anything else.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:i]})
+            raise ValueError(f"key {twice!r} is there twice")
+        return result
+
+    try:
+        value = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointInvalid(path, f"the {what} is no valid JSON ({_one_line(error)})", _MEND) from None
+    if not isinstance(value, dict):
+        raise CheckpointInvalid(path, f"the {what} is no JSON object", _MEND)
+    return value
+
+
+def parse_manifest(raw: bytes, path: str) -> Manifest:
+    """Validate a manifest. ``path`` is for messages only.
+
+    Raises:
+        CheckpointInvalid: it breaks FORMAT.md in any way; the message says where.
+    """
+    if len(raw) > MANIFEST_NBYTES_MAX:
+        raise CheckpointInvalid(path, f"{len(raw)} bytes is too large for a manifest", _MEND)
+    value = parse_json(raw, path, "manifest")
+    if value.get("format") != FORMAT_NAME:
+        raise CheckpointInvalid(path, f"format is {_short(value.get('format'))}, not {FORMAT_NAME!r}", _MEND)
+    if value.get("version") != FORMAT_VERSION or isinstance(value.get("version"), bool):
+        version = _short(value.get("version"))
+        raise CheckpointInvalid(path, f"format version {version} is unknown", f"install a newer sllm-vllm or {_MEND}")
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise CheckpointInvalid(path, f"{where + ': ' if where else ''}{_one_line(message)}", _MEND) from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())[:300]

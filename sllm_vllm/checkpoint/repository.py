@@ -1,0 +1,249 @@
+"""A directory of checkpoints on a local disk: finding, staging, publishing, listing, removing.
+
+::
+
+    <root>/<name>/                     a published checkpoint; its name ends in the digest of its key
+    <root>/.staging/<name>/            being written: partitions, and one record a finished rank
+    <root>/.locks/                     one writer a rank, one publisher; the locks die with their process
+    <root>/.rejected/<name>/           could not be used, kept for whoever wants to know why
+    <root>/.verified/                  which partitions were read whole and found sound since they last changed
+
+Ranks write independently and need not start together. Whoever finishes the last partition publishes. So a conversion
+that was killed goes on where it stopped, rank by rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sllm_vllm import __version__
+from sllm_vllm.checkpoint.checksum import digest
+from sllm_vllm.checkpoint.core.manifest import FORMAT_VERSION, MANIFEST_NAME, Layout, Manifest, Partition, Source
+from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
+from sllm_vllm.checkpoint.writer import WrittenPartition, sync_directory, write_errors, write_file_durably
+from sllm_vllm.errors import CheckpointError, CheckpointMissing, WriterBusy
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointKey:
+    """What a checkpoint was made from and for. Equal keys mean equal bytes."""
+
+    source: Source
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        """Name of its directory: the model's for people, the digest of the whole key for us."""
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(Path(self.source.model).parts[-2:])).strip(".-")[-60:]
+        parts = [FORMAT_VERSION, self.source.model_dump(exclude={"model"}), self.layout.model_dump()]
+        text = json.dumps(parts, sort_keys=True)
+        return f"{slug or 'model'}-{digest(text.encode())[:20]}"
+
+
+class CheckpointRepository:
+    """The checkpoints below one root. Holds no state of its own: the directory is the truth."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, key: CheckpointKey) -> Checkpoint:
+        """The published checkpoint of ``key``.
+
+        Raises:
+            CheckpointMissing: there is none. CheckpointError: there is one that can't be used.
+        """
+        return open_checkpoint(self.root / key.name)
+
+    def list(self) -> list[Checkpoint | CheckpointError]:
+        """Every published checkpoint, by name; for one that can't be read, the error."""
+        found: list[Checkpoint | CheckpointError] = []
+        for path in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            if path.name.startswith(".") or not path.is_dir():
+                continue
+            try:
+                found.append(open_checkpoint(path))
+            except CheckpointMissing:
+                continue
+            except CheckpointError as error:
+                found.append(error)
+        return found
+
+    def remove(self, name: str) -> int:
+        """Remove a checkpoint; engines that have it open keep reading it. Returns the bytes freed.
+
+        Raises:
+            CheckpointMissing: there is none of this name. WriteError: the directory refuses.
+        """
+        path = self.root / name
+        if Path(name).name != name or name.startswith(".") or not path.is_dir():
+            raise CheckpointMissing(path, "there is no such checkpoint", "see `sllm-vllm list`")
+        nbytes = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+        with write_errors(path):
+            doomed = self._private_directory(".trash") / f"{name}.{os.getpid()}"
+            os.rename(path, doomed)
+            sync_directory(self.root)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return nbytes
+
+    def set_aside(self, name: str) -> Path:
+        """Move a checkpoint that can't be used out of the way, so that it is made anew; an older one there goes.
+
+        Raises:
+            WriteError: the directory refuses.
+        """
+        with write_errors(self.root / name):
+            rejected = self._private_directory(".rejected") / name
+            shutil.rmtree(rejected, ignore_errors=True)
+            os.rename(self.root / name, rejected)
+            sync_directory(self.root)
+        return rejected
+
+    def stage(self, key: CheckpointKey, chunk_nbytes: int) -> Staging:
+        """A place to write ``key``'s partitions in.
+
+        Raises:
+            WriteError: the directory refuses writing.
+        """
+        with write_errors(self.root):
+            path = self._private_directory(".staging") / key.name
+            locks = self._private_directory(".locks")
+        return Staging(key, chunk_nbytes, path, self.root / key.name, locks)
+
+    def _private_directory(self, name: str) -> Path:
+        path = self.root / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """A checkpoint in the making. Any number of processes may hold one for the same key."""
+
+    key: CheckpointKey
+    chunk_nbytes: int
+    path: Path
+    target: Path
+    locks: Path
+
+    @contextlib.contextmanager
+    def writer(self, rank: int) -> Iterator[bool]:
+        """Hold the right to write a rank's partition; yields whether it still has to be written.
+
+        Raises:
+            WriterBusy: another process holds it. WriteError: the directory refuses.
+        """
+        with _locked(self.locks / f"{self.key.name}.rank-{rank}", blocking=False):
+            yield not (self.target / MANIFEST_NAME).exists() and self._record(rank) is None
+
+    def commit(self, written: WrittenPartition) -> None:
+        """Make a written partition durable and record it. Called inside ``writer``.
+
+        Raises:
+            WriteError: the device or the directory refused.
+        """
+        written.sync()
+        record = json.dumps({"chunk_nbytes": self.chunk_nbytes, "partition": written.partition.model_dump()})
+        write_file_durably(self._record_path(written.partition.rank), record.encode())
+
+    def publish(self) -> bool:
+        """If every rank's partition is recorded, make the checkpoint visible. Returns whether it is visible now.
+
+        Raises:
+            WriteError: the directory refused.
+        """
+        with _locked(self.locks / self.key.name, blocking=True):
+            if (self.target / MANIFEST_NAME).exists():
+                return True
+            records = [self._record(rank) for rank in range(self.key.layout.num_partitions)]
+            partitions = [record for record in records if record is not None]
+            if len(partitions) < len(records):
+                return False
+            manifest = Manifest(
+                created_by=f"sllm-vllm {__version__}",
+                source=self.key.source,
+                layout=self.key.layout,
+                chunk_nbytes=self.chunk_nbytes,
+                partitions=partitions,
+            )
+            write_file_durably(self.path / MANIFEST_NAME, manifest.model_dump_json().encode())
+            with write_errors(self.target):
+                for rank in range(len(records)):
+                    self._record_path(rank).unlink()
+                sync_directory(self.path)
+                os.rename(self.path, self.target)
+                sync_directory(self.target.parent)
+            return True
+
+    def _record_path(self, rank: int) -> Path:
+        return self.path / f"rank-{rank:05d}.json"
+
+    def _record(self, rank: int) -> Partition | None:
+        """The record of a rank's finished partition, if it is there, sound, and of our chunk size."""
+        try:
+            value = json.loads(self._record_path(rank).read_bytes())
+            partition = Partition.model_validate(value["partition"])
+            complete = (self.path / partition.path).stat().st_size == partition.nbytes
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            return None
+        return partition if complete and value.get("chunk_nbytes") == self.chunk_nbytes else None
+
+
+class VerifiedMarks:
+    """Which partitions were read whole and found sound. A mark is void as soon as the file changes in any way."""
+
+    def __init__(self, root: Path) -> None:
+        self._directory = root / ".verified"
+
+    def is_marked(self, file: Path) -> bool:
+        """Whether ``file`` was verified since its last change."""
+        try:
+            return (self._directory / _mark_name(file)).read_text() == _identity(file)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def mark(self, file: Path) -> bool:
+        """Remember ``file`` as it is now; False where the directory can't be written (it is verified again then)."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            mark = self._directory / _mark_name(file)
+            temporary = mark.with_name(f"{mark.name}.{os.getpid()}")
+            temporary.write_text(_identity(file))
+            os.rename(temporary, mark)
+        except OSError:
+            return False
+        return True
+
+
+def _mark_name(file: Path) -> str:
+    return digest(os.fsencode(file.resolve()))
+
+
+def _identity(file: Path) -> str:
+    status = file.stat()
+    return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, blocking: bool) -> Iterator[None]:
+    """Hold an advisory lock that the kernel releases when its process ends, however it ends."""
+    with write_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        with write_errors(path):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise WriterBusy(path, "another process is writing this checkpoint", "wait for it") from None
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,186 @@
+"""Writing one rank's partition, crash-safe: whatever kills the writer, nothing half written is ever found.
+
+The bytes go to a file named ``….partial``, are synced, and only then take their name; a small JSON record of the
+partition follows by the same way. ``repository.py`` publishes a checkpoint when the record of every rank is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sllm_vllm.checkpoint.checksum import RunningChecksum, checksum
+from sllm_vllm.checkpoint.core.header import build_header
+from sllm_vllm.checkpoint.core.layout import TensorSpec, plan_records
+from sllm_vllm.checkpoint.core.manifest import Partition, TensorRecord, partition_path
+from sllm_vllm.errors import DiskFull, WriteError
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class TensorData(Protocol):
+    """A tensor that can be written."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Name, dtype, shape and size."""
+        ...
+
+    def pieces(self, nbytes_max: int) -> Iterator[memoryview]:
+        """Its bytes in row-major order, in pieces of at most ``nbytes_max``; each is valid until the next is taken."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenPartition:
+    """A partition whose bytes are written but not yet durable; ``sync`` makes it so and gives it its name."""
+
+    partition: Partition
+    path: Path
+
+    def sync(self) -> None:
+        """Force the bytes to the device, then rename. May take long; may run on another thread.
+
+        Raises:
+            WriteError: the device refused.
+        """
+        with write_errors(self.path):
+            fd = os.open(_partial(self.path), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(_partial(self.path), self.path)
+            sync_directory(self.path.parent)
+
+
+def write_partition(
+    directory: Path,
+    rank: int,
+    tensors: Sequence[TensorData],
+    *,
+    chunk_nbytes: int,
+    on_progress: Callable[[int], None] = lambda nbytes: None,
+) -> WrittenPartition:
+    """Write a rank's partition below ``directory`` under its temporary name.
+
+    Raises:
+        DiskFull: the partition does not fit; what was written of it is removed.
+        WriteError: the directory refuses writing.
+    """
+    records = plan_records([tensor.spec for tensor in tensors])
+    header = build_header(records)
+    data_nbytes = records[-1].end if records else 0
+    path = directory / partition_path(rank)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(path, len(header) + data_nbytes)
+        try:
+            by_name = {tensor.spec.name: tensor for tensor in tensors}
+            chunks = _write_file(path, header, ((by_name[r.name], r) for r in records), chunk_nbytes, on_progress)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(_partial(path))
+            raise
+    partition = Partition(
+        rank=rank,
+        path=partition_path(rank),
+        nbytes=len(header) + data_nbytes,
+        header_nbytes=len(header),
+        header_checksum=checksum(header),
+        tensors=records,
+        chunks=chunks,
+    )
+    return WrittenPartition(partition, path)
+
+
+def write_file_durably(path: Path, content: bytes) -> None:
+    """Replace a small file at once: a reader finds the old content or the new.
+
+    Raises:
+        WriteError: the directory refuses writing or is full.
+    """
+    with write_errors(path):
+        fd = os.open(_partial(path), _NEW_FILE, 0o644)
+        try:
+            _write_all(fd, memoryview(content), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(_partial(path), path)
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` into the ``WriteError`` that names ``path`` and the mend."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(path, "no space is left on the device", "free some or set another store_dir") from None
+        problem = f"it can't be written ({error.strerror})"
+        raise WriteError(path, problem, "make the store writable or set another store_dir") from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _require_space(path: Path, nbytes: int) -> None:
+    usage = os.statvfs(path.parent)
+    if usage.f_bavail * usage.f_frsize < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _write_file(
+    path: Path,
+    header: bytes,
+    tensors: Iterator[tuple[TensorData, TensorRecord]],
+    chunk_nbytes: int,
+    on_progress: Callable[[int], None],
+) -> list[str]:
+    """Write header and data; returns the checksum of every chunk."""
+    fd = os.open(_partial(path), _NEW_FILE, 0o644)
+    try:
+        _write_all(fd, memoryview(header), 0)
+        chunks, running, position = [], RunningChecksum(), 0
+        for tensor, record in tensors:
+            for piece in tensor.pieces(chunk_nbytes):
+                while piece:
+                    step = piece[: chunk_nbytes - position % chunk_nbytes]
+                    running.update(step)
+                    _write_all(fd, step, len(header) + position)
+                    position += len(step)
+                    on_progress(len(step))
+                    piece = piece[len(step) :]
+                    if position % chunk_nbytes == 0:
+                        chunks.append(running.finish())
+            if position != record.end:
+                raise ValueError(f"{record.name}: gave {position - record.offset} bytes of {record.nbytes}")
+        if position % chunk_nbytes:
+            chunks.append(running.finish())
+        return chunks
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    """``pwrite`` until all is written: one call may write less, on a full disk or past 2 GiB."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count

@@ -1,0 +1,90 @@
+"""Every error of this package: one class for each way a caller can react.
+
+::
+
+    SllmError
+    ├── ConfigError              a setting is wrong: the user mends it
+    ├── CheckpointError          a checkpoint can't be used; every message names the file and the mend
+    │   ├── CheckpointMissing    there is none: load the stock way and convert
+    │   ├── CheckpointInvalid    its manifest or a header breaks the format: convert again
+    │   ├── CheckpointCorrupt    its bytes are not those that were written: remove it, convert again
+    │   ├── CheckpointUnreadable the system refuses to read it: mend the permissions
+    │   └── LayoutMismatch       it is sound, but for another model, dtype or parallel size
+    ├── WriteError               a checkpoint can't be written: serve on, unconverted
+    │   ├── DiskFull
+    │   ├── NotConvertible       this module can't be stored: load it the stock way each time
+    │   └── WriterBusy           another process is writing the same checkpoint right now
+    └── NotExportable            this layout has no way back to Hugging Face names
+
+Pure. Raised everywhere, caught by class.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class SllmError(Exception):
+    """Root of the tree. ``str()`` is one line that says what, where, and the mend."""
+
+
+class ConfigError(SllmError):
+    """A setting is unknown or has an impossible value."""
+
+
+class _PathError(SllmError):
+    def __init__(self, path: str | PathLike[str], problem: str, mend: str) -> None:
+        self.path = str(path)
+        self.problem = problem
+        self.mend = mend
+        super().__init__(f"{self.path}: {problem}; {mend}")
+
+
+class CheckpointError(_PathError):
+    """A checkpoint can't be used."""
+
+
+class CheckpointMissing(CheckpointError):
+    """There is no checkpoint at this path."""
+
+
+class CheckpointInvalid(CheckpointError):
+    """The manifest or a partition's header breaks FORMAT.md."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """Bytes are missing or differ from their checksum. ``tensors`` names those they belong to."""
+
+    def __init__(
+        self, path: str | PathLike[str], problem: str, mend: str, *, tensors: tuple[str, ...] = ()
+    ) -> None:
+        self.tensors = tensors
+        super().__init__(path, problem, mend)
+
+
+class CheckpointUnreadable(CheckpointError):
+    """The operating system refuses to read it."""
+
+
+class LayoutMismatch(CheckpointError):
+    """A sound checkpoint, made for another model, dtype or parallel size than is asked for."""
+
+
+class WriteError(_PathError):
+    """A checkpoint can't be written; nothing that was there before is lost."""
+
+
+class DiskFull(WriteError):
+    """No space, or no quota, is left for the checkpoint."""
+
+
+class NotConvertible(WriteError):
+    """The module holds something that is no plain tensor yet (online quantisation, say)."""
+
+
+class WriterBusy(WriteError):
+    """Another process holds the lock and writes the same checkpoint right now."""
+
+
+class NotExportable(CheckpointError):
+    """The checkpoint's layout can't be turned back into Hugging Face tensors."""

@@ -1,0 +1,1 @@
+"""Decisions of the loader: pure functions of frozen records."""

@@ -1,0 +1,74 @@
+"""The load plan: in which order chunks are read, and when each tensor is complete. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from sllm_vllm.checkpoint.core.layout import tail_offset
+from sllm_vllm.checkpoint.core.manifest import Manifest, Partition, TensorRecord, num_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``nbytes`` from ``chunk_offset`` of a chunk go to ``tensor_offset`` of tensor number ``tensor``."""
+
+    tensor: int
+    chunk_offset: int
+    tensor_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How one partition is loaded. ``order`` holds chunk indices; a *position* is an index into it."""
+
+    partition: Partition
+    chunk_nbytes: int
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The chunks with the small unaligned tensors first, as any module may need one of them; then in file order."""
+        count = num_chunks(self.partition.data_nbytes, self.chunk_nbytes)
+        first_tail = tail_offset(self.partition.tensors) // self.chunk_nbytes
+        return (*range(first_tail, count), *range(min(first_tail, count)))
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {chunk: position for position, chunk in enumerate(self.order)}
+
+    def ready_position(self, tensor: int) -> int:
+        """Position of the chunk that completes a tensor; -1 if it has no bytes."""
+        return max((self._positions[chunk] for chunk in self._chunks_of(self.partition.tensors[tensor])), default=-1)
+
+    def chunk_size(self, chunk: int) -> int:
+        """Bytes of a chunk."""
+        return min(self.chunk_nbytes, self.partition.data_nbytes - chunk * self.chunk_nbytes)
+
+    @cached_property
+    def copies(self) -> tuple[tuple[Copy, ...], ...]:
+        """For each chunk, which of its bytes go where."""
+        result: list[list[Copy]] = [[] for _ in self.order]
+        for index, record in enumerate(self.partition.tensors):
+            for chunk in self._chunks_of(record):
+                start = max(record.offset, chunk * self.chunk_nbytes)
+                end = min(record.end, (chunk + 1) * self.chunk_nbytes)
+                result[chunk].append(
+                    Copy(
+                        tensor=index,
+                        chunk_offset=start - chunk * self.chunk_nbytes,
+                        tensor_offset=start - record.offset,
+                        nbytes=end - start,
+                    )
+                )
+        return tuple(tuple(copies) for copies in result)
+
+    def _chunks_of(self, record: TensorRecord) -> range:
+        if record.nbytes == 0:
+            return range(0)
+        return range(record.offset // self.chunk_nbytes, (record.end - 1) // self.chunk_nbytes + 1)
+
+
+def plan_load(manifest: Manifest, rank: int) -> LoadPlan:
+    """The plan for one rank's partition."""
+    return LoadPlan(manifest.partitions[rank], manifest.chunk_nbytes)

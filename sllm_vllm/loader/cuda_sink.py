@@ -1,0 +1,116 @@
+"""``CudaSink``: asynchronous copies from page-locked memory into the parameters that vLLM allocated on the device.
+
+Readers fill a small ring of page-locked buffers; each full one is copied piece by piece on the sink's own stream and is
+free again when its copies are done. Parameters keep their addresses: CUDA graphs and sleep mode keep working.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sllm_vllm.loader.core.plan import LoadPlan
+from sllm_vllm.loader.report import HopCounter
+from sllm_vllm.loader.sink import Target, byte_view, copy_bits
+from sllm_vllm.units import round_up
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A page-locked buffer, and the event behind the last copy out of it."""
+
+    host: torch.Tensor
+    view: memoryview
+    copied: torch.cuda.Event
+
+
+class CudaSink:
+    """Copies chunks to a CUDA device.
+
+    Args:
+        targets: one a record; emptied at ``finish``.
+        num_slots: page-locked buffers of one chunk each; copies and reads overlap from two on.
+    """
+
+    def __init__(
+        self, plan: LoadPlan, targets: Sequence[Target], device: torch.device, *, num_slots: int, counter: HopCounter
+    ) -> None:
+        self._plan = plan
+        self._targets = targets
+        self._device = device
+        self._counter = counter
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # parameters may still be being initialised
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._used: dict[int, _Slot] = {}
+        self._gathered: dict[int, torch.Tensor] = {}
+        for _ in range(num_slots):
+            self._free.put(self._new_slot())
+
+    def buffer(self, chunk: int) -> memoryview:
+        """See ``ChunkSink``."""
+        slot = self._free.get()
+        if slot is None or self._stopped.is_set():
+            self._free.put(None)
+            raise InterruptedError("the load was stopped")
+        slot.copied.synchronize()
+        self._used[chunk] = slot
+        return slot.view
+
+    def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
+        """See ``ChunkSink``."""
+        slot = self._used.pop(chunk)
+        start = time.perf_counter()
+        with self._lock, torch.cuda.stream(self._stream):
+            for copy in self._plan.copies[chunk]:
+                piece = slot.host[copy.chunk_offset : copy.chunk_offset + copy.nbytes]
+                for target in self._byte_targets(copy.tensor):
+                    target[copy.tensor_offset : copy.tensor_offset + copy.nbytes].copy_(piece, non_blocking=True)
+            slot.copied.record(self._stream)
+        self._free.put(slot)
+        self._counter.add("copy", nbytes, time.perf_counter() - start)
+
+    def attach(self, tensor: int) -> None:
+        """See ``ChunkSink``: nothing can be used before ``finish``."""
+
+    def finish(self) -> None:
+        """See ``ChunkSink``: waits for every copy."""
+        with torch.cuda.stream(self._stream):
+            for index, gathered in self._gathered.items():
+                for live in self._targets[index].tensors:
+                    if not live.is_contiguous():
+                        copy_bits(gathered.view(live.dtype).view(live.shape), live.data)
+        self._stream.synchronize()
+        self._gathered.clear()
+        for target in self._targets:
+            target.take()
+
+    def stop(self) -> None:
+        """See ``ChunkSink``."""
+        self._stopped.set()
+        self._free.put(None)
+
+    def _byte_targets(self, tensor: int) -> list[torch.Tensor]:
+        """Where a record's bytes go: its contiguous tensors, or memory to gather them in for the others."""
+        live = self._targets[tensor].tensors
+        contiguous = [byte_view(t.data) for t in live if t.is_contiguous()]
+        if len(contiguous) == len(live):
+            return contiguous
+        if tensor not in self._gathered:
+            nbytes = self._plan.partition.tensors[tensor].nbytes
+            self._gathered[tensor] = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return [*contiguous, self._gathered[tensor]]
+
+    def _new_slot(self) -> _Slot:
+        nbytes = round_up(self._plan.chunk_nbytes, mmap.PAGESIZE)
+        host = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, pin_memory=True)
+        host = host[-host.data_ptr() % mmap.PAGESIZE :][:nbytes]
+        return _Slot(host, memoryview(host.numpy()), torch.cuda.Event())

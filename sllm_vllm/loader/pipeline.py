@@ -1,0 +1,118 @@
+"""Reads chunks ahead of whoever consumes them, on several threads, within a bounded window.
+
+Threads take the next chunk in plan order, have it filled, hand it to the sink and go on: no barrier between chunks.
+The consumer says which position it waits for; nothing beyond that position plus the window is begun, so that the memory
+in flight is bounded, and whatever the consumer waits for is always allowed, so that nothing can lock up.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from sllm_vllm.loader.sink import ChunkSink
+from sllm_vllm.loader.source import ChunkSource
+
+
+class ChunkPipeline:
+    """A context manager: threads run inside it. One consumer; the first error of any thread reaches it.
+
+    Args:
+        order: chunk indices in the order in which they are wanted.
+        num_threads: readers.
+        window: how many chunks may be begun beyond the position waited for.
+    """
+
+    def __init__(
+        self, source: ChunkSource, sink: ChunkSink, order: Sequence[int], *, num_threads: int, window: int
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._order = order
+        self._window = window
+        self._changed = threading.Condition()
+        self._next = 0
+        self._allowed = window
+        self._finished: set[int] = set()
+        self._num_done = 0  # positions below this one are all done
+        self._error: BaseException | None = None
+        self._stopped = False
+        names = (f"sllm-read-{index}" for index in range(min(num_threads, len(order))))
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
+
+    def wait(self, position: int) -> None:
+        """Return once every chunk up to and including ``position`` is with the sink.
+
+        Raises:
+            CheckpointCorrupt, OSError: what a reader met, whatever it was.
+        """
+        with self._changed:
+            self._allowed = max(self._allowed, position + 1 + self._window)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._error is not None or self._num_done > position)
+            if self._error is not None:
+                raise self._error
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        use_all_cpus()
+        try:
+            while (position := self._take()) is not None:
+                chunk = self._order[position]
+                buffer = self._sink.buffer(chunk)
+                self._sink.deliver(chunk, buffer, self._source.read(chunk, buffer))
+                self._finish(position)
+        except BaseException as error:  # top of a run loop: the consumer raises it
+            self._stop(error)
+
+    def _take(self) -> int | None:
+        """The next position to read, once the window allows it; None when there is nothing more to do."""
+
+        def ready() -> bool:
+            return self._stopped or self._next >= len(self._order) or self._next < self._allowed
+
+        with self._changed:
+            self._changed.wait_for(ready)
+            if self._stopped or self._next >= len(self._order):
+                return None
+            self._next += 1
+            return self._next - 1
+
+    def _finish(self, position: int) -> None:
+        with self._changed:
+            self._finished.add(position)
+            while self._num_done in self._finished:
+                self._finished.remove(self._num_done)
+                self._num_done += 1
+            self._changed.notify_all()
+
+    def _stop(self, error: BaseException | None) -> None:
+        with self._changed:
+            self._stopped = True
+            self._error = self._error or error
+            self._changed.notify_all()
+        self._sink.stop()
+
+
+def use_all_cpus(parent_pid: Callable[[], int] = os.getppid) -> None:
+    """Let the calling thread run where the parent process may run.
+
+    vLLM pins a CPU worker's main thread to its compute cores before it loads the model, and threads inherit that: the
+    readers would fight the packing for one core. The parent's affinity is what this process had before.
+    """
+    try:
+        os.sched_setaffinity(0, os.sched_getaffinity(parent_pid()))
+    except OSError:
+        return  # no parent we may ask: stay where we are

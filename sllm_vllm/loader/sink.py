@@ -1,0 +1,144 @@
+"""Where chunks go. ``HostSink`` is the memory of the process itself: parameters are rebound to it, nothing is copied."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy
+import torch
+
+from sllm_vllm.checkpoint.core.manifest import TensorRecord
+from sllm_vllm.loader.core.plan import LoadPlan
+from sllm_vllm.units import round_up
+
+REBIND_ALIGNMENT = 64
+"""Kernels may expect a cache line's alignment; a tensor that has less (a small one, always) is copied instead."""
+
+_HUGE_PAGE_NBYTES = 2 << 20
+
+
+def typed_view(data: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """See a contiguous uint8 tensor as another dtype and shape. Shares memory; works for every dtype torch has."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    view = torch.empty(0, dtype=dtype, device=data.device)
+    return view.set_(data.untyped_storage(), data.storage_offset() // dtype.itemsize, list(shape), strides[::-1])
+
+
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """See a contiguous tensor as its bytes, uint8 of one dimension. Shares memory; works for every dtype."""
+    itemsize = tensor.dtype.itemsize
+    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return view.set_(tensor.untyped_storage(), tensor.storage_offset() * itemsize, [tensor.numel() * itemsize], [1])
+
+
+def copy_bits(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy between tensors of equal dtype and shape, bit for bit, also for dtypes that torch can't convert."""
+    if source.is_contiguous() and target.is_contiguous():
+        byte_view(target).copy_(byte_view(source))
+    else:
+        target.copy_(source)
+
+
+class ChunkSink(Protocol):
+    """Takes the chunks of one partition. ``buffer`` and ``deliver`` are called by readers, the rest by the consumer."""
+
+    def buffer(self, chunk: int) -> memoryview:
+        """Page-aligned memory to read a chunk into; waits until some is free.
+
+        Raises:
+            InterruptedError: the sink was stopped meanwhile.
+        """
+        ...
+
+    def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
+        """The buffer now holds the chunk."""
+        ...
+
+    def attach(self, tensor: int) -> None:
+        """All chunks of a tensor were delivered: let its parameters hold it. Safe to call twice."""
+        ...
+
+    def finish(self) -> None:
+        """Return when every parameter can be used."""
+        ...
+
+    def stop(self) -> None:
+        """Wake whoever waits for a buffer; nothing more will come."""
+        ...
+
+
+class Target(Protocol):
+    """The live tensors that one stored tensor goes to (tied weights: several)."""
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """Distinct objects; empty once taken."""
+        ...
+
+    @property
+    def rebindable(self) -> bool:
+        """Whether their ``.data`` may be replaced: nothing else looks at the same memory."""
+        ...
+
+    def take(self) -> Sequence[torch.Tensor]:
+        """The tensors, leaving none: a parameter that vLLM drops must not be kept alive from here."""
+        ...
+
+
+class HostSink:
+    """One anonymous mapping of a partition's size, in huge pages where the system has them, filled chunk by chunk.
+
+    A tensor's part of the mapping goes back to the system as soon as nothing refers to the tensor, so that packing a
+    module after the other needs one copy of the model, not two.
+    """
+
+    def __init__(self, plan: LoadPlan, targets: Sequence[Target]) -> None:
+        self._plan = plan
+        self._targets = targets
+        nbytes = max(round_up(plan.partition.data_nbytes, mmap.PAGESIZE), mmap.PAGESIZE)
+        self._mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if nbytes >= _HUGE_PAGE_NBYTES:
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._mapping)
+
+    def buffer(self, chunk: int) -> memoryview:
+        """See ``ChunkSink``: the chunk's own place in the mapping, always free."""
+        start = chunk * self._plan.chunk_nbytes
+        return self._view[start : start + round_up(self._plan.chunk_size(chunk), mmap.PAGESIZE)]
+
+    def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
+        """See ``ChunkSink``: it lies where it belongs already."""
+
+    def attach(self, tensor: int) -> None:
+        """See ``ChunkSink``."""
+        target, record = self._targets[tensor], self._plan.partition.tensors[tensor]
+        tensors = target.take()
+        if not tensors or record.nbytes == 0:
+            return
+        source = self._tensor(record, tensors[0])
+        rebind = target.rebindable and record.offset % REBIND_ALIGNMENT == 0
+        for live in tensors:
+            if rebind:
+                live.data = source
+            else:
+                copy_bits(source, live.data)
+
+    def finish(self) -> None:
+        """See ``ChunkSink``: nothing is under way."""
+
+    def stop(self) -> None:
+        """See ``ChunkSink``: nobody ever waits."""
+
+    def _tensor(self, record: TensorRecord, like: torch.Tensor) -> torch.Tensor:
+        array = numpy.frombuffer(self._mapping, dtype=numpy.uint8, count=record.nbytes, offset=record.offset)
+        start = round_up(record.offset, mmap.PAGESIZE)
+        nbytes = record.end // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if nbytes > 0:
+            weakref.finalize(array, self._mapping.madvise, mmap.MADV_DONTNEED, start, nbytes).atexit = False
+        return typed_view(torch.from_numpy(array), like.dtype, record.shape)

@@ -1,0 +1,99 @@
+"""The key of a checkpoint, read from vLLM's configuration: what was loaded, and for what."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import vllm
+from huggingface_hub import try_to_load_from_cache
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed.parallel_state import get_dp_group, get_pp_group, get_tp_group
+from vllm.model_executor.model_loader.utils import get_model_architecture
+from vllm.platforms import current_platform
+
+from sllm_vllm.checkpoint.checksum import digest
+from sllm_vllm.checkpoint.core.manifest import Layout, Source
+from sllm_vllm.checkpoint.fingerprint import fingerprint_directory
+from sllm_vllm.errors import ConfigError
+
+_NOT_LAYOUT = ("_name_or_path", "transformers_version", "_commit_hash")
+"""Keys of a Hugging Face configuration that say where it comes from, not what it describes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankPosition:
+    """Which partition this worker owns, of how many."""
+
+    rank: int
+    num_partitions: int
+
+
+def rank_position(vllm_config: VllmConfig) -> RankPosition:
+    """This worker's place. Data-parallel ranks hold equal weights, unless experts are spread over them."""
+    tensor, pipeline = get_tp_group(), get_pp_group()
+    rank = pipeline.rank_in_group * tensor.world_size + tensor.rank_in_group
+    count = pipeline.world_size * tensor.world_size
+    if vllm_config.parallel_config.enable_expert_parallel:
+        data = get_dp_group()
+        return RankPosition(data.rank_in_group * count + rank, count * data.world_size)
+    return RankPosition(rank, count)
+
+
+def layout_of(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Layout:
+    """Everything that changes what the module's parameters hold."""
+    parallel = vllm_config.parallel_config
+    model_class = get_model_architecture(model_config)[0]
+    count = rank_position(vllm_config).num_partitions
+    return Layout(
+        model_class=f"{model_class.__module__}.{model_class.__qualname__}",
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        quantization=str(model_config.quantization) if model_config.quantization else None,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        expert_parallel_size=count if parallel.enable_expert_parallel else 1,
+        num_partitions=count,
+        device_type=current_platform.device_type,
+        vllm_version=vllm.__version__,
+        config_digest=_config_digest(vllm_config, model_config, prefix),
+    )
+
+
+def source_of(model_config: ModelConfig) -> Source:
+    """Where the weights come from, and their fingerprint.
+
+    Raises:
+        ConfigError: they are not on this machine (yet), so that nothing can be said of them.
+    """
+    model = model_config.model
+    if getattr(model_config, "model_weights", ""):
+        raise ConfigError(f"{model_config.model_weights}: weights in an object store have no fingerprint here")
+    if os.path.isdir(model):
+        return Source(model=str(Path(model).resolve()), fingerprint=fingerprint_directory(model))
+    config = try_to_load_from_cache(model, "config.json", revision=model_config.revision)
+    if not isinstance(config, str):
+        raise ConfigError(f"{model}: it is not in the Hugging Face cache yet")
+    commit = Path(config).parent.name
+    return Source(model=model, revision=model_config.revision, fingerprint=commit)
+
+
+def _config_digest(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> str:
+    """Digest of the rest: the model's own configuration and vLLM's switches that shape the module."""
+    parallel, config = vllm_config.parallel_config, model_config.hf_config.to_dict()
+    facts = {
+        "config": {key: value for key, value in config.items() if key not in _NOT_LAYOUT},
+        "prefix": prefix,
+        "quantization": str(getattr(model_config, "quantization_config", None)),
+        "multimodal": str(getattr(model_config, "multimodal_config", None)),
+        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "lora": vllm_config.lora_config is not None,
+        "expert_parallel": [
+            parallel.enable_expert_parallel,
+            parallel.enable_eplb,
+            str(getattr(parallel, "expert_placement_strategy", None)),
+            str(getattr(parallel, "eplb_config", None)),
+        ],
+    }
+    return digest(json.dumps(facts, sort_keys=True, default=str).encode())

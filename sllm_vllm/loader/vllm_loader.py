@@ -1,0 +1,182 @@
+"""``SllmModelLoader``: the class behind ``--load-format sllm``. One instance a worker and load."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from sllm_vllm.checkpoint.reader import Checkpoint
+from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
+from sllm_vllm.config import LoaderConfig
+from sllm_vllm.errors import CheckpointCorrupt, LayoutMismatch, WriteError
+from sllm_vllm.loader.load import RunningLoad, start_load
+from sllm_vllm.loader.module_state import TransientBuffers, named_state
+from sllm_vllm.loader.read import read_tensors
+from sllm_vllm.loader.report import LoadReport
+from sllm_vllm.loader.save import save_state_behind
+from sllm_vllm.loader.vllm_catalog import Catalog, Found
+from sllm_vllm.loader.vllm_layout import rank_position
+from sllm_vllm.loader.vllm_post_processing import process_while_loading
+from sllm_vllm.loader.vllm_reload import reload_layers_once
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class SllmModelLoader(BaseModelLoader):
+    """Loads from our checkpoint where there is one; else the stock way, writing one through.
+
+    The constructor has no side effect but validation: on CUDA vLLM builds a loader twice. ``report`` tells of the last
+    load.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self.config = LoaderConfig.from_extra_config(load_config.model_loader_extra_config)
+        self.report = LoadReport(outcome="unconverted")
+        stock_config = dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={})
+        self._stock = DefaultModelLoader(stock_config)
+        self._catalog = Catalog(self.config)
+        self._found: Found | None = None
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Fetch the source weights, as the stock loader does."""
+        self._stock.download_model(model_config)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Build the module, fill it and post-process it.
+
+        Raises:
+            CheckpointCorrupt: bytes of the checkpoint differ from their checksums; it was set aside.
+            CheckpointError: the model is nothing but a checkpoint, and a bad one.
+        """
+        start = time.perf_counter()
+        self.report = LoadReport(rank=rank_position(vllm_config).rank, outcome="unconverted")
+        self._found = self._catalog.find(vllm_config, model_config, prefix)
+        if self._found.checkpoint is None:
+            model = super().load_model(vllm_config, model_config, prefix)
+        else:
+            with _collecting_only_new_garbage():
+                model = self._load_checkpoint(self._found, vllm_config, model_config, prefix)
+        self.report.total_s = time.perf_counter() - start
+        self._tell()
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Fill a module that is built already, without post-processing it.
+
+        Raises:
+            CheckpointError: see ``load_model``.
+        """
+        vllm_config = get_current_vllm_config()
+        found = self._found or self._catalog.find(vllm_config, model_config)
+        if found.checkpoint is not None:
+            with self._started(found.checkpoint, model):
+                return
+        self._load_stock(found.key, model, model_config)
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+        """Weights for vLLM's ``reload_weights``: ours by their names in the module, or Hugging Face's if we have none.
+
+        Raises:
+            CheckpointError: the model is nothing but a checkpoint, and a bad one.
+        """
+        vllm_config = get_current_vllm_config()
+        checkpoint = self._catalog.find_for_reload(vllm_config, model_config)
+        if checkpoint is None:
+            logger.info("event=reload format=stock model=%s", model_config.model)
+            return self._stock.get_all_weights(model_config, model)
+        logger.info("event=reload format=sllm checkpoint=%s", checkpoint.path)
+        reload_layers_once(model)
+        return read_tensors(checkpoint, rank_position(vllm_config).rank, self.config)
+
+    def _load_checkpoint(
+        self, found: Found, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
+    ) -> nn.Module:
+        assert found.checkpoint is not None
+        start = time.perf_counter()
+        device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        with set_default_torch_dtype(model_config.dtype):
+            with device:
+                model = self._create(vllm_config, model_config, prefix)
+            self.report.construct_s = time.perf_counter() - start
+            try:
+                with self._started(found.checkpoint, model) as load:
+                    self.report.process_s = process_while_loading(load, model, model_config, device)
+            except LayoutMismatch as error:  # raised before anything was filled
+                if found.is_model_itself:
+                    raise
+                logger.warning("event=checkpoint_unused reason=%s", error)
+                self.report.outcome = "unconverted"
+                self._stock.load_weights(model, model_config)
+                process_weights_after_loading(model, model_config, device)
+        return model.eval()
+
+    def _create(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+        create = getattr(super(), "create_model", None)  # from vLLM 0.30 on
+        if create is not None:
+            return create(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        return initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
+    @contextlib.contextmanager
+    def _started(self, checkpoint: Checkpoint, model: nn.Module) -> Iterator[RunningLoad]:
+        self.report.outcome, self.report.checkpoint = "loaded", str(checkpoint.path)
+        try:
+            with start_load(checkpoint, self.report.rank, model, self.config, self.report) as load:
+                yield load
+        except CheckpointCorrupt:
+            self._catalog.set_aside(checkpoint)
+            raise
+
+    def _load_stock(self, key: CheckpointKey | None, model: nn.Module, model_config: ModelConfig) -> None:
+        """Load the stock way, then write the module through; a failure to write never fails the start."""
+        writes = key is not None and self.config.write_through
+        transient = TransientBuffers(model) if writes else None
+        start = time.perf_counter()
+        self._stock.load_weights(model, model_config)
+        self.report.weights_s = time.perf_counter() - start
+        if key is None or transient is None:
+            return
+        try:
+            staging = CheckpointRepository(self.config.store_dir).stage(key, self.config.chunk_bytes)
+            state = {**named_state(model), **transient.changed()}
+            save_state_behind(staging, self.report.rank, state)
+            self.report.outcome, self.report.checkpoint = "converted", str(staging.target)
+        except WriteError as error:
+            logger.warning("event=not_converted reason=%s", error)
+
+    def _tell(self) -> None:
+        logger.info("event=load_model %s", self.report.line())
+        if self.config.report_path is not None:
+            try:
+                self.report.write(Path(self.config.report_path))
+            except OSError as error:
+                logger.warning("event=report_not_written path=%s reason=%s", self.config.report_path, error)
+
+
+@contextlib.contextmanager
+def _collecting_only_new_garbage() -> Iterator[None]:
+    """Collect what loading left behind without walking the 700,000 objects that the imports made (0.4 s a time)."""
+    frozen_before = gc.get_freeze_count() > 0  # a warm parent's doing: not ours to undo
+    if not frozen_before:
+        gc.freeze()
+    try:
+        yield
+        gc.collect()
+        torch.accelerator.empty_cache()
+    finally:
+        if not frozen_before:
+            gc.unfreeze()

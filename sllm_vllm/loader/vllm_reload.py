@@ -1,0 +1,58 @@
+"""vLLM's ``reload_weights`` from our format.
+
+vLLM hands its model's ``load_weights`` an iterator of Hugging Face tensors. Ours are fused and sharded already, so they
+must not pass the model's own fusing and slicing. For one call, the model's ``load_weights`` is therefore replaced by one
+that fills the layers as they are, through vLLM's own layer-wise reloading: a layer is materialised, loaded,
+post-processed and copied into place when its last tensor has come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+
+def reload_layers_once(model: nn.Module) -> None:
+    """Let the next ``model.load_weights(tensors)``, and only that one, take tensors by their names in the module."""
+
+    def load_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        del model.load_weights
+        return _reload_layers(model, tensors)
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+
+
+def _reload_layers(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load ``tensors``, by their names in the module, into a model that is being reloaded layer by layer.
+
+    Returns:
+        Names that were loaded.
+    """
+    original: list[tuple[torch.Tensor, object]] = []
+    owners = {name: (layer, short) for name, layer, short in _owners(model)}
+    loaded = set()
+    try:
+        for name, tensor in tensors:
+            layer, short = owners[name]
+            live = getattr(layer, short)
+            original.append((live, getattr(live, "weight_loader", None)))
+            live.weight_loader = default_weight_loader
+            live.weight_loader = make_online_process_loader(layer, short)
+            live.weight_loader(live, tensor)
+            loaded.add(name)
+    finally:
+        for live, weight_loader in original:
+            if weight_loader is not None:
+                live.weight_loader = weight_loader
+    return loaded
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for prefix, layer in model.named_modules(remove_duplicate=False):
+        for short in get_layer_tensors(layer):
+            yield (f"{prefix}.{short}" if prefix else short), layer, short
