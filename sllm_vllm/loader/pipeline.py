@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from sllm_vllm.loader.cpus import reader_cpus, run_on
 from sllm_vllm.loader.sink import ChunkSink
 from sllm_vllm.loader.source import ChunkSource
 
@@ -40,6 +41,7 @@ class ChunkPipeline:
         self._num_done = 0  # positions below this one are all done
         self._error: BaseException | None = None
         self._stopped = False
+        self._cpus = reader_cpus(os.getppid())
         names = (f"sllm-read-{index}" for index in range(min(num_threads, len(order))))
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
 
@@ -67,7 +69,7 @@ class ChunkPipeline:
             thread.join()
 
     def _run(self) -> None:
-        use_all_cpus()
+        run_on(self._cpus)
         try:
             while (position := self._take()) is not None:
                 chunk = self._order[position]
@@ -105,14 +107,3 @@ class ChunkPipeline:
             self._changed.notify_all()
         self._sink.stop()
 
-
-def use_all_cpus(parent_pid: Callable[[], int] = os.getppid) -> None:
-    """Let the calling thread run where the parent process may run.
-
-    vLLM pins a CPU worker's main thread to its compute cores before it loads the model, and threads inherit that: the
-    readers would fight the packing for one core. The parent's affinity is what this process had before.
-    """
-    try:
-        os.sched_setaffinity(0, os.sched_getaffinity(parent_pid()))
-    except OSError:
-        return  # no parent we may ask: stay where we are

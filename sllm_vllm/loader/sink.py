@@ -21,20 +21,13 @@ _HUGE_PAGE_NBYTES = 2 << 20
 
 
 def typed_view(data: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """See a contiguous uint8 tensor as another dtype and shape. Shares memory; works for every dtype torch has."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    view = torch.empty(0, dtype=dtype, device=data.device)
-    return view.set_(data.untyped_storage(), data.storage_offset() // dtype.itemsize, list(shape), strides[::-1])
+    """See a contiguous uint8 tensor as another dtype and shape. Shares memory."""
+    return data.view(dtype).view(list(shape))
 
 
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:
-    """See a contiguous tensor as its bytes, uint8 of one dimension. Shares memory; works for every dtype."""
-    itemsize = tensor.dtype.itemsize
-    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return view.set_(tensor.untyped_storage(), tensor.storage_offset() * itemsize, [tensor.numel() * itemsize], [1])
+    """See a contiguous tensor as its bytes, uint8 of one dimension. Shares memory."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def copy_bits(source: torch.Tensor, target: torch.Tensor) -> None:

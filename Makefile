@@ -1,0 +1,69 @@
+# What a developer calls, and .ci/run too. `make help` lists it.
+# Everything that needs the environment depends on its stamp: made once, remade when what it is made of changes.
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help setup fix check test cover e2e bench gpu demo lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv (CPU builds of torch and vLLM), once
+	@:
+
+$(READY): pyproject.toml tools/setup_env.py tools/requirements-cpu.lock
+	@python3 tools/setup_env.py
+
+fix: $(READY) ## mend what ruff can mend, and format
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+
+check: $(READY) ## ruff, formatting, types, import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+test: $(READY) ## all tests but the longer matrix on real vLLM; ARGS="-k name" for some
+	@$(BIN)/pytest -m "not e2e_long and not gpu" $(ARGS)
+
+cover: $(READY) ## the same with branch coverage, which must be 90 %
+	@$(BIN)/pytest -m "not e2e_long and not gpu" --cov --cov-report=term $(ARGS)
+
+e2e: $(READY) ## every test on real vLLM, the longer matrix too
+	@$(BIN)/pytest -m "e2e or e2e_long" $(ARGS)
+
+bench: $(READY) ## load time beside the other loaders; ARGS="--help" for its options
+	@$(BIN)/python benchmarks/loading.py $(ARGS)
+
+demo: $(READY) ## what it is good for, in a minute
+	@$(BIN)/python benchmarks/demo.py $(ARGS)
+
+# On a GPU machine there may be no .venv, and PYTHON may have torch and pytest alone. So only the files that have such a
+# test are collected, and options of pytest's plug-ins are left out.
+PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,python3)
+GPU_TESTS = $(shell grep -rlE --include='*.py' 'mark\.gpu' tests)
+
+gpu: ## tests that need CUDA; PYTHON=python3 chooses who runs them
+	@if ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		echo "no GPU test was run: $(PYTHON) has no torch that sees a CUDA device"; \
+	elif [ -z "$(GPU_TESTS)" ]; then \
+		echo "no GPU test was run: no test has the mark gpu"; \
+	else \
+		$(PYTHON) -m pytest -o addopts="--import-mode=importlib -ra" -m gpu $(GPU_TESTS) $(ARGS); \
+	fi
+
+lock: $(READY) ## resolve the newest dependencies into tools/requirements-cpu.lock
+	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 tools/setup_env.py --lock
+
+clean: ## remove .venv and every cache
+	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache *.egg-info
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

