@@ -55,9 +55,7 @@ class CheckpointInvalid(CheckpointError):
 class CheckpointCorrupt(CheckpointError):
     """Bytes are missing or differ from their checksum. ``tensors`` names those they belong to."""
 
-    def __init__(
-        self, path: str | PathLike[str], problem: str, mend: str, *, tensors: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, path: str | PathLike[str], problem: str, mend: str, *, tensors: tuple[str, ...] = ()) -> None:
         self.tensors = tensors
         super().__init__(path, problem, mend)
 

@@ -2,9 +2,5 @@
 
 
 def register() -> None:
-    """Register the load format ``sllm``. Called through the entry-point group ``vllm.general_plugins``."""
-    from vllm.model_executor.model_loader import register_model_loader  # not before vLLM asks for us
-
-    from sllm_vllm.loader.vllm_loader import SllmModelLoader
-
-    register_model_loader("sllm")(SllmModelLoader)
+    """Register the load format ``sllm``; called through the entry-point group ``vllm.general_plugins``."""
+    import sllm_vllm.loader.vllm_loader  # noqa: F401 (imports vLLM: not before vLLM asks for us)

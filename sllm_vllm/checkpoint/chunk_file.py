@@ -1,7 +1,7 @@
 """A partition open for reading, a chunk at a time, by the fastest way the system offers for each chunk.
 
 A chunk that lies in the page cache is copied from it; one that does not is read with O_DIRECT, past the cache, at the
-device's own speed. Which of the two is asked of the kernel for every chunk (``preadv2`` with ``RWF_NOWAIT``), not guessed.
+device's own speed. Which of the two is asked of the kernel for every chunk (``preadv2``, ``RWF_NOWAIT``), not guessed.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def fingerprint_directory(directory: str | os.PathLike[str]) -> str:
         files = sorted(p for p in root.iterdir() if p.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)))
         facts = [_facts(file) for file in files]
     except OSError as error:
-        raise ConfigError(f"{root}: its weights can't be read ({error.strerror}); mend the path or permissions") from None
+        raise ConfigError(
+            f"{root}: its weights can't be read ({error.strerror}); mend the path or permissions"
+        ) from None
     if not any(file.name.endswith(WEIGHT_SUFFIXES) for file in files):
         raise ConfigError(f"{root}: there are no weight files ({', '.join(WEIGHT_SUFFIXES)}); give a model's directory")
     return digest(json.dumps(facts).encode())

@@ -14,7 +14,6 @@ from sllm_vllm.checkpoint.checksum import checksum
 from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.checkpoint.core.header import check_header
 from sllm_vllm.checkpoint.core.manifest import (
-    DATA_ALIGNMENT,
     MANIFEST_NAME,
     PARTITION_DIR,
     Manifest,
@@ -29,10 +28,70 @@ from sllm_vllm.errors import (
     CheckpointMissing,
     CheckpointUnreadable,
 )
-from sllm_vllm.units import round_up
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 MEND_CORRUPT = "remove the checkpoint (`sllm-vllm rm`) and convert again"
+
+
+@dataclass(frozen=True, slots=True)
+class RankPartition:
+    """One rank's partition of a published checkpoint: where it lies and what it must hold. Holds nothing open."""
+
+    directory: Path
+    manifest: Manifest
+    record: Partition
+
+    @property
+    def path(self) -> Path:
+        """Its data file."""
+        return self.directory / self.record.path
+
+    def open(self) -> ChunkFile:
+        """Open the data file, after holding its size against the manifest.
+
+        Raises:
+            CheckpointError: it is missing, a link, not readable, or of another size.
+        """
+        fd = _open_beneath(self.directory, (PARTITION_DIR, self.path.name))
+        nbytes = os.fstat(fd).st_size
+        if nbytes != self.record.nbytes:
+            os.close(fd)
+            problem = f"it has {nbytes} bytes, the manifest says {self.record.nbytes}"
+            raise CheckpointCorrupt(self.path, problem, MEND_CORRUPT)
+        return ChunkFile(fd, str(self.path))
+
+    def check_header(self, file: ChunkFile) -> None:
+        """Hold the header against its checksum and the manifest.
+
+        Raises:
+            CheckpointCorrupt: its bytes are not those that were written.
+            CheckpointInvalid: it says anything else than the manifest.
+        """
+        buffer = memoryview(mmap.mmap(-1, self.record.header_nbytes))
+        file.read_into(buffer, 0, self.record.header_nbytes)
+        raw = bytes(buffer)
+        if checksum(raw) != self.record.header_checksum:
+            raise CheckpointCorrupt(self.path, "its header differs from its checksum", MEND_CORRUPT)
+        check_header(raw, self.record.tensors, str(self.path))
+
+    def chunk_range(self, index: int) -> tuple[int, int]:
+        """Offset in the file and bytes of chunk ``index``."""
+        start = index * self.manifest.chunk_nbytes
+        return self.record.header_nbytes + start, min(self.manifest.chunk_nbytes, self.record.data_nbytes - start)
+
+    def check_chunk(self, index: int, data: memoryview) -> None:
+        """Hold a chunk's bytes against its checksum.
+
+        Raises:
+            CheckpointCorrupt: they differ; it names the tensors that lie in the chunk.
+        """
+        if checksum(data) == self.record.chunks[index]:
+            return
+        start, end = index * self.manifest.chunk_nbytes, (index + 1) * self.manifest.chunk_nbytes
+        names = tuple(t.name for t in self.record.tensors if t.offset < end and t.end > start)
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        problem = f"chunk {index} differs from its checksum (tensors: {shown})"
+        raise CheckpointCorrupt(self.path, problem, MEND_CORRUPT, tensors=names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +101,9 @@ class Checkpoint:
     path: Path
     manifest: Manifest
 
-    def open_partition(self, rank: int) -> ChunkFile:
-        """Open a rank's partition, after holding its size against the manifest.
-
-        Raises:
-            CheckpointError: it is missing, a link, not readable, or of another size.
-        """
-        partition = self.manifest.partitions[rank]
-        path = self.path / partition.path
-        fd = _open_beneath(self.path, (PARTITION_DIR, path.name))
-        nbytes = os.fstat(fd).st_size
-        if nbytes != partition.nbytes:
-            os.close(fd)
-            raise CheckpointCorrupt(path, f"it has {nbytes} bytes, the manifest says {partition.nbytes}", MEND_CORRUPT)
-        return ChunkFile(fd, str(path))
+    def partition(self, rank: int) -> RankPartition:
+        """A rank's partition; the layout says how many there are."""
+        return RankPartition(self.path, self.manifest, self.manifest.partitions[rank])
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -77,36 +125,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(directory, parse_manifest(raw, str(directory / MANIFEST_NAME)))
 
 
-def read_header(file: ChunkFile, partition: Partition) -> None:
-    """Hold the partition's header against its checksum and the manifest.
-
-    Raises:
-        CheckpointCorrupt: its bytes are not those that were written.
-        CheckpointInvalid: it says anything else than the manifest.
-    """
-    buffer = memoryview(mmap.mmap(-1, round_up(partition.header_nbytes, DATA_ALIGNMENT)))
-    file.read_into(buffer, 0, partition.header_nbytes)
-    raw = bytes(buffer[: partition.header_nbytes])
-    if checksum(raw) != partition.header_checksum:
-        raise CheckpointCorrupt(file.path, "its header differs from its checksum", MEND_CORRUPT)
-    check_header(raw, partition.tensors, file.path)
-
-
-def chunk_range(manifest: Manifest, partition: Partition, index: int) -> tuple[int, int]:
-    """Offset in the file and bytes of chunk ``index``."""
-    start = index * manifest.chunk_nbytes
-    return partition.header_nbytes + start, min(manifest.chunk_nbytes, partition.data_nbytes - start)
-
-
-def corrupt_chunk(path: str, manifest: Manifest, partition: Partition, index: int) -> CheckpointCorrupt:
-    """The error for a chunk that differs from its checksum; it names the tensors that lie in it."""
-    start, end = index * manifest.chunk_nbytes, (index + 1) * manifest.chunk_nbytes
-    names = tuple(t.name for t in partition.tensors if t.offset < end and t.end > start)
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    problem = f"chunk {index} differs from its checksum (tensors: {shown})"
-    return CheckpointCorrupt(path, problem, MEND_CORRUPT, tensors=names)
-
-
 def verify_checkpoint(checkpoint: Checkpoint, on_progress: Callable[[int], None] = lambda nbytes: None) -> int:
     """Read every byte and hold it against its checksum; calls ``on_progress`` with the bytes of each step.
 
@@ -116,29 +134,28 @@ def verify_checkpoint(checkpoint: Checkpoint, on_progress: Callable[[int], None]
     Raises:
         CheckpointError: the first thing that is wrong.
     """
-    manifest = checkpoint.manifest
-    buffer = memoryview(mmap.mmap(-1, manifest.chunk_nbytes))
-    for partition in manifest.partitions:
-        with checkpoint.open_partition(partition.rank) as file:
-            read_header(file, partition)
-            on_progress(partition.header_nbytes)
-            for index, wanted in enumerate(partition.chunks):
-                offset, nbytes = chunk_range(manifest, partition, index)
+    buffer = memoryview(mmap.mmap(-1, checkpoint.manifest.chunk_nbytes))
+    for record in checkpoint.manifest.partitions:
+        partition = checkpoint.partition(record.rank)
+        with partition.open() as file:
+            partition.check_header(file)
+            on_progress(record.header_nbytes)
+            for index in range(len(record.chunks)):
+                offset, nbytes = partition.chunk_range(index)
                 file.read_into(buffer, offset, nbytes)
-                if checksum(buffer[:nbytes]) != wanted:
-                    raise corrupt_chunk(file.path, manifest, partition, index)
+                partition.check_chunk(index, buffer[:nbytes])
                 on_progress(nbytes)
-    return manifest.nbytes
+    return checkpoint.manifest.nbytes
 
 
 def _open_beneath(directory: Path, parts: tuple[str, ...]) -> int:
     """Open a regular file below ``directory``, following no link on the way down from it."""
-    fd = _open_step(directory, None, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, directory)
+    fd = _open_step(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, directory)
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         flags = _OPEN_FLAGS if last else _OPEN_FLAGS | os.O_DIRECTORY
         try:
-            step = _open_step(Path(part), fd, flags, directory.joinpath(*parts[: depth + 1]))
+            step = _open_step(Path(part), flags, directory.joinpath(*parts[: depth + 1]), dir_fd=fd)
         finally:
             os.close(fd)
         fd = step
@@ -148,7 +165,7 @@ def _open_beneath(directory: Path, parts: tuple[str, ...]) -> int:
     return fd
 
 
-def _open_step(path: Path, dir_fd: int | None, flags: int, shown: Path) -> int:
+def _open_step(path: Path, flags: int, shown: Path, *, dir_fd: int | None = None) -> int:
     try:
         return os.open(path, flags, dir_fd=dir_fd)
     except OSError as error:

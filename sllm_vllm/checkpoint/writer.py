@@ -82,7 +82,13 @@ def write_partition(
         _require_space(path, len(header) + data_nbytes)
         try:
             by_name = {tensor.spec.name: tensor for tensor in tensors}
-            chunks = _write_file(path, header, ((by_name[r.name], r) for r in records), chunk_nbytes, on_progress)
+            chunks = _write_file(
+                path,
+                header,
+                ((by_name[record.name], record) for record in records),
+                chunk_nbytes=chunk_nbytes,
+                on_progress=on_progress,
+            )
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(_partial(path))
@@ -151,6 +157,7 @@ def _write_file(
     path: Path,
     header: bytes,
     tensors: Iterator[tuple[TensorData, TensorRecord]],
+    *,
     chunk_nbytes: int,
     on_progress: Callable[[int], None],
 ) -> list[str]:

@@ -113,4 +113,4 @@ class CudaSink:
         nbytes = round_up(self._plan.chunk_nbytes, mmap.PAGESIZE)
         host = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, pin_memory=True)
         host = host[-host.data_ptr() % mmap.PAGESIZE :][:nbytes]
-        return _Slot(host, memoryview(host.numpy()), torch.cuda.Event())
+        return _Slot(host, host.numpy().data, torch.cuda.Event())

@@ -6,17 +6,13 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import nn
 
-from sllm_vllm.checkpoint.chunk_file import ChunkFile
-from sllm_vllm.checkpoint.core.manifest import Partition
-from sllm_vllm.checkpoint.reader import Checkpoint, read_header
+from sllm_vllm.checkpoint.reader import RankPartition
 from sllm_vllm.checkpoint.repository import VerifiedMarks
 from sllm_vllm.config import LoaderConfig
-from sllm_vllm.loader.core.plan import LoadPlan, plan_load
+from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.loader.cuda_sink import CudaSink
 from sllm_vllm.loader.module_state import ModuleTargets, match_module
 from sllm_vllm.loader.pipeline import ChunkPipeline
@@ -66,7 +62,7 @@ class RunningLoad:
 
 @contextlib.contextmanager
 def start_load(
-    checkpoint: Checkpoint, rank: int, module: nn.Module, config: LoaderConfig, report: LoadReport
+    partition: RankPartition, module: nn.Module, config: LoaderConfig, *, report: LoadReport
 ) -> Iterator[RunningLoad]:
     """Begin to read a rank's partition into ``module``, whose parameters are allocated and empty.
 
@@ -77,56 +73,56 @@ def start_load(
         CheckpointError: it can't be read.
     """
     counter, start = HopCounter(), time.perf_counter()
-    manifest, partition = checkpoint.manifest, checkpoint.manifest.partitions[rank]
-    path = checkpoint.path / partition.path
-    targets = match_module(module, partition.tensors, str(path))
-    plan = plan_load(manifest, rank)
-    with checkpoint.open_partition(rank) as file:
-        verify = _verify_now(file, partition, path, config)
-        sink = _sink_for(module, plan, targets, counter)
-        source = DiskSource(file, manifest, partition, verify=verify, counter=counter)
-        window = max(2, WINDOW_NBYTES // manifest.chunk_nbytes)
-        pipeline = ChunkPipeline(source, sink, plan.order, num_threads=config.threads, window=window)
-        with pipeline:
+    targets = match_module(module, partition.record.tensors, str(partition.path))
+    plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
+    with partition.open() as file:
+        verify = _verify_now(partition, config)
+        if verify:
+            partition.check_header(file)
+        sink = _sink_for(plan, targets, counter)
+        source = DiskSource(partition, file, verify=verify, counter=counter)
+        window = window_of(plan)
+        with ChunkPipeline(source, sink, plan.order, num_threads=config.threads, window=window) as pipeline:
             load = RunningLoad(plan, targets, sink, pipeline)
             yield load
             load.finish()
     if verify:
-        VerifiedMarks(config.store_dir).mark(path)
-    report.nbytes = partition.data_nbytes
+        VerifiedMarks(config.store_dir).mark(partition.path)
+    report.nbytes = partition.record.data_nbytes
     report.weights_s = load._ended - start
     report.wait_s = load.wait_s
     report.hops.update(counter.hops)
 
 
-def load_module(checkpoint: Checkpoint, rank: int, module: nn.Module, config: LoaderConfig) -> LoadReport:
+def load_module(partition: RankPartition, module: nn.Module, config: LoaderConfig) -> LoadReport:
     """Fill ``module`` with a rank's partition, with no post-processing of any kind.
 
     Raises:
         CheckpointError: see ``start_load``.
     """
-    report = LoadReport(checkpoint=str(checkpoint.path), rank=rank, outcome="loaded")
+    report = LoadReport(checkpoint=str(partition.directory), rank=partition.record.rank, outcome="loaded")
     start = time.perf_counter()
-    with start_load(checkpoint, rank, module, config, report):
+    with start_load(partition, module, config, report=report):
         pass
     report.total_s = time.perf_counter() - start
     return report
 
 
-def _verify_now(file: ChunkFile, partition: Partition, path: Path, config: LoaderConfig) -> bool:
-    verify = config.verify == "always" or (
-        config.verify == "first" and not VerifiedMarks(config.store_dir).is_marked(path)
-    )
-    if verify:
-        read_header(file, partition)
-    return verify
+def window_of(plan: LoadPlan) -> int:
+    """Chunks that may be begun ahead of the consumer; two at least, so that reading never pauses."""
+    return max(2, WINDOW_NBYTES // plan.chunk_nbytes)
 
 
-def _sink_for(module: nn.Module, plan: LoadPlan, targets: ModuleTargets, counter: HopCounter) -> ChunkSink:
+def _verify_now(partition: RankPartition, config: LoaderConfig) -> bool:
+    if config.verify == "first":
+        return not VerifiedMarks(config.store_dir).is_marked(partition.path)
+    return config.verify == "always"
+
+
+def _sink_for(plan: LoadPlan, targets: ModuleTargets, counter: HopCounter) -> ChunkSink:
     """The sink for the device that holds the parameters; a few of them may be elsewhere (offloaded)."""
     devices = {tensor.device for target in targets.targets for tensor in target.tensors}
     cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
     if not cuda:
         return HostSink(plan, targets.targets)
-    num_slots = max(2, WINDOW_NBYTES // plan.chunk_nbytes)
-    return CudaSink(plan, targets.targets, torch.device(cuda[0]), num_slots=num_slots, counter=counter)
+    return CudaSink(plan, targets.targets, cuda[0], num_slots=window_of(plan), counter=counter)

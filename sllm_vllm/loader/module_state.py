@@ -66,7 +66,7 @@ class LiveTensor:
         """Its bytes in row-major order; only one piece of a device's tensor is in host memory at a time."""
         flat = byte_view(self.tensor.detach().contiguous())
         for start in range(0, flat.numel(), nbytes_max):
-            yield memoryview(flat[start : start + nbytes_max].cpu().numpy())
+            yield flat[start : start + nbytes_max].cpu().numpy().data
 
 
 def storable_tensors(state: Mapping[str, torch.Tensor], path: str) -> list[LiveTensor]:
@@ -82,7 +82,9 @@ def storable_tensors(state: Mapping[str, torch.Tensor], path: str) -> list[LiveT
             raise NotConvertible(path, f"parameter {name!r} {problem}", "the stock loader is used each time")
         canonical = first.setdefault(_identity(tensor), name)
         aliases.setdefault(canonical, []).append(name)
-    return [LiveTensor(_spec(names[0], state[names[0]], tuple(names[1:])), state[names[0]]) for names in aliases.values()]
+    return [
+        LiveTensor(_spec(names[0], state[names[0]], tuple(names[1:])), state[names[0]]) for names in aliases.values()
+    ]
 
 
 def _spec(name: str, tensor: torch.Tensor, aliases: tuple[str, ...]) -> TensorSpec:
@@ -103,7 +105,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _no_plain_bytes(tensor: torch.Tensor) -> str | None:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         return "is not initialised"
     if tensor.is_meta:
         return "is on the meta device (quantised while loading)"
@@ -120,7 +122,7 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def _host_bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(byte_view(tensor.detach().cpu().contiguous()).numpy())
+    return byte_view(tensor.detach().cpu().contiguous()).numpy().data
 
 
 @dataclass(slots=True)
@@ -166,7 +168,7 @@ def match_module(module: nn.Module, records: Sequence[TensorRecord], path: str) 
             live = fillable.get(name)
             if live is None:
                 raise LayoutMismatch(path, f"tensor {name!r} is not in this model", _MEND_MISMATCH)
-            _check_tensor(name, live, record, path)
+            _check_tensor(name, live, record, path=path)
             owner[name] = index
             distinct[id(live)] = live
             if targets._index.setdefault(id(live), index) != index:
@@ -177,7 +179,7 @@ def match_module(module: nn.Module, records: Sequence[TensorRecord], path: str) 
     return targets
 
 
-def _check_tensor(name: str, live: torch.Tensor, record: TensorRecord, path: str) -> None:
+def _check_tensor(name: str, live: torch.Tensor, record: TensorRecord, *, path: str) -> None:
     if problem := _no_plain_bytes(live):
         raise LayoutMismatch(path, f"tensor {name!r} of this model {problem}", _MEND_MISMATCH)
     found, wanted = (record.dtype, record.shape), (dtype_name(live.dtype), list(live.shape))

@@ -106,4 +106,3 @@ class ChunkPipeline:
             self._error = self._error or error
             self._changed.notify_all()
         self._sink.stop()
-

@@ -6,35 +6,33 @@ from collections.abc import Iterator
 
 import torch
 
-from sllm_vllm.checkpoint.reader import Checkpoint
+from sllm_vllm.checkpoint.reader import RankPartition
 from sllm_vllm.config import LoaderConfig
 from sllm_vllm.errors import CheckpointInvalid
-from sllm_vllm.loader.core.plan import plan_load
+from sllm_vllm.loader.core.plan import LoadPlan
+from sllm_vllm.loader.load import window_of
 from sllm_vllm.loader.module_state import ModuleTarget
 from sllm_vllm.loader.pipeline import ChunkPipeline
 from sllm_vllm.loader.report import HopCounter
 from sllm_vllm.loader.sink import HostSink
 from sllm_vllm.loader.source import DiskSource
-from sllm_vllm.loader.load import WINDOW_NBYTES
 
 
-def read_tensors(
-    checkpoint: Checkpoint, rank: int, config: LoaderConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(partition: RankPartition, config: LoaderConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Every stored tensor under each of its names. Memory is bounded if the caller drops what it took.
 
     Raises:
         CheckpointError: it can't be read, or differs from its checksums.
     """
-    manifest, partition = checkpoint.manifest, checkpoint.manifest.partitions[rank]
-    plan = plan_load(manifest, rank)
-    targets = [ModuleTarget([_empty(r.dtype, r.shape, str(checkpoint.path))], rebindable=True) for r in partition.tensors]
+    plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
+    path = str(partition.path)
+    targets = [ModuleTarget([_empty(r.dtype, r.shape, path)], rebindable=True) for r in partition.record.tensors]
     sink = HostSink(plan, targets)
-    with checkpoint.open_partition(rank) as file:
-        source = DiskSource(file, manifest, partition, verify=config.verify != "never", counter=HopCounter())
-        window = max(2, WINDOW_NBYTES // manifest.chunk_nbytes)
+    with partition.open() as file:
+        source = DiskSource(partition, file, verify=config.verify != "never", counter=HopCounter())
+        window = window_of(plan)
         with ChunkPipeline(source, sink, plan.order, num_threads=config.threads, window=window) as pipeline:
-            for index, record in enumerate(partition.tensors):
+            for index, record in enumerate(partition.record.tensors):
                 tensor = targets[index].tensors[0]
                 pipeline.wait(plan.ready_position(index))
                 sink.attach(index)

@@ -21,6 +21,7 @@ def save_state(
     staging: Staging,
     rank: int,
     state: Mapping[str, torch.Tensor],
+    *,
     on_progress: Callable[[int], None] = lambda nbytes: None,
 ) -> bool:
     """Write a rank's tensors, durably, and publish when it is the last rank. Returns whether it is published.
@@ -30,7 +31,7 @@ def save_state(
     """
     with staging.writer(rank) as needed:
         if needed:
-            staging.commit(_write(staging, rank, state, on_progress))
+            staging.commit(_write(staging, rank, state, on_progress=on_progress))
     return staging.publish()
 
 
@@ -45,7 +46,7 @@ def save_state_behind(staging: Staging, rank: int, state: Mapping[str, torch.Ten
     """
     with contextlib.ExitStack() as stack:
         needed = stack.enter_context(staging.writer(rank))
-        written = _write(staging, rank, state, lambda nbytes: None) if needed else None
+        written = _write(staging, rank, state, on_progress=lambda nbytes: None) if needed else None
         held = stack.pop_all()
 
     def finish() -> None:
@@ -62,7 +63,7 @@ def save_state_behind(staging: Staging, rank: int, state: Mapping[str, torch.Ten
 
 
 def _write(
-    staging: Staging, rank: int, state: Mapping[str, torch.Tensor], on_progress: Callable[[int], None]
+    staging: Staging, rank: int, state: Mapping[str, torch.Tensor], *, on_progress: Callable[[int], None]
 ) -> WrittenPartition:
     tensors = storable_tensors(state, str(staging.target))
     return write_partition(staging.path, rank, tensors, chunk_nbytes=staging.chunk_nbytes, on_progress=on_progress)

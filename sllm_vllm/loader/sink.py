@@ -1,4 +1,4 @@
-"""Where chunks go. ``HostSink`` is the memory of the process itself: parameters are rebound to it, nothing is copied."""
+"""Where chunks go. ``HostSink`` is the process's own memory: parameters are rebound to it, nothing is copied."""
 
 from __future__ import annotations
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from sllm_vllm.checkpoint.checksum import checksum
 from sllm_vllm.checkpoint.chunk_file import ChunkFile
-from sllm_vllm.checkpoint.core.manifest import Manifest, Partition
-from sllm_vllm.checkpoint.reader import chunk_range, corrupt_chunk
+from sllm_vllm.checkpoint.reader import RankPartition
 from sllm_vllm.errors import CheckpointUnreadable
 from sllm_vllm.loader.report import HopCounter
 
@@ -29,29 +27,26 @@ class ChunkSource(Protocol):
 class DiskSource:
     """Chunks straight from the partition's file, in this process: no daemon needed."""
 
-    def __init__(
-        self, file: ChunkFile, manifest: Manifest, partition: Partition, *, verify: bool, counter: HopCounter
-    ) -> None:
-        self._file = file
-        self._manifest = manifest
+    def __init__(self, partition: RankPartition, file: ChunkFile, *, verify: bool, counter: HopCounter) -> None:
         self._partition = partition
+        self._file = file
         self._verify = verify
         self._counter = counter
 
     def read(self, chunk: int, buffer: memoryview) -> int:
         """See ``ChunkSource``."""
-        offset, nbytes = chunk_range(self._manifest, self._partition, chunk)
+        offset, nbytes = self._partition.chunk_range(chunk)
         start = time.perf_counter()
         try:
             tier = self._file.read_into(buffer, offset, nbytes)
         except OSError as error:
             problem = f"chunk {chunk} can't be read ({error.strerror})"
-            raise CheckpointUnreadable(self._file.path, problem, "mend the device, or remove and convert again") from None
+            raise CheckpointUnreadable(
+                self._file.path, problem, "mend the device, or remove and convert again"
+            ) from None
         read = time.perf_counter()
         self._counter.add("read_disk" if tier == "disk" else "read_cache", nbytes, read - start)
         if self._verify:
-            found = checksum(buffer[:nbytes])
+            self._partition.check_chunk(chunk, buffer[:nbytes])
             self._counter.add("verify", nbytes, time.perf_counter() - read)
-            if found != self._partition.chunks[chunk]:
-                raise corrupt_chunk(self._file.path, self._manifest, self._partition, chunk)
         return nbytes

@@ -99,7 +99,7 @@ class Catalog:
             checkpoint = self._repository.find(key)
             check_layout(checkpoint, key.layout)
             for partition in checkpoint.manifest.partitions:
-                checkpoint.open_partition(partition.rank).close()
+                checkpoint.partition(partition.rank).open().close()
             return Found(checkpoint, key)
         except CheckpointMissing as error:
             if not (self._repository.root / key.name).exists():

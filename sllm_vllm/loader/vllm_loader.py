@@ -14,6 +14,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
@@ -36,6 +37,7 @@ from sllm_vllm.loader.vllm_reload import reload_layers_once
 logger = init_logger(f"vllm.{__name__}")
 
 
+@register_model_loader("sllm")
 class SllmModelLoader(BaseModelLoader):
     """Loads from our checkpoint where there is one; else the stock way, writing one through.
 
@@ -70,7 +72,7 @@ class SllmModelLoader(BaseModelLoader):
             model = super().load_model(vllm_config, model_config, prefix)
         else:
             with _collecting_only_new_garbage():
-                model = self._load_checkpoint(self._found, vllm_config, model_config, prefix)
+                model = self._load_checkpoint(self._found, vllm_config, model_config, prefix=prefix)
         self.report.total_s = time.perf_counter() - start
         self._tell()
         return model
@@ -83,6 +85,7 @@ class SllmModelLoader(BaseModelLoader):
         """
         vllm_config = get_current_vllm_config()
         found = self._found or self._catalog.find(vllm_config, model_config)
+        self.report.rank = rank_position(vllm_config).rank
         if found.checkpoint is not None:
             with self._started(found.checkpoint, model):
                 return
@@ -101,10 +104,10 @@ class SllmModelLoader(BaseModelLoader):
             return self._stock.get_all_weights(model_config, model)
         logger.info("event=reload format=sllm checkpoint=%s", checkpoint.path)
         reload_layers_once(model)
-        return read_tensors(checkpoint, rank_position(vllm_config).rank, self.config)
+        return read_tensors(checkpoint.partition(rank_position(vllm_config).rank), self.config)
 
     def _load_checkpoint(
-        self, found: Found, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
+        self, found: Found, vllm_config: VllmConfig, model_config: ModelConfig, *, prefix: str
     ) -> nn.Module:
         assert found.checkpoint is not None
         start = time.perf_counter()
@@ -115,7 +118,7 @@ class SllmModelLoader(BaseModelLoader):
             self.report.construct_s = time.perf_counter() - start
             try:
                 with self._started(found.checkpoint, model) as load:
-                    self.report.process_s = process_while_loading(load, model, model_config, device)
+                    self.report.process_s = process_while_loading(load, model, model_config, device=device)
             except LayoutMismatch as error:  # raised before anything was filled
                 if found.is_model_itself:
                     raise
@@ -135,7 +138,7 @@ class SllmModelLoader(BaseModelLoader):
     def _started(self, checkpoint: Checkpoint, model: nn.Module) -> Iterator[RunningLoad]:
         self.report.outcome, self.report.checkpoint = "loaded", str(checkpoint.path)
         try:
-            with start_load(checkpoint, self.report.rank, model, self.config, self.report) as load:
+            with start_load(checkpoint.partition(self.report.rank), model, self.config, report=self.report) as load:
                 yield load
         except CheckpointCorrupt:
             self._catalog.set_aside(checkpoint)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +27,10 @@ LAYER_LOCAL_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
 def process_while_loading(
-    load: RunningLoad, model: nn.Module, model_config: ModelConfig, device: torch.device
+    load: RunningLoad, model: nn.Module, model_config: ModelConfig, *, device: torch.device
 ) -> float:
     """Post-process ``model`` while it is being loaded. Returns the seconds spent, waiting not counted."""
-    spent_s, processed = 0.0, []
+    spent_s, processed = 0.0, list[Any]()
     if device.type == "cpu" and not getattr(model_config, "word_embeddings_untied_by_checkpoint", False):
         for module, records in _steps(load, model):
             load.require(records)
@@ -46,7 +47,7 @@ def process_while_loading(
     return spent_s + time.perf_counter() - start
 
 
-def _steps(load: RunningLoad, model: nn.Module) -> list[tuple[nn.Module, set[int]]]:
+def _steps(load: RunningLoad, model: nn.Module) -> list[tuple[Any, set[int]]]:
     """Modules to process early, and the records each needs, in the order in which they become complete."""
     modules = [m for m in model.modules() if type(getattr(m, "quant_method", None)) in LAYER_LOCAL_METHODS]
     steps = [(module, load.targets.records_of(module)) for module in modules]
@@ -54,7 +55,7 @@ def _steps(load: RunningLoad, model: nn.Module) -> list[tuple[nn.Module, set[int
 
 
 @contextlib.contextmanager
-def _done_already(modules: list[nn.Module]) -> Iterator[None]:
+def _done_already(modules: list[Any]) -> Iterator[None]:
     """Keep vLLM's own loop from processing these modules twice; their methods stay in place and of their class."""
     methods = {id(module.quant_method): module.quant_method for module in modules}
     for method in methods.values():

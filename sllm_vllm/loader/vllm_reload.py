@@ -1,14 +1,15 @@
 """vLLM's ``reload_weights`` from our format.
 
 vLLM hands its model's ``load_weights`` an iterator of Hugging Face tensors. Ours are fused and sharded already, so they
-must not pass the model's own fusing and slicing. For one call, the model's ``load_weights`` is therefore replaced by one
-that fills the layers as they are, through vLLM's own layer-wise reloading: a layer is materialised, loaded,
+must not pass the model's own fusing and slicing. For one call, the model's ``load_weights`` is replaced by one that
+fills the layers as they are, through vLLM's own layer-wise reloading: a layer is materialised, loaded,
 post-processed and copied into place when its last tensor has come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,13 +34,13 @@ def _reload_layers(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]
     Returns:
         Names that were loaded.
     """
-    original: list[tuple[torch.Tensor, object]] = []
+    original: list[tuple[Any, object]] = []
     owners = {name: (layer, short) for name, layer, short in _owners(model)}
     loaded = set()
     try:
         for name, tensor in tensors:
             layer, short = owners[name]
-            live = getattr(layer, short)
+            live: Any = getattr(layer, short)
             original.append((live, getattr(live, "weight_loader", None)))
             live.weight_loader = default_weight_loader
             live.weight_loader = make_online_process_loader(layer, short)

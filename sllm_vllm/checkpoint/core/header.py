@@ -49,7 +49,9 @@ def check_header(raw: bytes, tensors: Sequence[TensorRecord], path: str) -> None
         CheckpointInvalid: it is malformed, or says anything else than the manifest.
     """
     if parse_header_length(raw, path) != len(raw):
-        raise CheckpointInvalid(path, "its safetensors header has another length than it says", "convert the model again")
+        raise CheckpointInvalid(
+            path, "its safetensors header has another length than it says", "convert the model again"
+        )
     found = parse_json(raw[LENGTH_NBYTES:], path, "safetensors header")
     found.pop("__metadata__", None)
     for tensor in tensors:

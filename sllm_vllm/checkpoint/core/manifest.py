@@ -17,8 +17,8 @@ from sllm_vllm.checkpoint.core.dtypes import DTYPE_CODES, ITEM_NBYTES_MAX
 from sllm_vllm.config import CHUNK_NBYTES_MAX, CHUNK_NBYTES_MIN, HEADER_NBYTES_MAX, MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import CheckpointInvalid
 
-FORMAT_NAME = "sllm-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_NAME: Literal["sllm-checkpoint"] = "sllm-checkpoint"
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 PARTITION_DIR = "partitions"
 DATA_ALIGNMENT = 4096
@@ -108,13 +108,17 @@ class Partition(_Record):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.path != partition_path(self.rank):
-            raise ValueError(f"path {self.path!r} is refused: partition {self.rank} lies at {partition_path(self.rank)!r}")
+            raise ValueError(
+                f"path {self.path!r} is refused: partition {self.rank} lies at {partition_path(self.rank)!r}"
+            )
         if self.header_nbytes % DATA_ALIGNMENT:
             raise ValueError(f"{self.path}: its data starts at {self.header_nbytes}, no multiple of {DATA_ALIGNMENT}")
         end, names = 0, set[str]()
         for tensor in self.tensors:
             if tensor.offset != end:
-                raise ValueError(f"{self.path}: tensor {tensor.name!r} starts at {tensor.offset}, the last ended at {end}")
+                raise ValueError(
+                    f"{self.path}: tensor {tensor.name!r} starts at {tensor.offset}, the last ended at {end}"
+                )
             end = tensor.end
             for name in (tensor.name, *tensor.aliases):
                 if name in names:
@@ -145,7 +149,9 @@ class Manifest(_Record):
             raise ValueError(f"partitions of ranks {ranks[:8]}, but the layout has {self.layout.num_partitions}")
         for partition in self.partitions:
             if len(partition.chunks) != num_chunks(partition.data_nbytes, self.chunk_nbytes):
-                raise ValueError(f"{partition.path}: {len(partition.chunks)} checksums do not fit {partition.nbytes} bytes")
+                raise ValueError(
+                    f"{partition.path}: {len(partition.chunks)} checksums do not fit {partition.nbytes} bytes"
+                )
         return self
 
     @property

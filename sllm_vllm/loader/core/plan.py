@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sllm_vllm.checkpoint.core.layout import tail_offset
-from sllm_vllm.checkpoint.core.manifest import Manifest, Partition, TensorRecord, num_chunks
+from sllm_vllm.checkpoint.core.manifest import Partition, TensorRecord, num_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,3 @@ class LoadPlan:
         if record.nbytes == 0:
             return range(0)
         return range(record.offset // self.chunk_nbytes, (record.end - 1) // self.chunk_nbytes + 1)
-
-
-def plan_load(manifest: Manifest, rank: int) -> LoadPlan:
-    """The plan for one rank's partition."""
-    return LoadPlan(manifest.partitions[rank], manifest.chunk_nbytes)
