@@ -70,6 +70,8 @@ class Size:
 SIZES = {
     # 5 MB as llama in bfloat16; heads of 64, which every CPU attention kernel takes.
     "tiny": Size(hidden=256, intermediate=512, num_layers=4, num_heads=4, num_kv_heads=2, vocab=512),
+    # 0.47 GB as llama in bfloat16.
+    "0.5GB": Size(hidden=2048, intermediate=4096, num_layers=6, num_heads=32, num_kv_heads=8, vocab=4096),
     # 1.21 GB as llama in bfloat16.
     "1.2GB": Size(hidden=2048, intermediate=4096, num_layers=16, num_heads=32, num_kv_heads=8, vocab=8192),
     # 2.02 GB as llama in bfloat16.

@@ -163,7 +163,8 @@ def join_model_parallel(config: "VllmConfig") -> None:
     rank, world_size = _rank_and_world_size()
     with set_current_vllm_config(config):
         init_distributed_environment(world_size, rank, local_rank=rank, backend="gloo")
-        ensure_model_parallel_initialized(world_size, 1)
+        parallel = config.parallel_config
+        ensure_model_parallel_initialized(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
 
 
 def run_ranks(function: Callable[P, R], world_size: int, *args: P.args, **kwargs: P.kwargs) -> list[R]:

@@ -84,10 +84,9 @@ class Catalog:
                 return candidate
         return None
 
-    def set_aside(self, checkpoint: Checkpoint) -> None:
-        """Take a checkpoint that turned out to be corrupt out of use, if it lies in the repository."""
-        if checkpoint.path.parent == self._repository.root:
-            self._try_set_aside(checkpoint.path.name)
+    def set_aside(self, checkpoint: Checkpoint) -> bool:
+        """Take a checkpoint that turned out to be corrupt out of use; False if it is not the repository's to move."""
+        return checkpoint.path.parent == self._repository.root and self._try_set_aside(checkpoint.path.name)
 
     def _own(self, model: Path, layout: Layout) -> Checkpoint:
         checkpoint = open_checkpoint(model)
@@ -116,6 +115,8 @@ class Catalog:
         try:
             logger.warning("event=checkpoint_set_aside path=%s", self._repository.set_aside(name))
         except WriteError as error:
+            if not (self._repository.root / name).exists():
+                return True  # another rank was faster
             logger.warning("event=checkpoint_not_set_aside reason=%s", error)
             return False
         return True

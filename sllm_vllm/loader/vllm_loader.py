@@ -140,9 +140,11 @@ class SllmModelLoader(BaseModelLoader):
         try:
             with start_load(checkpoint.partition(self.report.rank), model, self.config, report=self.report) as load:
                 yield load
-        except CheckpointCorrupt:
-            self._catalog.set_aside(checkpoint)
-            raise
+        except CheckpointCorrupt as error:
+            if not self._catalog.set_aside(checkpoint):
+                raise
+            mend = "it was set aside, the next start converts again"
+            raise CheckpointCorrupt(error.path, error.problem, mend, tensors=error.tensors) from None
 
     def _load_stock(self, key: CheckpointKey | None, model: nn.Module, model_config: ModelConfig) -> None:
         """Load the stock way, then write the module through; a failure to write never fails the start."""

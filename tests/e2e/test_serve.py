@@ -1,4 +1,4 @@
-"""`vllm serve --load-format sllm`, the real command: the same tokens as stock vLLM, and new weights in a live engine."""
+"""`vllm serve --load-format sllm`, the real command: stock vLLM's tokens, and new weights in a live engine."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float32")
 
 
-def fill_three_times(model: Path, store: Path) -> tuple[list[str], list[str]]:
+def fill_three_times(
+    model: Path, store: Path, engine_args: dict[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
     """Fill a module from stock, converting and from our checkpoint; returns the loader's outcomes and differing names."""
     import torch
 
     ours = Fill(model, load_format="sllm", extra_config={"store_dir": str(store), "verify": "always"})
+    ours = replace(ours, engine_args=engine_args or {})
     expected = tensors_after_load_weights(replace(ours, load_format="auto", extra_config={}))
     outcomes, differing = [], []
     for _ in range(2):
@@ -74,12 +77,21 @@ def test_one_rank(architecture: str, dtype: str, model_dir: ModelDir, tmp_path: 
     assert differing == []
 
 
-def fill_all(models: list[Path], store: Path) -> dict[str, tuple[list[str], list[str]]]:
+def fill_all(
+    models: list[Path], store: Path, engine_args: dict[str, Any] | None = None
+) -> dict[str, tuple[list[str], list[str]]]:
     """``fill_three_times`` for many models in one rank: a process takes long to start."""
-    return {model.name: fill_three_times(model, store / model.name) for model in models}
+    return {model.name: fill_three_times(model, store / model.name, engine_args) for model in models}
 
 
 def test_two_tensor_parallel_ranks(model_dir: ModelDir, tmp_path: Path) -> None:
     models = [model_dir(architecture, dtype=dtype) for architecture in ARCHITECTURES for dtype in DTYPES]
     for results in run_ranks(fill_all, 2, models, tmp_path):
+        assert results == {model.name: (["converted", "loaded"], []) for model in models}
+
+
+def test_two_pipeline_parallel_ranks(model_dir: ModelDir, tmp_path: Path) -> None:
+    models = [model_dir("llama"), model_dir("qwen3")]
+    sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}
+    for results in run_ranks(fill_all, 2, models, tmp_path, sizes):
         assert results == {model.name: (["converted", "loaded"], []) for model in models}

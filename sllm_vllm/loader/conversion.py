@@ -1,0 +1,282 @@
+"""Converting a model: starts one process a rank, watches them, and puts the result in place. Imports neither vLLM nor
+torch; ``convert.py`` is what the processes do.
+
+Ranks tell what they do over a pipe each. Whatever ends this process, they notice and end too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
+from sllm_vllm.checkpoint.fingerprint import has_weight_files
+from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
+from sllm_vllm.errors import ConfigError, SllmError
+from sllm_vllm.loader.model_files import copy_model_files, put_in_place, require_free, workplace
+
+Stage = Literal["read", "write"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRequest:
+    """What to convert, and for what; the same words as vLLM's. ``out`` None: into the store."""
+
+    model: str
+    store_dir: Path
+    out: Path | None = None
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    quantization: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chunk_nbytes: int = CHUNK_NBYTES_DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class RankJob:
+    """One rank's share. ``run_dir`` is the ranks' own and goes afterwards; ``root`` is where checkpoints are found and
+    written; ``model_files`` is where the files go that make the checkpoint a model (None: it stays in the store)."""
+
+    request: ConvertRequest
+    rank: int
+    run_dir: Path
+    root: Path
+    model_files: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageBegun:
+    """A rank began to read its source weights or to write its partition; ``nbytes`` of it, where that is known."""
+
+    rank: int
+    stage: Stage
+    nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class BytesDone:
+    """``nbytes`` more of the stage are done."""
+
+    rank: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankDone:
+    """A rank's partition is there. ``found``: the whole checkpoint was; ``kept``: an earlier conversion had written
+    this partition; ``written``: now. ``dtype``: what vLLM must be told to load it, if not ``auto``."""
+
+    rank: int
+    checkpoint: Path
+    outcome: Literal["found", "kept", "written"]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed:
+    """Why a rank gave up, on one line; ``is_known`` if it says all there is to say."""
+
+    rank: int
+    reason: str
+    is_known: bool
+
+
+Event = StageBegun | BytesDone | RankDone | RankFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A published checkpoint. ``outcomes``: each rank's, in order; ``dtype``: see ``RankDone``."""
+
+    checkpoint: Path
+    outcomes: tuple[str, ...]
+    dtype: str | None
+
+    @property
+    def was_found(self) -> bool:
+        """Whether it was converted before."""
+        return "found" in self.outcomes
+
+
+def convert_model(request: ConvertRequest, on_event: Callable[[Event], None] = lambda event: None) -> Converted:
+    """Convert a model; goes on where an earlier conversion stopped.
+
+    Raises:
+        ConfigError: there is nothing to convert. SllmError: it failed; a line that says why.
+    """
+    _require_source(request.model)
+    if request.out is None:
+        return _run_ranks(request, request.store_dir, None, on_event=on_event)
+    target = request.out.expanduser().absolute()
+    if not (target / MANIFEST_NAME).exists():
+        require_free(target)
+    with workplace(target, "converting") as root:
+        model_files = root / ".model"
+        converted = _run_ranks(request, root, model_files, on_event=on_event)
+        if not converted.was_found or converted.checkpoint != target:
+            copy_model_files(model_files, converted.checkpoint)
+            put_in_place(converted.checkpoint, target)
+    return Converted(target, converted.outcomes, converted.dtype)
+
+
+def _require_source(model: str) -> None:
+    path = Path(model)
+    if not path.is_dir():
+        if model.startswith(("/", ".", "~")):
+            raise ConfigError(f"{model}: there is no such directory; give a model's directory or its name on the Hub")
+    elif (path / MANIFEST_NAME).exists() and not has_weight_files(path):
+        raise ConfigError(f"{model}: it is a checkpoint already; give the model it was made from")
+
+
+def _run_ranks(
+    request: ConvertRequest, root: Path, model_files: Path | None, *, on_event: Callable[[Event], None]
+) -> Converted:
+    run_dir = Path(tempfile.mkdtemp(prefix="sllm-convert-"))
+    jobs = [RankJob(request, rank, run_dir, root, model_files) for rank in range(request.tensor_parallel_size)]
+    keeps_logs = False
+    try:
+        with _started(jobs) as running:
+            done = _watch(running, on_event)
+    except _RanksFailed as failure:
+        keeps_logs = not failure.is_known
+        story = f"; the whole story: {log_path(jobs[failure.rank])}" if keeps_logs else ""
+        raise SllmError(f"{failure.reason}{story}") from None
+    finally:
+        if not keeps_logs:
+            shutil.rmtree(run_dir, ignore_errors=True)
+    ranks = sorted(done, key=lambda rank: rank.rank)
+    return Converted(ranks[0].checkpoint, tuple(rank.outcome for rank in ranks), ranks[0].dtype)
+
+
+def log_path(job: RankJob) -> Path:
+    """What a rank's process, and vLLM in it, printed."""
+    return job.run_dir / f"rank-{job.rank}.log"
+
+
+@dataclass(slots=True)
+class _Running:
+    rank: int
+    process: multiprocessing.process.BaseProcess
+    events: Connection
+
+
+class _RanksFailed(Exception):
+    def __init__(self, failed: RankFailed) -> None:
+        self.rank, self.reason, self.is_known = failed.rank, failed.reason, failed.is_known
+        super().__init__(failed.reason)
+
+
+@contextlib.contextmanager
+def _started(jobs: list[RankJob]) -> Iterator[list[_Running]]:
+    """The ranks' processes; none outlives the block."""
+    context = multiprocessing.get_context("spawn")
+    running: list[_Running] = []
+    try:
+        for job in jobs:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_run_rank, args=(job, theirs), name=f"rank-{job.rank}", daemon=True)
+            process.start()
+            theirs.close()
+            running.append(_Running(job.rank, process, ours))
+        yield running
+    finally:
+        for rank in running:
+            rank.process.kill()
+            rank.process.join()
+            rank.events.close()
+
+
+def _watch(running: list[_Running], on_event: Callable[[Event], None]) -> list[RankDone]:
+    """Pass on what the ranks tell until all are done.
+
+    Raises:
+        _RanksFailed: one of them failed.
+    """
+    waiting, done = {rank.events: rank for rank in running}, list[RankDone]()
+    while waiting:
+        for events in multiprocessing.connection.wait(list(waiting)):
+            assert isinstance(events, Connection)
+            rank = waiting[events]
+            event = _receive(rank)
+            if isinstance(event, RankFailed):
+                raise _RanksFailed(_cause(event, running))
+            if event is None:
+                del waiting[events]
+            elif isinstance(event, RankDone):
+                done.append(event)
+            on_event(event) if event is not None else None
+    return done
+
+
+def _receive(rank: _Running) -> Event | None:
+    """The rank's next event; None when it ended well."""
+    try:
+        event: Event = rank.events.recv()
+    except (EOFError, OSError):
+        rank.process.join()
+        return RankFailed(rank.rank, _death(rank), is_known=False) if rank.process.exitcode else None
+    return event
+
+
+def _cause(failed: RankFailed, running: list[_Running]) -> RankFailed:
+    """The failure to tell of: a rank that was killed makes the others fail, too."""
+    for rank in running:
+        if rank.process.exitcode is not None and rank.process.exitcode < 0:
+            return RankFailed(rank.rank, _death(rank), is_known=False)
+    return failed
+
+
+def _death(rank: _Running) -> str:
+    code = rank.process.exitcode or 0
+    if code >= 0:
+        return f"rank {rank.rank} ended with code {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"rank {rank.rank} was killed by {signal.Signals(-code).name}{hint}"
+
+
+def _run_rank(job: RankJob, events: Connection) -> None:
+    """Body of a rank's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
+    threading.Thread(target=_end_with_parent, name="sllm-lifeline", daemon=True).start()
+    _print_to(log_path(job))
+    tempfile.tempdir = str(job.run_dir)  # vLLM leaves sockets there
+    try:
+        from sllm_vllm.loader.convert import convert_rank
+
+        convert_rank(job, events.send)
+    except SllmError as error:
+        events.send(RankFailed(job.rank, str(error), is_known=True))
+        raise
+    except BaseException as error:
+        text = " ".join(str(error).split())[:300]
+        reason = f"{job.request.model}: rank {job.rank} failed: {type(error).__name__}: {text}"
+        events.send(RankFailed(job.rank, reason, is_known=False))
+        raise
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _print_to(path: Path) -> None:
+    """Send everything this process prints, in any language, to a file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)

@@ -1,0 +1,255 @@
+"""What one rank of a conversion does: vLLM builds its module on the host and fills it from the source weights, as at
+any start; then it goes to disk. No engine, no KV cache, no device. Called by ``conversion.py`` in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
+from sllm_vllm.checkpoint.fingerprint import WEIGHT_SUFFIXES
+from sllm_vllm.checkpoint.reader import open_checkpoint
+from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository, Staging
+from sllm_vllm.checkpoint.writer import write_partition
+from sllm_vllm.errors import CheckpointError, CheckpointUnreadable, WriteError
+from sllm_vllm.loader.conversion import BytesDone, ConvertRequest, Event, RankDone, RankJob, StageBegun
+from sllm_vllm.loader.model_files import adapt_config, copy_model_files, is_free
+from sllm_vllm.loader.module_state import TransientBuffers, dtype_name, named_state, storable_tensors
+from sllm_vllm.loader.tensorizer_file import TENSORIZER_NAME, read_tensorizer
+from sllm_vllm.loader.vllm_layout import layout_of, source_of
+from sllm_vllm.units import MIB
+
+_TOLD_NBYTES = 4 * MIB
+_STOCK_SUFFIXES = (".safetensors", ".bin", ".pt")
+_NO_COMMUNICATOR = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
+
+Tell = Callable[[Event], None]
+
+
+def convert_rank(job: RankJob, tell: Tell) -> None:
+    """Convert one rank; every rank of the group has to call it.
+
+    Raises:
+        SllmError: why this model can't be converted.
+    """
+    source = _engine_config(job.request, job.request.model, job)
+    _join_ranks(job, source)
+    target = source if job.model_files is None else _config_of_files(job, job.model_files, source)
+    key = CheckpointKey(source_of(source.model_config), layout_of(target, target.model_config))
+    dtype = _dtype_to_tell(job.request, source.model_config, target.model_config)
+    found = _from_first_rank(lambda: _find(job, key), job.rank)
+    if found is None:
+        staging = CheckpointRepository(job.root).stage(key, job.request.chunk_nbytes)
+        was_needed = _write_rank(job, staging, (source, target), tell=tell)
+        staging.publish()
+        torch.distributed.barrier()
+        tell(RankDone(job.rank, staging.target, "written" if was_needed else "kept", dtype))
+    else:
+        tell(RankDone(job.rank, found, "found", dtype))
+    torch.distributed.barrier()  # a rank that leaves early would fail the others' last collective
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+def _engine_config(request: ConvertRequest, model: str, job: RankJob, *, dtype: str | None = None) -> VllmConfig:
+    """What ``vllm serve`` would make of the same arguments, in all that decides what a parameter holds."""
+    arguments = EngineArgs(
+        model=model,
+        load_format="auto",
+        dtype=dtype or request.dtype,
+        quantization=request.quantization,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+        tensor_parallel_size=request.tensor_parallel_size,
+        enforce_eager=True,
+        use_tqdm_on_load=False,
+    )
+    config = arguments.create_engine_config()
+    config.parallel_config.rank = job.rank
+    return config
+
+
+def _join_ranks(job: RankJob, config: VllmConfig) -> None:
+    """Make the process groups by which vLLM knows rank and size. Nothing is ever sent but by us, over gloo."""
+    world_size = job.request.tensor_parallel_size
+    resolve_obj_by_qualname(config.parallel_config.worker_cls)  # importing it applies the platform's own patches
+    # Groups without a communicator of their device: weights are loaded without one, and there may be no device.
+    current_platform.get_device_communicator_cls = lambda: _NO_COMMUNICATOR
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{job.run_dir / 'ranks'}", rank=job.rank, world_size=world_size
+    )
+    with set_current_vllm_config(config):
+        init_distributed_environment(world_size, job.rank, local_rank=job.rank, backend="gloo")
+        ensure_model_parallel_initialized(world_size, 1)
+
+
+def _config_of_files(job: RankJob, model_files: Path, source: VllmConfig) -> VllmConfig:
+    """The configuration of the model directory that is being made: what it will be loaded with, later."""
+
+    def write() -> None:
+        config = source.model_config
+        model = Path(config.model)
+        if not model.is_dir():
+            ignored = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
+            model = Path(snapshot_download(config.model, revision=config.revision, ignore_patterns=ignored))
+        copy_model_files(model, model_files)
+        is_untied = bool(getattr(config, "word_embeddings_untied_by_checkpoint", False))
+        adapt_config(model_files, dtype=dtype_name(config.dtype), is_untied=is_untied)
+
+    _from_first_rank(write, job.rank)
+    target = _engine_config(job.request, str(model_files), job, dtype="auto")
+    if target.model_config.dtype != source.model_config.dtype:
+        target = _engine_config(job.request, str(model_files), job, dtype=dtype_name(source.model_config.dtype))
+    return target
+
+
+def _dtype_to_tell(request: ConvertRequest, source: ModelConfig, target: ModelConfig) -> str | None:
+    """The ``--dtype`` without which vLLM would not load what is converted here."""
+    if source is target:
+        return None if request.dtype == "auto" else request.dtype
+    needed = dtype_name(target.dtype)
+    return needed if str(getattr(target.hf_config, "dtype", None)).removeprefix("torch.") != needed else None
+
+
+def _from_first_rank(function: Callable[[], Any], rank: int) -> Any:
+    """Call ``function`` in rank 0 alone and hand its result to every rank."""
+    box = [function() if rank == 0 else None]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _find(job: RankJob, key: CheckpointKey) -> Path | None:
+    """The checkpoint of ``key``, if it is there already; one that can't be used is moved out of the way.
+
+    Raises:
+        WriteError: something else is where it should go.
+    """
+    out = job.request.out
+    if out is not None and not is_free(out):
+        found = open_checkpoint(out).manifest
+        if found.layout == key.layout and _weights_of(found.source) == _weights_of(key.source):
+            return out.absolute()
+        problem = "it holds another model, or one for another configuration"
+        raise WriteError(out, problem, "give a new or an empty directory")
+    repository = CheckpointRepository(job.root)
+    try:
+        checkpoint = repository.find(key)
+        for partition in checkpoint.manifest.partitions:
+            checkpoint.partition(partition.rank).open().close()
+    except CheckpointUnreadable:
+        raise
+    except CheckpointError:
+        if (job.root / key.name / MANIFEST_NAME).exists():
+            repository.set_aside(key.name)
+        return None
+    return checkpoint.path
+
+
+def _weights_of(source: Any) -> tuple[str | None, str]:
+    return source.revision, source.fingerprint
+
+
+def _write_rank(job: RankJob, staging: Staging, configs: tuple[VllmConfig, VllmConfig], *, tell: Tell) -> bool:
+    """Load and write this rank's partition, unless that was done before. Returns whether it was needed."""
+    with staging.writer(job.rank) as needed:
+        if needed:
+            state = _load_rank(job, *configs, tell=tell)
+            tensors = storable_tensors(state, job.request.model)
+            tell(StageBegun(job.rank, "write", sum(tensor.spec.nbytes for tensor in tensors)))
+            progress = _Progress(job.rank, tell)
+            written = write_partition(
+                staging.path, job.rank, tensors, chunk_nbytes=staging.chunk_nbytes, on_progress=progress.add
+            )
+            progress.flush()
+            staging.commit(written)
+    return needed
+
+
+def _load_rank(job: RankJob, source: VllmConfig, target: VllmConfig, *, tell: Tell) -> dict[str, torch.Tensor]:
+    """The tensors of this rank's module between ``load_weights`` and any post-processing."""
+    with set_default_torch_dtype(target.model_config.dtype), torch.device("cpu"):
+        module = initialize_model(vllm_config=target, model_config=target.model_config)
+    transient = TransientBuffers(module)
+    progress = _Progress(job.rank, tell)
+    tell(StageBegun(job.rank, "read", _source_nbytes(Path(source.model_config.model))))
+    with set_current_vllm_config(target):
+        _SourceLoader(source.load_config, progress.add).load_weights(module, source.model_config)
+    progress.flush()
+    return {**named_state(module), **transient.changed()}
+
+
+class _SourceLoader(DefaultModelLoader):
+    """vLLM's own loader, which also takes a tensorizer file and counts what it reads."""
+
+    def __init__(self, load_config: LoadConfig, on_read: Callable[[int], None]) -> None:
+        super().__init__(load_config)
+        self._on_read = on_read
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors by their Hugging Face names."""
+        directory = Path(model_config.model)
+        if _tells_tensorizer(directory):
+            weights = read_tensorizer(directory / TENSORIZER_NAME)
+        else:
+            weights = super().get_all_weights(model_config, model)
+        for name, tensor in weights:
+            self._on_read(tensor.nbytes)
+            yield name, tensor
+
+
+def _tells_tensorizer(directory: Path) -> bool:
+    """Whether a model directory has a tensorizer file and nothing that the stock loader could read."""
+    if not (directory / TENSORIZER_NAME).is_file():
+        return False
+    return not any(path.name.endswith(_STOCK_SUFFIXES) for path in directory.iterdir())
+
+
+def _source_nbytes(directory: Path) -> int | None:
+    """Bytes of the files that will be read, where they are known."""
+    if not directory.is_dir():
+        return None
+    for suffix in (*_STOCK_SUFFIXES, ".tensors"):
+        if found := [path.stat().st_size for path in directory.iterdir() if path.name.endswith(suffix)]:
+            return sum(found)
+    return None
+
+
+class _Progress:
+    """Tells of bytes, but not of each few."""
+
+    def __init__(self, rank: int, tell: Tell) -> None:
+        self._rank = rank
+        self._tell = tell
+        self._nbytes = 0
+
+    def add(self, nbytes: int) -> None:
+        """Count; tell once it is worth it."""
+        self._nbytes += nbytes
+        if self._nbytes >= _TOLD_NBYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tell what is left to tell."""
+        if self._nbytes:
+            self._tell(BytesDone(self._rank, self._nbytes))
+        self._nbytes = 0

@@ -1,0 +1,135 @@
+"""Model directories: the files that go with the weights, and how a whole directory comes into its place at once.
+
+Needs the standard library alone. Conversion (``--out``) and export make a directory beside its place, under a hidden
+name, and rename it when it is complete: whoever looks finds nothing or all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, PARTITION_DIR
+from sllm_vllm.checkpoint.fingerprint import INDEX_SUFFIX, WEIGHT_SUFFIXES
+from sllm_vllm.checkpoint.writer import sync_directory, write_errors, write_file_durably
+from sllm_vllm.errors import ConfigError, WriteError, WriterBusy
+
+CONFIG_NAME = "config.json"
+_NOT_COPIED = (*WEIGHT_SUFFIXES, INDEX_SUFFIX, ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot")
+"""Endings of files that hold weights, for any framework, or name such files."""
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy everything but weights: configuration, tokenizer, code. Links are followed, hidden files left out.
+
+    Raises:
+        WriteError: ``source`` can't be read or ``target`` not be written.
+    """
+    with write_errors(target):
+        for directory, subdirectories, names in os.walk(source):
+            subdirectories[:] = [name for name in subdirectories if not name.startswith(".") and name != PARTITION_DIR]
+            copied = [name for name in names if not name.startswith(".") and not name.endswith(_NOT_COPIED)]
+            place = target / Path(directory).relative_to(source)
+            place.mkdir(parents=True, exist_ok=True)
+            for name in copied:
+                if name != MANIFEST_NAME:
+                    write_file_durably(place / name, (Path(directory) / name).read_bytes())
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's ``config.json``.
+
+    Raises:
+        ConfigError: it is missing or no JSON object.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: it can't be read ({error.strerror}); give a model's directory") from None
+    except ValueError:
+        raise ConfigError(f"{path}: it is no JSON; mend it") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: it is no JSON object; mend it")
+    return config
+
+
+def adapt_config(directory: Path, *, dtype: str, is_untied: bool) -> None:
+    """Let a copied ``config.json`` say what the weights are: their dtype and, if so, that ``lm_head`` is one of them.
+
+    Without the source's weight files beside it, vLLM could not find out either by itself. No file, nothing to do.
+    """
+    path = directory / CONFIG_NAME
+    if not path.exists():
+        return
+    config = read_config(directory)
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+        config[key] = dtype
+    if is_untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    write_file_durably(path, json.dumps(config, indent=2).encode() + b"\n")
+
+
+def is_free(target: Path) -> bool:
+    """Whether a directory may be made at ``target``: there is nothing, or an empty directory.
+
+    Raises:
+        WriteError: it can't be looked into.
+    """
+    with write_errors(target):
+        return not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not os.listdir(target))
+
+
+def require_free(target: Path) -> None:
+    """Refuse to overwrite anything.
+
+    Raises:
+        WriteError: there is something at ``target``.
+    """
+    if not is_free(target):
+        raise WriteError(target, "it exists and is not empty", "give a new or an empty directory")
+
+
+@contextlib.contextmanager
+def workplace(target: Path, purpose: str) -> Iterator[Path]:
+    """Hold the right to make ``target``; yields the directory beside it to work in, removed when the work succeeds.
+
+    After a failure it stays, so that the next attempt can go on there.
+
+    Raises:
+        WriterBusy: another process works there. WriteError: the directory refuses.
+    """
+    root = target.parent / f".{target.name}.{purpose}"
+    with write_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        fd = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WriterBusy(target, "another process is making it", "wait for it") from None
+        yield root
+        shutil.rmtree(root, ignore_errors=True)
+    finally:
+        os.close(fd)
+
+
+def put_in_place(directory: Path, target: Path) -> None:
+    """Rename a finished directory, whose files are durable, to ``target``, which is free.
+
+    Raises:
+        WriteError: the file system refuses, or ``target`` is no longer free.
+    """
+    with write_errors(target):
+        for place, _, _ in os.walk(directory):
+            sync_directory(Path(place))
+        os.rename(directory, target)
+        sync_directory(target.parent)

@@ -1,0 +1,131 @@
+"""`CudaSink` puts every byte in its place. On a GPU for real; elsewhere its bookkeeping, on host memory without CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sllm_vllm.checkpoint.repository import CheckpointRepository
+from sllm_vllm.config import LoaderConfig
+from sllm_vllm.loader import load
+from sllm_vllm.loader.core.plan import LoadPlan
+from sllm_vllm.loader.cuda_sink import CudaSink
+from sllm_vllm.loader.load import load_module
+from sllm_vllm.loader.module_state import match_module
+from sllm_vllm.loader.report import HopCounter
+from tests.loader.test_module_state import Tied, assert_equal, stored
+
+
+class HostEvent:
+    """An event of a device whose work is done at once."""
+
+    def record(self, stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class HostStream(HostEvent):
+    """Its stream."""
+
+    def __init__(self, device: object = None) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a ``CudaSink`` run on host memory: streams do nothing, and memory is not page-locked."""
+    real_empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Stream", HostStream)
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", HostStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return real_empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+    def sink_for(plan: LoadPlan, targets: Any, counter: HopCounter) -> CudaSink:
+        return CudaSink(plan, targets.targets, torch.device("cpu"), num_slots=2, counter=counter)
+
+    monkeypatch.setattr(load, "_sink_for", sink_for)
+
+
+def fill(target: nn.Module, store: Path, chunk_nbytes: int) -> dict[str, int]:
+    """Fill ``target`` from a stored ``Tied(1)``; returns the bytes of each hop."""
+    checkpoint = CheckpointRepository(store).find(stored(Tied(1), store, chunk_nbytes))
+    config = LoaderConfig.from_extra_config({"store_dir": store, "verify": "always"})
+    report = load_module(checkpoint.partition(0), target, config)
+    return {name: hop.nbytes for name, hop in report.hops.items()}
+
+
+@pytest.mark.parametrize("chunk_nbytes", [4096, 1 << 20])
+@pytest.mark.usefixtures("without_cuda")
+def test_bytes_arrive_in_place_and_parameters_keep_their_memory(tmp_path: Path, chunk_nbytes: int) -> None:
+    target = Tied(2)
+    addresses = [parameter.data_ptr() for parameter in target.parameters()]
+    hops = fill(target, tmp_path, chunk_nbytes)
+    assert_equal(Tied(1), target)
+    assert [parameter.data_ptr() for parameter in target.parameters()] == addresses
+    assert hops["copy"] == hops["verify"]
+
+
+@pytest.fixture
+def sink(tmp_path: Path, without_cuda: None) -> Iterator[CudaSink]:
+    checkpoint = CheckpointRepository(tmp_path).find(stored(Tied(1), tmp_path))
+    record = checkpoint.manifest.partitions[0]
+    targets = match_module(Tied(2), record.tensors, "path").targets
+    yield CudaSink(LoadPlan(record, 4096), targets, torch.device("cpu"), num_slots=1, counter=HopCounter())
+
+
+def test_buffers_are_page_aligned_and_as_large_as_a_chunk(sink: CudaSink) -> None:
+    buffer = sink.buffer(0)
+    assert torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 4096 == 0
+    assert len(buffer) == 4096
+
+
+def test_a_reader_that_waits_for_a_buffer_is_woken_by_stop(sink: CudaSink) -> None:
+    sink.buffer(0)
+    woken = threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(InterruptedError):
+            sink.buffer(1)
+        woken.set()
+
+    reader = threading.Thread(target=wait)
+    reader.start()
+    sink.stop()
+    reader.join(30)
+    assert woken.is_set()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("chunk_nbytes", [4096, 1 << 20])
+def test_on_a_gpu_bytes_arrive_in_place(tmp_path: Path, chunk_nbytes: int) -> None:
+    target = Tied(2).cuda()
+    addresses = [parameter.data_ptr() for parameter in target.parameters()]
+    fill(target, tmp_path, chunk_nbytes)
+    assert [parameter.data_ptr() for parameter in target.parameters()] == addresses
+    assert_equal(Tied(1), target.cpu())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_offloaded_parameters_are_filled_too(tmp_path: Path) -> None:
+    target = Tied(2).cuda()
+    target.body.cpu()
+    fill(target, tmp_path, 4096)
+    assert_equal(Tied(1), target.cpu())
