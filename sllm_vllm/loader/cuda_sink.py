@@ -76,7 +76,7 @@ class CudaSink:
                     target[copy.tensor_offset : copy.tensor_offset + copy.nbytes].copy_(piece, non_blocking=True)
             slot.copied.record(self._stream)
         self._free.put(slot)
-        self._counter.add("copy", nbytes, time.perf_counter() - start)
+        self._counter.add("copy", nbytes, start_s=start, end_s=time.perf_counter())
 
     def attach(self, tensor: int) -> None:
         """See ``ChunkSink``: nothing can be used before ``finish``."""

@@ -14,6 +14,7 @@ from sllm_vllm.checkpoint.repository import VerifiedMarks
 from sllm_vllm.config import LoaderConfig
 from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.loader.cuda_sink import CudaSink
+from sllm_vllm.loader.limits import read_limits
 from sllm_vllm.loader.module_state import ModuleTargets, match_module
 from sllm_vllm.loader.pipeline import ChunkPipeline
 from sllm_vllm.loader.report import HopCounter, LoadReport
@@ -72,7 +73,7 @@ def start_load(
         LayoutMismatch: before anything is touched, if the partition is not for this module.
         CheckpointError: it can't be read.
     """
-    counter, start = HopCounter(), time.perf_counter()
+    counter, start = HopCounter(read_limits(config.store_dir)), time.perf_counter()
     targets = match_module(module, partition.record.tensors, str(partition.path))
     plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
     with partition.open() as file:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from sllm_vllm.units import format_bps
 
-HopName = Literal["read_disk", "read_cache", "verify", "copy", "process"]
+HopName = Literal["read_disk", "read_cache", "verify", "copy"]
 
 
 class Hop(BaseModel):
-    """One stage of the pipeline. ``busy_s`` is summed over its threads, so it may exceed the wall time."""
+    """One stage of the pipeline. ``busy_s`` is summed over its threads, so it may exceed ``span_s``."""
 
     model_config = ConfigDict(extra="forbid")
 
     nbytes: int = 0
     busy_s: float = 0.0
+    span_s: float = 0.0
+    """From the first byte's start to the last one's end; pauses count, as when the next hop is slower."""
     limit_bps: float | None = None
-    """What this hop can do alone on this machine, where that was measured."""
+    """What this hop can do alone on this machine, where `sllm-vllm calibrate` has measured it."""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def bps(self) -> float | None:
-        """Bytes a second of one thread while it was busy; None before anything passed."""
-        return self.nbytes / self.busy_s if self.busy_s > 0 else None
+    def share_of_limit(self) -> float | None:
+        """Bytes a second over the span, as a share of the limit; None where no limit was measured."""
+        if not self.limit_bps or self.span_s <= 0:
+            return None
+        return self.nbytes / self.span_s / self.limit_bps
 
 
 class LoadReport(BaseModel):
@@ -53,7 +59,7 @@ class LoadReport(BaseModel):
     def line(self) -> str:
         """Fields for one log line."""
         bps = self.nbytes / self.weights_s if self.weights_s > 0 else None
-        hops = " ".join(f"{name}={hop.nbytes}B/{hop.busy_s:.3f}s" for name, hop in self.hops.items() if hop.nbytes)
+        hops = " ".join(_hop_field(name, hop) for name, hop in self.hops.items() if hop.nbytes)
         return (
             f"outcome={self.outcome} rank={self.rank} bytes={self.nbytes} rate={format_bps(bps)} "
             f"total_s={self.total_s:.3f} construct_s={self.construct_s:.3f} weights_s={self.weights_s:.3f} "
@@ -71,16 +77,29 @@ class LoadReport(BaseModel):
         return file
 
 
-class HopCounter:
-    """Adds up what the hops did; called from every thread of a pipeline."""
+def _hop_field(name: str, hop: Hop) -> str:
+    share = "" if hop.share_of_limit is None else f"/{hop.share_of_limit:.0%}"
+    return f"{name}={hop.nbytes}B/{hop.busy_s:.3f}s{share}"
 
-    def __init__(self) -> None:
+
+class HopCounter:
+    """Adds up what the hops did; called from every thread of a pipeline.
+
+    Args:
+        limits: bytes a second that a hop can do alone, where that is known.
+    """
+
+    def __init__(self, limits: Mapping[HopName, float] | None = None) -> None:
         self._lock = threading.Lock()
+        self._limits = limits or {}
+        self._first_s: dict[HopName, float] = {}
         self.hops: dict[HopName, Hop] = {}
 
-    def add(self, name: HopName, nbytes: int, busy_s: float) -> None:
-        """Count one step of a hop."""
+    def add(self, name: HopName, nbytes: int, *, start_s: float, end_s: float) -> None:
+        """Count one step of a hop; times are ``time.perf_counter``'s."""
         with self._lock:
-            hop = self.hops.setdefault(name, Hop())
+            hop = self.hops.setdefault(name, Hop(limit_bps=self._limits.get(name)))
             hop.nbytes += nbytes
-            hop.busy_s += busy_s
+            hop.busy_s += end_s - start_s
+            first_s = self._first_s.setdefault(name, start_s)
+            hop.span_s = max(hop.span_s, end_s - first_s)

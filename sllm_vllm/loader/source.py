@@ -45,8 +45,8 @@ class DiskSource:
                 self._file.path, problem, "mend the device, or remove and convert again"
             ) from None
         read = time.perf_counter()
-        self._counter.add("read_disk" if tier == "disk" else "read_cache", nbytes, read - start)
+        self._counter.add("read_disk" if tier == "disk" else "read_cache", nbytes, start_s=start, end_s=read)
         if self._verify:
             self._partition.check_chunk(chunk, buffer[:nbytes])
-            self._counter.add("verify", nbytes, time.perf_counter() - read)
+            self._counter.add("verify", nbytes, start_s=read, end_s=time.perf_counter())
         return nbytes

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float32")
 
 
-def fill_three_times(
-    model: Path, store: Path, engine_args: dict[str, Any] | None = None
-) -> tuple[list[str], list[str]]:
-    """Fill a module from stock, converting and from our checkpoint; returns the loader's outcomes and differing names."""
+Result = tuple[list[str], list[str]]
+"""The loader's outcomes, and the names of tensors that differ from stock."""
+
+
+def fill_three_times(model: Path, store: Path, engine_args: dict[str, Any] | None = None) -> Result:
+    """Fill a module from stock, converting, and from our checkpoint."""
     import torch
 
     ours = Fill(model, load_format="sllm", extra_config={"store_dir": str(store), "verify": "always"})
@@ -77,9 +79,7 @@ def test_one_rank(architecture: str, dtype: str, model_dir: ModelDir, tmp_path: 
     assert differing == []
 
 
-def fill_all(
-    models: list[Path], store: Path, engine_args: dict[str, Any] | None = None
-) -> dict[str, tuple[list[str], list[str]]]:
+def fill_all(models: list[Path], store: Path, engine_args: dict[str, Any] | None = None) -> dict[str, Result]:
     """``fill_three_times`` for many models in one rank: a process takes long to start."""
     return {model.name: fill_three_times(model, store / model.name, engine_args) for model in models}
 

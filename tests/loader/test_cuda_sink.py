@@ -1,10 +1,9 @@
-"""`CudaSink` puts every byte in its place. On a GPU for real; elsewhere its bookkeeping, on host memory without CUDA."""
+"""`CudaSink` puts every byte in its place: on a GPU for real, elsewhere its bookkeeping on host memory."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,11 @@ def test_bytes_arrive_in_place_and_parameters_keep_their_memory(tmp_path: Path, 
 
 
 @pytest.fixture
-def sink(tmp_path: Path, without_cuda: None) -> Iterator[CudaSink]:
+def sink(tmp_path: Path, without_cuda: None) -> CudaSink:
     checkpoint = CheckpointRepository(tmp_path).find(stored(Tied(1), tmp_path))
     record = checkpoint.manifest.partitions[0]
     targets = match_module(Tied(2), record.tensors, "path").targets
-    yield CudaSink(LoadPlan(record, 4096), targets, torch.device("cpu"), num_slots=1, counter=HopCounter())
+    return CudaSink(LoadPlan(record, 4096), targets, torch.device("cpu"), num_slots=1, counter=HopCounter())
 
 
 def test_buffers_are_page_aligned_and_as_large_as_a_chunk(sink: CudaSink) -> None:

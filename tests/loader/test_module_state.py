@@ -22,6 +22,9 @@ from sllm_vllm.loader.save import save_state
 class Tied(nn.Module):
     """Embedding and head share a parameter; a buffer is stored, another is not; one weight is transposed."""
 
+    scale: torch.Tensor
+    cache: torch.Tensor
+
     def __init__(self, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +75,7 @@ def test_a_module_comes_back_bit_for_bit(tmp_path: Path, chunk_nbytes: int) -> N
 def test_tied_parameters_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     source, target = Tied(1), Tied(2)
     tensors = storable_tensors(named_state(source), "model")
-    assert [(t.spec.name, t.spec.aliases) for t in tensors][0] == ("turned", ())
+    assert next((t.spec.name, t.spec.aliases) for t in tensors) == ("turned", ())
     assert ("embed.weight", ("head.weight",)) in [(t.spec.name, t.spec.aliases) for t in tensors]
     loaded(target, tmp_path, stored(source, tmp_path))
     assert target.head.weight is target.embed.weight
@@ -88,7 +91,7 @@ def test_views_of_one_storage_stay_views_of_one_storage(tmp_path: Path) -> None:
     source, target = shared(1.0), shared(2.0)
     loaded(target, tmp_path, stored(source, tmp_path))
     assert_equal(source, target)
-    assert target.whole.data_ptr() == target.upper.data_ptr()  # type: ignore[union-attr, operator]
+    assert target.get_parameter("whole").data_ptr() == target.get_buffer("upper").data_ptr()
 
 
 def test_large_contiguous_parameters_are_rebound_not_copied(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, 
 
     source, target = holding(raw), holding(torch.zeros_like(raw))
     loaded(target, tmp_path, stored(source, tmp_path))
-    assert torch.equal(target.value.reshape(-1).view(torch.uint8), raw)  # type: ignore[union-attr, operator]
+    assert torch.equal(target.get_buffer("value").reshape(-1).view(torch.uint8), raw)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, 
         (lambda m: delattr(m, "turned"), "'turned' is not in this model"),
         (
             lambda m: setattr(m, "body", nn.Linear(32, 31)),
-            r"is float32 \[32, 32\], this model needs float32 \[31, 32\]",
+            r"is float32 \[32, 32\], .* needs float32 \[31, 32\]",
         ),
         (lambda m: m.body.half(), r"is float32 \[32, 32\], this model needs float16"),
         (lambda m: setattr(m.body, "bias", nn.Parameter(torch.empty(32, device="meta"))), "meta device"),

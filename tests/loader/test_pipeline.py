@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Set
 
 import pytest
 
@@ -14,7 +15,7 @@ WAIT_MAX_S = 30.0
 class FakeSource:
     """Gives every chunk at once, but ``held`` ones only when released; ``broken`` ones fail."""
 
-    def __init__(self, held: set[int] = frozenset(), broken: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def __init__(self, held: Set[int] = frozenset(), broken: Set[int] = frozenset()) -> None:
         self.begun: list[int] = []
         self.started = threading.Condition()
         self.release = threading.Event()
@@ -70,7 +71,12 @@ def test_wait_for_a_later_position_holds_until_an_earlier_chunk_has_come() -> No
     source, sink = FakeSource(held={0}), FakeSink()
     waited = threading.Event()
     with ChunkPipeline(source, sink, [0, 1], num_threads=2, window=2) as pipeline:
-        consumer = threading.Thread(target=lambda: (pipeline.wait(1), waited.set()))
+
+        def consume() -> None:
+            pipeline.wait(1)
+            waited.set()
+
+        consumer = threading.Thread(target=consume)
         consumer.start()
         source.wait_begun(2)
         assert not waited.is_set()

@@ -1,4 +1,4 @@
-"""The vLLM loader where something is wrong: it serves whenever it can, says in one line what it met, and loses nothing."""
+"""The vLLM loader where something is wrong: it serves where it can, says in one line what it met, loses nothing."""
 
 from __future__ import annotations
 
@@ -118,9 +118,7 @@ def test_a_truncated_partition_is_reported_set_aside_and_replaced(loads: Loads) 
 def test_a_flipped_bit_stops_the_start_and_the_next_one_converts_again(loads: Loads, verify: str) -> None:
     loads.load()
     flip_bit(loads.partition, loads.partition.stat().st_size - 5000)
-    with pytest.raises(
-        CheckpointCorrupt, match=r"chunk 0 differs from its checksum \(tensors: .*the next start converts"
-    ):
+    with pytest.raises(CheckpointCorrupt, match=r"chunk 0 differs from its checksum \(tensors: .*next start converts"):
         loads.load(verify=verify)
     assert loads.load() == "converted"
     assert loads.load(verify="always") == "loaded"
