@@ -23,7 +23,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
 from sllm_vllm.config import LoaderConfig
-from sllm_vllm.errors import CheckpointCorrupt, LayoutMismatch, WriteError
+from sllm_vllm.errors import CheckpointCorrupt, CheckpointError, WriteError
 from sllm_vllm.loader.load import RunningLoad, start_load
 from sllm_vllm.loader.module_state import TransientBuffers, named_state
 from sllm_vllm.loader.read import read_tensors
@@ -73,6 +73,7 @@ class SllmModelLoader(BaseModelLoader):
         else:
             with _collecting_only_new_garbage():
                 model = self._load_checkpoint(self._found, vllm_config, model_config, prefix=prefix)
+        self._found = None
         self.report.total_s = time.perf_counter() - start
         self._tell()
         return model
@@ -86,10 +87,10 @@ class SllmModelLoader(BaseModelLoader):
         vllm_config = get_current_vllm_config()
         found = self._found or self._catalog.find(vllm_config, model_config)
         self.report.rank = rank_position(vllm_config).rank
-        if found.checkpoint is not None:
-            with self._started(found.checkpoint, model):
+        with contextlib.ExitStack() as load:
+            if self._start(found, model, load) is not None:
                 return
-        self._load_stock(found.key, model, model_config)
+        self._load_stock(found.key if found.checkpoint is None else None, model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         """Weights for vLLM's ``reload_weights``: ours by their names in the module, or Hugging Face's if we have none.
@@ -116,15 +117,12 @@ class SllmModelLoader(BaseModelLoader):
             with device:
                 model = self._create(vllm_config, model_config, prefix)
             self.report.construct_s = time.perf_counter() - start
-            try:
-                with self._started(found.checkpoint, model) as load:
+            with contextlib.ExitStack() as stack:
+                load = self._start(found, model, stack)
+                if load is not None:
                     self.report.process_s = process_while_loading(load, model, model_config, device=device)
-            except LayoutMismatch as error:  # raised before anything was filled
-                if found.is_model_itself:
-                    raise
-                logger.warning("event=checkpoint_unused reason=%s", error)
-                self.report.outcome = "unconverted"
-                self._stock.load_weights(model, model_config)
+            if load is None:
+                self._load_stock(None, model, model_config)
                 process_weights_after_loading(model, model_config, device)
         return model.eval()
 
@@ -134,12 +132,33 @@ class SllmModelLoader(BaseModelLoader):
             return create(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
-    @contextlib.contextmanager
-    def _started(self, checkpoint: Checkpoint, model: nn.Module) -> Iterator[RunningLoad]:
-        self.report.outcome, self.report.checkpoint = "loaded", str(checkpoint.path)
+    def _start(self, found: Found, model: nn.Module, stack: contextlib.ExitStack) -> RunningLoad | None:
+        """Begin to load ``found``'s checkpoint; its end is the stack's. None if the stock loader has to do it.
+
+        What is wrong before anything was filled (another layout, a broken header, a file that has gone) is logged and
+        leads to the stock loader, unless the checkpoint is all there is of the model.
+        """
+        if found.checkpoint is None:
+            return None
+        partition = found.checkpoint.partition(self.report.rank)
+        self.report.outcome, self.report.checkpoint = "loaded", str(found.checkpoint.path)
         try:
-            with start_load(checkpoint.partition(self.report.rank), model, self.config, report=self.report) as load:
-                yield load
+            stack.enter_context(self._corruption_set_aside(found.checkpoint))
+            return stack.enter_context(start_load(partition, model, self.config, report=self.report))
+        except CheckpointError as error:
+            self.report.outcome = "unconverted"
+            if found.is_model_itself:
+                raise
+            if isinstance(error, CheckpointCorrupt):
+                self._catalog.set_aside(found.checkpoint)
+            logger.warning("event=checkpoint_unused reason=%s", error)
+            return None
+
+    @contextlib.contextmanager
+    def _corruption_set_aside(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Let the next start convert again, when bytes turn out to be wrong after the first modules were filled."""
+        try:
+            yield
         except CheckpointCorrupt as error:
             if not self._catalog.set_aside(checkpoint):
                 raise

@@ -124,6 +124,14 @@ def test_a_flipped_bit_stops_the_start_and_the_next_one_converts_again(loads: Lo
     assert loads.load(verify="always") == "loaded"
 
 
+def test_a_broken_header_is_found_before_anything_is_filled_so_the_start_goes_on(loads: Loads) -> None:
+    loads.load()
+    flip_bit(loads.partition, 100)
+    assert loads.load() == "unconverted"
+    assert loads.warned("event=checkpoint_unused", "rank-00000.safetensors", "its header differs from its checksum")
+    assert [loads.load(), loads.load()] == ["converted", "loaded"]
+
+
 def test_a_bit_that_flips_after_the_first_use_is_found_by_always(loads: Loads) -> None:
     loads.load()
     assert loads.load(verify="first") == "loaded"
