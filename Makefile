@@ -60,7 +60,7 @@ gpu: ## tests that need CUDA; PYTHON=python3 chooses who runs them
 		$(PYTHON) -m pytest -o addopts="--import-mode=importlib -ra" -m gpu $(GPU_TESTS) $(ARGS); \
 	fi
 
-lock: $(READY) ## resolve the newest dependencies into tools/requirements-cpu.lock
+lock: ## resolve the newest dependencies into tools/requirements-cpu.lock
 	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 tools/setup_env.py --lock
 
 clean: ## remove .venv and every cache

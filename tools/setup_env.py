@@ -53,10 +53,13 @@ class SetupError(Exception):
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command line; 0, or 1 after one line on stderr."""
+    """Run the command line; 0, or 1 or 2 after one line on stderr."""
+    if list(args) not in ([], ["--lock"]):
+        print("usage: setup_env.py [--lock]", file=sys.stderr)
+        return 2
     try:
         with exclusive():
-            lock() if "--lock" in args else set_up()
+            lock() if args else set_up()
     except SetupError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1
