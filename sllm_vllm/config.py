@@ -28,6 +28,11 @@ def default_store_dir() -> Path:
     return Path(cache).expanduser() / "sllm-vllm" / "checkpoints"
 
 
+def child_environment(**overrides: str) -> dict[str, str]:
+    """This process's environment for a child, with some variables set."""
+    return {**os.environ, **overrides}
+
+
 class LoaderConfig(BaseModel):
     """What ``--model-loader-extra-config`` may hold with ``--load-format sllm``."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from types import TracebackType
 from typing import Literal, Self
 
@@ -34,6 +35,8 @@ class ChunkFile:
         self.nbytes = os.fstat(fd).st_size
         self._fd = fd
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or the probe for cached pages would start readahead
+        self._falling_back = threading.Lock()
+        self._reads_direct = True
         self._direct_fd = self._open_direct()
 
     def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> Tier:
@@ -54,7 +57,7 @@ class ChunkFile:
         while done < nbytes:
             count = self._read_disk(buffer[done : round_up(nbytes, DATA_ALIGNMENT)], offset + done, nbytes - done)
             if count == 0:
-                problem = f"it ends at byte {offset + done}, before the chunk that reaches to {offset + nbytes}"
+                problem = f"it ends at byte {offset + done}, but a read must reach to {offset + nbytes}"
                 raise CheckpointCorrupt(self.path, problem, "remove the checkpoint and convert again")
             done = min(done + count, nbytes)
         return "disk"
@@ -90,16 +93,17 @@ class ChunkFile:
             raise
 
     def _read_disk(self, buffer: memoryview, offset: int, nbytes: int) -> int:
-        direct_fd = self._direct_fd
-        if direct_fd is not None and offset % DATA_ALIGNMENT == 0:
+        if self._direct_fd is not None and self._reads_direct and offset % DATA_ALIGNMENT == 0:
             try:
-                return os.preadv(direct_fd, [buffer], offset)
+                return os.preadv(self._direct_fd, [buffer], offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._fall_back(error)
-                self._direct_fd = None  # left open until close(): another thread may be reading with it
+                self._fall_back(error)  # the descriptor stays open: another thread may be reading with it
         return os.preadv(self._fd, [buffer[:nbytes]], offset)
 
     def _fall_back(self, error: OSError) -> None:
-        logger.warning("direct_io=off path=%s reason=%r reading=buffered", self.path, error.strerror)
+        with self._falling_back:
+            is_first, self._reads_direct = self._reads_direct, False
+        if is_first:
+            logger.warning("direct_io=off path=%s reason=%r reading=buffered", self.path, error.strerror)

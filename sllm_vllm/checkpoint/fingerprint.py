@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 from sllm_vllm.checkpoint.checksum import digest
@@ -25,7 +26,8 @@ def fingerprint_directory(directory: str | os.PathLike[str]) -> str:
     """
     root = Path(directory)
     try:
-        files = sorted(p for p in root.iterdir() if p.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)))
+        named = sorted(p for p in root.iterdir() if p.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)))
+        files = [file for file in named if stat.S_ISREG(file.stat().st_mode)]
         facts = [_facts(file) for file in files]
     except OSError as error:
         raise ConfigError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +67,11 @@ class RankPartition:
         Raises:
             CheckpointCorrupt: its bytes are not those that were written.
             CheckpointInvalid: it says anything else than the manifest.
+            CheckpointUnreadable: the device failed.
         """
         buffer = memoryview(mmap.mmap(-1, self.record.header_nbytes))
-        file.read_into(buffer, 0, self.record.header_nbytes)
+        with _read_errors(self.path):
+            file.read_into(buffer, 0, self.record.header_nbytes)
         raw = bytes(buffer)
         if checksum(raw) != self.record.header_checksum:
             raise CheckpointCorrupt(self.path, "its header differs from its checksum", MEND_CORRUPT)
@@ -88,8 +91,10 @@ class RankPartition:
         if checksum(data) == self.record.chunks[index]:
             return
         start, end = index * self.manifest.chunk_nbytes, (index + 1) * self.manifest.chunk_nbytes
-        names = tuple(t.name for t in self.record.tensors if t.offset < end and t.end > start)
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        names = tuple(t.name for t in self.record.tensors if t.nbytes and t.offset < end and t.end > start)
+        shown = ", ".join(repr(name)[:200] for name in names[:4]) + (
+            f" and {len(names) - 4} more" if len(names) > 4 else ""
+        )
         problem = f"chunk {index} differs from its checksum (tensors: {shown})"
         raise CheckpointCorrupt(self.path, problem, MEND_CORRUPT, tensors=names)
 
@@ -116,7 +121,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     directory = Path(path)
     fd = _open_beneath(directory, (MANIFEST_NAME,))
-    with os.fdopen(fd, "rb") as file:
+    with os.fdopen(fd, "rb") as file, _read_errors(directory / MANIFEST_NAME):
         nbytes = os.fstat(fd).st_size
         if nbytes > MANIFEST_NBYTES_MAX:
             problem = f"{nbytes} bytes is too large for a manifest (at most {MANIFEST_NBYTES_MAX})"
@@ -142,10 +147,20 @@ def verify_checkpoint(checkpoint: Checkpoint, on_progress: Callable[[int], None]
             on_progress(record.header_nbytes)
             for index in range(len(record.chunks)):
                 offset, nbytes = partition.chunk_range(index)
-                file.read_into(buffer, offset, nbytes)
+                with _read_errors(partition.path):
+                    file.read_into(buffer, offset, nbytes)
                 partition.check_chunk(index, buffer[:nbytes])
                 on_progress(nbytes)
     return checkpoint.manifest.nbytes
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        mend = "mend the device, or remove and convert again"
+        raise CheckpointUnreadable(path, f"it can't be read ({error.strerror})", mend) from None
 
 
 def _open_beneath(directory: Path, parts: tuple[str, ...]) -> int:
@@ -176,7 +191,7 @@ def _open_error(error: OSError, shown: Path, inside: bool) -> CheckpointError:
     if error.errno == errno.ENOENT:
         return CheckpointMissing(shown, "there is no such file", "convert the model (`sllm-vllm convert`)")
     if inside and error.errno in (errno.ELOOP, errno.ENOTDIR):
-        return CheckpointInvalid(shown, "a symbolic link in a checkpoint is refused", "convert the model again")
+        return CheckpointInvalid(shown, "it is a symbolic link or no directory: refused", "convert the model again")
     if error.errno == errno.ENOTDIR:
         return CheckpointMissing(shown, "it is no directory", "give the directory of a checkpoint")
     return CheckpointUnreadable(shown, f"it can't be opened ({error.strerror})", "mend its owner or permissions")

@@ -6,10 +6,12 @@
     <root>/.staging/<name>/            being written: partitions, and one record a finished rank
     <root>/.locks/                     one writer a rank, one publisher; the locks die with their process
     <root>/.rejected/<name>/           could not be used, kept for whoever wants to know why
+    <root>/.trash/                     being removed; what a killed removal left goes with the next one
     <root>/.verified/                  which partitions were read whole and found sound since they last changed
 
 Ranks write independently and need not start together. Whoever finishes the last partition publishes. So a conversion
-that was killed goes on where it stopped, rank by rank.
+that was killed goes on where it stopped, rank by rank. A rank's record is there only while its partition is whole:
+it is written after the partition and goes before it.
 """
 
 from __future__ import annotations
@@ -20,18 +22,31 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from sllm_vllm import __version__
 from sllm_vllm.checkpoint.checksum import digest
-from sllm_vllm.checkpoint.core.manifest import FORMAT_VERSION, MANIFEST_NAME, Layout, Manifest, Partition, Source
+from sllm_vllm.checkpoint.core.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Layout,
+    Manifest,
+    Partition,
+    Source,
+    num_chunks,
+    partition_path,
+)
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from sllm_vllm.checkpoint.writer import WrittenPartition, sync_directory, write_errors, write_file_durably
-from sllm_vllm.errors import CheckpointError, CheckpointMissing, WriterBusy
+from sllm_vllm.config import MANIFEST_NBYTES_MAX
+from sllm_vllm.errors import CheckpointError, CheckpointMissing, CheckpointUnreadable, NotConvertible, WriterBusy
+
+_LOCKS = ".locks"
+_REJECTED = ".rejected"
+_TRASH = ".trash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +59,7 @@ class CheckpointKey:
     @property
     def name(self) -> str:
         """Name of its directory: the model's for people, the digest of the whole key for us."""
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(Path(self.source.model).parts[-2:])).strip(".-")[-60:]
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(Path(self.source.model).parts[-2:]))[-60:].strip(".-")
         parts = [FORMAT_VERSION, self.source.model_dump(exclude={"model"}), self.layout.model_dump()]
         text = json.dumps(parts, sort_keys=True)
         return f"{slug or 'model'}-{digest(text.encode())[:20]}"
@@ -65,48 +80,64 @@ class CheckpointRepository:
         return open_checkpoint(self.root / key.name)
 
     def list(self) -> list[Checkpoint | CheckpointError]:
-        """Every published checkpoint, by name; for one that can't be read, the error."""
-        found: list[Checkpoint | CheckpointError] = []
-        for path in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            if path.name.startswith(".") or not path.is_dir():
-                continue
-            try:
-                found.append(open_checkpoint(path))
-            except CheckpointMissing:
-                continue
-            except CheckpointError as error:
-                found.append(error)
-        return found
+        """Every published checkpoint, by name; for one that can't be read, the error.
+
+        Raises:
+            CheckpointUnreadable: the root itself can't be read.
+        """
+        try:
+            names = sorted(name for name in os.listdir(self.root) if not name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            problem = f"it can't be listed ({error.strerror})"
+            raise CheckpointUnreadable(self.root, problem, "mend its owner or permissions") from None
+        return [found for name in names if (found := self._open_or_error(name)) is not None]
+
+    def _open_or_error(self, name: str) -> Checkpoint | CheckpointError | None:
+        try:
+            return open_checkpoint(self.root / name)
+        except CheckpointMissing:
+            return None
+        except CheckpointError as error:
+            return error
 
     def remove(self, name: str) -> int:
         """Remove a checkpoint; engines that have it open keep reading it. Returns the bytes freed.
+
+        A link to a checkpoint elsewhere is refused, as is whatever holds no manifest: it is not ours to remove.
 
         Raises:
             CheckpointMissing: there is none of this name. WriteError: the directory refuses.
         """
         path = self.root / name
-        if Path(name).name != name or name.startswith(".") or not path.is_dir():
-            raise CheckpointMissing(path, "there is no such checkpoint", "see `sllm-vllm list`")
-        nbytes = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
         with write_errors(path):
-            doomed = self._private_directory(".trash") / f"{name}.{os.getpid()}"
-            os.rename(path, doomed)
+            if Path(name).name != name or name.startswith(".") or not _may_remove(path):
+                raise CheckpointMissing(path, "there is no such checkpoint", "see `sllm-vllm list`")
+            nbytes = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+            locks, trash = self._private_directory(_LOCKS), self._private_directory(_TRASH)
+        with _locked(locks / _TRASH, blocking=True), write_errors(path):
+            doomed = tempfile.mkdtemp(dir=trash)
+            os.rename(path, Path(doomed) / name)
             sync_directory(self.root)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(doomed)
+            for leftover in trash.iterdir():
+                shutil.rmtree(leftover, ignore_errors=True)
         return nbytes
 
     def set_aside(self, name: str) -> Path:
         """Move a checkpoint that can't be used out of the way, so that it is made anew; an older one there goes.
 
+        Every rank of an engine may ask for it: if it is out of the way already, that is well.
+
         Raises:
             WriteError: the directory refuses.
         """
-        with write_errors(self.root / name):
-            rejected = self._private_directory(".rejected") / name
-            shutil.rmtree(rejected, ignore_errors=True)
-            os.rename(self.root / name, rejected)
-            sync_directory(self.root)
-        return rejected
+        path = self.root / name
+        with write_errors(path):
+            locks = self._private_directory(_LOCKS)
+        with _locked(locks / name, blocking=True), write_errors(path):
+            return _set_aside(path)
 
     def stage(self, key: CheckpointKey, chunk_nbytes: int) -> Staging:
         """A place to write ``key``'s partitions in.
@@ -116,7 +147,7 @@ class CheckpointRepository:
         """
         with write_errors(self.root):
             path = self._private_directory(".staging") / key.name
-            locks = self._private_directory(".locks")
+            locks = self._private_directory(_LOCKS)
         return Staging(key, chunk_nbytes, path, self.root / key.name, locks)
 
     def _private_directory(self, name: str) -> Path:
@@ -143,7 +174,11 @@ class Staging:
             WriterBusy: another process holds it. WriteError: the directory refuses.
         """
         with _locked(self.locks / f"{self.key.name}.rank-{rank}", blocking=False):
-            yield not (self.target / MANIFEST_NAME).exists() and self._record(rank) is None
+            with _locked(self.locks / self.key.name, blocking=True), write_errors(self.path):
+                needed = not self._is_published() and self._record(rank) is None
+                if needed:  # or another one could publish the old record while its partition is written anew
+                    self._discard(rank)
+            yield needed
 
     def commit(self, written: WrittenPartition) -> None:
         """Make a written partition durable and record it. Called inside ``writer``.
@@ -153,16 +188,22 @@ class Staging:
         """
         written.sync()
         record = json.dumps({"chunk_nbytes": self.chunk_nbytes, "partition": written.partition.model_dump()})
-        write_file_durably(self._record_path(written.partition.rank), record.encode())
+        try:
+            write_file_durably(self._record_path(written.partition.rank), record.encode())
+        except BaseException:
+            with contextlib.suppress(OSError):  # on a full disk it would only be in the way
+                written.path.unlink()
+            raise
 
     def publish(self) -> bool:
         """If every rank's partition is recorded, make the checkpoint visible. Returns whether it is visible now.
 
         Raises:
-            WriteError: the directory refused.
+            NotConvertible: its manifest would be too large. WriteError: the directory refused.
         """
-        with _locked(self.locks / self.key.name, blocking=True):
-            if (self.target / MANIFEST_NAME).exists():
+        with _locked(self.locks / self.key.name, blocking=True), write_errors(self.target):
+            if self._is_published():
+                shutil.rmtree(self.path, ignore_errors=True)
                 return True
             records = [self._record(rank) for rank in range(self.key.layout.num_partitions)]
             partitions = [record for record in records if record is not None]
@@ -175,14 +216,28 @@ class Staging:
                 chunk_nbytes=self.chunk_nbytes,
                 partitions=partitions,
             )
-            write_file_durably(self.path / MANIFEST_NAME, manifest.model_dump_json().encode())
-            with write_errors(self.target):
-                for rank in range(len(records)):
-                    self._record_path(rank).unlink()
-                sync_directory(self.path)
-                os.rename(self.path, self.target)
-                sync_directory(self.target.parent)
+            self._publish(manifest)
             return True
+
+    def _publish(self, manifest: Manifest) -> None:
+        content = manifest.model_dump_json().encode()
+        if len(content) > MANIFEST_NBYTES_MAX:
+            problem = f"its manifest would have {len(content)} bytes, more than {MANIFEST_NBYTES_MAX}"
+            raise NotConvertible(self.target, problem, "set larger chunk_bytes")
+        write_file_durably(self.path / MANIFEST_NAME, content)
+        for partition in manifest.partitions:
+            self._record_path(partition.rank).unlink()
+        sync_directory(self.path)
+        _set_aside(self.target)  # if anything is there, it has no manifest
+        os.rename(self.path, self.target)
+        sync_directory(self.target.parent)
+
+    def _is_published(self) -> bool:
+        return (self.target / MANIFEST_NAME).exists()
+
+    def _discard(self, rank: int) -> None:
+        for path in (self._record_path(rank), self.path / partition_path(rank)):
+            path.unlink(missing_ok=True)
 
     def _record_path(self, rank: int) -> Path:
         return self.path / f"rank-{rank:05d}.json"
@@ -193,9 +248,11 @@ class Staging:
             value = json.loads(self._record_path(rank).read_bytes())
             partition = Partition.model_validate(value["partition"])
             complete = (self.path / partition.path).stat().st_size == partition.nbytes
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return partition if complete and value.get("chunk_nbytes") == self.chunk_nbytes else None
+        fits = len(partition.chunks) == num_chunks(partition.data_nbytes, self.chunk_nbytes)
+        same = value.get("chunk_nbytes") == self.chunk_nbytes and partition.rank == rank
+        return partition if complete and fits and same else None
 
 
 class VerifiedMarks:
@@ -224,6 +281,20 @@ class VerifiedMarks:
         return True
 
 
+def _may_remove(path: Path) -> bool:
+    return not path.is_symlink() and os.path.lexists(path / MANIFEST_NAME)
+
+
+def _set_aside(path: Path) -> Path:
+    rejected = path.parent / _REJECTED / path.name
+    if os.path.lexists(path):
+        rejected.parent.mkdir(exist_ok=True)
+        shutil.rmtree(rejected, ignore_errors=True)
+        os.rename(path, rejected)
+        sync_directory(path.parent)
+    return rejected
+
+
 def _mark_name(file: Path) -> str:
     return digest(os.fsencode(file.resolve()))
 
@@ -246,4 +317,6 @@ def _locked(path: Path, *, blocking: bool) -> Iterator[None]:
                 raise WriterBusy(path, "another process is writing this checkpoint", "wait for it") from None
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough when a forked child holds the descriptor, too
         os.close(fd)

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from sllm_vllm.checkpoint.checksum import RunningChecksum, checksum
 from sllm_vllm.checkpoint.core.header import build_header
 from sllm_vllm.checkpoint.core.layout import TensorSpec, plan_records
-from sllm_vllm.checkpoint.core.manifest import Partition, TensorRecord, partition_path
-from sllm_vllm.errors import DiskFull, WriteError
+from sllm_vllm.checkpoint.core.manifest import Partition, TensorRecord, first_problem, partition_path
+from sllm_vllm.errors import DiskFull, NotConvertible, WriteError
 
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class TensorData(Protocol):
@@ -47,9 +49,9 @@ class WrittenPartition:
         """Force the bytes to the device, then rename. May take long; may run on another thread.
 
         Raises:
-            WriteError: the device refused.
+            WriteError: the device refused; the bytes are removed.
         """
-        with write_errors(self.path):
+        with write_errors(self.path), _removed_on_failure(_partial(self.path)):
             fd = os.open(_partial(self.path), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
@@ -67,42 +69,28 @@ def write_partition(
     chunk_nbytes: int,
     on_progress: Callable[[int], None] = lambda nbytes: None,
 ) -> WrittenPartition:
-    """Write a rank's partition below ``directory`` under its temporary name.
+    """Write a rank's partition below ``directory`` under its temporary name. One writer a rank at a time.
 
     Raises:
+        NotConvertible: no manifest may say what these tensors are; nothing was written.
         DiskFull: the partition does not fit; what was written of it is removed.
         WriteError: the directory refuses writing.
     """
-    records = plan_records([tensor.spec for tensor in tensors])
-    header = build_header(records)
-    data_nbytes = records[-1].end if records else 0
     path = directory / partition_path(rank)
-    with write_errors(path):
+    partition, header = _plan_partition(path, rank, tensors)
+    by_name = {tensor.spec.name: tensor for tensor in tensors}
+    with write_errors(path), _removed_on_failure(_partial(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(path, len(header) + data_nbytes)
-        try:
-            by_name = {tensor.spec.name: tensor for tensor in tensors}
-            chunks = _write_file(
-                path,
-                header,
-                ((by_name[record.name], record) for record in records),
-                chunk_nbytes=chunk_nbytes,
-                on_progress=on_progress,
-            )
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(_partial(path))
-            raise
-    partition = Partition(
-        rank=rank,
-        path=partition_path(rank),
-        nbytes=len(header) + data_nbytes,
-        header_nbytes=len(header),
-        header_checksum=checksum(header),
-        tensors=records,
-        chunks=chunks,
-    )
-    return WrittenPartition(partition, path)
+        _partial(path).unlink(missing_ok=True)  # a killed writer's: its space counts as free
+        _require_space(path, partition.nbytes)
+        chunks = _write_file(
+            path,
+            header,
+            ((by_name[record.name], record) for record in partition.tensors),
+            chunk_nbytes=chunk_nbytes,
+            on_progress=on_progress,
+        )
+    return WrittenPartition(partition.model_copy(update={"chunks": chunks}), path)
 
 
 def write_file_durably(path: Path, content: bytes) -> None:
@@ -111,7 +99,8 @@ def write_file_durably(path: Path, content: bytes) -> None:
     Raises:
         WriteError: the directory refuses writing or is full.
     """
-    with write_errors(path):
+    with write_errors(path), _removed_on_failure(_partial(path)):
+        _partial(path).unlink(missing_ok=True)
         fd = os.open(_partial(path), _NEW_FILE, 0o644)
         try:
             _write_all(fd, memoryview(content), 0)
@@ -141,6 +130,35 @@ def write_errors(path: Path) -> Iterator[None]:
             raise DiskFull(path, "no space is left on the device", "free some or set another store_dir") from None
         problem = f"it can't be written ({error.strerror})"
         raise WriteError(path, problem, "make the store writable or set another store_dir") from None
+
+
+@contextlib.contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _plan_partition(path: Path, rank: int, tensors: Sequence[TensorData]) -> tuple[Partition, bytes]:
+    """The partition, its chunks still unknown, and its header."""
+    try:
+        records = plan_records([tensor.spec for tensor in tensors])
+        header = build_header(records)
+        partition = Partition(
+            rank=rank,
+            path=partition_path(rank),
+            nbytes=len(header) + (records[-1].end if records else 0),
+            header_nbytes=len(header),
+            header_checksum=checksum(header),
+            tensors=records,
+            chunks=[],
+        )
+    except ValidationError as error:
+        raise NotConvertible(path, first_problem(error), "the stock loader is used each time") from None
+    return partition, header
 
 
 def _partial(path: Path) -> Path:

@@ -53,13 +53,21 @@ def check_header(raw: bytes, tensors: Sequence[TensorRecord], path: str) -> None
             path, "its safetensors header has another length than it says", "convert the model again"
         )
     found = parse_json(raw[LENGTH_NBYTES:], path, "safetensors header")
-    found.pop("__metadata__", None)
+    metadata = found.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointInvalid(path, "its safetensors metadata is no map of texts", "convert the model again")
     for tensor in tensors:
         dtype, shape = safetensors_view(tensor.dtype, tuple(tensor.shape), tensor.item_nbytes)
         wanted = {"dtype": dtype, "shape": shape, "data_offsets": [tensor.offset, tensor.end]}
-        if found.pop(tensor.name, None) != wanted:
+        entry = found.pop(tensor.name, None)
+        if entry != wanted or not _has_integers_alone(entry):
             problem = f"tensor {tensor.name!r} is not as the manifest says"
             raise CheckpointInvalid(path, problem, "convert the model again")
     if found:
         problem = f"tensor {next(iter(found))!r} is missing in the manifest"
         raise CheckpointInvalid(path, problem, "convert the model again")
+
+
+def _has_integers_alone(entry: dict[str, list[Any]]) -> bool:
+    """Python holds 1, 1.0 and true to be equal; other readers of safetensors do not."""
+    return all(type(number) is int for number in (*entry["shape"], *entry["data_offsets"]))

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sllm_vllm.checkpoint.core.manifest import TensorRecord
-
-TENSOR_ALIGNMENT = 256
+from sllm_vllm.checkpoint.core.manifest import TENSOR_ALIGNMENT, TensorRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ def plan_records(specs: Sequence[TensorSpec]) -> list[TensorRecord]:
 
 def tail_offset(records: Sequence[TensorRecord]) -> int:
     """Offset from which only small, unaligned tensors follow. They are read first: every module may need one."""
-    return next((record.offset for record in records if not _in_body(record.nbytes)), records[-1].end if records else 0)
+    return next((record.offset for record in records if record.is_in_tail), records[-1].end if records else 0)
 
 
 def _in_body(nbytes: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +26,10 @@ DATA_ALIGNMENT = 4096
 """Partition data starts on a multiple of this, so that any chunk can be read with O_DIRECT."""
 
 _HEX64 = re.compile(r"[0-9a-f]{16}")
+TENSOR_ALIGNMENT = 256
+"""Tensors whose size is no multiple of this lie behind all others, so that every large one starts on a multiple."""
+
+_METADATA_NAME = "__metadata__"  # safetensors keeps it for itself
 _MEND = "convert the model again"
 
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -81,10 +86,18 @@ class TensorRecord(_Record):
             return DTYPE_CODES[self.dtype][1]
         return self.nbytes // numel if (numel := math.prod(self.shape)) else 1
 
+    @property
+    def is_in_tail(self) -> bool:
+        """Whether it lies behind the large tensors: it is small, unaligned or empty."""
+        return self.nbytes == 0 or self.nbytes % TENSOR_ALIGNMENT != 0
+
     @model_validator(mode="after")
     def _sized(self) -> Self:
+        if self.name == _METADATA_NAME:
+            raise ValueError(f"a tensor can't be named {self.name!r}, which safetensors keeps for itself")
         if math.prod(self.shape) * self.item_nbytes != self.nbytes or not 1 <= self.item_nbytes <= ITEM_NBYTES_MAX:
-            raise ValueError(f"tensor {self.name!r}: {self.dtype} {self.shape} does not take {self.nbytes} bytes")
+            kind = f"{self.dtype} {reprlib.repr(self.shape)}"
+            raise ValueError(f"tensor {self.name!r}: {kind} does not take {self.nbytes} bytes")
         return self
 
 
@@ -113,22 +126,29 @@ class Partition(_Record):
             )
         if self.header_nbytes % DATA_ALIGNMENT:
             raise ValueError(f"{self.path}: its data starts at {self.header_nbytes}, no multiple of {DATA_ALIGNMENT}")
-        end, names = 0, set[str]()
+        self._check_tensors()
+        if not all(_HEX64.fullmatch(text) for text in (self.header_checksum, *self.chunks)):
+            raise ValueError(f"{self.path}: a checksum is not 16 hexadecimal digits")
+        return self
+
+    def _check_tensors(self) -> None:
+        end, names, width_max = 0, set[str](), None
         for tensor in self.tensors:
             if tensor.offset != end:
                 raise ValueError(
                     f"{self.path}: tensor {tensor.name!r} starts at {tensor.offset}, the last ended at {end}"
                 )
             end = tensor.end
+            if tensor.nbytes and (tensor.is_in_tail or width_max is not None):
+                if not tensor.is_in_tail or tensor.item_nbytes > (width_max or ITEM_NBYTES_MAX):
+                    raise ValueError(f"{self.path}: tensor {tensor.name!r} may not lie behind smaller or narrower ones")
+                width_max = tensor.item_nbytes
             for name in (tensor.name, *tensor.aliases):
                 if name in names:
                     raise ValueError(f"{self.path}: tensor {name!r} is there twice")
                 names.add(name)
         if end != self.data_nbytes:
             raise ValueError(f"{self.path}: tensors end at {end} of {self.data_nbytes} data bytes")
-        if not all(_HEX64.fullmatch(text) for text in (self.header_checksum, *self.chunks)):
-            raise ValueError(f"{self.path}: a checksum is not 16 hexadecimal digits")
-        return self
 
 
 class Manifest(_Record):
@@ -171,7 +191,7 @@ def num_chunks(data_nbytes: int, chunk_nbytes: int) -> int:
 
 
 def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
-    """A JSON object whose keys are unique.
+    """A JSON object in UTF-8 whose keys are unique.
 
     Raises:
         CheckpointInvalid: ``raw`` is anything else.
@@ -180,12 +200,16 @@ def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:i]})
+            last = {key: i for i, (key, _) in enumerate(pairs)}
+            twice = next(key for i, (key, _) in enumerate(pairs) if last[key] != i)
             raise ValueError(f"key {twice!r} is there twice")
         return result
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
     try:
-        value = json.loads(raw, object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(path, f"the {what} is no valid JSON ({_one_line(error)})", _MEND) from None
     if not isinstance(value, dict):
@@ -203,22 +227,23 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
         raise CheckpointInvalid(path, f"{len(raw)} bytes is too large for a manifest", _MEND)
     value = parse_json(raw, path, "manifest")
     if value.get("format") != FORMAT_NAME:
-        raise CheckpointInvalid(path, f"format is {_short(value.get('format'))}, not {FORMAT_NAME!r}", _MEND)
-    if value.get("version") != FORMAT_VERSION or isinstance(value.get("version"), bool):
-        version = _short(value.get("version"))
+        found = reprlib.repr(value.get("format"))
+        raise CheckpointInvalid(path, f"format is {found}, not {FORMAT_NAME!r}", _MEND)
+    if value.get("version") != FORMAT_VERSION or type(value["version"]) is not int:
+        version = reprlib.repr(value.get("version"))
         raise CheckpointInvalid(path, f"format version {version} is unknown", f"install a newer sllm-vllm or {_MEND}")
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise CheckpointInvalid(path, f"{where + ': ' if where else ''}{_one_line(message)}", _MEND) from None
+        raise CheckpointInvalid(path, first_problem(error), _MEND) from None
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a record, on one line."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where + ': ' if where else ''}{_one_line(message)}"
 
 
 def _one_line(value: object) -> str:
