@@ -32,7 +32,7 @@ class ChunkFile:
 
     def __init__(self, fd: int, path: str) -> None:
         self.path = path
-        self.nbytes = os.fstat(fd).st_size
+        self.status = os.fstat(fd)
         self._fd = fd
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or the probe for cached pages would start readahead
         self._falling_back = threading.Lock()

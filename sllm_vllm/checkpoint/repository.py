@@ -264,17 +264,21 @@ class VerifiedMarks:
     def is_marked(self, file: Path) -> bool:
         """Whether ``file`` was verified since its last change."""
         try:
-            return (self._directory / _mark_name(file)).read_text() == _identity(file)
+            return (self._directory / _mark_name(file)).read_text() == _identity(file.stat())
         except (OSError, UnicodeDecodeError):
             return False
 
-    def mark(self, file: Path) -> bool:
-        """Remember ``file`` as it is now; False where the directory can't be written (it is verified again then)."""
+    def mark(self, file: Path, status: os.stat_result) -> bool:
+        """Remember that ``file`` is sound; False where the directory can't be written (it is verified again then).
+
+        Args:
+            status: of the file that was read, taken when it was opened: another one may have its name by now.
+        """
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             mark = self._directory / _mark_name(file)
             temporary = mark.with_name(f"{mark.name}.{os.getpid()}")
-            temporary.write_text(_identity(file))
+            temporary.write_text(_identity(status))
             os.rename(temporary, mark)
         except OSError:
             return False
@@ -299,8 +303,7 @@ def _mark_name(file: Path) -> str:
     return digest(os.fsencode(file.resolve()))
 
 
-def _identity(file: Path) -> str:
-    status = file.stat()
+def _identity(status: os.stat_result) -> str:
     return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 

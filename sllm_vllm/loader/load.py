@@ -88,7 +88,7 @@ def start_load(
             yield load
             load.finish()
     if verify:
-        VerifiedMarks(config.store_dir).mark(partition.path)
+        VerifiedMarks(config.store_dir).mark(partition.path, file.status)
     report.nbytes = partition.record.data_nbytes
     report.weights_s = load._ended - start
     report.wait_s = load.wait_s

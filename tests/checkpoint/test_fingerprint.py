@@ -157,7 +157,7 @@ def marked(tmp_path: Path) -> tuple[VerifiedMarks, Path]:
     marks, file = VerifiedMarks(tmp_path / "store"), tmp_path / "partition"
     file.write_bytes(CONTENT)
     assert not marks.is_marked(file)
-    assert marks.mark(file)
+    assert marks.mark(file, file.stat())
     return marks, file
 
 
@@ -190,6 +190,16 @@ def test_mark_is_void_after_a_change(marked: tuple[VerifiedMarks, Path], change:
     assert not marks.is_marked(file)
 
 
+def test_file_that_was_replaced_while_it_was_read_is_not_marked(tmp_path: Path) -> None:
+    marks, file = VerifiedMarks(tmp_path / "store"), tmp_path / "partition"
+    file.write_bytes(b"read")
+    status = file.stat()
+    file.with_name("new").write_bytes(b"else")
+    file.with_name("new").rename(file)
+    assert marks.mark(file, status)
+    assert not marks.is_marked(file)
+
+
 def test_mark_is_of_one_file_alone(marked: tuple[VerifiedMarks, Path]) -> None:
     marks, file = marked
     os.link(file, file.with_name("other"))
@@ -199,7 +209,7 @@ def test_mark_is_of_one_file_alone(marked: tuple[VerifiedMarks, Path]) -> None:
 def test_file_can_be_marked_again_after_a_change(marked: tuple[VerifiedMarks, Path]) -> None:
     marks, file = marked
     set_time(file)
-    assert marks.mark(file)
+    assert marks.mark(file, file.stat())
     assert marks.is_marked(file)
 
 
@@ -214,8 +224,4 @@ def test_read_only_store_takes_no_mark(mount: Mount, tmp_path: Path) -> None:
     mounted = mount()
     mounted.make_read_only()
     (tmp_path / "partition").write_bytes(b"")
-    assert not VerifiedMarks(mounted.path).mark(tmp_path / "partition")
-
-
-def test_file_that_is_gone_takes_no_mark(tmp_path: Path) -> None:
-    assert not VerifiedMarks(tmp_path).mark(tmp_path / "gone")
+    assert not VerifiedMarks(mounted.path).mark(tmp_path / "partition", tmp_path.stat())
