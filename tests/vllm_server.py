@@ -1,4 +1,4 @@
-"""A real `vllm serve` for tests: started on a free port of the loopback, asked over HTTP, ended with its whole group."""
+"""A real `vllm serve` for tests: on a free port of the loopback, asked over HTTP, ended with its whole group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO
 
 
 class ServerFailed(Exception):
-    """The server ended before it was healthy, or was not healthy in time; the message ends with its log's last lines."""
+    """The server ended, or was not healthy in time; the message ends with its log's last lines."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,19 @@ import multiprocessing.process
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
-from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
+from pydantic import ValidationError
+
+from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, first_problem
 from sllm_vllm.checkpoint.fingerprint import has_weight_files
 from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
 from sllm_vllm.errors import ConfigError, SllmError
@@ -119,13 +123,13 @@ def convert_model(request: ConvertRequest, on_event: Callable[[Event], None] = l
     """
     _require_source(request.model)
     if request.out is None:
-        return _run_ranks(request, request.store_dir, None, on_event=on_event)
+        return run_ranks(request, request.store_dir, None, on_event=on_event)
     target = request.out.expanduser().absolute()
     if not (target / MANIFEST_NAME).exists():
         require_free(target)
-    with workplace(target, "converting") as root:
+    with workplace(target, "converting", keep="rank-*.safetensors") as root:
         model_files = root / ".model"
-        converted = _run_ranks(request, root, model_files, on_event=on_event)
+        converted = run_ranks(request, root, model_files, on_event=on_event)
         if not converted.was_found or converted.checkpoint != target:
             copy_model_files(model_files, converted.checkpoint)
             put_in_place(converted.checkpoint, target)
@@ -141,16 +145,21 @@ def _require_source(model: str) -> None:
         raise ConfigError(f"{model}: it is a checkpoint already; give the model it was made from")
 
 
-def _run_ranks(
+def run_ranks(
     request: ConvertRequest, root: Path, model_files: Path | None, *, on_event: Callable[[Event], None]
 ) -> Converted:
+    """Convert below ``root``, a process a rank.
+
+    Raises:
+        SllmError: a line that says why it failed.
+    """
     run_dir = Path(tempfile.mkdtemp(prefix="sllm-convert-"))
     jobs = [RankJob(request, rank, run_dir, root, model_files) for rank in range(request.tensor_parallel_size)]
     keeps_logs = False
     try:
-        with _started(jobs) as running:
-            done = _watch(running, on_event)
-    except _RanksFailed as failure:
+        with started_ranks(jobs) as running:
+            done = watch_ranks(running, on_event)
+    except RanksFailed as failure:
         keeps_logs = not failure.is_known
         story = f"; the whole story: {log_path(jobs[failure.rank])}" if keeps_logs else ""
         raise SllmError(f"{failure.reason}{story}") from None
@@ -167,30 +176,34 @@ def log_path(job: RankJob) -> Path:
 
 
 @dataclass(slots=True)
-class _Running:
+class RunningRank:
+    """A rank's process, and the pipe on which it tells what it does."""
+
     rank: int
     process: multiprocessing.process.BaseProcess
     events: Connection
 
 
-class _RanksFailed(Exception):
+class RanksFailed(Exception):
+    """One of the ranks did; ``str()`` says why."""
+
     def __init__(self, failed: RankFailed) -> None:
         self.rank, self.reason, self.is_known = failed.rank, failed.reason, failed.is_known
         super().__init__(failed.reason)
 
 
 @contextlib.contextmanager
-def _started(jobs: list[RankJob]) -> Iterator[list[_Running]]:
+def started_ranks(jobs: list[RankJob]) -> Iterator[list[RunningRank]]:
     """The ranks' processes; none outlives the block."""
     context = multiprocessing.get_context("spawn")
-    running: list[_Running] = []
+    running: list[RunningRank] = []
     try:
         for job in jobs:
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_run_rank, args=(job, theirs), name=f"rank-{job.rank}", daemon=True)
             process.start()
             theirs.close()
-            running.append(_Running(job.rank, process, ours))
+            running.append(RunningRank(job.rank, process, ours))
         yield running
     finally:
         for rank in running:
@@ -199,11 +212,11 @@ def _started(jobs: list[RankJob]) -> Iterator[list[_Running]]:
             rank.events.close()
 
 
-def _watch(running: list[_Running], on_event: Callable[[Event], None]) -> list[RankDone]:
+def watch_ranks(running: list[RunningRank], on_event: Callable[[Event], None]) -> list[RankDone]:
     """Pass on what the ranks tell until all are done.
 
     Raises:
-        _RanksFailed: one of them failed.
+        RanksFailed: one of them failed.
     """
     waiting, done = {rank.events: rank for rank in running}, list[RankDone]()
     while waiting:
@@ -212,16 +225,17 @@ def _watch(running: list[_Running], on_event: Callable[[Event], None]) -> list[R
             rank = waiting[events]
             event = _receive(rank)
             if isinstance(event, RankFailed):
-                raise _RanksFailed(_cause(event, running))
+                raise RanksFailed(_cause(event, running))
             if event is None:
                 del waiting[events]
             elif isinstance(event, RankDone):
                 done.append(event)
-            on_event(event) if event is not None else None
+            if event is not None:
+                on_event(event)
     return done
 
 
-def _receive(rank: _Running) -> Event | None:
+def _receive(rank: RunningRank) -> Event | None:
     """The rank's next event; None when it ended well."""
     try:
         event: Event = rank.events.recv()
@@ -231,7 +245,7 @@ def _receive(rank: _Running) -> Event | None:
     return event
 
 
-def _cause(failed: RankFailed, running: list[_Running]) -> RankFailed:
+def _cause(failed: RankFailed, running: list[RunningRank]) -> RankFailed:
     """The failure to tell of: a rank that was killed makes the others fail, too."""
     for rank in running:
         if rank.process.exitcode is not None and rank.process.exitcode < 0:
@@ -239,7 +253,7 @@ def _cause(failed: RankFailed, running: list[_Running]) -> RankFailed:
     return failed
 
 
-def _death(rank: _Running) -> str:
+def _death(rank: RunningRank) -> str:
     code = rank.process.exitcode or 0
     if code >= 0:
         return f"rank {rank.rank} ended with code {code}"
@@ -261,8 +275,10 @@ def _run_rank(job: RankJob, events: Connection) -> None:
         events.send(RankFailed(job.rank, str(error), is_known=True))
         raise
     except BaseException as error:
-        text = " ".join(str(error).split())[:300]
+        text = first_problem(error) if isinstance(error, ValidationError) else " ".join(str(error).split())[:300]
         reason = f"{job.request.model}: rank {job.rank} failed: {type(error).__name__}: {text}"
+        traceback.print_exc()  # before it is told: then the parent ends us
+        sys.stdout.flush()
         events.send(RankFailed(job.rank, reason, is_known=False))
         raise
 

@@ -99,10 +99,10 @@ def require_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def workplace(target: Path, purpose: str) -> Iterator[Path]:
-    """Hold the right to make ``target``; yields the directory beside it to work in, removed when the work succeeds.
+def workplace(target: Path, purpose: str, *, keep: str | None = None) -> Iterator[Path]:
+    """Hold the right to make ``target``; yields the directory beside it to work in, removed afterwards.
 
-    After a failure it stays, so that the next attempt can go on there.
+    After a failure it stays if there is a file whose name matches ``keep``, so that the next attempt can go on there.
 
     Raises:
         WriterBusy: another process works there. WriteError: the directory refuses.
@@ -116,7 +116,12 @@ def workplace(target: Path, purpose: str) -> Iterator[Path]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WriterBusy(target, "another process is making it", "wait for it") from None
-        yield root
+        try:
+            yield root
+        except BaseException:
+            if keep is None or not any(root.rglob(keep)):
+                shutil.rmtree(root, ignore_errors=True)
+            raise
         shutil.rmtree(root, ignore_errors=True)
     finally:
         os.close(fd)
@@ -133,3 +138,12 @@ def put_in_place(directory: Path, target: Path) -> None:
             sync_directory(Path(place))
         os.rename(directory, target)
         sync_directory(target.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the device."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,13 +1,12 @@
 """Tensorizer's ``.tensors`` files, read and written a few tensors at a time. Needs torch and tensorizer.
 
-Nothing in such a file is unpickled: tensorizer keeps JSON-like metadata and raw bytes. (Its ``torch_compat`` module,
-which does pickle, is for other files and is never imported here; a test watches that.)
+Nothing in such a file is unpickled: tensorizer keeps packed metadata and raw bytes in it. (Its ``torch_compat`` module,
+which does unpickle, is for other files and does nothing unless called; a test watches that.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,17 @@ from tensorizer.serialization import HashMismatchError, TensorType
 
 from sllm_vllm.checkpoint.writer import write_errors
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.loader.model_files import sync_file
 from sllm_vllm.units import GIB
 
 TENSORIZER_NAME = "model.tensors"
 _GROUP_NBYTES = GIB
 """Tensors are read in groups of about this size, as a deserializer keeps all it has read until it is closed."""
+
+_READ_ERRORS = (
+    *(OSError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError),
+    *(struct.error, HashMismatchError),
+)
 
 
 def read_tensorizer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -31,30 +36,43 @@ def read_tensorizer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ConfigError: it is no sound tensorizer file.
     """
-    with _read_errors(path), open(path, "rb") as file:  # never by name: tensorizer would take some names for URLs
-        with TensorDeserializer(file, device="cpu", lazy_load=True) as index:
-            names = [str(name) for name in index.keys()]  # noqa: SIM118 (iterating it reads the tensors)
-            group = max(1, _GROUP_NBYTES * len(names) // max(index.total_tensor_bytes, 1))
+    with _opened(path) as index:
+        names = list(index.keys())
+        group = max(1, _GROUP_NBYTES * len(names) // max(index.total_tensor_bytes, 1))
     for start in range(0, len(names), group):
         yield from _read_group(path, set(names[start : start + group]))
 
 
 def _read_group(path: Path, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    with _read_errors(path), open(path, "rb") as file:
-        reader = TensorDeserializer(
-            file, device="cpu", lazy_load=True, verify_hash=True, filter_func=lambda name: name in names
-        )
-        with reader:
-            for _, _, name, tensor in reader.read_tensors():
-                yield str(name), tensor.detach()
+    with _opened(path, names) as reader:
+        for _, _, name, tensor in reader.read_tensors(verify_hash=True):
+            yield name, tensor.detach()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, names: set[str] | None = None) -> Iterator[TensorDeserializer]:
+    """The file, or only these tensors of it."""
+    keep = None if names is None else names.__contains__
+    # A file and never a name: tensorizer takes some names for addresses.
+    with (
+        _read_errors(path),
+        open(path, "rb") as file,
+        TensorDeserializer(file, device="cpu", lazy_load=True, filter_func=keep) as reader,
+    ):
+        yield reader
 
 
 class TensorizerWriter:
-    """Writes tensors one after the other. A context manager; the file is durable after it."""
+    """Writes tensors one after the other. The file is complete and durable once ``close`` has returned.
+
+    Raises:
+        WriteError: the directory refuses, here and in every method.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = open(path, "wb+")  # noqa: SIM115 (closed by the serializer)
+        with write_errors(path):
+            self._file = open(path, "wb+")  # noqa: SIM115 (closed by the serializer)
         self._serializer = TensorSerializer(self._file)
         self._num_tensors = 0
 
@@ -65,23 +83,10 @@ class TensorizerWriter:
         self._num_tensors += 1
 
     def close(self) -> None:
-        """Finish the file and force it to the device.
-
-        Raises:
-            WriteError: the device refused.
-        """
+        """Finish the file and force it to the device."""
         with write_errors(self._path):
             self._serializer.close()
             sync_file(self._path)
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's bytes to the device."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -89,6 +94,6 @@ def _read_errors(path: Path) -> Iterator[None]:
     """What tensorizer raises for a file that is cut off, changed or something else, as one error."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, struct.error, HashMismatchError) as error:
+    except _READ_ERRORS as error:
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: it is no sound tensorizer file ({type(error).__name__}: {detail})") from None

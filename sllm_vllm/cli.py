@@ -1,0 +1,386 @@
+"""The command ``sllm-vllm``: arguments in, tables and exit codes out. Work is done in ``checkpoint`` and ``loader``.
+
+Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted. Everything but typer is
+imported inside the commands, so that ``--help`` comes at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from sllm_vllm.checkpoint.reader import Checkpoint
+    from sllm_vllm.checkpoint.repository import CheckpointRepository
+    from sllm_vllm.errors import CheckpointError
+    from sllm_vllm.loader.conversion import Converted, Event
+
+T = TypeVar("T")
+
+_LARGEST_SHOWN = 10
+
+app = typer.Typer(
+    name="sllm-vllm",
+    help="Checkpoints for `vllm serve --load-format sllm`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+StoreDir = Annotated[
+    Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
+]
+CheckpointPath = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint's directory, or name in the store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class ExportTo(Enum):
+    """What ``export --to`` takes."""
+
+    SAFETENSORS = "safetensors"
+    TENSORIZER = "tensorizer"
+
+
+def main() -> None:
+    """Entry point of the command."""
+    from sllm_vllm.errors import SllmError
+
+    try:
+        app()
+    except SllmError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+
+
+def _fail(line: str) -> NoReturn:
+    typer.echo(f"sllm-vllm: {line}", err=True)
+    sys.exit(1)
+
+
+def _with(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Let a command take its arguments as one record, whose fields typer reads as if they were parameters."""
+    hints = get_type_hints(options, include_extras=True)
+    fields = inspect.signature(options).parameters.values()
+
+    def decorate(command: Callable[[T], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: object) -> None:
+            command(options(**values))
+
+        parameters = [field.replace(annotation=hints[field.name]) for field in fields]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = hints
+        return run
+
+    return decorate
+
+
+def _multiple_of_4096(value: int | None) -> int | None:
+    from sllm_vllm.config import CHUNK_NBYTES_MAX, CHUNK_NBYTES_MIN
+
+    if value is None:
+        return None
+    if not CHUNK_NBYTES_MIN <= value <= CHUNK_NBYTES_MAX or value % CHUNK_NBYTES_MIN:
+        raise typer.BadParameter(f"it must be a multiple of 4096 from {CHUNK_NBYTES_MIN} to {CHUNK_NBYTES_MAX}")
+    return value
+
+
+@dataclass(kw_only=True)
+class ConvertOptions:
+    """What ``convert`` takes."""
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or its name on the Hub.")]
+    out: Annotated[Path | None, typer.Option(help="Make this directory a model; do not use the store.")] = None
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, max=4096, help="As in vllm serve.")] = 1
+    dtype: Annotated[str, typer.Option(help="As in vllm serve.")] = "auto"
+    quantization: Annotated[str | None, typer.Option(help="As in vllm serve.")] = None
+    revision: Annotated[str | None, typer.Option(help="As in vllm serve.")] = None
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in vllm serve.")] = False
+    store_dir: StoreDir = None
+    chunk_bytes: Annotated[
+        int | None, typer.Option(help="Unit of reading. Default: 16 MiB.", callback=_multiple_of_4096)
+    ] = None
+
+
+@app.command()
+@_with(ConvertOptions)
+def convert(options: ConvertOptions) -> None:
+    """Load MODEL's weights once, without an engine, and store what each rank's parameters hold.
+
+    A conversion that was killed goes on where it stopped, rank by rank. A model's directory may hold a tensorizer file,
+    model.tensors, instead of safetensors.
+    """
+    from sllm_vllm.checkpoint.reader import open_checkpoint
+    from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
+    from sllm_vllm.loader.conversion import ConvertRequest, convert_model
+    from sllm_vllm.units import format_nbytes
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
+    request = ConvertRequest(
+        model=options.model,
+        store_dir=_store_root(options.store_dir),
+        out=options.out,
+        tensor_parallel_size=options.tensor_parallel_size,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        chunk_nbytes=options.chunk_bytes or CHUNK_NBYTES_DEFAULT,
+    )
+    with _progress() as progress:
+        converted = convert_model(request, _RankBars(progress, request.tensor_parallel_size))
+    told = "already converted" if converted.was_found else "converted"
+    nbytes = open_checkpoint(converted.checkpoint).manifest.nbytes
+    typer.echo(f"{told}: {converted.checkpoint} ({format_nbytes(nbytes)})")
+    typer.echo(f"to serve it: {_serve_command(options, converted)}")
+
+
+def _serve_command(options: ConvertOptions, converted: Converted) -> str:
+    """The command line with which vLLM finds what was converted."""
+    in_store = options.out is None
+    words = ["vllm", "serve", options.model if in_store else str(converted.checkpoint), "--load-format", "sllm"]
+    if options.tensor_parallel_size > 1:
+        words += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
+    if converted.dtype is not None:
+        words += ["--dtype", converted.dtype]
+    if options.quantization is not None:
+        words += ["--quantization", options.quantization]
+    if options.trust_remote_code:
+        words += ["--trust-remote-code"]
+    if options.revision is not None and in_store:
+        words += ["--revision", options.revision]
+    if options.store_dir is not None and in_store:
+        words += ["--model-loader-extra-config", json.dumps({"store_dir": str(_store_root(options.store_dir))})]
+    return shlex.join(words)
+
+
+class _RankBars:
+    """One bar a rank, which starts anew for each stage."""
+
+    def __init__(self, progress: Progress, num_ranks: int) -> None:
+        self._progress = progress
+        self._bars = [progress.add_task(f"rank {rank} starting", total=None) for rank in range(num_ranks)]
+
+    def __call__(self, event: Event) -> None:
+        """Show an event of a conversion."""
+        from sllm_vllm.loader.conversion import BytesDone, StageBegun
+
+        bar = self._bars[event.rank]
+        if isinstance(event, StageBegun):
+            words = {"read": "reading", "write": "writing"}
+            self._progress.reset(bar, total=event.nbytes, description=f"rank {event.rank} {words[event.stage]}")
+        elif isinstance(event, BytesDone):
+            self._progress.advance(bar, event.nbytes)
+
+
+@app.command(name="inspect")
+def inspect_checkpoint(path: CheckpointPath, store_dir: StoreDir = None, as_json: Json = False) -> None:
+    """Show what a checkpoint was made from, for what, and what is in it. Reads the manifest alone."""
+    facts = _describe(_open(path, store_dir))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    of_all = {key: facts[key] for key in ("path", "created_by", "nbytes", "chunk_nbytes")}
+    for title, record in (("checkpoint", of_all), ("source", facts["source"]), ("layout", facts["layout"])):
+        _print_table(title, [{"": key, " ": _shown(key, value)} for key, value in record.items()])
+    for title in ("partitions", "dtypes", "largest_tensors"):
+        _print_table(title.replace("_", " "), facts[title])
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's manifest in short, ready for JSON."""
+    manifest = checkpoint.manifest
+    tensors = [(p.rank, t) for p in manifest.partitions for t in p.tensors]
+    dtypes: dict[str, list[int]] = {}
+    for _, tensor in tensors:
+        entry = dtypes.setdefault(tensor.dtype, [0, 0])
+        entry[0], entry[1] = entry[0] + 1, entry[1] + tensor.nbytes
+    largest = sorted(tensors, key=lambda item: (-item[1].nbytes, item[1].name, item[0]))[:_LARGEST_SHOWN]
+    return {
+        "path": str(checkpoint.path),
+        "created_by": manifest.created_by,
+        "source": manifest.source.model_dump(),
+        "layout": manifest.layout.model_dump(),
+        "nbytes": manifest.nbytes,
+        "chunk_nbytes": manifest.chunk_nbytes,
+        "partitions": [
+            {"rank": p.rank, "path": p.path, "nbytes": p.nbytes, "tensors": len(p.tensors), "chunks": len(p.chunks)}
+            for p in manifest.partitions
+        ],
+        "dtypes": [
+            {"dtype": name, "tensors": count, "nbytes": nbytes} for name, (count, nbytes) in sorted(dtypes.items())
+        ],
+        "largest_tensors": [
+            {"rank": rank, "name": t.name, "dtype": t.dtype, "shape": t.shape, "nbytes": t.nbytes}
+            for rank, t in largest
+        ],
+    }
+
+
+@app.command()
+def verify(path: CheckpointPath, store_dir: StoreDir = None) -> None:
+    """Read every byte of a checkpoint and hold it against its checksum."""
+    from sllm_vllm.checkpoint.reader import verify_checkpoint
+    from sllm_vllm.units import format_bps, format_nbytes
+
+    checkpoint = _open(path, store_dir)
+    start = time.perf_counter()
+    with _progress() as progress:
+        bar = progress.add_task("verifying", total=checkpoint.manifest.nbytes)
+        nbytes = verify_checkpoint(checkpoint, lambda nbytes: progress.advance(bar, nbytes))
+    rate = nbytes / (time.perf_counter() - start)
+    typer.echo(f"sound: {checkpoint.path} ({format_nbytes(nbytes)}, {format_bps(rate)})")
+
+
+@app.command()
+def export(
+    path: CheckpointPath,
+    *,
+    to: Annotated[ExportTo, typer.Option(help="What to write the weights as.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    store_dir: StoreDir = None,
+) -> None:
+    """Turn a checkpoint back into a Hugging Face model directory.
+
+    Only plain weights of one rank, and of model classes whose fusing is known.
+    """
+    from sllm_vllm.loader.export import export_checkpoint
+    from sllm_vllm.units import format_nbytes
+
+    checkpoint = _open(path, store_dir)
+    with _progress() as progress:
+        bar = progress.add_task("exporting", total=checkpoint.manifest.nbytes)
+        done = export_checkpoint(checkpoint, out, to.value, on_progress=lambda nbytes: progress.advance(bar, nbytes))
+    typer.echo(f"exported: {done.path} ({done.num_tensors} tensors, {format_nbytes(done.nbytes)})")
+
+
+@app.command(name="list")
+def list_checkpoints(store_dir: StoreDir = None, as_json: Json = False) -> None:
+    """List the checkpoints of the store, broken ones too."""
+    repository = _repository(store_dir)
+    entries = [_entry(found, repository) for found in repository.list()]
+    if as_json:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    from sllm_vllm.units import format_nbytes
+
+    if not entries:
+        typer.echo(f"no checkpoints in {repository.root}")
+    for entry in entries:
+        if entry["error"] is not None:
+            typer.echo(f"{entry['name']}  broken: {entry['error']}")
+        else:
+            layout = entry["layout"]
+            words = (layout["dtype"], layout["quantization"] or "", f"tp={layout['tensor_parallel_size']}")
+            told = " ".join(word for word in words if word)
+            typer.echo(f"{entry['name']}  {format_nbytes(entry['nbytes'])}  {told}  {entry['source']['model']}")
+
+
+def _entry(found: Checkpoint | CheckpointError, repository: CheckpointRepository) -> dict[str, Any]:
+    """A line of the list, ready for JSON; ``error`` is None for a checkpoint whose files are all there."""
+    from sllm_vllm.errors import CheckpointError
+
+    if isinstance(found, CheckpointError):
+        name = Path(found.path).relative_to(repository.root).parts[0]
+        return {"name": name, "path": str(repository.root / name), "error": str(found)}
+    manifest, error = found.manifest, None
+    try:
+        for partition in manifest.partitions:
+            found.partition(partition.rank).open().close()
+    except CheckpointError as problem:
+        error = str(problem)
+    return {
+        "name": found.path.name,
+        "path": str(found.path),
+        "error": error,
+        "nbytes": manifest.nbytes,
+        "source": manifest.source.model_dump(),
+        "layout": manifest.layout.model_dump(),
+    }
+
+
+@app.command()
+def rm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm list` shows it.")],
+    store_dir: StoreDir = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a checkpoint from the store. An engine that has it open keeps reading it."""
+    from sllm_vllm.units import format_nbytes
+
+    repository = _repository(store_dir)
+    if not yes:
+        typer.confirm(f"Remove {repository.root / name}?", abort=True)
+    typer.echo(f"removed: {name} ({format_nbytes(repository.remove(name))})")
+
+
+def _store_root(store_dir: Path | None) -> Path:
+    from sllm_vllm.config import default_store_dir
+
+    return (store_dir or default_store_dir()).expanduser().absolute()
+
+
+def _repository(store_dir: Path | None) -> CheckpointRepository:
+    from sllm_vllm.checkpoint.repository import CheckpointRepository
+
+    return CheckpointRepository(_store_root(store_dir))
+
+
+def _open(path: str, store_dir: Path | None) -> Checkpoint:
+    """The checkpoint at a directory, or else of that name in the store."""
+    from sllm_vllm.checkpoint.reader import open_checkpoint
+
+    directory = Path(path).expanduser()
+    if not directory.is_dir() and directory.name == path:
+        directory = _store_root(store_dir) / path
+    return open_checkpoint(directory.absolute())
+
+
+def _progress() -> Progress:
+    """Bars on stderr, with bytes and rate; nothing of them stays, and nothing is shown where nobody watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    sizes = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *sizes)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Print records with equal keys, one a line."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.show_header = any(key.strip() for row in rows for key in row)
+    for key, value in rows[0].items() if rows else ():
+        table.add_column(key, overflow="fold", justify="right" if isinstance(value, int) else "left")
+    for row in rows:
+        table.add_row(*(Text(_shown(key, value)) for key, value in row.items()))
+    Console().print(table)
+
+
+def _shown(key: str, value: object) -> str:
+    """A value as a person reads it: sizes in their unit, nothing as a dash."""
+    from sllm_vllm.units import format_nbytes
+
+    if value is None:
+        return "-"
+    return format_nbytes(value) if key.endswith("nbytes") and isinstance(value, int) else str(value)
