@@ -13,13 +13,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
+
+from sllm_vllm.cli_output import print_table, progress_bar, shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -142,7 +144,7 @@ def convert(options: ConvertOptions) -> None:
         trust_remote_code=options.trust_remote_code,
         chunk_nbytes=options.chunk_bytes or CHUNK_NBYTES_DEFAULT,
     )
-    with _progress() as progress:
+    with progress_bar() as progress:
         converted = convert_model(request, _RankBars(progress, request.tensor_parallel_size))
     told = "already converted" if converted.was_found else "converted"
     nbytes = open_checkpoint(converted.checkpoint).manifest.nbytes
@@ -197,9 +199,9 @@ def inspect_checkpoint(path: CheckpointPath, store_dir: StoreDir = None, as_json
         return
     of_all = {key: facts[key] for key in ("path", "created_by", "nbytes", "chunk_nbytes")}
     for title, record in (("checkpoint", of_all), ("source", facts["source"]), ("layout", facts["layout"])):
-        _print_table(title, [{"": key, " ": _shown(key, value)} for key, value in record.items()])
+        print_table(title, [{"": key, " ": shown(key, value)} for key, value in record.items()])
     for title in ("partitions", "dtypes", "largest_tensors"):
-        _print_table(title.replace("_", " "), facts[title])
+        print_table(title.replace("_", " "), facts[title])
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def verify(path: CheckpointPath, store_dir: StoreDir = None) -> None:
 
     checkpoint = _open(path, store_dir)
     start = time.perf_counter()
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("verifying", total=checkpoint.manifest.nbytes)
         nbytes = verify_checkpoint(checkpoint, lambda nbytes: progress.advance(bar, nbytes))
     rate = nbytes / (time.perf_counter() - start)
@@ -263,7 +265,7 @@ def export(
     from sllm_vllm.units import format_nbytes
 
     checkpoint = _open(path, store_dir)
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("exporting", total=checkpoint.manifest.nbytes)
         done = export_checkpoint(checkpoint, out, to.value, on_progress=lambda nbytes: progress.advance(bar, nbytes))
     typer.echo(f"exported: {done.path} ({done.num_tensors} tensors, {format_nbytes(done.nbytes)})")
@@ -329,6 +331,21 @@ def rm(
     typer.echo(f"removed: {name} ({format_nbytes(repository.remove(name))})")
 
 
+@app.command()
+def calibrate(
+    path: CheckpointPath,
+    store_dir: StoreDir = None,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Threads that read, as the loader's `threads`.")] = 4,
+) -> None:
+    """Measure what each hop of a load can do alone, with a checkpoint's bytes: load reports then tell their share."""
+    from sllm_vllm.loader.limits import measure_limits
+    from sllm_vllm.units import format_bps
+
+    partition = _open(path, store_dir).partition(0)
+    limits = measure_limits(partition.path, _store_root(store_dir), num_threads=threads)
+    print_table(str(_store_root(store_dir)), [{"hop": hop, "limit": format_bps(bps)} for hop, bps in limits.items()])
+
+
 def _store_root(store_dir: Path | None) -> Path:
     from sllm_vllm.config import default_store_dir
 
@@ -349,38 +366,3 @@ def _open(path: str, store_dir: Path | None) -> Checkpoint:
     if not directory.is_dir() and directory.name == path:
         directory = _store_root(store_dir) / path
     return open_checkpoint(directory.absolute())
-
-
-def _progress() -> Progress:
-    """Bars on stderr, with bytes and rate; nothing of them stays, and nothing is shown where nobody watches."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    sizes = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description}"), BarColumn(), *sizes)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print records with equal keys, one a line."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.show_header = any(key.strip() for row in rows for key in row)
-    for key, value in rows[0].items() if rows else ():
-        table.add_column(key, overflow="fold", justify="right" if isinstance(value, int) else "left")
-    for row in rows:
-        table.add_row(*(Text(_shown(key, value)) for key, value in row.items()))
-    Console().print(table)
-
-
-def _shown(key: str, value: object) -> str:
-    """A value as a person reads it: sizes in their unit, nothing as a dash."""
-    from sllm_vllm.units import format_nbytes
-
-    if value is None:
-        return "-"
-    return format_nbytes(value) if key.endswith("nbytes") and isinstance(value, int) else str(value)

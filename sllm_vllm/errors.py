@@ -39,6 +39,14 @@ class _PathError(SllmError):
         self.mend = mend
         super().__init__(f"{self.path}: {problem}; {mend}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), (self.path, self.problem, self.mend))
+
+
+def _restored(kind: type[_PathError], told: tuple[str, str, str]) -> _PathError:
+    """What pickling makes of an error: a process pool hands it to its parent."""
+    return kind(*told)
+
 
 class CheckpointError(_PathError):
     """A checkpoint can't be used."""
@@ -77,7 +85,7 @@ class DiskFull(WriteError):
 
 
 class NotConvertible(WriteError):
-    """The module holds something that is no plain tensor yet (online quantisation, say)."""
+    """The module holds something that is no plain tensor (weights quantised while loading), or no manifest may hold."""
 
 
 class WriterBusy(WriteError):

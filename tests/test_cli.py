@@ -10,12 +10,8 @@ import select
 import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,13 +21,14 @@ from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, Layout, Source
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
 from sllm_vllm.checkpoint.writer import write_partition
+from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
 from sllm_vllm.loader import conversion
 from sllm_vllm.loader.conversion import BytesDone, Converted, ConvertRequest, Event, StageBegun
+from sllm_vllm.loader.limits import LIMITS_NAME
 from sllm_vllm.units import KIB
 from tests.conftest import ModelDir
+from tests.vllm_server import vllm_server
 
-SERVER_TIMEOUT_S = 180.0
-SERVER_PORT = 8317
 PROCESS_TIMEOUT_S = 60.0
 SCRIPT = Path(sys.executable).with_name("sllm-vllm")
 
@@ -341,45 +338,29 @@ def test_vllm_serves_what_was_converted(model_dir: ModelDir, tmp_path: Path) -> 
     assert not list(out.glob("*.safetensors"))
     report = tmp_path / "report.json"
     extra = json.dumps({"store_dir": str(tmp_path / "store"), "report_path": str(report)})
-    ours = served_tokens(out, tmp_path, "--load-format", "sllm", "--model-loader-extra-config", extra)
+    with vllm_server(out, tmp_path, "--load-format", "sllm", "--model-loader-extra-config", extra) as ours:
+        tokens = ours.tokens("a b c", temperature=0)
     facts = json.loads(report.read_text())
     assert (facts["outcome"], facts["checkpoint"]) == ("loaded", str(out))
-    assert ours == served_tokens(model_dir("qwen3"), tmp_path)
+    with vllm_server(model_dir("qwen3"), tmp_path) as stock:
+        assert tokens == stock.tokens("a b c", temperature=0)
 
 
-def served_tokens(model: Path, tmp_path: Path, *options: str) -> list[int]:
-    """Start `vllm serve`, ask for a few greedy tokens, stop it."""
-    vllm = Path(sys.executable).with_name("vllm")
-    command: list[str | Path] = [vllm, "serve", model, "--served-model-name", "m", "--port", str(SERVER_PORT)]
-    command += ["--enforce-eager", "--max-model-len", "256", *options]
-    with (tmp_path / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_until_healthy(server, tmp_path / "server.log")
-        body = {"model": "m", "prompt": "a b c", "max_tokens": 16, "temperature": 0, "return_token_ids": True}
-        tokens: list[int] = ask("/v1/completions", body)["choices"][0]["token_ids"]
-        return tokens
-    finally:
-        server.terminate()
-        server.wait(SERVER_TIMEOUT_S)
-
-
-def wait_until_healthy(server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline_s = time.monotonic() + SERVER_TIMEOUT_S
-    while server.poll() is None and time.monotonic() < deadline_s:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{SERVER_PORT}/health", timeout=5)
-        except (OSError, urllib.error.URLError):
-            time.sleep(0.2)
-        else:
-            return
-    pytest.fail(log.read_text()[-4000:])
-
-
-def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{SERVER_PORT}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+def test_calibrate_measures_every_hop_and_keeps_it_for_the_store(run: Run, checkpoint: Checkpoint, store: Path) -> None:
+    staging = CheckpointRepository(store).stage(
+        CheckpointKey(Source(model="large", fingerprint="f"), checkpoint.manifest.layout), CHUNK_NBYTES_DEFAULT
     )
-    with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as response:
-        answer: dict[str, Any] = json.load(response)
-    return answer
+    for rank in range(2):
+        tensors = [Bytes("weight", bytes(CHUNK_NBYTES_DEFAULT))]
+        staging.commit(write_partition(staging.path, rank, tensors, chunk_nbytes=CHUNK_NBYTES_DEFAULT))
+    staging.publish()
+    code, out, _ = run("calibrate", staging.target)
+    assert code == 0
+    assert {"read_disk", "read_cache", "verify"} <= set(out.split())
+    assert (store / LIMITS_NAME).exists()
+
+
+def test_calibrate_refuses_what_is_smaller_than_a_chunk(run: Run, checkpoint: Checkpoint) -> None:
+    code, _, err = run("calibrate", checkpoint.path)
+    assert code == 1
+    assert "smaller than a chunk" in err

@@ -60,7 +60,7 @@ class CheckpointKey:
     def name(self) -> str:
         """Name of its directory: the model's for people, the digest of the whole key for us."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(Path(self.source.model).parts[-2:]))[-60:].strip(".-")
-        parts = [FORMAT_VERSION, self.source.model_dump(exclude={"model"}), self.layout.model_dump()]
+        parts = [FORMAT_VERSION, self.source.fingerprint, self.layout.model_dump()]
         text = json.dumps(parts, sort_keys=True)
         return f"{slug or 'model'}-{digest(text.encode())[:20]}"
 

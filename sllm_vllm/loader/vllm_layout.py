@@ -70,6 +70,8 @@ def source_of(model_config: ModelConfig) -> Source:
     model = model_config.model
     if getattr(model_config, "model_weights", ""):
         raise ConfigError(f"{model_config.model_weights}: weights in an object store have no fingerprint here")
+    if (snapshot := _hub_snapshot(Path(model))) is not None:
+        return snapshot
     if os.path.isdir(model):
         return Source(model=str(Path(model).resolve()), fingerprint=fingerprint_directory(model))
     config = try_to_load_from_cache(model, "config.json", revision=model_config.revision)
@@ -77,6 +79,14 @@ def source_of(model_config: ModelConfig) -> Source:
         raise ConfigError(f"{model}: it is not in the Hugging Face cache yet")
     commit = Path(config).parent.name
     return Source(model=model, revision=model_config.revision, fingerprint=commit)
+
+
+def _hub_snapshot(path: Path) -> Source | None:
+    """The source of ``models--ORG--NAME/snapshots/COMMIT``, which vLLM puts in a name's place when it is offline."""
+    repository = path.parent.parent.name
+    if path.parent.name != "snapshots" or not repository.startswith("models--") or not path.is_dir():
+        return None
+    return Source(model=repository.removeprefix("models--").replace("--", "/"), fingerprint=path.name)
 
 
 def _config_digest(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> str:

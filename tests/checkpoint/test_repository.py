@@ -71,7 +71,7 @@ def test_name_is_safe_as_a_file_name_and_an_argument(model: str, slug: str) -> N
 
 
 def test_keys_that_differ_have_names_that_differ() -> None:
-    keys = [make_key(), make_key(2), make_key(fingerprint="f1"), make_key(revision="main"), make_key(model="org/other")]
+    keys = [make_key(), make_key(2), make_key(fingerprint="f1"), make_key(model="org/other")]
     assert len({key.name for key in keys}) == len(keys)
     assert make_key().name == make_key().name
 
