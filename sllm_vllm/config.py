@@ -39,7 +39,9 @@ class LoaderConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     store_dir: Path = Field(default_factory=default_store_dir, description="directory that holds the checkpoints")
-    threads: int = Field(default=4, ge=1, le=64, description="threads that read the disk")
+    threads: int | None = Field(
+        default=None, ge=1, le=64, description="threads that read the disk; by itself four, or one a free processor"
+    )
     chunk_bytes: int = Field(default=CHUNK_NBYTES_DEFAULT, description="unit of reading; a multiple of 4096")
     verify: Literal["always", "first", "never"] = Field(
         default="first", description="when chunks are held against their checksums: every load, the first one, never"

@@ -17,18 +17,21 @@ from sllm_vllm.loader.cpus import reader_cpus, run_on
 from sllm_vllm.loader.sink import ChunkSink
 from sllm_vllm.loader.source import ChunkSource
 
+READERS_MAX = 4
+"""Readers if nobody says how many. More than processors hand the interpreter's lock around (docs/decisions/0002)."""
+
 
 class ChunkPipeline:
     """A context manager: threads run inside it. One consumer; the first error of any thread reaches it.
 
     Args:
         order: chunk indices in the order in which they are wanted.
-        num_threads: readers.
+        num_threads: readers; None for four, or as many as there are processors for them.
         window: how many chunks may be begun beyond the position waited for.
     """
 
     def __init__(
-        self, source: ChunkSource, sink: ChunkSink, order: Sequence[int], *, num_threads: int, window: int
+        self, source: ChunkSource, sink: ChunkSink, order: Sequence[int], *, num_threads: int | None, window: int
     ) -> None:
         self._source = source
         self._sink = sink
@@ -42,7 +45,8 @@ class ChunkPipeline:
         self._error: BaseException | None = None
         self._stopped = False
         self._cpus = reader_cpus(os.getppid())
-        names = (f"sllm-read-{index}" for index in range(min(num_threads, len(order))))
+        num_readers = min(num_threads or min(READERS_MAX, len(self._cpus)), len(order))
+        names = (f"sllm-read-{index}" for index in range(num_readers))
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
 
     def wait(self, position: int) -> None:
