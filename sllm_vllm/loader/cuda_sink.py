@@ -31,22 +31,19 @@ class _Slot:
 
 
 class CudaSink:
-    """Copies chunks to a CUDA device.
+    """Copies chunks to a CUDA device, as soon as it is bound; targets are emptied at ``finish``.
 
     Args:
-        targets: one a record; emptied at ``finish``.
         num_slots: page-locked buffers of one chunk each; copies and reads overlap from two on.
     """
 
-    def __init__(
-        self, plan: LoadPlan, targets: Sequence[Target], device: torch.device, *, num_slots: int, counter: HopCounter
-    ) -> None:
+    def __init__(self, plan: LoadPlan, device: torch.device, *, num_slots: int, counter: HopCounter) -> None:
         self._plan = plan
-        self._targets = targets
+        self._targets: Sequence[Target] = ()
+        self._bound = threading.Event()
         self._device = device
         self._counter = counter
         self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))  # parameters may still be being initialised
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
@@ -55,18 +52,27 @@ class CudaSink:
         for _ in range(num_slots):
             self._free.put(self._new_slot())
 
+    def bind(self, targets: Sequence[Target]) -> None:
+        """See ``ChunkSink``."""
+        self._targets = targets
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # parameters may still be being initialised
+        self._bound.set()
+
     def buffer(self, chunk: int) -> memoryview:
         """See ``ChunkSink``."""
         slot = self._free.get()
-        if slot is None or self._stopped.is_set():
+        if slot is None:
             self._free.put(None)
-            raise InterruptedError("the load was stopped")
+        self._check_not_stopped()
+        assert slot is not None
         slot.copied.synchronize()
         self._used[chunk] = slot
         return slot.view
 
     def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
         """See ``ChunkSink``."""
+        self._bound.wait()
+        self._check_not_stopped()
         slot = self._used.pop(chunk)
         start = time.perf_counter()
         with self._lock, torch.cuda.stream(self._stream):
@@ -96,7 +102,12 @@ class CudaSink:
     def stop(self) -> None:
         """See ``ChunkSink``."""
         self._stopped.set()
+        self._bound.set()
         self._free.put(None)
+
+    def _check_not_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise InterruptedError("the load was stopped")
 
     def _byte_targets(self, tensor: int) -> list[torch.Tensor]:
         """Where a record's bytes go: its contiguous tensors, or memory to gather them in for the others."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from sllm_vllm.checkpoint.reader import RankPartition
@@ -28,14 +29,30 @@ WINDOW_NBYTES = 64 * MIB
 
 @dataclass(slots=True)
 class RunningLoad:
-    """A load under way. The consumer asks for tensors with ``require``, in any order, and ends with ``finish``."""
+    """A load under way: bytes are being read already. The consumer binds it to a module, then asks for tensors with
+    ``require``, in any order, and ends with ``finish``."""
 
+    partition: RankPartition
     plan: LoadPlan
-    targets: ModuleTargets
     sink: ChunkSink
     pipeline: ChunkPipeline
+    targets: ModuleTargets | None = None
     wait_s: float = 0.0
     _ended: float = field(default=0.0)
+
+    def bind(self, module: nn.Module) -> None:
+        """Say which module is to be filled, its parameters allocated and empty.
+
+        Raises:
+            LayoutMismatch: the partition is not for this module, which was not touched.
+        """
+        self.targets = match_module(module, self.plan.partition.tensors, str(self.partition.path))
+        self.sink.bind(self.targets.targets)
+
+    def records_of(self, module: nn.Module) -> set[int]:
+        """Records that a part of the bound module needs; only before any of them was required."""
+        assert self.targets is not None, "bind first"
+        return self.targets.records_of(module)
 
     def ready_position(self, records: Iterable[int]) -> int:
         """Position in the plan at which all of ``records`` are complete."""
@@ -63,29 +80,30 @@ class RunningLoad:
 
 @contextlib.contextmanager
 def start_load(
-    partition: RankPartition, module: nn.Module, config: LoaderConfig, *, report: LoadReport
+    partition: RankPartition, config: LoaderConfig, *, device: torch.device, report: LoadReport
 ) -> Iterator[RunningLoad]:
-    """Begin to read a rank's partition into ``module``, whose parameters are allocated and empty.
+    """Begin to read a rank's partition, for a module that may still have to be built on ``device``.
 
-    Fills in ``report`` at the end. A partition that was read whole and found sound is remembered as verified.
+    If it was bound to a module, the end of the context finishes the load and fills in ``report``. A partition that was
+    read whole and found sound is remembered as verified.
 
     Raises:
-        LayoutMismatch: before anything is touched, if the partition is not for this module.
         CheckpointError: it can't be read.
     """
     counter, start = HopCounter(read_limits(config.store_dir)), time.perf_counter()
-    targets = match_module(module, partition.record.tensors, str(partition.path))
     plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
     with partition.open() as file:
         verify = _verify_now(partition, config)
         if verify:
             partition.check_header(file)
-        sink = _sink_for(plan, targets, counter)
+        sink = _sink_for(plan, device, counter)
         source = DiskSource(partition, file, verify=verify, counter=counter)
         window = window_of(plan)
         with ChunkPipeline(source, sink, plan.order, num_threads=config.threads, window=window) as pipeline:
-            load = RunningLoad(plan, targets, sink, pipeline)
+            load = RunningLoad(partition, plan, sink, pipeline)
             yield load
+            if load.targets is None:
+                return
             load.finish()
     if verify:
         VerifiedMarks(config.store_dir).mark(partition.path, file.status)
@@ -98,13 +116,15 @@ def start_load(
 def load_module(partition: RankPartition, module: nn.Module, config: LoaderConfig) -> LoadReport:
     """Fill ``module`` with a rank's partition, with no post-processing of any kind.
 
+    Parameters on a CUDA device are filled there; a few of them may be elsewhere (offloaded).
+
     Raises:
         CheckpointError: see ``start_load``.
     """
     report = LoadReport(checkpoint=str(partition.directory), rank=partition.record.rank, outcome="loaded")
     start = time.perf_counter()
-    with start_load(partition, module, config, report=report):
-        pass
+    with start_load(partition, config, device=device_of(module), report=report) as load:
+        load.bind(module)
     report.total_s = time.perf_counter() - start
     return report
 
@@ -120,10 +140,13 @@ def _verify_now(partition: RankPartition, config: LoaderConfig) -> bool:
     return config.verify == "always"
 
 
-def _sink_for(plan: LoadPlan, targets: ModuleTargets, counter: HopCounter) -> ChunkSink:
-    """The sink for the device that holds the parameters; a few of them may be elsewhere (offloaded)."""
-    devices = {tensor.device for target in targets.targets for tensor in target.tensors}
-    cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
-    if not cuda:
-        return HostSink(plan, targets.targets)
-    return CudaSink(plan, targets.targets, cuda[0], num_slots=window_of(plan), counter=counter)
+def device_of(module: nn.Module) -> torch.device:
+    """The CUDA device that holds any of a module's tensors, else the CPU."""
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
+
+
+def _sink_for(plan: LoadPlan, device: torch.device, counter: HopCounter) -> ChunkSink:
+    if device.type != "cuda":
+        return HostSink(plan)
+    return CudaSink(plan, device, num_slots=window_of(plan), counter=counter)

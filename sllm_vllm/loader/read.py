@@ -27,7 +27,8 @@ def read_tensors(partition: RankPartition, config: LoaderConfig) -> Iterator[tup
     plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
     path = str(partition.path)
     targets = [ModuleTarget([_empty(r.dtype, r.shape, path)], rebindable=True) for r in partition.record.tensors]
-    sink = HostSink(plan, targets)
+    sink = HostSink(plan)
+    sink.bind(targets)
     with partition.open() as file:
         source = DiskSource(partition, file, verify=config.verify != "never", counter=HopCounter())
         window = window_of(plan)

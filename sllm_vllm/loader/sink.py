@@ -53,6 +53,10 @@ class ChunkSink(Protocol):
         """The buffer now holds the chunk."""
         ...
 
+    def bind(self, targets: Sequence[Target]) -> None:
+        """Say where the tensors go, one target a record; reading may have begun before. Called once."""
+        ...
+
     def attach(self, tensor: int) -> None:
         """All chunks of a tensor were delivered: let its parameters hold it. Safe to call twice."""
         ...
@@ -91,9 +95,9 @@ class HostSink:
     module after the other needs one copy of the model, not two.
     """
 
-    def __init__(self, plan: LoadPlan, targets: Sequence[Target]) -> None:
+    def __init__(self, plan: LoadPlan) -> None:
         self._plan = plan
-        self._targets = targets
+        self._targets: Sequence[Target] = ()
         nbytes = max(round_up(plan.partition.data_nbytes, mmap.PAGESIZE), mmap.PAGESIZE)
         self._mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if nbytes >= _HUGE_PAGE_NBYTES:
@@ -107,6 +111,10 @@ class HostSink:
 
     def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
         """See ``ChunkSink``: it lies where it belongs already."""
+
+    def bind(self, targets: Sequence[Target]) -> None:
+        """See ``ChunkSink``."""
+        self._targets = targets
 
     def attach(self, tensor: int) -> None:
         """See ``ChunkSink``."""

@@ -23,8 +23,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
 from sllm_vllm.config import LoaderConfig
-from sllm_vllm.errors import CheckpointCorrupt, CheckpointError, WriteError
-from sllm_vllm.loader.load import RunningLoad, start_load
+from sllm_vllm.errors import CheckpointCorrupt, CheckpointError, LayoutMismatch, WriteError
+from sllm_vllm.loader.load import RunningLoad, device_of, start_load
 from sllm_vllm.loader.module_state import TransientBuffers, named_state
 from sllm_vllm.loader.read import read_tensors
 from sllm_vllm.loader.report import LoadReport
@@ -87,8 +87,8 @@ class SllmModelLoader(BaseModelLoader):
         vllm_config = get_current_vllm_config()
         found = self._found or self._catalog.find(vllm_config, model_config)
         self.report.rank = rank_position(vllm_config).rank
-        with contextlib.ExitStack() as load:
-            if self._start(found, model, load) is not None:
+        with contextlib.ExitStack() as stack:
+            if self._bind(self._start(found, device_of(model), stack), found, model) is not None:
                 return
         self._load_stock(found.key if found.checkpoint is None else None, model, model_config)
 
@@ -114,11 +114,12 @@ class SllmModelLoader(BaseModelLoader):
         start = time.perf_counter()
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
         with set_default_torch_dtype(model_config.dtype):
-            with device:
-                model = self._create(vllm_config, model_config, prefix)
-            self.report.construct_s = time.perf_counter() - start
             with contextlib.ExitStack() as stack:
-                load = self._start(found, model, stack)
+                load = self._start(found, device, stack)
+                with device:
+                    model = self._create(vllm_config, model_config, prefix)
+                self.report.construct_s = time.perf_counter() - start
+                load = self._bind(load, found, model)
                 if load is not None:
                     self.report.process_s = process_while_loading(load, model, model_config, device=device)
             if load is None:
@@ -132,11 +133,11 @@ class SllmModelLoader(BaseModelLoader):
             return create(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
-    def _start(self, found: Found, model: nn.Module, stack: contextlib.ExitStack) -> RunningLoad | None:
-        """Begin to load ``found``'s checkpoint; its end is the stack's. None if the stock loader has to do it.
+    def _start(self, found: Found, device: torch.device, stack: contextlib.ExitStack) -> RunningLoad | None:
+        """Begin to read ``found``'s checkpoint; the stack's end ends it. None if the stock loader has to do it.
 
-        What is wrong before anything was filled (another layout, a broken header, a file that has gone) is logged and
-        leads to the stock loader, unless the checkpoint is all there is of the model.
+        What is wrong before anything was filled (a broken header, a file that has gone) is logged and leads to the
+        stock loader, unless the checkpoint is all there is of the model.
         """
         if found.checkpoint is None:
             return None
@@ -144,15 +145,26 @@ class SllmModelLoader(BaseModelLoader):
         self.report.outcome, self.report.checkpoint = "loaded", str(found.checkpoint.path)
         try:
             stack.enter_context(self._corruption_set_aside(found.checkpoint))
-            return stack.enter_context(start_load(partition, model, self.config, report=self.report))
+            return stack.enter_context(start_load(partition, self.config, device=device, report=self.report))
         except CheckpointError as error:
-            self.report.outcome = "unconverted"
-            if found.is_model_itself:
-                raise
-            if isinstance(error, CheckpointCorrupt):
-                self._catalog.set_aside(found.checkpoint)
-            logger.warning("event=checkpoint_unused reason=%s", error)
-            return None
+            return self._go_stock(found, error)
+
+    def _bind(self, load: RunningLoad | None, found: Found, model: nn.Module) -> RunningLoad | None:
+        """Bind the load to the module it fills; None, and the stock loader's turn, if it is for another one."""
+        try:
+            if load is not None:
+                load.bind(model)
+            return load
+        except LayoutMismatch as error:
+            return self._go_stock(found, error)
+
+    def _go_stock(self, found: Found, error: CheckpointError) -> None:
+        self.report.outcome = "unconverted"
+        if found.is_model_itself:
+            raise error
+        if isinstance(error, CheckpointCorrupt) and found.checkpoint is not None:
+            self._catalog.set_aside(found.checkpoint)
+        logger.warning("event=checkpoint_unused reason=%s", error)
 
     @contextlib.contextmanager
     def _corruption_set_aside(self, checkpoint: Checkpoint) -> Iterator[None]:

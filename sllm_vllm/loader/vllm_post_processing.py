@@ -29,7 +29,14 @@ LAYER_LOCAL_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 def process_while_loading(
     load: RunningLoad, model: nn.Module, model_config: ModelConfig, *, device: torch.device
 ) -> float:
-    """Post-process ``model`` while it is being loaded. Returns the seconds spent, waiting not counted."""
+    """Post-process ``model``, to which ``load`` is bound, while it is being filled.
+
+    Returns:
+        Seconds of post-processing, waiting not counted.
+
+    Raises:
+        CheckpointError: the partition can't be read, or differs from its checksums.
+    """
     spent_s, processed = 0.0, list[Any]()
     if device.type == "cpu" and not getattr(model_config, "word_embeddings_untied_by_checkpoint", False):
         for module, records in _steps(load, model):
@@ -50,7 +57,7 @@ def process_while_loading(
 def _steps(load: RunningLoad, model: nn.Module) -> list[tuple[Any, set[int]]]:
     """Modules to process early, and the records each needs, in the order in which they become complete."""
     modules = [m for m in model.modules() if type(getattr(m, "quant_method", None)) in LAYER_LOCAL_METHODS]
-    steps = [(module, load.targets.records_of(module)) for module in modules]
+    steps = [(module, load.records_of(module)) for module in modules]
     return sorted(steps, key=lambda step: load.ready_position(step[1]))
 
 

@@ -17,7 +17,6 @@ from sllm_vllm.loader import load
 from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.loader.cuda_sink import CudaSink
 from sllm_vllm.loader.load import load_module
-from sllm_vllm.loader.module_state import match_module
 from sllm_vllm.loader.report import HopCounter
 from tests.loader.test_module_state import Tied, assert_equal, stored
 
@@ -52,8 +51,8 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", empty)
 
-    def sink_for(plan: LoadPlan, targets: Any, counter: HopCounter) -> CudaSink:
-        return CudaSink(plan, targets.targets, torch.device("cpu"), num_slots=2, counter=counter)
+    def sink_for(plan: LoadPlan, device: torch.device, counter: HopCounter) -> CudaSink:
+        return CudaSink(plan, device, num_slots=2, counter=counter)
 
     monkeypatch.setattr(load, "_sink_for", sink_for)
 
@@ -81,8 +80,7 @@ def test_bytes_arrive_in_place_and_parameters_keep_their_memory(tmp_path: Path, 
 def sink(tmp_path: Path, without_cuda: None) -> CudaSink:
     checkpoint = CheckpointRepository(tmp_path).find(stored(Tied(1), tmp_path))
     record = checkpoint.manifest.partitions[0]
-    targets = match_module(Tied(2), record.tensors, "path").targets
-    return CudaSink(LoadPlan(record, 4096), targets, torch.device("cpu"), num_slots=1, counter=HopCounter())
+    return CudaSink(LoadPlan(record, 4096), torch.device("cpu"), num_slots=1, counter=HopCounter())
 
 
 def test_buffers_are_page_aligned_and_as_large_as_a_chunk(sink: CudaSink) -> None:
@@ -105,6 +103,22 @@ def test_a_reader_that_waits_for_a_buffer_is_woken_by_stop(sink: CudaSink) -> No
     sink.stop()
     reader.join(30)
     assert woken.is_set()
+
+
+def test_a_chunk_that_came_before_the_module_waits_for_it_and_is_dropped_by_stop(sink: CudaSink) -> None:
+    buffer, dropped = sink.buffer(0), threading.Event()
+
+    def deliver() -> None:
+        with pytest.raises(InterruptedError):
+            sink.deliver(0, buffer, 4096)
+        dropped.set()
+
+    reader = threading.Thread(target=deliver)
+    reader.start()
+    assert not dropped.is_set()
+    sink.stop()
+    reader.join(30)
+    assert dropped.is_set()
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

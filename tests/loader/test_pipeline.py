@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import pytest
 
 from sllm_vllm.loader.pipeline import ChunkPipeline
+from sllm_vllm.loader.sink import Target
 
 WAIT_MAX_S = 30.0
 
@@ -49,6 +50,8 @@ class FakeSink:
 
     def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
         self.delivered.append(chunk)
+
+    def bind(self, targets: Sequence[Target]) -> None: ...
 
     def attach(self, tensor: int) -> None: ...
 
