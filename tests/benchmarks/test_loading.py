@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import loading, page_cache
+from benchmarks import claimed_memory, loading, page_cache
 from benchmarks.device_limits import Limits, measure_limits, read_direct_s
 from benchmarks.disturbance import Disturbance
 from benchmarks.load_formats import PLAIN_REFERENCE, missing, plain_loaders, vllm_loaders
@@ -193,6 +193,12 @@ def test_file_is_brought_into_the_page_cache_and_out_of_it(file: Path) -> None:
 def test_nothing_is_resident_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert residency([tmp_path / "empty"]) == 1.0
+
+
+def test_free_memory_is_claimed_but_never_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert claimed_memory.claim_memory(MIB) == MIB
+    monkeypatch.setattr(claimed_memory, "_free_nbytes", lambda: 10 * MIB)
+    assert claimed_memory.claim_memory(64 * MIB) == 8 * MIB
 
 
 def test_page_cache_that_refuses_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""Random models that are made once and kept. A half-written one is never found: it takes its name when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.bytecode import environment_of
+from benchmarks.supervise import ROOT, Workspace
+from sllm_vllm.config import child_environment
+
+SIZES = ("tiny", "0.5GB", "1.2GB", "2GB")
+"""Those of ``random_models.py``, which this does not import: it takes seconds."""
+
+
+def model_path(cache: Path, size: str) -> Path:
+    """Where the model of a size is kept."""
+    return cache / f"llama-{size}"
+
+
+def ensure_model(workspace: Workspace, size: str) -> Path:
+    """The directory of a Llama with seeded random weights, made if it is not there yet.
+
+    Raises:
+        CalledProcessError: it could not be made; ``output`` says why.
+    """
+    path = model_path(workspace.cache, size)
+    if not path.exists():
+        partial = workspace.run / path.name
+        command = [sys.executable, "-m", "benchmarks.random_models", str(partial), "--size", size]
+        subprocess.run(
+            command,
+            cwd=ROOT,
+            env=child_environment(**environment_of(workspace)),
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for file in partial.iterdir():
+            _sync(file)
+        with contextlib.suppress(FileExistsError):  # another run was faster
+            os.rename(partial, path)
+        _sync(workspace.cache)
+    return path
+
+
+def weight_files(model: Path) -> list[Path]:
+    """The safetensors files of a model's directory.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    if not (files := sorted(model.glob("*.safetensors"))):
+        raise FileNotFoundError(f"{model}: there is no *.safetensors file")
+    return files
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

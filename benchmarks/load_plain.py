@@ -1,0 +1,107 @@
+"""Loads without vLLM: a module of plain parameters, filled by our loader or by safetensors. Needs torch alone.
+
+The parameters are allocated already, as an engine's are. On a GPU both ways fill them where they are; on the CPU ours
+rebinds them to the memory that it read into.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.cached_model import weight_files
+from benchmarks.disturbance import Disturbance
+from benchmarks.load_job import OURS, Job, Measurement
+from benchmarks.module_digest import digest_module
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.plain_module import empty_module
+from benchmarks.ready_machine import ready_machine
+from sllm_vllm.checkpoint.core.manifest import Layout, Source
+from sllm_vllm.checkpoint.fingerprint import fingerprint_directory
+from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
+from sllm_vllm.config import LoaderConfig
+from sllm_vllm.loader.load import load_module
+from sllm_vllm.loader.module_state import named_state
+from sllm_vllm.loader.save import save_state
+
+
+def measure(job: Job) -> Measurement:
+    """Fill a module once and tell how long it took."""
+    module = empty_module(weight_files(job.model), torch.device(job.device))
+    fill = _fill_of(job)
+    residency = ready_machine(job)
+    _synchronize(job)
+    memory, others, start = PeakMemory(), Disturbance(), time.perf_counter()
+    fill(module)
+    _synchronize(job)
+    seconds, disturbance = time.perf_counter() - start, others.share()
+    return Measurement(
+        seconds=seconds,
+        weights_s=seconds,
+        weights_wall_s=seconds,
+        outcome="loaded" if job.loader.name == OURS else "",
+        residency=residency,
+        peak_nbytes=memory.growth(),
+        disturbance=disturbance,
+    )
+
+
+def digest(job: Job) -> str:
+    """Digest of the module's tensors."""
+    module = empty_module(weight_files(job.model), torch.device(job.device))
+    _fill_of(job)(module)
+    return digest_module(module)
+
+
+def prepare(job: Job) -> None:
+    """Write our checkpoint."""
+    config = _config(job)
+    module = empty_module(weight_files(job.model), torch.device("cpu"))
+    _fill_by_safetensors(weight_files(job.model), "cpu")(module)
+    save_state(
+        CheckpointRepository(config.store_dir).stage(_key(job.model), config.chunk_bytes), 0, named_state(module)
+    )
+
+
+def worker_environment() -> dict[str, str]:
+    """Nothing: no worker of vLLM is imitated."""
+    return {}
+
+
+def _fill_of(job: Job) -> Callable[[nn.Module], None]:
+    if job.loader.name != OURS:
+        return _fill_by_safetensors(weight_files(job.model), job.device)
+    config = _config(job)
+    partition = CheckpointRepository(config.store_dir).find(_key(job.model)).partition(0)
+
+    def fill(module: nn.Module) -> None:
+        load_module(partition, module, config)
+
+    return fill
+
+
+def _fill_by_safetensors(files: list[Path], device: str) -> Callable[[nn.Module], None]:
+    def fill(module: nn.Module) -> None:
+        for file in files:
+            module.load_state_dict(load_file(file, device=device), strict=len(files) == 1)
+
+    return fill
+
+
+def _config(job: Job) -> LoaderConfig:
+    return LoaderConfig.from_extra_config(job.loader.extra_config)
+
+
+def _key(model: Path) -> CheckpointKey:
+    layout = Layout(model_class="plain", dtype="mixed", device_type="any", vllm_version="none", config_digest="")
+    return CheckpointKey(Source(model=str(model), fingerprint=fingerprint_directory(model)), layout)
+
+
+def _synchronize(job: Job) -> None:
+    if job.device.startswith("cuda"):
+        torch.cuda.synchronize()

@@ -1,0 +1,185 @@
+"""A stock ``vllm serve`` as a child: started, waited for, asked, stopped. Owns its process group and its log."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sllm_vllm.config import child_environment
+
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 300.0
+REQUEST_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 15.0
+LOG_LINES_SHOWN = 30
+
+_POLL_S = 0.05
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it a start fills nine tenths of the memory with zeros
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class ServerFailed(Exception):
+    """The server died, did not become healthy in time, or refused a request. The message is for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Token ids of one completion, and when the first of them came (``time.monotonic``)."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    first_token_s: float
+
+
+def vllm_command() -> Path:
+    """The ``vllm`` beside this Python."""
+    return Path(sys.executable).parent / "vllm"
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+class VllmServer:
+    """One server; a context manager that starts it and leaves no process of its group behind.
+
+    Args:
+        arguments: of ``vllm serve``, behind the model.
+        environment: added to this process's own.
+        log: file that gets its output.
+    """
+
+    def __init__(self, model: Path, arguments: Sequence[str], *, environment: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        self._port = free_port()
+        self._command = [str(vllm_command()), "serve", str(model), "--host", HOST, "--port", str(self._port)]
+        self._command += ["--served-model-name", "demo", *arguments]
+        self._environment = child_environment(**_ENVIRONMENT, **environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start_s = 0.0
+        """When it was started (``time.monotonic``)."""
+
+    def __enter__(self) -> Self:
+        with self.log.open("wb") as log:
+            self.start_s = time.monotonic()
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        process = self._process
+        assert process is not None
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        _signal(process.pid, signal.SIGTERM)
+        while _group_lives(process) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        if _group_lives(process):
+            _signal(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def wait_healthy(self) -> None:
+        """Return when ``/health`` says yes.
+
+        Raises:
+            ServerFailed: the process ended before, or it took longer than ``START_TIMEOUT_S``.
+        """
+        while time.monotonic() - self.start_s < START_TIMEOUT_S:
+            self._check_alive(_POLL_S)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self._request("GET", "/health", timeout_s=5.0).status == http.client.OK:
+                    return
+        raise ServerFailed(f"it was not healthy after {START_TIMEOUT_S:.0f} s")
+
+    def complete(self, question: Mapping[str, Any]) -> Completion:
+        """Ask for one completion, streamed, with token ids.
+
+        Raises:
+            ServerFailed: it refused, broke off, or took longer than ``REQUEST_TIMEOUT_S``.
+        """
+        body = json.dumps({"model": "demo", "stream": True, "return_token_ids": True, **question})
+        prompt: list[int] = []
+        tokens: list[int] = []
+        first_token_s = 0.0
+        try:
+            for choice in _choices(self._request("POST", "/v1/completions", body, timeout_s=REQUEST_TIMEOUT_S)):
+                prompt += choice.get("prompt_token_ids") or []
+                tokens += choice.get("token_ids") or []
+                if tokens and not first_token_s:
+                    first_token_s = time.monotonic()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self._check_alive(0)
+            raise ServerFailed(f"a completion failed: {error}") from None
+        return Completion(tuple(prompt), tuple(tokens), first_token_s)
+
+    def log_tail(self) -> str:
+        """The last lines it said."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
+
+    def _request(
+        self, method: str, path: str, body: str | None = None, *, timeout_s: float
+    ) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=timeout_s)
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    def _check_alive(self, patience_s: float) -> None:
+        """Wait at most so long for the process to end; it should not."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout=patience_s)
+            raise ServerFailed(f"it ended with status {code}")
+
+
+def _choices(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The choices of a stream of server-sent events, which must end with its mark."""
+    if response.status != http.client.OK:
+        raise ValueError(f"status {response.status}: {response.read(500).decode(errors='replace')}")
+    for line in response:
+        data = line.decode().removeprefix("data: ").strip()
+        if data == "[DONE]":
+            return
+        if data:
+            event = json.loads(data)
+            if "error" in event:
+                raise ValueError(str(event["error"]))
+            yield from event["choices"]
+    raise ValueError("the stream broke off")
+
+
+def _signal(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _group_lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of its group is left; orphans that ended are collected by whoever adopted them."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
