@@ -9,27 +9,54 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from sllm_vllm.units import KIB
 
 FREE_SHARE_MAX = 0.8
 """More would push files out of the page cache."""
+CLAIMED_MODELS = 2.5
+"""How many times a model's size a load may touch, and a little more."""
 
-_TOUCH = """
+_HOLD = """
 import mmap, sys
 memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory.madvise(mmap.MADV_HUGEPAGE)
 for offset in range(0, len(memory), mmap.PAGESIZE):
     memory[offset] = 1
+print("held", flush=True)
+sys.stdin.read()
 """
 
 
-def claim_memory(nbytes: int) -> int:
-    """Touch so much free memory in another process, which gives it back to the guest at once; returns the bytes."""
-    claimed = min(nbytes, int(_free_nbytes() * FREE_SHARE_MAX))
-    if claimed > 0:
-        subprocess.run([sys.executable, "-S", "-c", _TOUCH, str(claimed)], check=True)
-    return claimed
+class ClaimedMemory:
+    """Memory for a load of a model, held by another process. Once released, it is free at once and its host has it.
+
+    Args:
+        model_nbytes: size of the model.
+    """
+
+    def __init__(self, model_nbytes: int) -> None:
+        self.nbytes = min(int(model_nbytes * CLAIMED_MODELS), int(_free_nbytes() * FREE_SHARE_MAX))
+        self._holder: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        if self.nbytes > 0:
+            command = [sys.executable, "-S", "-c", _HOLD, str(self.nbytes)]
+            self._holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert self._holder.stdout is not None
+            self._holder.stdout.readline()  # empty if the system had none to give: then there is nothing to hold
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Free it. Safe to call twice."""
+        if self._holder is not None:
+            self._holder.communicate()
+            self._holder = None
 
 
 def _free_nbytes() -> int:

@@ -8,6 +8,7 @@ Exits with 1 if a token differs, if the third start did not load from the checkp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from rich.table import Table
 from benchmarks import page_cache
 from benchmarks.bytecode import environment_of, warm_up
 from benchmarks.cached_model import SIZES, ensure_model, model_path, weight_files
+from benchmarks.claimed_memory import ClaimedMemory
 from benchmarks.load_spans import RUNNER_SPAN_PREFIX, SpanReceiver, logged_load_s
 from benchmarks.progress import Progress
 from benchmarks.supervise import CACHE_DEFAULT, Workspace, run_supervised
@@ -120,14 +122,18 @@ def start_once(workspace: Workspace, model: Path, name: str, *, arguments: Seque
         DemoFailed: the server did.
     """
     files = weight_files(model)
-    partitions = list((workspace.run / "store").glob(f"*/{PARTITION_DIR}/*"))
-    page_cache.prepare([*files, *partitions], "warm")
+    nbytes = sum(file.stat().st_size for file in files)
+    page_cache.prepare([*files, *(workspace.run / "store").glob(f"*/{PARTITION_DIR}/*")], "warm")
     log = workspace.run / "vllm.log"
-    with SpanReceiver() as spans:
+    with SpanReceiver() as spans, contextlib.ExitStack() as stack:
+        with progress.step(f"{name}: having weights in the page cache and free memory at hand"):
+            memory = stack.enter_context(ClaimedMemory(nbytes))
         environment = {**environment_of(workspace), **spans.environment()}
         try:
             with VllmServer(model, [*ENGINE_ARGUMENTS, *arguments], environment=environment, log=log) as server:
                 with progress.step(f"{name}: starting `vllm serve`"):
+                    server.wait_loading()
+                    memory.release()
                     server.wait_healthy()
                     load_model_s = spans.wait_for(RUNNER_SPAN_PREFIX, SPAN_TIMEOUT_S) or logged_load_s(log.read_text())
                 with progress.step(f"{name}: asking {len(PROMPTS) * len(SAMPLINGS)} questions"):
@@ -139,7 +145,7 @@ def start_once(workspace: Workspace, model: Path, name: str, *, arguments: Seque
     return Start(
         name=name,
         outcome=outcome,
-        nbytes=sum(file.stat().st_size for file in files),
+        nbytes=nbytes,
         load_model_s=load_model_s,
         first_token_s=completions[0].first_token_s - server.start_s,
         completions=completions,
@@ -203,7 +209,8 @@ def table_of(starts: Sequence[Start]) -> Table:
     """The table that the demo is about."""
     nbytes = starts[0].nbytes
     caption = (
-        f"{format_nbytes(nbytes)} of weights, source and checkpoint both in the page cache; {os.cpu_count()} CPUs. "
+        f"{format_nbytes(nbytes)} of weights, source and checkpoint both in the page cache; {os.cpu_count()} CPUs; "
+        "memory is free and, on a virtual machine, backed by its host. "
         "load_model: the whole of it, by vLLM's own trace span; a first start also writes the checkpoint. "
         f"{len(starts[0].completions)} answers a start, greedy and sampled."
     )

@@ -18,8 +18,6 @@ from benchmarks.supervise import ROOT
 from sllm_vllm.config import child_environment
 
 CHILD_TIMEOUT_S = 600.0
-CLAIMED_MODELS = 2.5
-"""How many times the model's size of free memory is claimed from a virtual machine's host before the clock starts."""
 OURS = "sllm"
 REFERENCE = "auto lazy"
 """The stock loader as it comes: what the others are compared with."""

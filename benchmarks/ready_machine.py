@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.cached_model import weight_files
-from benchmarks.claimed_memory import claim_memory
-from benchmarks.load_job import CLAIMED_MODELS, Job
+from benchmarks.claimed_memory import ClaimedMemory
+from benchmarks.load_job import Job
 from benchmarks.page_cache import prepare
 
 
@@ -16,5 +16,6 @@ def ready_machine(job: Job) -> float:
     """
     prepare(job.files, job.tier)
     if job.claims_memory:
-        claim_memory(int(CLAIMED_MODELS * sum(file.stat().st_size for file in weight_files(job.model))))
+        with ClaimedMemory(sum(file.stat().st_size for file in weight_files(job.model))):
+            pass
     return prepare(job.files, job.tier)

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,8 @@ START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
 LOG_LINES_SHOWN = 30
+LOADING_MARK = "Starting to load model"
+"""What vLLM's model runners log before they load."""
 
 _POLL_S = 0.05
 _ENVIRONMENT = {
@@ -101,18 +103,21 @@ class VllmServer:
             _signal(process.pid, signal.SIGKILL)
         process.wait()
 
+    def wait_loading(self) -> None:
+        """Return when it is about to load the model, or has done so.
+
+        Raises:
+            ServerFailed: see ``wait_healthy``.
+        """
+        self._wait(lambda: LOADING_MARK in self.log.read_text(errors="replace") or self._is_healthy())
+
     def wait_healthy(self) -> None:
         """Return when ``/health`` says yes.
 
         Raises:
             ServerFailed: the process ended before, or it took longer than ``START_TIMEOUT_S``.
         """
-        while time.monotonic() - self.start_s < START_TIMEOUT_S:
-            self._check_alive(_POLL_S)
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if self._request("GET", "/health", timeout_s=5.0).status == http.client.OK:
-                    return
-        raise ServerFailed(f"it was not healthy after {START_TIMEOUT_S:.0f} s")
+        self._wait(self._is_healthy)
 
     def complete(self, question: Mapping[str, Any]) -> Completion:
         """Ask for one completion, streamed, with token ids.
@@ -138,6 +143,18 @@ class VllmServer:
     def log_tail(self) -> str:
         """The last lines it said."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
+
+    def _wait(self, is_so: Callable[[], bool]) -> None:
+        while time.monotonic() - self.start_s < START_TIMEOUT_S:
+            self._check_alive(_POLL_S)
+            if is_so():
+                return
+        raise ServerFailed(f"it was not healthy after {START_TIMEOUT_S:.0f} s")
+
+    def _is_healthy(self) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self._request("GET", "/health", timeout_s=5.0).status == http.client.OK
+        return False
 
     def _request(
         self, method: str, path: str, body: str | None = None, *, timeout_s: float

@@ -147,7 +147,8 @@ class SllmModelLoader(BaseModelLoader):
             stack.enter_context(self._corruption_set_aside(found.checkpoint))
             return stack.enter_context(start_load(partition, self.config, device=device, report=self.report))
         except CheckpointError as error:
-            return self._go_stock(found, error)
+            self._go_stock(found, error)
+            return None
 
     def _bind(self, load: RunningLoad | None, found: Found, model: nn.Module) -> RunningLoad | None:
         """Bind the load to the module it fills; None, and the stock loader's turn, if it is for another one."""
@@ -156,7 +157,8 @@ class SllmModelLoader(BaseModelLoader):
                 load.bind(model)
             return load
         except LayoutMismatch as error:
-            return self._go_stock(found, error)
+            self._go_stock(found, error)
+            return None
 
     def _go_stock(self, found: Found, error: CheckpointError) -> None:
         self.report.outcome = "unconverted"

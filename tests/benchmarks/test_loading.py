@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from benchmarks.page_cache import COLD_MAX, PageCacheRefused, Tier, prepare, res
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.supervise import ROOT
 from sllm_vllm.units import MIB
+from tests.benchmarks.process_tree import alive, descendants
 
 NBYTES = 2_000_000_000
 RUN_TIMEOUT_S = 240.0
@@ -196,9 +198,17 @@ def test_nothing_is_resident_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_free_memory_is_claimed_but_never_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert claimed_memory.claim_memory(MIB) == MIB
     monkeypatch.setattr(claimed_memory, "_free_nbytes", lambda: 10 * MIB)
-    assert claimed_memory.claim_memory(64 * MIB) == 8 * MIB
+    assert claimed_memory.ClaimedMemory(2 * MIB).nbytes == 5 * MIB
+    assert claimed_memory.ClaimedMemory(64 * MIB).nbytes == 8 * MIB
+
+
+def test_claimed_memory_is_held_by_a_process_until_it_is_released() -> None:
+    with claimed_memory.ClaimedMemory(2 * MIB) as held:
+        processes = descendants(os.getpid())
+        assert alive(processes)
+        held.release()
+        assert not alive(processes)
 
 
 def test_page_cache_that_refuses_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
