@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -298,7 +299,9 @@ def test_convert_ends_its_ranks_when_it_is_told_to(tmp_path: Path, number: signa
     (tmp_path / "tmp").mkdir()
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
     command: list[str | Path] = [SCRIPT, "convert", tmp_path / "model", "--store-dir", tmp_path / "store"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # A shell gives what it runs in the background an ignored SIGINT, which children inherit.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     rank = os.pidfd_open(int((tmp_path / "rank").read_text()))
     try:
         process.send_signal(number)
