@@ -18,6 +18,11 @@ CHUNK_NBYTES_MAX = GIB
 MANIFEST_NBYTES_MAX = 256 * MIB
 HEADER_NBYTES_MAX = 100_000_000
 """Largest header that the safetensors library itself accepts (its ``MAX_HEADER_SIZE``)."""
+STORE_STATE_DIR = ".store"
+"""Folder inside the directory of checkpoints that belongs to the store's daemon: socket, lock, calibration, pins."""
+REQUEST_NBYTES_MAX = 256 * KIB
+REPLY_NBYTES_MAX = 16 * MIB
+"""Largest message to, and from, the store's daemon."""
 
 
 def default_store_dir() -> Path:
@@ -31,6 +36,13 @@ def default_store_dir() -> Path:
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with some variables set."""
     return {**os.environ, **overrides}
+
+
+def default_store_socket(store_dir: Path) -> Path:
+    """Where the daemon of ``store_dir`` listens: ``SLLM_STORE_SOCKET``, else a private folder inside it."""
+    if explicit := os.environ.get("SLLM_STORE_SOCKET"):
+        return Path(explicit).expanduser()
+    return store_dir / STORE_STATE_DIR / "socket"
 
 
 class LoaderConfig(BaseModel):
@@ -48,6 +60,10 @@ class LoaderConfig(BaseModel):
     )
     write_through: bool = Field(default=True, description="write a checkpoint when there is none")
     report_path: Path | None = Field(default=None, description="file that gets the load report as JSON, one a rank")
+    store: bool = Field(default=True, description="take checkpoints from this machine's store daemon, if one runs")
+    h2d: Literal["ring", "register", "ipc"] = Field(
+        default="ring", description="how the store's memory reaches a CUDA device, see docs/decisions"
+    )
 
     @field_validator("chunk_bytes")
     @classmethod
@@ -71,3 +87,49 @@ class LoaderConfig(BaseModel):
             known = ", ".join(cls.model_fields)
             problem = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
             raise ConfigError(f"--model-loader-extra-config: {key!r}: {problem}; known keys: {known}") from None
+
+
+class StoreConfig(BaseModel):
+    """What ``sllm-vllm store serve`` may be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store_dir: Path = Field(default_factory=default_store_dir, description="directory that holds the checkpoints")
+    socket: Path | None = Field(default=None, description="Unix socket; by itself inside store_dir")
+    memory_bytes: int = Field(default=4 * GIB, ge=2 * MIB, description="host memory for checkpoints")
+    slot_bytes: int = Field(default=CHUNK_NBYTES_DEFAULT, description="unit of the pool; no chunk may be larger")
+    disk_bytes: int | None = Field(
+        default=None, ge=0, description="quota of store_dir; beyond it checkpoints that a remote has are removed"
+    )
+    remotes: tuple[str, ...] = Field(default=(), max_length=16, description="URLs that are asked for what is not here")
+    policy: Literal["cost", "lru"] = Field(default="cost", description="what is evicted first")
+    prefault: bool = Field(default=True, description="claim the memory at start instead of at first use")
+    readers: int | None = Field(default=None, ge=1, le=64, description="reads at once; by itself as calibrated, or 4")
+    writers: int | None = Field(default=None, ge=1, le=16, description="writes at once; by itself as calibrated, or 1")
+    downloads: int = Field(default=8, ge=1, le=256, description="ranged requests at once")
+    pause_fills: bool = Field(default=True, description="let fills and writes wait while an engine waits for a load")
+    starve_s: float = Field(default=5.0, gt=0, le=3600, description="longest that a fill or a write waits for loads")
+    stall_s: float = Field(default=20.0, gt=0, le=3600, description="a download without a byte for so long is begun anew")
+    retries_max: int = Field(default=5, ge=0, le=100, description="attempts after a failed download of a chunk")
+    metrics_port: int | None = Field(default=None, ge=0, le=65535, description="port of /metrics on loopback; 0: any")
+    clients_max: int = Field(default=1024, ge=1, le=65536, description="connections at once")
+
+    @field_validator("slot_bytes")
+    @classmethod
+    def _aligned(cls, value: int) -> int:
+        return LoaderConfig._aligned(value)
+
+    @property
+    def socket_path(self) -> Path:
+        """Where the daemon listens."""
+        return self.socket or default_store_socket(self.store_dir)
+
+    @property
+    def state_dir(self) -> Path:
+        """The daemon's own folder, mode 0700."""
+        return self.store_dir / STORE_STATE_DIR
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the pool."""
+        return self.memory_bytes // self.slot_bytes

@@ -14,7 +14,15 @@
     │   ├── DiskFull
     │   ├── NotConvertible       this module can't be stored: load it the stock way each time
     │   └── WriterBusy           another process is writing the same checkpoint right now
-    └── NotExportable            this layout has no way back to Hugging Face names
+    ├── NotExportable            this layout has no way back to Hugging Face names
+    ├── StoreError               the store on this machine does not help; a load goes on without it
+    │   ├── StoreUnavailable     no daemon answers, or it ended in the middle: read the disk in this process
+    │   ├── StoreRefused         a daemon answers, but not to this: another version, user or chunk size
+    │   └── StoreBusy            another daemon owns the socket: this one must not start
+    └── RemoteError              a remote source does not deliver; retries are used up
+        ├── RemoteMissing        it has no such checkpoint
+        ├── RemoteUnreachable    it can't be reached, stalls or refuses
+        └── RemoteCorrupt        what it delivers is not what the manifest says
 
 Pure. Raised everywhere, caught by class.
 """
@@ -94,3 +102,35 @@ class WriterBusy(WriteError):
 
 class NotExportable(CheckpointError):
     """The checkpoint's layout can't be turned back into Hugging Face tensors."""
+
+
+class StoreError(_PathError):
+    """The store's daemon does not help. ``path`` is its socket."""
+
+
+class StoreUnavailable(StoreError):
+    """No daemon answers, or it ended while it was needed."""
+
+
+class StoreRefused(StoreError):
+    """The daemon is there and refuses: another protocol version or user, an unknown name, a size it can't hold."""
+
+
+class StoreBusy(StoreError):
+    """Another daemon owns the socket."""
+
+
+class RemoteError(_PathError):
+    """A remote source does not deliver. ``path`` is its URL without secrets."""
+
+
+class RemoteMissing(RemoteError):
+    """The remote answers, but has no such checkpoint or file."""
+
+
+class RemoteUnreachable(RemoteError):
+    """The remote can't be reached, stalls, refuses or breaks off, also after every retry."""
+
+
+class RemoteCorrupt(RemoteError):
+    """The remote delivers other bytes, or another number of them, than its manifest says."""

@@ -1,4 +1,6 @@
-"""Byte units and how they are printed. Pure."""
+"""Byte units, how they are printed and how they are read. Pure."""
+
+import re
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -16,6 +18,22 @@ def format_nbytes(nbytes: float) -> str:
 def format_bps(bps: float | None) -> str:
     """Bytes a second for a person, in decimal units as disks and networks are sold: ``1.20 GB/s``."""
     return "-" if bps is None else f"{bps / 1e9:.2f} GB/s"
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": GIB << 10}
+
+
+def parse_nbytes(text: str) -> int:
+    """Bytes from what a person writes: ``16GiB``, ``500 MB``, ``4096``.
+
+    Raises:
+        ValueError: it is no number of bytes.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no number of bytes; write it like 16GiB, 500MB or 4096")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import mmap
 import os
 import stat
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllm_vllm.checkpoint.checksum import checksum
+from sllm_vllm.checkpoint.checksum import checksum, digest
 from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.checkpoint.core.header import check_header
 from sllm_vllm.checkpoint.core.manifest import (
@@ -46,6 +47,12 @@ class RankPartition:
     def path(self) -> Path:
         """Its data file."""
         return self.directory / self.record.path
+
+    @property
+    def content_digest(self) -> str:
+        """Digest of its chunks' checksums and sizes: equal digests mean equal data, wherever it lies."""
+        content = [self.manifest.chunk_nbytes, self.record.data_nbytes, self.record.chunks]
+        return digest(json.dumps(content).encode())
 
     def open(self) -> ChunkFile:
         """Open the data file, after holding its size against the manifest.
