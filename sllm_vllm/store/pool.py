@@ -90,7 +90,8 @@ def _huge_file(nbytes: int, mount_point: Path) -> tuple[int, int] | None:
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        command = [sys.executable, "-m", "sllm_vllm.store.huge_file", str(theirs.fileno()), str(nbytes), mount_point]
+        command = [sys.executable, "-m", "sllm_vllm.store.huge_file", str(theirs.fileno()), str(nbytes)]
+        command.append(str(mount_point))
         try:
             done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=_HELPER_TIMEOUT_S, check=False)
         except (OSError, subprocess.TimeoutExpired):

@@ -17,8 +17,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
-
-PROTOCOL_VERSION = 1
 SPANS_MAX = 1 << 16
 """Spans in one message."""
 
