@@ -46,6 +46,7 @@ from sllm_vllm.errors import CheckpointError, CheckpointMissing, CheckpointUnrea
 
 _LOCKS = ".locks"
 _REJECTED = ".rejected"
+_STAGING = ".staging"
 _TRASH = ".trash"
 
 
@@ -146,9 +147,44 @@ class CheckpointRepository:
             WriteError: the directory refuses writing.
         """
         with write_errors(self.root):
-            path = self._private_directory(".staging") / key.name
+            path = self._private_directory(_STAGING) / key.name
             locks = self._private_directory(_LOCKS)
         return Staging(key, chunk_nbytes, path, self.root / key.name, locks)
+
+    @contextlib.contextmanager
+    def receiver(self, name: str) -> Iterator[Path]:
+        """Hold the right to receive checkpoint ``name`` from elsewhere; yields the folder to do it in, kept if killed.
+
+        Raises:
+            WriterBusy: another process holds it. WriteError: the directory refuses.
+        """
+        with write_errors(self.root):
+            path = self._private_directory(f"{_STAGING}/.received") / name
+            locks = self._private_directory(_LOCKS)
+        with _locked(locks / f"{name}.receiver", blocking=False):
+            with write_errors(path):
+                path.mkdir(exist_ok=True)
+            yield path
+
+    def publish_received(self, name: str, received: Path) -> bool:
+        """Make a folder that is a complete, synced checkpoint visible as ``name``. Called inside ``receiver``.
+
+        Returns:
+            Whether it was that one: False if one was published meanwhile, and ``received`` is removed.
+
+        Raises:
+            WriteError: the directory refuses.
+        """
+        target = self.root / name
+        with _locked(self._private_directory(_LOCKS) / name, blocking=True), write_errors(target):
+            if (target / MANIFEST_NAME).exists():
+                shutil.rmtree(received, ignore_errors=True)
+                return False
+            sync_directory(received)
+            _set_aside(target)  # if anything is there, it has no manifest
+            os.rename(received, target)
+            sync_directory(self.root)
+            return True
 
     def _private_directory(self, name: str) -> Path:
         path = self.root / name

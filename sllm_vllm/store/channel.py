@@ -31,7 +31,7 @@ def connect_to(path: Path, timeout_s: float) -> socket.socket:
         channel.settimeout(timeout_s)
         with short_address(path) as address:
             channel.connect(address)
-        owner = peer_uid(channel)
+        _, owner = peer_of(channel)
     except OSError as error:
         channel.close()
         said = error.strerror or str(error)
@@ -52,11 +52,11 @@ def short_address(path: Path) -> Iterator[str]:
         os.close(fd)
 
 
-def peer_uid(channel: socket.socket) -> int:
-    """User id of the process at the other end, as the kernel noted it at connect."""
+def peer_of(channel: socket.socket) -> tuple[int, int]:
+    """Process and user id at the other end, as the kernel noted them at connect."""
     raw = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _pid, uid, _gid = _CREDENTIALS.unpack(raw)
-    return int(uid)
+    pid, uid, _gid = _CREDENTIALS.unpack(raw)
+    return int(pid), int(uid)
 
 
 def send_hint(path: Path, model: str, tensor_parallel_size: int | None) -> bool:

@@ -1,8 +1,8 @@
-"""The child process of ``pool.py``: mounts a tmpfs in huge pages where nobody else sees it, and hands out two descriptors.
+"""The child process of ``pool.py``: mounts a tmpfs in huge pages where nobody else sees it.
 
-``python -m sllm_vllm.store.huge_file SOCKET_FD NBYTES MOUNT_POINT`` sends a writable and a read-only descriptor of a file
-of NBYTES over the socket. Exits with 1 where the system does not let it. Nothing stays mounted: the namespace ends with
-this process, the file with its last descriptor and mapping.
+``python -m sllm_vllm.store.huge_file SOCKET_FD NBYTES MOUNT_POINT`` sends a writable and a read-only descriptor of a
+file of NBYTES over the socket. Exits with 1 where the system does not let it. Nothing stays mounted: the namespace
+ends with this process, the file with its last descriptor and mapping.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(socket_fd: int, nbytes: int, mount_point: Path) -> int:
     try:
         _enter_namespace()
         _mount(None, Path("/"), _MS_REC | _MS_PRIVATE)
-        _mount("tmpfs", mount_point, _LOCKED_DOWN, f"huge=always,size={nbytes},mode=0700")
+        _mount("tmpfs", mount_point, _LOCKED_DOWN, options=f"huge=always,size={nbytes},mode=0700")
         view = mount_point / "view"
         view.mkdir()
         writable = os.open(mount_point / "pool", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
@@ -52,7 +52,7 @@ def _enter_namespace() -> None:
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
 
 
-def _mount(source: str | None, target: Path, flags: int, options: str = "") -> None:
+def _mount(source: str | None, target: Path, flags: int, *, options: str = "") -> None:
     kind = b"tmpfs" if source == "tmpfs" else None
     told = source.encode() if source is not None else None
     if _libc.mount(told, bytes(target), kind, ctypes.c_ulong(flags), options.encode()) != 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -28,6 +29,7 @@ HUGE_PAGE_NBYTES = 2 << 20
 _F_SEAL_FUTURE_WRITE = 0x0010  # not in Python's fcntl before 3.14
 _MADV_POPULATE_WRITE = 23
 _HELPER_TIMEOUT_S = 30.0
+_libc = ctypes.CDLL(None)  # unlike mmap.madvise, it lets other threads run meanwhile
 
 
 class Pool:
@@ -63,9 +65,9 @@ class Pool:
         return self._view[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
 
     def prefault(self, slot: int) -> None:
-        """Have the system provide a slot's pages now; what it holds stays. Releases no lock: call it from a thread."""
-        with contextlib.suppress(OSError):  # a kernel before 5.14: they come at first use
-            self._mapping.madvise(_MADV_POPULATE_WRITE, slot * self.slot_nbytes, self.slot_nbytes)
+        """Have the system provide a slot's pages now; what it holds stays. A kernel before 5.14 does nothing."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping, slot * self.slot_nbytes))
+        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(self.slot_nbytes), _MADV_POPULATE_WRITE)
 
     def close(self) -> None:
         """Unmap; clients keep what they have mapped."""

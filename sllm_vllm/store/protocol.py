@@ -52,8 +52,10 @@ class Find(_Message):
 
 
 class Lease(_Message):
-    """I want a rank's partition whose ``content_digest`` is this. → ``Leased``, then ``Given``. With ``hold`` the client
-    can map slots for as long as it lives; else it copies every span and releases it."""
+    """I want a rank's partition whose ``content_digest`` is this. → ``Leased``, then ``Given``.
+
+    With ``hold`` the client can map slots for as long as it lives; else it copies every span and releases it.
+    """
 
     kind: Literal["lease"] = "lease"
     checkpoint: Name

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sllm_vllm.checkpoint.core.manifest import TENSOR_ALIGNMENT, TensorRecord
+from sllm_vllm.checkpoint.core.manifest import TENSOR_ALIGNMENT, TensorRecord, num_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +52,13 @@ def tail_offset(records: Sequence[TensorRecord]) -> int:
 
 def _in_body(nbytes: int) -> bool:
     return nbytes > 0 and nbytes % TENSOR_ALIGNMENT == 0
+
+
+def load_order(tensors: Sequence[TensorRecord], chunk_nbytes: int) -> tuple[int, ...]:
+    """Chunks in the order in which a load wants them.
+
+    First those with the small unaligned tensors, as any module may need one of them; then the others in file order.
+    """
+    count = num_chunks(tensors[-1].end if tensors else 0, chunk_nbytes)
+    first_tail = tail_offset(tensors) // chunk_nbytes
+    return (*range(first_tail, count), *range(min(first_tail, count)))

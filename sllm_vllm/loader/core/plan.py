@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from sllm_vllm.checkpoint.core.layout import tail_offset
-from sllm_vllm.checkpoint.core.manifest import Partition, TensorRecord, num_chunks
+from sllm_vllm.checkpoint.core.layout import load_order
+from sllm_vllm.checkpoint.core.manifest import Partition, TensorRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,8 @@ class LoadPlan:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """The chunks with the small unaligned tensors first, as any module may need one of them; then in file order."""
-        count = num_chunks(self.partition.data_nbytes, self.chunk_nbytes)
-        first_tail = tail_offset(self.partition.tensors) // self.chunk_nbytes
-        return (*range(first_tail, count), *range(min(first_tail, count)))
+        """See ``load_order``."""
+        return load_order(self.partition.tensors, self.chunk_nbytes)
 
     @cached_property
     def _positions(self) -> dict[int, int]:

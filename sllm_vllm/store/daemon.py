@@ -1,0 +1,194 @@
+"""The daemon's process: one a socket, from its lock to its last goodbye. ``sllm-vllm store serve`` calls ``serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sllm_vllm.config import StoreConfig
+from sllm_vllm.errors import ConfigError, StoreBusy, StoreError
+from sllm_vllm.store.calibrate import read_calibration
+from sllm_vllm.store.channel import short_address
+from sllm_vllm.store.metrics_server import MetricsServer
+from sllm_vllm.store.orders import Orders
+from sllm_vllm.store.places import Places
+from sllm_vllm.store.pool import Pool
+from sllm_vllm.store.remote import open_remote
+from sllm_vllm.store.server import Server
+from sllm_vllm.store.status import Status
+from sllm_vllm.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+_STATUS_TIMEOUT_S = 10.0
+
+
+def serve(config: StoreConfig) -> int:
+    """Run the daemon until SIGTERM, SIGINT or the order to stop. Returns the exit status.
+
+    Raises:
+        StoreBusy: another daemon owns the socket. StoreError: the socket can't be made.
+        ConfigError: the pool has no slot, or there is no memory for it.
+    """
+    if config.num_slots == 0:
+        raise ConfigError(f"memory_bytes {config.memory_bytes} holds no slot of {config.slot_bytes} bytes")
+    _raise_file_limit()
+    with _private_directory(config), _listening(config.socket_path) as listener, _pool(config) as pool:
+        asyncio.run(_Daemon(config, pool).run(listener))
+    return 0
+
+
+class _Daemon:
+    """Puts the parts together on an event loop."""
+
+    def __init__(self, config: StoreConfig, pool: Pool) -> None:
+        self._config = config
+        self._pool = pool
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until told to stop."""
+        config, loop, stopped = self._config, asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        places = Places(config.store_dir, config.state_dir, [open_remote(url) for url in config.remotes])
+        store = Store(config, self._pool, places, calibration=read_calibration(config.state_dir))
+        orders = Orders(store, stop=stopped.set, num_clients=lambda: server.num_clients)
+        server = Server(store, orders)
+        accepting = loop.create_task(server.serve(listener))
+        prefaulting = _Prefault(self._pool) if config.prefault else contextlib.nullcontext()
+        with prefaulting, self._metrics(orders, loop):
+            await orders.start()
+            logger.info(
+                "event=store_serving socket=%s memory=%d slots=%d page_nbytes=%d",
+                config.socket_path,
+                config.memory_bytes,
+                self._pool.num_slots,
+                self._pool.page_nbytes,
+            )
+            stopping = loop.create_task(stopped.wait())
+            await asyncio.wait([accepting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        for task in (accepting, stopping):
+            task.cancel()
+        await asyncio.gather(accepting, stopping, return_exceptions=True)
+        await store.close()  # first: no slot is written to once an engine can't tell us any more
+        await orders.close()
+        await server.close()
+        logger.info("event=store_stopped socket=%s", config.socket_path)
+
+    @contextlib.contextmanager
+    def _metrics(self, orders: Orders, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        if self._config.metrics_port is None:
+            yield
+            return
+
+        def status() -> Status:
+            return asyncio.run_coroutine_threadsafe(orders.status(), loop).result(_STATUS_TIMEOUT_S)
+
+        server = MetricsServer(status, self._config.state_dir, self._config.metrics_port)
+        server.start()
+        logger.info("event=metrics_serving port=%d", server.port)
+        try:
+            yield
+        finally:
+            server.stop()
+
+
+class _Prefault:
+    """Claims the pool's pages slot by slot in a thread, so that no load waits for the system to clear them."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sllm-prefault", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        for slot in range(self._pool.num_slots):
+            if self._stopped.is_set():
+                return
+            self._pool.prefault(slot)
+        logger.info("event=memory_claimed slots=%d seconds=%.1f", self._pool.num_slots, time.monotonic() - start)
+
+
+def _pool(config: StoreConfig) -> Pool:
+    mount_point = config.state_dir / "pool"
+    mount_point.mkdir(exist_ok=True)
+    try:
+        return Pool(config.num_slots, config.slot_bytes, mount_point)
+    except OSError as error:
+        raise ConfigError(f"no memory for a pool of {config.memory_bytes} bytes ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def _private_directory(config: StoreConfig) -> Iterator[None]:
+    """The daemon's own folder, mode 0700, locked for one daemon."""
+    try:
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        config.state_dir.chmod(0o700)
+        config.socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        problem = f"it can't be made ({error.strerror})"
+        raise StoreError(config.state_dir, problem, "make the directory of checkpoints writable") from None
+    with _locked(config.state_dir / "lock", config.socket_path):
+        yield
+
+
+@contextlib.contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """A socket that only this user can connect to. Its name goes when the daemon ends well."""
+    with _locked(path.with_name(path.name + ".lock"), path), contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        umask = os.umask(0o177)
+        try:
+            path.unlink(missing_ok=True)  # a killed daemon's; the lock says that it is nobody's now
+            with short_address(path) as address:
+                listener.bind(address)
+        except OSError as error:
+            raise StoreError(path, f"it can't be made ({error.strerror})", "give another --socket") from None
+        finally:
+            os.umask(umask)
+        listener.listen(socket.SOMAXCONN)
+        listener.setblocking(False)
+        stack.callback(path.unlink, missing_ok=True)
+        yield listener
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, socket_path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends."""
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        raise StoreBusy(socket_path, "another daemon of the store is running", "stop it first") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _raise_file_limit() -> None:
+    """Each partition in use has two descriptors, each client one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,164 @@
+"""What operators and starting engines ask of the daemon, beside leases. Lives on the daemon's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
+from sllm_vllm.checkpoint.writer import write_file_durably
+from sllm_vllm.errors import CheckpointError, RemoteError, SllmError, StoreRefused
+from sllm_vllm.store.core.events import PrefetchEnded
+from sllm_vllm.store.places import Placed
+from sllm_vllm.store.protocol import Find, Hint, Order, Reply
+from sllm_vllm.store.status import Status, describe
+from sllm_vllm.store.store import Store
+from sllm_vllm.store.write_behind import WriteBehind
+
+logger = logging.getLogger(__name__)
+
+_PINS = "pins.json"
+PINS_MAX = 10_000
+
+
+class Orders:
+    """Carries out orders.
+
+    Args:
+        stop: ends the daemon.
+        num_clients: tells how many connections there are.
+    """
+
+    def __init__(self, store: Store, *, stop: Callable[[], None], num_clients: Callable[[], int]) -> None:
+        self._store = store
+        self._stop = stop
+        self._num_clients = num_clients
+        self._started_s = time.monotonic()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._write_behind = WriteBehind(store)
+        self._pinned: set[str] = set()
+
+    async def start(self) -> None:
+        """Pin again what was pinned when the last daemon ended."""
+        for name in await asyncio.to_thread(self._read_pins):
+            self._in_background(self._pin(name), f"pin {name}")
+
+    async def close(self) -> None:
+        """End what runs in the background."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._write_behind.close()
+
+    async def find(self, request: Find) -> Reply:
+        """Where a checkpoint lies.
+
+        Raises:
+            CheckpointError, RemoteError: nobody has it, or it can't be used.
+        """
+        placed = await self._store.places.find(request.checkpoint)
+        tier = "DISK" if placed.is_on_disk else "REMOTE"
+        return Reply(data={"manifest": str(placed.checkpoint.path / MANIFEST_NAME), "tier": tier})
+
+    async def carry_out(self, order: Order) -> Reply:
+        """An operator's order.
+
+        Raises:
+            SllmError: it can't be done; nothing was changed.
+        """
+        if order.order == "status":
+            return Reply(data=await self.status())
+        if order.order == "stop":
+            asyncio.get_running_loop().call_soon(self._stop)
+            return Reply(data={"pid": os.getpid()})
+        if order.checkpoint is None:
+            problem = f"{order.order} needs the name of a checkpoint"
+            raise StoreRefused(self._store.config.socket_path, problem, "see `sllm-vllm list`")
+        placed = await self._store.places.find(order.checkpoint)
+        match order.order:
+            case "prefetch":
+                return Reply(data=await self._prefetch(placed, wait=order.wait))
+            case "evict":
+                remaining = await self._store.evict(placed)
+                self._remember_pin(placed.name, pinned=False)
+                return Reply(data={"remaining_spans": remaining})
+            case "pin":
+                await self._store.pin(placed, pinned=True)
+                self._remember_pin(placed.name, pinned=True)
+                return Reply(data=await self._prefetch(placed, wait=order.wait))
+            case _:
+                await self._store.pin(placed, pinned=False)
+                self._remember_pin(placed.name, pinned=False)
+                return Reply()
+
+    async def status(self) -> Status:
+        """See ``status.py``."""
+        usage = await asyncio.to_thread(self._store.places.disk_usage)
+        return describe(self._store, usage, started_s=self._started_s, pid=os.getpid(), clients=self._num_clients())
+
+    def hint(self, hint: Hint) -> None:
+        """Begin to read what a vLLM process that is just starting will want, if it is known."""
+        self._in_background(self._follow(hint), f"hint {hint.model}")
+
+    def lease_opened(self, placed: Placed) -> None:
+        """A load began; if the checkpoint comes from a remote, it is written to disk behind the load."""
+        if not placed.is_on_disk and placed.remote is not None:
+            self._write_behind.start(placed)
+
+    async def _follow(self, hint: Hint) -> None:
+        places = self._store.places
+        names = await asyncio.to_thread(places.names_for_model, hint.model, hint.tensor_parallel_size)
+        if names:
+            logger.info("event=prefetch reason=hint checkpoint=%s", names[0])
+            await self._store.prefetch(await places.find(names[0]))
+
+    async def _prefetch(self, placed: Placed, *, wait: bool) -> dict[str, Any]:
+        futures = await self._store.prefetch(placed)
+        if not wait:
+            return {"ranks": len(futures)}
+        ended: list[PrefetchEnded] = await asyncio.gather(*futures)
+        for end in ended:
+            if isinstance(end.error, SllmError):
+                raise end.error
+        spans = [
+            len(self._store.known[end.partition].spec.order) for end in ended if end.partition in self._store.known
+        ]
+        resident = sum(end.num_resident for end in ended)
+        return {"ranks": len(futures), "resident_spans": resident, "spans": sum(spans)}
+
+    async def _pin(self, name: str) -> None:
+        placed = await self._store.places.find(name)
+        await self._store.pin(placed, pinned=True)
+        self._pinned.add(name)
+        await self._prefetch(placed, wait=False)
+
+    def _remember_pin(self, name: str, *, pinned: bool) -> None:
+        (self._pinned.add if pinned else self._pinned.discard)(name)
+        content = json.dumps(sorted(self._pinned)).encode()
+        try:
+            write_file_durably(self._store.config.state_dir / _PINS, content)
+        except OSError as error:
+            logger.warning("event=pins_not_written reason=%s", error)
+
+    def _read_pins(self) -> list[str]:
+        try:
+            found = json.loads((self._store.config.state_dir / _PINS).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return []
+        return [name for name in found if isinstance(name, str)][:PINS_MAX] if isinstance(found, list) else []
+
+    def _in_background(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except (CheckpointError, RemoteError, StoreRefused) as error:
+                logger.warning("event=not_done what=%r reason=%s", what, error)
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
