@@ -37,11 +37,15 @@ class PartitionKnown:
 
 @dataclass(frozen=True, slots=True)
 class LeaseOpened:
-    """A client wants a whole partition, in its order. With ``hold`` it would rather keep slots mapped than copy."""
+    """A client wants a whole partition, in its order. With ``hold`` it would rather keep slots mapped than copy.
+
+    One that is not urgent can wait: its reads are fills, and it is no use of the partition (the write-behind's).
+    """
 
     token: int
     partition: str
     hold: bool
+    is_urgent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
