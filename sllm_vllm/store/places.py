@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, parse_manifest
@@ -23,6 +24,8 @@ from sllm_vllm.store.remote import Remote
 
 MANIFESTS_MAX = 256
 """Parsed manifests that are kept; one of a large model takes a few megabytes."""
+LOOKUP_S = 30.0
+"""How long a remote's manifest is believed before it is fetched again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +63,12 @@ class Places:
     def __init__(self, store_dir: Path, state_dir: Path, remotes: Sequence[Remote]) -> None:
         self.repository = CheckpointRepository(store_dir)
         self._remote_dir = state_dir / "remote"
+        self._origin_dir = state_dir / "origins"
         self.remotes = remotes
         self._parsed: collections.OrderedDict[tuple[Path, int, int, int], Checkpoint] = collections.OrderedDict()
         self._known: dict[Path, _Known] = {}
         self._used_s: dict[str, float] = {}
+        self._lookups: dict[str, asyncio.Task[Placed | None]] = {}
 
     async def find(self, name: str) -> Placed:
         """Where the checkpoint of this name or absolute path is; the disk is asked first, then each remote.
@@ -82,11 +87,14 @@ class Places:
                 raise error from None
             return placed
 
-    async def with_remote(self, placed: Placed) -> Placed:
-        """The same checkpoint with a remote that has it, too, if one does: for when the disk fails."""
-        found = None if os.path.isabs(placed.name) else await self._find_remote(placed.name)
-        same = found is not None and found.checkpoint.manifest == placed.checkpoint.manifest
-        return replace(placed, remote=found.remote) if found is not None and same else placed
+    async def remote_for(self, name: str, checkpoint: Checkpoint) -> Remote | None:
+        """A remote that has the very same checkpoint.
+
+        Raises:
+            RemoteError, CheckpointError: those that could be asked lack it, and others could not be asked.
+        """
+        found = None if os.path.isabs(name) else await self._find_remote(name)
+        return found.remote if found is not None and found.checkpoint.manifest == checkpoint.manifest else None
 
     def names_for_model(self, model: str, tensor_parallel_size: int | None) -> list[str]:
         """Checkpoints on disk that were made from a model: the one that was used or written last comes first."""
@@ -111,11 +119,39 @@ class Places:
                 continue  # removed meanwhile
         return usage
 
+    def note_origin(self, placed: Placed) -> None:
+        """Remember that a remote has what was written to disk: it may be removed from there when room is needed."""
+        assert placed.remote is not None
+        with write_errors(self._origin_dir):
+            self._origin_dir.mkdir(parents=True, exist_ok=True)
+            write_file_durably(self._origin_dir / placed.name, placed.remote.shown.encode())
+
+    def removable(self, names: Iterable[str]) -> list[str]:
+        """Those of the checkpoints that came from a remote."""
+        return [name for name in names if (self._origin_dir / name).exists()]
+
     def last_used_s(self, name: str) -> float:
         """When it was asked for last, since the epoch; 0 if never since the daemon began."""
         return self._used_s.get(name, 0.0)
 
     async def _find_remote(self, name: str) -> Placed | None:
+        """The first remote that has it, asked once for all who want to know now.
+
+        Raises:
+            RemoteError, CheckpointError: see ``_ask_remotes``.
+        """
+        if name not in self._lookups:
+            self._lookups[name] = asyncio.get_running_loop().create_task(self._ask_remotes(name))
+            self._lookups[name].add_done_callback(functools.partial(self._looked_up, name))
+        return await asyncio.shield(self._lookups[name])
+
+    def _looked_up(self, name: str, lookup: asyncio.Task[Placed | None]) -> None:
+        """What was found is believed for a while; what was not is asked for again."""
+        found = not lookup.cancelled() and lookup.exception() is None and lookup.result() is not None
+        delay = LOOKUP_S if found else 0.0
+        asyncio.get_running_loop().call_later(delay, self._lookups.pop, name, None)
+
+    async def _ask_remotes(self, name: str) -> Placed | None:
         """The first remote that has it; a remote that fails is passed over, unless all that answer lack it."""
         failure: RemoteError | None = None
         for remote in self.remotes:

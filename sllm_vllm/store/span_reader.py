@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from sllm_vllm.checkpoint.chunk_file import ChunkFile
@@ -21,6 +23,8 @@ from sllm_vllm.store.fetch import fetch_span
 from sllm_vllm.store.hops import HopMeter
 from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.remote import Remote
+
+logger = logging.getLogger(__name__)
 
 
 class SpanFile:
@@ -108,6 +112,7 @@ class SpanReader:
     """Turns the core's orders into jobs of devices. Lives on the daemon's loop.
 
     Args:
+        find_remote: a remote that has the same partition, for when the disk fails; None if no remote does.
         done: called with an order and None, or the error, when its slot is filled or can't be.
     """
 
@@ -118,12 +123,14 @@ class SpanReader:
         *,
         config: StoreConfig,
         meters: dict[str, HopMeter],
+        find_remote: Callable[[KnownPartition], Awaitable[Remote | None]],
         done: Callable[[StartRead, SllmError | None], None],
     ) -> None:
         self._pool = pool
         self._network = network
         self._config = config
         self._meters = meters
+        self._find_remote = find_remote
         self._done = done
         self._random = random.Random()  # jitter between attempts; nothing depends on its values
 
@@ -149,14 +156,21 @@ class SpanReader:
                 else:
                     await device.in_reader(lambda: self._read(known, order))
             except SllmError as error:
-                if device is not self._network and known.remote is not None and isinstance(error, CheckpointError):
-                    self._submit(known, order, self._network, urgency=Urgency.LOAD)  # the disk failed; a remote has it
-                    return
-                self._end(known, order, error)
+                if device is self._network or not await self._has_remote(known):
+                    self._end(known, order, error)
+                else:
+                    logger.warning("event=disk_failed reading=remote reason=%s", error)
+                    self._submit(known, order, self._network, urgency=Urgency.LOAD)
             else:
                 self._end(known, order, None)
 
         known.jobs[order.span] = (device, device.submit(urgency, run))
+
+    async def _has_remote(self, known: KnownPartition) -> bool:
+        """Whether some remote can stand in for the disk."""
+        with contextlib.suppress(CheckpointError, RemoteError):
+            known.remote = known.remote or await self._find_remote(known)
+        return known.remote is not None
 
     def _end(self, known: KnownPartition, order: StartRead, error: SllmError | None) -> None:
         known.jobs.pop(order.span, None)

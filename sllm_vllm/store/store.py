@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sllm_vllm.checkpoint.reader import RankPartition
+from sllm_vllm.checkpoint.reader import Checkpoint, RankPartition
 from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import SllmError, StoreRefused
 from sllm_vllm.store.calibrate import Calibration
@@ -40,6 +40,7 @@ from sllm_vllm.store.hops import HopMeter
 from sllm_vllm.store.places import Placed, Places
 from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.protocol import Leased
+from sllm_vllm.store.remote import Remote
 from sllm_vllm.store.span_reader import KnownPartition, SpanFile, SpanReader, spec_of
 
 logger = logging.getLogger(__name__)
@@ -91,13 +92,23 @@ class Store:
         self.cache = Cache(pool.num_slots, policy=policy_named(config.policy))
         self.devices: dict[int, Device] = {}
         self.network = self._new_device(config.downloads, 1)
-        self._reader = SpanReader(pool, self.network, config=config, meters=self.meters, done=self._read_ended)
+        self._reader = SpanReader(
+            pool,
+            self.network,
+            config=config,
+            meters=self.meters,
+            find_remote=self._find_remote,
+            done=self._read_ended,
+        )
         self._prefetches: dict[int, asyncio.Future[PrefetchEnded]] = {}
         self._requests = itertools.count(1)
         self._tokens = itertools.count(time.time_ns())  # grows over restarts, too
 
-    async def lease(self, placed: Placed, rank: int, *, hold: bool, taker: Taker, pid: int) -> Leased:
+    async def lease(self, placed: Placed, rank: int, *, hold: bool, taker: Taker, pid: int | None) -> Leased:
         """Open a lease; ``taker`` is told of its spans from the next turn of the loop on.
+
+        Args:
+            pid: the client's process; None for the daemon's own write-behind, which can wait.
 
         Raises:
             CheckpointError: it can't be opened. StoreRefused: its chunks are too large for the pool.
@@ -105,8 +116,8 @@ class Store:
         known = await self.know(placed, rank)
         token = next(self._tokens)
         known.num_users += 1
-        self.leases[token] = LeaseRecord(known.spec.id, taker, pid, time.monotonic())
-        event = LeaseOpened(token, known.spec.id, hold)
+        self.leases[token] = LeaseRecord(known.spec.id, taker, pid or os.getpid(), time.monotonic())
+        event = LeaseOpened(token, known.spec.id, hold, is_urgent=pid is not None)
         asyncio.get_running_loop().call_soon(self._handle_if_leased, event)
         return Leased(token=token, chunks_per_span=known.chunks_per_span, num_spans=len(known.spec.order))
 
@@ -208,6 +219,10 @@ class Store:
         for known in self.known.values():
             if known.file is not None:
                 known.file.close()
+
+    async def _find_remote(self, known: KnownPartition) -> Remote | None:
+        checkpoint = Checkpoint(known.partition.directory, known.partition.manifest)
+        return await self.places.remote_for(known.checkpoint, checkpoint)
 
     def _new_device(self, num_readers: int, num_writers: int) -> Device:
         return Device(num_readers, num_writers, starve_s=self.config.starve_s, pauses=self.config.pause_fills)

@@ -62,10 +62,10 @@ class RunningDaemon:
 
 
 @contextlib.contextmanager
-def store_daemon(store_dir: Path, **settings: Any) -> Iterator[RunningDaemon]:
+def store_daemon(store_dir: Path, *, log_dir: Path | None = None, **settings: Any) -> Iterator[RunningDaemon]:
     """Run a daemon on ``store_dir``; it is killed at the end, if it still runs."""
     config = StoreConfig(store_dir=store_dir, **{"memory_bytes": 64 << 20, "slot_bytes": 2 << 20, **settings})
-    log = store_dir.parent / f"{store_dir.name}-daemon-{os.getpid()}.log"
+    log = (log_dir or store_dir.parent) / f"{store_dir.name}-daemon-{os.getpid()}.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _SCRIPT, config.model_dump_json()],

@@ -1,0 +1,268 @@
+"""``/metrics`` of the daemon: its status as Prometheus reads it, over HTTP on loopback, to whoever has the key.
+
+Keeps no counts of its own: every scrape asks for the status dict that ``store status`` prints. The key lies in the
+daemon's private folder, since every local user can connect to a port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import io
+import logging
+import os
+import secrets
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from sllm_vllm.errors import ConfigError, SllmError
+from sllm_vllm.metrics import SERIES_MAX, StoreMetric
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+KEY_NAME = "metrics.key"
+HEAD_NBYTES_MAX = 8 << 10
+"""Largest request: a line and headers."""
+REQUEST_S_MAX = 5.0
+"""Longest that a request may take to arrive, and its answer to be taken."""
+SCRAPES_MAX = 8
+"""Requests at once; more are hung up on."""
+
+_STOP_POLL_S = 0.1
+
+Status = Callable[[], dict[str, Any]]
+_Request = socket.socket | tuple[bytes, socket.socket]
+Sample = tuple[StoreMetric, tuple[str, ...], float | None]
+
+
+class StoreCollector(Collector):
+    """Turns a status dict into metric families, anew for each scrape."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Family]:
+        """One family a metric, also where it has no sample now."""
+        families = {metric: _family(metric) for metric in StoreMetric}
+        for metric, labels, value in _samples(self._status()):
+            if value is not None:
+                families[metric].add_metric(labels, value)
+        yield from families.values()
+
+
+def _family(metric: StoreMetric) -> CounterMetricFamily | GaugeMetricFamily:
+    record = metric.value
+    kind = CounterMetricFamily if record.is_counter else GaugeMetricFamily
+    return kind(record.name, record.help, labels=record.labels)
+
+
+def _samples(status: dict[str, Any]) -> Iterator[Sample]:
+    yield StoreMetric.INFO, (status["version"], status["policy"]), 1
+    for metric, key in (
+        (StoreMetric.UPTIME, "uptime_s"),
+        (StoreMetric.CLIENTS, "clients"),
+        (StoreMetric.HITS, "hits"),
+        (StoreMetric.MISSES, "misses"),
+        (StoreMetric.EVICTIONS, "evictions"),
+        (StoreMetric.READS_FAILED, "reads_failed"),
+        (StoreMetric.IN_FLIGHT_NBYTES, "nbytes_in_flight"),
+    ):
+        yield metric, (), status[key]
+    yield StoreMetric.LEASES, (), len(status["leases"])
+    yield from _memory_samples(status)
+    for hop, facts in status["hops"].items():
+        yield StoreMetric.HOP_NBYTES, (hop,), facts["nbytes"]
+        yield StoreMetric.HOP_SECONDS, (hop,), facts["seconds"]
+        yield StoreMetric.HOP_LIMIT, (hop,), facts["limit_bps"]
+    for kind, counts in status["jobs"].items():
+        for state, count in counts.items():
+            yield StoreMetric.JOBS, (kind, state), count
+
+
+def _memory_samples(status: dict[str, Any]) -> Iterator[Sample]:
+    pool = status["pool"]
+    for state in ("free", "filling", "ready"):
+        yield StoreMetric.POOL_SLOTS, (state,), pool[state]
+    yield StoreMetric.POOL_KEPT, (), pool["kept"]
+    yield StoreMetric.POOL_PINNED, (), pool["pinned"]
+    yield StoreMetric.POOL_SLOT_NBYTES, (), pool["slot_nbytes"]
+    for tier, facts in status["tiers"].items():
+        yield StoreMetric.TIER_NBYTES, (tier,), facts.get("nbytes")  # a remote's sizes are not known
+        yield StoreMetric.TIER_CAPACITY, (tier,), facts.get("capacity_nbytes")
+        yield StoreMetric.TIER_CHECKPOINTS, (tier,), facts.get("checkpoints")
+    known = [entry for entry in status["checkpoints"] if entry["rank"] is not None]  # else it lies on disk alone
+    largest = sorted(known, key=lambda entry: (-entry["resident_nbytes"], entry["name"], entry["rank"]))
+    for entry in largest[:SERIES_MAX]:
+        yield StoreMetric.RESIDENT_NBYTES, (entry["name"], str(entry["rank"])), entry["resident_nbytes"]
+
+
+def open_key(state_dir: Path) -> str:
+    """The key that a scrape must show; made at the first call.
+
+    Raises:
+        ConfigError: somebody else may read it, or it is no key.
+    """
+    path = state_dir / KEY_NAME
+    with contextlib.suppress(FileExistsError):
+        _write_key(path)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(fd, encoding="ascii", errors="replace") as file:
+        facts, key = os.fstat(fd), file.read(4096).strip()
+    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077 or not key:
+        raise ConfigError(f"{path}: it must be a key of this user that nobody else can read; remove it")
+    return key
+
+
+def _write_key(path: Path) -> None:
+    """Make the file with its content at once, so that a crash leaves no empty one."""
+    staging = path.with_name(f"{path.name}.{os.getpid()}")
+    staging.unlink(missing_ok=True)
+    fd = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+        os.link(staging, path)
+    finally:
+        staging.unlink()
+
+
+class MetricsServer:
+    """Serves ``GET /metrics`` on 127.0.0.1 from ``start`` to ``stop``, in threads of its own.
+
+    Args:
+        status: gives the daemon's status dict; called from several threads.
+        state_dir: the daemon's private folder; gets the key.
+        port: 0 picks a free one; ``self.port`` tells which.
+
+    Raises:
+        OSError: the port is taken. ConfigError: see ``open_key``.
+    """
+
+    def __init__(self, status: Status, state_dir: Path, port: int) -> None:
+        registry = CollectorRegistry()
+        registry.register(StoreCollector(status))
+        self._server = _Server(("127.0.0.1", port), registry, open_key(state_dir))
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_STOP_POLL_S,), name="sllm-metrics", daemon=True
+        )
+        self.port: int = self._server.server_address[1]
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the port; answers under way are not waited for. Twice does no harm."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = SCRAPES_MAX
+
+    def __init__(self, address: tuple[str, int], registry: CollectorRegistry, key: str) -> None:
+        self.registry = registry
+        self.expected = f"Bearer {key}".encode()
+        self._slots = threading.BoundedSemaphore(SCRAPES_MAX)
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of a host name that http.server does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: _Request, client_address: object) -> None:
+        if not self._slots.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: _Request, client_address: object) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: _Request, client_address: object) -> None:
+        """A scraper that went away is no news; anything else gets its trace into the log."""
+        if not isinstance(sys.exception(), OSError):
+            logger.warning("metrics=failed", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request, then the connection ends (HTTP/1.0)."""
+
+    server: _Server
+    server_version = "sllm-store"
+    sys_version = ""
+
+    def handle(self) -> None:
+        self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
+        head = _read_head(self.connection)
+        self.connection.settimeout(REQUEST_S_MAX)
+        if head is None:
+            self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            return
+        self.rfile = io.BytesIO(head)
+        self.handle_one_request()
+
+    def do_GET(self) -> None:
+        shown = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(shown, self.server.expected):
+            self._answer(HTTPStatus.UNAUTHORIZED, b"", (("WWW-Authenticate", "Bearer"),))
+        elif self.path.partition("?")[0] != "/metrics":
+            self._answer(HTTPStatus.NOT_FOUND, b"")
+        else:
+            self._answer_scrape()
+
+    def _answer_scrape(self) -> None:
+        try:
+            body = generate_latest(self.server.registry)
+        except (SllmError, TimeoutError) as error:
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode())
+            return
+        self._answer(HTTPStatus.OK, body, (("Content-Type", CONTENT_TYPE_LATEST),))
+
+    def _answer(self, code: HTTPStatus, body: bytes, headers: Iterable[tuple[str, str]] = ()) -> None:
+        self.send_response(code)
+        for name, value in (*headers, ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """A scrape every few seconds changes nothing: no line."""
+
+
+def _read_head(channel: socket.socket) -> bytes | None:
+    """All of a request but its body, or what came of it in time; None if it is too large."""
+    head = bytearray()
+    end_s = time.monotonic() + REQUEST_S_MAX
+    while b"\r\n\r\n" not in head:
+        if len(head) >= HEAD_NBYTES_MAX:
+            return None
+        channel.settimeout(max(end_s - time.monotonic(), 0.001))
+        data = channel.recv(HEAD_NBYTES_MAX + 1 - len(head))
+        if not data:
+            break
+        head += data
+    return bytes(head) if len(head) <= HEAD_NBYTES_MAX else None
