@@ -1,4 +1,5 @@
-"""The command ``sllm-vllm``: arguments in, tables and exit codes out. Work is done in ``checkpoint`` and ``loader``.
+"""The command ``sllm-vllm``: arguments in, tables and exit codes out. The store's commands are in
+``cli_store`` and ``cli_transfer``; work is done in ``checkpoint``, ``loader`` and ``store``.
 
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted. Everything but typer is
 imported inside the commands, so that ``--help`` comes at once.
@@ -6,22 +7,21 @@ imported inside the commands, so that ``--help`` comes at once.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from sllm_vllm.cli_output import print_table, progress_bar, shown
+from sllm_vllm.cli_store import Json, StoreDir, store_app, store_root, with_options
+from sllm_vllm.cli_transfer import add_transfer_commands
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from sllm_vllm.checkpoint.repository import CheckpointRepository
     from sllm_vllm.errors import CheckpointError
     from sllm_vllm.loader.conversion import Converted, Event
-
-T = TypeVar("T")
 
 _LARGEST_SHOWN = 10
 
@@ -42,12 +40,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_app)
+add_transfer_commands(app)
 
-StoreDir = Annotated[
-    Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
-]
 CheckpointPath = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint's directory, or name in the store.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class ExportTo(Enum):
@@ -72,24 +68,6 @@ def main() -> None:
 def _fail(line: str) -> NoReturn:
     typer.echo(f"sllm-vllm: {line}", err=True)
     sys.exit(1)
-
-
-def _with(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
-    """Let a command take its arguments as one record, whose fields typer reads as if they were parameters."""
-    hints = get_type_hints(options, include_extras=True)
-    fields = inspect.signature(options).parameters.values()
-
-    def decorate(command: Callable[[T], None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(**values: object) -> None:
-            command(options(**values))
-
-        parameters = [field.replace(annotation=hints[field.name]) for field in fields]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = hints
-        return run
-
-    return decorate
 
 
 def _multiple_of_4096(value: int | None) -> int | None:
@@ -120,7 +98,7 @@ class ConvertOptions:
 
 
 @app.command()
-@_with(ConvertOptions)
+@with_options(ConvertOptions)
 def convert(options: ConvertOptions) -> None:
     """Load MODEL's weights once, without an engine, and store what each rank's parameters hold.
 
@@ -135,7 +113,7 @@ def convert(options: ConvertOptions) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
     request = ConvertRequest(
         model=options.model,
-        store_dir=_store_root(options.store_dir),
+        store_dir=store_root(options.store_dir),
         out=options.out,
         tensor_parallel_size=options.tensor_parallel_size,
         dtype=options.dtype,
@@ -167,7 +145,7 @@ def _serve_command(options: ConvertOptions, converted: Converted) -> str:
     if options.revision is not None and in_store:
         words += ["--revision", options.revision]
     if options.store_dir is not None and in_store:
-        words += ["--model-loader-extra-config", json.dumps({"store_dir": str(_store_root(options.store_dir))})]
+        words += ["--model-loader-extra-config", json.dumps({"store_dir": str(store_root(options.store_dir))})]
     return shlex.join(words)
 
 
@@ -342,20 +320,14 @@ def calibrate(
     from sllm_vllm.units import format_bps
 
     partition = _open(path, store_dir).partition(0)
-    limits = measure_limits(partition.path, _store_root(store_dir), num_threads=threads)
-    print_table(str(_store_root(store_dir)), [{"hop": hop, "limit": format_bps(bps)} for hop, bps in limits.items()])
-
-
-def _store_root(store_dir: Path | None) -> Path:
-    from sllm_vllm.config import default_store_dir
-
-    return (store_dir or default_store_dir()).expanduser().absolute()
+    limits = measure_limits(partition.path, store_root(store_dir), num_threads=threads)
+    print_table(str(store_root(store_dir)), [{"hop": hop, "limit": format_bps(bps)} for hop, bps in limits.items()])
 
 
 def _repository(store_dir: Path | None) -> CheckpointRepository:
     from sllm_vllm.checkpoint.repository import CheckpointRepository
 
-    return CheckpointRepository(_store_root(store_dir))
+    return CheckpointRepository(store_root(store_dir))
 
 
 def _open(path: str, store_dir: Path | None) -> Checkpoint:
@@ -364,5 +336,5 @@ def _open(path: str, store_dir: Path | None) -> Checkpoint:
 
     directory = Path(path).expanduser()
     if not directory.is_dir() and directory.name == path:
-        directory = _store_root(store_dir) / path
+        directory = store_root(store_dir) / path
     return open_checkpoint(directory.absolute())

@@ -61,6 +61,9 @@ class LoaderConfig(BaseModel):
     write_through: bool = Field(default=True, description="write a checkpoint when there is none")
     report_path: Path | None = Field(default=None, description="file that gets the load report as JSON, one a rank")
     store: bool = Field(default=True, description="take checkpoints from this machine's store daemon, if one runs")
+    pool: Literal["map", "copy"] = Field(
+        default="map", description="on the CPU: look at the store's memory, privately, or copy it"
+    )
     h2d: Literal["ring", "register", "ipc"] = Field(
         default="ring", description="how the store's memory reaches a CUDA device, see docs/decisions"
     )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import wrapt
+
+from sllm_vllm.start_hint import StartHint, plan_hint
 
 _MODEL_LOADERS = "vllm.model_executor.model_loader"
 
@@ -16,8 +21,30 @@ def register() -> None:
     somebody imports them: the API server and the engine core of a stock start never do, and start that much faster.
     """
     wrapt.register_post_import_hook(_register_now, _MODEL_LOADERS)
+    _hint_once()
 
 
 def _register_now(module: ModuleType) -> None:
     """Import our loader, whose class registers itself with ``module``."""
     import sllm_vllm.loader.vllm_loader  # noqa: F401 (not before vLLM's own loaders are there)
+
+
+def _hint_once() -> None:
+    """Tell the store's daemon what this start will want, many seconds before a worker asks for it.
+
+    Engine core and workers are children of ``multiprocessing``, which hands them the first process's argv; the process
+    that inspects a model's class is none, but has an argv of its own, without a load format.
+    """
+    if multiprocessing.parent_process() is None and (hint := plan_hint(sys.argv)) is not None:
+        _send(hint)
+
+
+def _send(hint: StartHint) -> None:
+    from sllm_vllm.config import default_store_dir, default_store_socket  # vLLM has imported pydantic by now
+    from sllm_vllm.store.channel import send_hint
+
+    try:
+        store_dir = Path(hint.store_dir) if hint.store_dir is not None else default_store_dir()
+        send_hint(default_store_socket(store_dir), hint.model, hint.tensor_parallel_size)
+    except (RuntimeError, ValueError):  # a home or a path that isn't there: the loader will say so
+        return

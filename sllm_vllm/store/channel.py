@@ -71,7 +71,8 @@ def send_hint(path: Path, model: str, tensor_parallel_size: int | None) -> bool:
             for body in (json.dumps(hello).encode(), json.dumps(hint).encode()):
                 channel.sendall(struct.pack(">I", len(body)) + body)
             channel.shutdown(socket.SHUT_WR)
-            channel.recv(1)  # the daemon read it: closing before would drop what it has not
+            while channel.recv(1 << 16):  # until the daemon has read it and hangs up: closing before would drop it
+                pass
     except (OSError, SllmError):
         return False
     return True

@@ -32,7 +32,7 @@ from prometheus_client.registry import Collector
 from sllm_vllm.errors import ConfigError, SllmError
 from sllm_vllm.metrics import SERIES_MAX, StoreMetric
 
-logger = logging.getLogger(f"vllm.{__name__}")
+logger = logging.getLogger(__name__)
 
 KEY_NAME = "metrics.key"
 HEAD_NBYTES_MAX = 8 << 10

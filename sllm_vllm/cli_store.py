@@ -1,0 +1,376 @@
+"""The commands ``sllm-vllm store …``: the daemon of this machine, and the orders an operator gives it.
+
+Also owns what every command about the store takes: its options, and the decorator that makes a record of them.
+Everything but typer is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
+
+import typer
+
+from sllm_vllm.cli_output import print_table
+
+if TYPE_CHECKING:
+    from sllm_vllm.config import StoreConfig
+    from sllm_vllm.store.calibrate import Figure
+
+T = TypeVar("T")
+
+PREFETCH_S_MAX = 24 * 3600.0
+"""Longest that ``prefetch --wait`` waits."""
+_CONFIG_NBYTES_MAX = 1 << 20
+_NAME_MAX = 4096
+_NAME_SHOWN = 36
+
+store_app = typer.Typer(
+    name="store", help="The daemon that keeps checkpoints in this machine's memory.", no_args_is_help=True
+)
+
+StoreDir = Annotated[
+    Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
+]
+Socket = Annotated[
+    Path | None, typer.Option("--socket", help="The daemon's socket. Default: SLLM_STORE_SOCKET or inside --store-dir.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm list` shows it.")]
+
+
+def with_options(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Let a command take its arguments as one record, whose fields typer reads as if they were parameters."""
+    hints = get_type_hints(options, include_extras=True)
+    fields = inspect.signature(options).parameters.values()
+
+    def decorate(command: Callable[[T], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: object) -> None:
+            command(options(**values))
+
+        parameters = [field.replace(annotation=hints[field.name]) for field in fields]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = hints
+        return run
+
+    return decorate
+
+
+def store_root(store_dir: Path | None) -> Path:
+    """The directory of checkpoints that is meant."""
+    from sllm_vllm.config import default_store_dir
+
+    return (store_dir or default_store_dir()).expanduser().absolute()
+
+
+@dataclass(kw_only=True)
+class ServeOptions:
+    """What ``serve`` takes; the names are ``StoreConfig``'s but for units. None: as the file says, or the default."""
+
+    config: Annotated[Path | None, typer.Option(help="JSON file of these settings; options override it.")] = None
+    store_dir: StoreDir = None
+    socket: Socket = None
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory for checkpoints, as 16GiB.")] = None
+    disk: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Quota of --store-dir, for what a remote has too, as 200GiB.")
+    ] = None
+    slot_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Unit of the memory. Default: 16MiB.")] = None
+    remote: Annotated[list[str] | None, typer.Option(metavar="URL", help="Where else checkpoints are. Repeatable.")] = (
+        None
+    )
+    policy: Annotated[str | None, typer.Option(metavar="cost|lru", help="What is evicted first.")] = None
+    readers: Annotated[int | None, typer.Option(help="Reads at once. Default: as calibrated, or 4.")] = None
+    writers: Annotated[int | None, typer.Option(help="Writes at once. Default: as calibrated, or 1.")] = None
+    downloads: Annotated[int | None, typer.Option(help="Ranged requests at once. Default: 8.")] = None
+    prefault: Annotated[
+        bool | None, typer.Option("--prefault/--no-prefault", help="Claim the memory at start, or at first use.")
+    ] = None
+    pause_fills: Annotated[
+        bool | None, typer.Option("--pause-fills/--no-pause-fills", help="Let prefetches wait while an engine waits.")
+    ] = None
+    metrics_port: Annotated[int | None, typer.Option(help="Port of /metrics on loopback; 0: a free one.")] = None
+
+
+_FIELD_OF = {"memory": "memory_bytes", "disk": "disk_bytes", "slot_size": "slot_bytes", "remote": "remotes"}
+
+
+@store_app.command()
+@with_options(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Run the daemon until it is told to stop: SIGTERM, SIGINT or `sllm-vllm store stop`."""
+    config = _store_config(options)
+    from sllm_vllm.store.daemon import serve as serve_store
+
+    _log_to_stderr()
+    raise typer.Exit(serve_store(config))
+
+
+def _log_to_stderr() -> None:
+    """Show this package's lines as vLLM would; part of them go through its logger."""
+    import logging
+
+    logging.basicConfig(format="%(levelname)s %(asctime)s [%(name)s] %(message)s", datefmt="%m-%d %H:%M:%S")
+    for name in ("sllm_vllm", "vllm.sllm_vllm"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _store_config(options: ServeOptions) -> StoreConfig:
+    """The daemon's settings: the file's, overridden by the options."""
+    from pydantic import ValidationError
+
+    from sllm_vllm.config import StoreConfig
+    from sllm_vllm.units import parse_nbytes
+
+    given = {_FIELD_OF.get(name, name): value for name, value in vars(options).items() if name != "config"}
+    values = _read_config(options.config) if options.config is not None else {}
+    values |= {field: value for field, value in given.items() if value not in (None, [])}
+    try:
+        for field, value in values.items():
+            if field.endswith("_bytes") and isinstance(value, str):
+                values[field] = parse_nbytes(value)
+        config = StoreConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        _wrong_usage(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+    except (ValueError, OverflowError) as error:
+        _wrong_usage(str(error))
+    if config.num_slots == 0:
+        _wrong_usage(f"memory_bytes: {config.memory_bytes} has no room for a slot of {config.slot_bytes}")
+    socket = config.socket.expanduser().absolute() if config.socket is not None else None
+    return config.model_copy(update={"store_dir": store_root(config.store_dir), "socket": socket})
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        with path.expanduser().open("rb") as file:
+            values = json.loads(file.read(_CONFIG_NBYTES_MAX))
+    except OSError as error:
+        _wrong_usage(f"{path}: {error.strerror}")
+    except (ValueError, RecursionError) as error:
+        _wrong_usage(f"{path}: no valid JSON ({error})")
+    if not isinstance(values, dict):
+        _wrong_usage(f"{path}: it must hold a JSON object")
+    return values
+
+
+def _wrong_usage(line: str) -> NoReturn:
+    typer.echo(f"sllm-vllm: {' '.join(line.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def _socket_path(store_dir: Path | None, socket: Path | None) -> Path:
+    from sllm_vllm.config import default_store_socket
+
+    return (socket or default_store_socket(store_root(store_dir))).expanduser().absolute()
+
+
+OrderName = Literal["status", "prefetch", "evict", "pin", "unpin", "stop"]
+
+
+def _order(socket: Path, order: OrderName, name: str | None = None, *, wait: bool = False) -> dict[str, Any]:
+    """The daemon's reply to an order."""
+    from sllm_vllm.store.client import StoreClient
+    from sllm_vllm.store.protocol import Order
+
+    if name is not None and not (1 <= len(name) <= _NAME_MAX and name.isprintable()):
+        _wrong_usage(f"NAME: it must have 1 to {_NAME_MAX} printable characters")
+    with StoreClient(socket) as client:
+        message = Order(order=order, checkpoint=name, wait=wait)
+        return client.order(message, timeout_s=PREFETCH_S_MAX if wait else None)
+
+
+def _print_done(done: str, reply: Mapping[str, object]) -> None:
+    from sllm_vllm.cli_output import shown
+
+    facts = ", ".join(f"{key.removesuffix('_nbytes')} {shown(key, value)}" for key, value in reply.items())
+    typer.echo(f"{done} ({facts})" if facts else done)
+
+
+@store_app.command()
+def prefetch(
+    name: Name,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when it is in memory.")] = False,
+    *,
+    store_dir: StoreDir = None,
+    socket: Socket = None,
+) -> None:
+    """Read a checkpoint into memory ahead of its use."""
+    reply = _order(_socket_path(store_dir, socket), "prefetch", name, wait=wait)
+    _print_done(f"{'prefetched' if wait else 'prefetching'}: {name}", reply)
+
+
+@store_app.command()
+def evict(name: Name, store_dir: StoreDir = None, socket: Socket = None) -> None:
+    """Drop a checkpoint from memory, but for what engines use. It stays on disk."""
+    _print_done(f"evicted: {name}", _order(_socket_path(store_dir, socket), "evict", name))
+
+
+@store_app.command()
+def pin(name: Name, store_dir: StoreDir = None, socket: Socket = None) -> None:
+    """Read a checkpoint into memory and keep it there."""
+    _print_done(f"pinned: {name}", _order(_socket_path(store_dir, socket), "pin", name))
+
+
+@store_app.command()
+def unpin(name: Name, store_dir: StoreDir = None, socket: Socket = None) -> None:
+    """Let a pinned checkpoint be evicted again."""
+    _print_done(f"unpinned: {name}", _order(_socket_path(store_dir, socket), "unpin", name))
+
+
+@store_app.command()
+def stop(store_dir: StoreDir = None, socket: Socket = None) -> None:
+    """End the daemon. Engines run on."""
+    path = _socket_path(store_dir, socket)
+    _print_done(f"stopping: {path}", _order(path, "stop"))
+
+
+@store_app.command()
+def status(store_dir: StoreDir = None, socket: Socket = None, as_json: Json = False) -> None:
+    """Show what the daemon holds, for whom, and how fast its hops are."""
+    facts = _order(_socket_path(store_dir, socket), "status")
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _print_summary(facts)
+    _print_section("pool", [_pool_row(facts["pool"])])
+    _print_section("tiers", [_tier_row(tier, entry) for tier, entry in facts["tiers"].items()])
+    _print_section("checkpoints", [_checkpoint_row(entry) for entry in facts["checkpoints"]])
+    _print_section("leases", [_lease_row(entry) for entry in facts["leases"]])
+    _print_section("hops", [_hop_row(hop, entry) for hop, entry in facts["hops"].items()])
+    _print_section("jobs", [{"kind": kind, **counts} for kind, counts in facts["jobs"].items()])
+
+
+def _print_section(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    typer.echo("")
+    if rows:
+        print_table(title, rows)
+    else:
+        typer.echo(f"no {title}")
+
+
+def _print_summary(facts: dict[str, Any]) -> None:
+    from sllm_vllm.units import format_nbytes
+
+    rate = "-" if facts["hit_rate"] is None else f"{facts['hit_rate']:.0%}"
+    spans = f"{facts['hits']} of {facts['hits'] + facts['misses']} spans were in memory ({rate})"
+    typer.echo(f"store {facts['version']}  pid {facts['pid']}  up {_age(facts['uptime_s'])}  policy {facts['policy']}")
+    typer.echo(f"socket {facts['socket']}")
+    typer.echo(f"{spans}, {facts['evictions']} evictions, {facts['reads_failed']} failed reads")
+    typer.echo(f"{facts['clients']} clients, {format_nbytes(facts['nbytes_in_flight'])} in flight")
+
+
+def _pool_row(pool: Mapping[str, int]) -> dict[str, object]:
+    from sllm_vllm.units import format_nbytes
+
+    sizes = {"slot": format_nbytes(pool["slot_nbytes"]), "page": format_nbytes(pool["page_nbytes"])}
+    return {"slots": pool["slots"], **sizes} | {
+        state: pool[state] for state in ("free", "filling", "ready", "kept", "pinned")
+    }
+
+
+def _tier_row(tier: str, entry: Mapping[str, Any]) -> dict[str, object]:
+    from sllm_vllm.cli_output import shown
+
+    return {
+        "tier": tier,
+        "checkpoints": _or_dash(entry.get("checkpoints")),
+        "holds": shown("nbytes", entry.get("nbytes")),
+        "of": shown("nbytes", entry.get("capacity_nbytes")),
+        "where": " ".join(entry.get("urls", ())),
+    }
+
+
+def _checkpoint_row(entry: Mapping[str, Any]) -> dict[str, object]:
+    from sllm_vllm.units import format_nbytes
+
+    return {
+        "name": _short(entry["name"]),
+        "rank": entry["rank"],
+        "size": format_nbytes(entry["nbytes"]),
+        "memory": f"{entry['resident_nbytes'] / entry['nbytes']:.0%}" if entry["nbytes"] else "-",
+        "tiers": " ".join(entry["tiers"]),
+        "pin": "yes" if entry["pinned"] else "",
+        "uses": entry["uses"],
+        "used": "-" if entry["last_used_s"] is None else _age(entry["last_used_s"]),
+    }
+
+
+def _lease_row(entry: Mapping[str, Any]) -> dict[str, object]:
+    counts = {key: entry[key] for key in ("wanted", "given", "kept")}
+    name = {"lease": entry["token"], "name": _short(entry["name"]), "rank": entry["rank"], "pid": entry["pid"]}
+    return {**name, "as": "map" if entry["hold"] else "copy", **counts, "age": _age(entry["age_s"])}
+
+
+def _hop_row(hop: str, entry: Mapping[str, Any]) -> dict[str, object]:
+    from sllm_vllm.units import format_bps, format_nbytes
+
+    rates = {"rate": format_bps(entry["bps"]), "limit": format_bps(entry["limit_bps"])}
+    return {"hop": hop, "bytes": format_nbytes(entry["nbytes"]), "busy": f"{entry['seconds']:.1f} s", **rates}
+
+
+def _or_dash(value: object) -> object:
+    return "-" if value is None else value
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for figures; its end, which tells checkpoints of one model apart, stays."""
+    return name if len(name) <= _NAME_SHOWN else f"{name[: _NAME_SHOWN - 22]}…{name[-21:]}"
+
+
+def _age(seconds: float) -> str:
+    """A time for a person: ``3.5 s``, ``12 min``, ``5.0 h``."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@store_app.command()
+def calibrate(
+    store_dir: StoreDir = None,
+    socket: Socket = None,
+    file: Annotated[
+        Path | None, typer.Option(help="File to read. Default: the store's largest partition, or a temporary file.")
+    ] = None,
+) -> None:
+    """Measure the device below the store by depth and chunk size; the daemon heeds it from its next start on."""
+    from sllm_vllm.config import StoreConfig
+    from sllm_vllm.store.calibrate import MeasurePlan, largest_partition, measure_device
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    root, plan = store_root(store_dir), MeasurePlan()
+    if _is_running(_socket_path(store_dir, socket)):
+        typer.echo("a daemon is running: what it reads and writes meanwhile disturbs the figures", err=True)
+    source = file or largest_partition(root, plan.sample_nbytes // 4)
+    measured = measure_device(StoreConfig(store_dir=root).state_dir, source, plan)
+    typer.echo(f"read: {measured.file or 'a temporary file'}" + ("" if measured.is_direct else " (not past the cache)"))
+    rows = [_figure_row("read", figure, measured.read_bps) for figure in measured.reads]
+    print_table(str(root), rows + [_figure_row("write", figure, measured.write_bps) for figure in measured.writes])
+    typer.echo(f"chosen: readers {measured.readers}, writers {measured.writers}")
+
+
+def _is_running(socket: Path) -> bool:
+    from sllm_vllm.errors import StoreRefused, StoreUnavailable
+    from sllm_vllm.store.channel import connect_to
+
+    try:
+        connect_to(socket, 1.0).close()
+    except StoreUnavailable:
+        return False
+    except StoreRefused:
+        return True
+    return True
+
+
+def _figure_row(kind: str, figure: Figure, best_bps: float) -> dict[str, object]:
+    from sllm_vllm.units import format_bps, format_nbytes
+
+    chunk, share = format_nbytes(figure.chunk_nbytes), f"{figure.bps / best_bps:.0%}"
+    return {"": kind, "depth": figure.depth, "chunk": chunk, "rate": format_bps(figure.bps), "of best": share}

@@ -1,0 +1,83 @@
+"""The commands ``push`` and ``pull``: checkpoints to and from a remote.
+
+Everything but typer is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sllm_vllm.store.transfer import OnProgress, Transferred
+
+Url = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL",
+        help="file:///dir/NAME, http(s)://host/path/NAME, s3://bucket/prefix/NAME or hf://org/name[@revision][/NAME].",
+    ),
+]
+StoreDir = Annotated[
+    Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
+]
+
+
+def add_transfer_commands(app: typer.Typer) -> None:
+    """Give the command line ``push`` and ``pull``."""
+    app.command()(push)
+    app.command()(pull)
+
+
+def push(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's directory, or name in the store.")],
+    url: Url,
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another checkpoint there.")] = False,
+    store_dir: StoreDir = None,
+) -> None:
+    """Copy CHECKPOINT to URL, whose last part is its name there. Each byte is checked on the way."""
+    from sllm_vllm.checkpoint.reader import open_checkpoint
+    from sllm_vllm.store.transfer import push_checkpoint
+
+    directory = Path(checkpoint).expanduser()
+    if not directory.is_dir() and directory.name == checkpoint:
+        directory = _store_root(store_dir) / checkpoint
+    opened = open_checkpoint(directory.absolute())
+    done = _watched("pushing", lambda told: push_checkpoint(opened, url, overwrite=overwrite, on_progress=told))
+    _say(done, "pushed")
+
+
+def pull(url: Url, store_dir: StoreDir = None) -> None:
+    """Copy the checkpoint at URL into the store. One that was broken off goes on where it stopped."""
+    from sllm_vllm.store.transfer import pull_checkpoint
+
+    done = _watched("pulling", lambda told: pull_checkpoint(url, _store_root(store_dir), on_progress=told))
+    _say(done, "pulled")
+
+
+def _watched(title: str, transfer: Callable[[OnProgress], Coroutine[Any, Any, Transferred]]) -> Transferred:
+    """Run a transfer with a bar."""
+    import asyncio
+
+    from sllm_vllm.cli_output import progress_bar
+
+    with progress_bar() as progress:
+        bar = progress.add_task(title, total=None)
+        return asyncio.run(transfer(lambda done, total: progress.update(bar, completed=done, total=total)))
+
+
+def _say(done: Transferred, verb: str) -> None:
+    from sllm_vllm.units import format_nbytes
+
+    told = "already there" if done.was_there else verb
+    typer.echo(f"{told}: {done.place} ({format_nbytes(done.nbytes)})")
+
+
+def _store_root(store_dir: Path | None) -> Path:
+    from sllm_vllm.config import default_store_dir
+
+    return (store_dir or default_store_dir()).expanduser().absolute()
