@@ -21,7 +21,8 @@
     │   └── StoreBusy            another daemon owns the socket: this one must not start
     └── RemoteError              a remote source does not deliver; retries are used up
         ├── RemoteMissing        it has no such checkpoint
-        ├── RemoteUnreachable    it can't be reached, stalls or refuses
+        ├── RemoteUnreachable    it can't be reached, or stalls: try again later
+        │   └── RemoteRefused    it answers and refuses: mend the credentials or the request
         └── RemoteCorrupt        what it delivers is not what the manifest says
 
 Pure. Raised everywhere, caught by class.
@@ -130,6 +131,10 @@ class RemoteMissing(RemoteError):
 
 class RemoteUnreachable(RemoteError):
     """The remote can't be reached, stalls, refuses or breaks off, also after every retry."""
+
+
+class RemoteRefused(RemoteUnreachable):
+    """The remote answers and refuses: asking again does not help."""
 
 
 class RemoteCorrupt(RemoteError):

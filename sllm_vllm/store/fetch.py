@@ -6,9 +6,10 @@ Called by ``transfer.py`` and the daemon. Bytes go straight to where they are wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -17,8 +18,8 @@ import numpy as np
 from sllm_vllm.checkpoint.checksum import checksum
 from sllm_vllm.checkpoint.core.header import check_header
 from sllm_vllm.checkpoint.reader import RankPartition
-from sllm_vllm.errors import CheckpointCorrupt, CheckpointInvalid, RemoteCorrupt, RemoteUnreachable
-from sllm_vllm.store.remote import Remote, RemoteRefused
+from sllm_vllm.errors import CheckpointCorrupt, CheckpointInvalid, RemoteCorrupt, RemoteRefused, RemoteUnreachable
+from sllm_vllm.store.remote import Remote
 
 T = TypeVar("T")
 
@@ -111,7 +112,7 @@ class _Fetch:
         if self.done == nbytes:
             return
         try:
-            async with asyncio.timeout(self._stall_s):
+            async with asyncio.timeout(self._stall_s) as deadline:
                 stream = await self._file.remote.open_range(
                     self._file.name,
                     self._file.path,
@@ -119,7 +120,10 @@ class _Fetch:
                     nbytes=nbytes - self.done,
                     file_nbytes=self._file.nbytes,
                 )
-            await self._take_all(stream)
+                async with contextlib.aclosing(stream):
+                    async for piece in stream:
+                        self._take(piece)
+                        deadline.reschedule(asyncio.get_running_loop().time() + self._stall_s)
         except TimeoutError:
             problem = f"it stalls: nothing came for {self._stall_s:g} s"
             raise RemoteUnreachable(self._file.shown, problem, "try again later") from None
@@ -127,17 +131,12 @@ class _Fetch:
             problem = f"its answer ended at byte {self._start + self.done} of {self._start + nbytes}"
             raise RemoteUnreachable(self._file.shown, problem, "try again later")
 
-    async def _take_all(self, stream: AsyncIterator[bytes]) -> None:
-        while True:
-            async with asyncio.timeout(self._stall_s):
-                piece = await anext(stream, None)
-            if piece is None:
-                return
-            data = np.frombuffer(piece, dtype=np.uint8)
-            if self.done + len(data) > len(self._into):
-                raise RemoteCorrupt(self._file.shown, "it sends more bytes than were asked for", _MEND)
-            np.copyto(self._into[self.done : self.done + len(data)], data)  # releases the GIL
-            self.done += len(data)
+    def _take(self, piece: bytes) -> None:
+        data = np.frombuffer(piece, dtype=np.uint8)
+        if self.done + len(data) > len(self._into):
+            raise RemoteCorrupt(self._file.shown, "it sends more bytes than were asked for", _MEND)
+        np.copyto(self._into[self.done : self.done + len(data)], data)  # releases the GIL
+        self.done += len(data)
 
 
 async def fetch_span(

@@ -11,7 +11,7 @@ import base64
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +23,17 @@ from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedErr
 from obstore.store import HTTPStore, LocalStore, S3Store
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
-from sllm_vllm.checkpoint.writer import sync_directory
+from sllm_vllm.checkpoint.writer import sync_directory, write_errors
 from sllm_vllm.config import MANIFEST_NBYTES_MAX
-from sllm_vllm.errors import ConfigError, DiskFull, RemoteCorrupt, RemoteMissing, RemoteUnreachable, SllmError
+from sllm_vllm.errors import (
+    ConfigError,
+    DiskFull,
+    RemoteCorrupt,
+    RemoteMissing,
+    RemoteRefused,
+    RemoteUnreachable,
+    SllmError,
+)
 from sllm_vllm.units import KIB, MIB
 
 if TYPE_CHECKING:
@@ -40,6 +48,10 @@ PUT_PART_NBYTES = 8 * MIB
 PUT_PARTS_MAX = 9000
 PUT_CONCURRENCY = 4
 PUT_RETRIES_MAX = 5
+PUT_TIMEOUT = timedelta(minutes=10)
+"""Longest that one part takes."""
+READ_TIMEOUT = timedelta(days=7)
+"""It is for a whole answer, however large and slow: ``fetch.py`` notices a stall instead."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -48,10 +60,6 @@ _RETRIED_STATUS = {408, 425, 429}
 _MEND_TRY = "try again later, or see whether the server is well"
 _MEND_CORRUPT = "push the checkpoint again"
 _SCHEMES = "file:///dir, http(s)://host/path, s3://bucket/prefix, hf://org/name[@revision][/subfolder]"
-
-
-class RemoteRefused(RemoteUnreachable):
-    """It answers and refuses: asking again does not help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,25 +86,20 @@ class Remote:
             RemoteMissing: it has no such checkpoint. RemoteCorrupt: too large. RemoteUnreachable: it does not answer.
         """
         parts: list[bytes] = []
-        nbytes = 0
         with self._errors(name, MANIFEST_NAME):
-            async with asyncio.timeout(stall_s):
+            async with asyncio.timeout(stall_s) as deadline:
                 result = await obstore.get_async(self._store(False), self._key(name, MANIFEST_NAME))
-            stream = aiter(result.stream(min_chunk_size=PIECE_NBYTES))
-            while True:
-                async with asyncio.timeout(stall_s):
-                    part = await anext(stream, None)
-                if part is None:
-                    return b"".join(parts)
-                parts.append(part)
-                nbytes += len(part)
-                if nbytes > MANIFEST_NBYTES_MAX:
-                    problem = f"it is too large for a manifest (more than {MANIFEST_NBYTES_MAX} bytes)"
-                    raise RemoteCorrupt(self.shown_file(name, MANIFEST_NAME), problem, _MEND_CORRUPT)
+                async for part in result.stream(min_chunk_size=PIECE_NBYTES):
+                    parts.append(part)
+                    if sum(map(len, parts)) > MANIFEST_NBYTES_MAX:
+                        problem = f"it is too large for a manifest (more than {MANIFEST_NBYTES_MAX} bytes)"
+                        raise RemoteCorrupt(self.shown_file(name, MANIFEST_NAME), problem, _MEND_CORRUPT)
+                    deadline.reschedule(asyncio.get_running_loop().time() + stall_s)
+        return b"".join(parts)
 
     async def open_range(
         self, name: str, path: str, *, start: int, nbytes: int, file_nbytes: int
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Ask for ``nbytes`` bytes from ``start``; the answer is a stream of pieces, each a buffer of its own.
 
         The stream may end early or go on too long: the caller counts.
@@ -116,7 +119,7 @@ class Remote:
             raise RemoteCorrupt(self.shown_file(name, path), problem, _MEND_CORRUPT)
         return self._stream(result, name, path)
 
-    async def _stream(self, result: GetResult, name: str, path: str) -> AsyncIterator[bytes]:
+    async def _stream(self, result: GetResult, name: str, path: str) -> AsyncGenerator[bytes, None]:
         with self._errors(name, path):
             async for piece in result.stream(min_chunk_size=PIECE_NBYTES):
                 yield piece
@@ -280,31 +283,33 @@ def _http_remote(url: str, shown: str, headers: dict[str, str], *, only_name: st
 
 def _open_s3(parts: SplitResult, endpoint: str | None) -> Remote:
     # Whether the endpoint is http is its owner's choice; a request holds a signature, never the secret key.
-    client = _client(allow_http=True)
     config: S3Config = {} if endpoint is None else {"endpoint": endpoint}
     prefix = unquote(parts.path.strip("/")) or None
     bucket = parts.netloc
 
-    def store(retries_max: int) -> ObjectStore:
+    def store(retries_max: int, timeout: timedelta) -> ObjectStore:
         retries: RetryConfig = {"max_retries": retries_max}
+        client = _client(allow_http=True, timeout=timeout)
         return S3Store(bucket, prefix=prefix, config=config, client_options=client, retry_config=retries)
 
-    reader, writer = store(0), store(PUT_RETRIES_MAX)
+    reader, writer = store(0, READ_TIMEOUT), store(PUT_RETRIES_MAX, PUT_TIMEOUT)
     return Remote(_shown(parts), True, lambda is_written: writer if is_written else reader)
 
 
-def _client(*, allow_http: bool, headers: dict[str, str] | None = None) -> ClientConfig:
-    # `timeout` is for a whole answer, however large; `fetch.py` notices a stall instead
-    options: ClientConfig = {"allow_http": allow_http, "timeout": timedelta(days=7)}
+def _client(
+    *, allow_http: bool, headers: dict[str, str] | None = None, timeout: timedelta = READ_TIMEOUT
+) -> ClientConfig:
+    options: ClientConfig = {"allow_http": allow_http, "timeout": timeout}
     if headers:
         options["default_headers"] = headers
     return options
 
 
 def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    sync_directory(path.parent)
+    with write_errors(path):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_directory(path.parent)
 
 
 def _translated(error: Exception, shown: str) -> SllmError:
