@@ -112,7 +112,9 @@ class StoreConfig(BaseModel):
     downloads: int = Field(default=8, ge=1, le=256, description="ranged requests at once")
     pause_fills: bool = Field(default=True, description="let fills and writes wait while an engine waits for a load")
     starve_s: float = Field(default=5.0, gt=0, le=3600, description="longest that a fill or a write waits for loads")
-    stall_s: float = Field(default=20.0, gt=0, le=3600, description="a download without a byte for so long is begun anew")
+    stall_s: float = Field(
+        default=20.0, gt=0, le=3600, description="a download without a byte for so long is begun anew"
+    )
     retries_max: int = Field(default=5, ge=0, le=100, description="attempts after a failed download of a chunk")
     metrics_port: int | None = Field(default=None, ge=0, le=65535, description="port of /metrics on loopback; 0: any")
     clients_max: int = Field(default=1024, ge=1, le=65536, description="connections at once")

@@ -71,18 +71,28 @@ class CudaSink:
 
     def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
         """See ``ChunkSink``."""
-        self._bound.wait()
-        self._check_not_stopped()
         slot = self._used.pop(chunk)
         start = time.perf_counter()
-        with self._lock, torch.cuda.stream(self._stream):
-            for copy in self._plan.copies[chunk]:
-                piece = slot.host[copy.chunk_offset : copy.chunk_offset + copy.nbytes]
-                for target in self._byte_targets(copy.tensor):
-                    target[copy.tensor_offset : copy.tensor_offset + copy.nbytes].copy_(piece, non_blocking=True)
-            slot.copied.record(self._stream)
+        self.copy_from(chunk, slot.host, slot.copied)
         self._free.put(slot)
         self._counter.add("copy", nbytes, start_s=start, end_s=time.perf_counter())
+
+    def copy_from(self, chunk: int, host: torch.Tensor, copied: torch.cuda.Event) -> None:
+        """Begin to copy a chunk from ``host``, bytes that stay as they are until ``copied`` comes.
+
+        Waits until the sink is bound.
+
+        Raises:
+            InterruptedError: the sink was stopped meanwhile.
+        """
+        self._bound.wait()
+        self._check_not_stopped()
+        with self._lock, torch.cuda.stream(self._stream):
+            for copy in self._plan.copies[chunk]:
+                piece = host[copy.chunk_offset : copy.chunk_offset + copy.nbytes]
+                for target in self._byte_targets(copy.tensor):
+                    target[copy.tensor_offset : copy.tensor_offset + copy.nbytes].copy_(piece, non_blocking=True)
+            copied.record(self._stream)
 
     def attach(self, tensor: int) -> None:
         """See ``ChunkSink``: nothing can be used before ``finish``."""

@@ -1,4 +1,4 @@
-"""One load of one partition into one module: plan, source, pipeline and sink put together. Needs torch alone."""
+"""One load of one partition into one module: plan, feed and sink put together. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -11,20 +11,14 @@ import torch
 from torch import nn
 
 from sllm_vllm.checkpoint.reader import RankPartition
-from sllm_vllm.checkpoint.repository import VerifiedMarks
 from sllm_vllm.config import LoaderConfig
 from sllm_vllm.loader.core.plan import LoadPlan
-from sllm_vllm.loader.cuda_sink import CudaSink
+from sllm_vllm.loader.feeds import LoadJob, open_feed
 from sllm_vllm.loader.limits import read_limits
 from sllm_vllm.loader.module_state import ModuleTargets, match_module
-from sllm_vllm.loader.pipeline import ChunkPipeline
 from sllm_vllm.loader.report import HopCounter, LoadReport
-from sllm_vllm.loader.sink import ChunkSink, HostSink
-from sllm_vllm.loader.source import DiskSource
-from sllm_vllm.units import MIB
-
-WINDOW_NBYTES = 64 * MIB
-"""How far readers may run ahead of the consumer. More hides longer stalls, but costs as much memory."""
+from sllm_vllm.loader.sink import ChunkSink
+from sllm_vllm.loader.store_feed import ChunkFeed
 
 
 @dataclass(slots=True)
@@ -35,7 +29,7 @@ class RunningLoad:
     partition: RankPartition
     plan: LoadPlan
     sink: ChunkSink
-    pipeline: ChunkPipeline
+    feed: ChunkFeed
     targets: ModuleTargets | None = None
     wait_s: float = 0.0
     _ended: float = field(default=0.0)
@@ -62,11 +56,11 @@ class RunningLoad:
         """Return once the parameters of ``records`` hold their weights (on a device: once ``finish`` returned, too).
 
         Raises:
-            CheckpointCorrupt, OSError: what a reader met.
+            CheckpointError, RemoteError, OSError: what went wrong on the way.
         """
         wanted = list(records)
         start = time.perf_counter()
-        self.pipeline.wait(self.ready_position(wanted))
+        self.feed.wait(self.ready_position(wanted))
         self.wait_s += time.perf_counter() - start
         for record in wanted:
             self.sink.attach(record)
@@ -84,29 +78,21 @@ def start_load(
 ) -> Iterator[RunningLoad]:
     """Begin to read a rank's partition, for a module that may still have to be built on ``device``.
 
-    If it was bound to a module, the end of the context finishes the load and fills in ``report``. A partition that was
-    read whole and found sound is remembered as verified.
+    Its bytes come from the store's daemon if there is one that has them, else from the disk. If it was bound to a
+    module, the end of the context finishes the load and fills in ``report``.
 
     Raises:
         CheckpointError: it can't be read.
     """
     counter, start = HopCounter(read_limits(config.store_dir)), time.perf_counter()
     plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
-    with partition.open() as file:
-        verify = _verify_now(partition, config)
-        if verify:
-            partition.check_header(file)
-        sink = _sink_for(plan, device, counter)
-        source = DiskSource(partition, file, verify=verify, counter=counter)
-        window = window_of(plan)
-        with ChunkPipeline(source, sink, plan.order, num_threads=config.threads, window=window) as pipeline:
-            load = RunningLoad(partition, plan, sink, pipeline)
-            yield load
-            if load.targets is None:
-                return
-            load.finish()
-    if verify:
-        VerifiedMarks(config.store_dir).mark(partition.path, file.status)
+    with open_feed(LoadJob(partition, plan, config, counter), device) as opened:
+        load = RunningLoad(partition, plan, opened.sink, opened.feed)
+        yield load
+        if load.targets is None:
+            return
+        load.finish()
+    report.source = opened.source
     report.nbytes = partition.record.data_nbytes
     report.weights_s = load._ended - start
     report.wait_s = load.wait_s
@@ -129,24 +115,7 @@ def load_module(partition: RankPartition, module: nn.Module, config: LoaderConfi
     return report
 
 
-def window_of(plan: LoadPlan) -> int:
-    """Chunks that may be begun ahead of the consumer; two at least, so that reading never pauses."""
-    return max(2, WINDOW_NBYTES // plan.chunk_nbytes)
-
-
-def _verify_now(partition: RankPartition, config: LoaderConfig) -> bool:
-    if config.verify == "first":
-        return not VerifiedMarks(config.store_dir).is_marked(partition.path)
-    return config.verify == "always"
-
-
 def device_of(module: nn.Module) -> torch.device:
     """The CUDA device that holds any of a module's tensors, else the CPU."""
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
-
-
-def _sink_for(plan: LoadPlan, device: torch.device, counter: HopCounter) -> ChunkSink:
-    if device.type != "cuda":
-        return HostSink(plan)
-    return CudaSink(plan, device, num_slots=window_of(plan), counter=counter)

@@ -62,6 +62,12 @@ class ChunkPipeline:
             if self._error is not None:
                 raise self._error
 
+    @property
+    def is_done(self) -> bool:
+        """Whether every chunk was delivered."""
+        with self._changed:
+            return self._num_done == len(self._order)
+
     def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from sllm_vllm.units import format_bps
 
-HopName = Literal["read_disk", "read_cache", "verify", "copy"]
+HopName = Literal["read_disk", "read_cache", "verify", "map", "copy_pool", "copy"]
 
 
 class Hop(BaseModel):
@@ -43,6 +43,8 @@ class LoadReport(BaseModel):
     checkpoint: str = ""
     rank: int = 0
     outcome: Literal["loaded", "converted", "unconverted"]
+    source: Literal["store", "disk"] | None = None
+    """Where the checkpoint's bytes came from; a store that ended in the middle counts, its hops tell how much."""
     nbytes: int = 0
     construct_s: float = 0.0
     """Building the module, its parameters still empty."""
@@ -61,7 +63,8 @@ class LoadReport(BaseModel):
         bps = self.nbytes / self.weights_s if self.weights_s > 0 else None
         hops = " ".join(_hop_field(name, hop) for name, hop in self.hops.items() if hop.nbytes)
         return (
-            f"outcome={self.outcome} rank={self.rank} bytes={self.nbytes} rate={format_bps(bps)} "
+            f"outcome={self.outcome} source={self.source or '-'} rank={self.rank} bytes={self.nbytes} "
+            f"rate={format_bps(bps)} "
             f"total_s={self.total_s:.3f} construct_s={self.construct_s:.3f} weights_s={self.weights_s:.3f} "
             f"process_s={self.process_s:.3f} wait_s={self.wait_s:.3f} {hops} checkpoint={self.checkpoint}"
         )

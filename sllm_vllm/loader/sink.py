@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy
 import torch
 
-from sllm_vllm.checkpoint.core.manifest import TensorRecord
 from sllm_vllm.loader.core.plan import LoadPlan
-from sllm_vllm.units import round_up
+from sllm_vllm.loader.partition_memory import PartitionMemory
 
 REBIND_ALIGNMENT = 64
 """Kernels may expect a cache line's alignment; a tensor that has less (a small one, always) is copied instead."""
-
-_HUGE_PAGE_NBYTES = 2 << 20
 
 
 def typed_view(data: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
@@ -89,25 +83,21 @@ class Target(Protocol):
 
 
 class HostSink:
-    """One anonymous mapping of a partition's size, in huge pages where the system has them, filled chunk by chunk.
+    """Memory of a partition's size, in huge pages where the system has them, filled chunk by chunk, or mapped span by
+    span from the store's pool.
 
-    A tensor's part of the mapping goes back to the system as soon as nothing refers to the tensor, so that packing a
+    A tensor's part of the memory goes back to the system as soon as nothing refers to the tensor, so that packing a
     module after the other needs one copy of the model, not two.
     """
 
     def __init__(self, plan: LoadPlan) -> None:
         self._plan = plan
         self._targets: Sequence[Target] = ()
-        nbytes = max(round_up(plan.partition.data_nbytes, mmap.PAGESIZE), mmap.PAGESIZE)
-        self._mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if nbytes >= _HUGE_PAGE_NBYTES:
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self._mapping)
+        self.memory = PartitionMemory(plan)
 
     def buffer(self, chunk: int) -> memoryview:
-        """See ``ChunkSink``: the chunk's own place in the mapping, always free."""
-        start = chunk * self._plan.chunk_nbytes
-        return self._view[start : start + round_up(self._plan.chunk_size(chunk), mmap.PAGESIZE)]
+        """See ``ChunkSink``: the chunk's own place in memory, always free."""
+        return self.memory.chunk(chunk)
 
     def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
         """See ``ChunkSink``: it lies where it belongs already."""
@@ -119,10 +109,10 @@ class HostSink:
     def attach(self, tensor: int) -> None:
         """See ``ChunkSink``."""
         target, record = self._targets[tensor], self._plan.partition.tensors[tensor]
-        tensors = target.take()
-        if not tensors or record.nbytes == 0:
+        data, tensors = self.memory.claim(tensor), target.take()
+        if data is None or not tensors:
             return
-        source = self._tensor(record, tensors[0])
+        source = typed_view(torch.from_numpy(data), tensors[0].dtype, record.shape)
         rebind = target.rebindable and record.offset % REBIND_ALIGNMENT == 0
         for live in tensors:
             if rebind:
@@ -135,11 +125,3 @@ class HostSink:
 
     def stop(self) -> None:
         """See ``ChunkSink``: nobody ever waits."""
-
-    def _tensor(self, record: TensorRecord, like: torch.Tensor) -> torch.Tensor:
-        array = numpy.frombuffer(self._mapping, dtype=numpy.uint8, count=record.nbytes, offset=record.offset)
-        start = round_up(record.offset, mmap.PAGESIZE)
-        nbytes = record.end // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if nbytes > 0:
-            weakref.finalize(array, self._mapping.madvise, mmap.MADV_DONTNEED, start, nbytes).atexit = False
-        return typed_view(torch.from_numpy(array), like.dtype, record.shape)

@@ -13,7 +13,7 @@ from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, Layout
 from sllm_vllm.checkpoint.fingerprint import has_weight_files
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
-from sllm_vllm.config import LoaderConfig
+from sllm_vllm.config import LoaderConfig, default_store_socket
 from sllm_vllm.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -21,9 +21,14 @@ from sllm_vllm.errors import (
     CheckpointMissing,
     ConfigError,
     LayoutMismatch,
+    RemoteError,
+    SllmError,
+    StoreError,
+    StoreUnavailable,
     WriteError,
 )
 from sllm_vllm.loader.vllm_layout import layout_of, source_of
+from sllm_vllm.store.client import StoreClient
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -39,9 +44,10 @@ class Found:
 
 
 class Catalog:
-    """The checkpoints that a loader may use: the model's own directory, then the repository."""
+    """The checkpoints that a loader may use: in the model's own directory, the repository, the store's remotes."""
 
     def __init__(self, config: LoaderConfig) -> None:
+        self._config = config
         self._repository = CheckpointRepository(config.store_dir)
 
     def find(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Found:
@@ -102,7 +108,7 @@ class Catalog:
             return Found(checkpoint, key)
         except CheckpointMissing as error:
             if not (self._repository.root / key.name).exists():
-                return Found(key=key)
+                return Found(self._in_store(key), key)
             _warn_unused(error)
         except (CheckpointInvalid, CheckpointCorrupt, LayoutMismatch) as error:
             _warn_unused(error)
@@ -110,6 +116,22 @@ class Catalog:
             _warn_unused(error)
             return Found()
         return Found(key=key) if self._try_set_aside(key.name) else Found()
+
+    def _in_store(self, key: CheckpointKey) -> Checkpoint | None:
+        """What the store's daemon can get from elsewhere: a manifest, whose partitions only the daemon can give."""
+        if not self._config.store:
+            return None
+        try:
+            with StoreClient(default_store_socket(self._config.store_dir)) as client:
+                manifest = client.find(key.name).get("manifest")
+            checkpoint = open_checkpoint(Path(str(manifest)).parent)
+            check_layout(checkpoint, key.layout)
+        except (StoreUnavailable, CheckpointMissing):
+            return None
+        except (StoreError, RemoteError, CheckpointError) as error:
+            _warn_unused(error)
+            return None
+        return checkpoint
 
     def _try_set_aside(self, name: str) -> bool:
         try:
@@ -136,5 +158,5 @@ def check_layout(checkpoint: Checkpoint, wanted: Layout) -> None:
         raise LayoutMismatch(path, f"it is for {told}", "convert the model again for this configuration")
 
 
-def _warn_unused(error: CheckpointError) -> None:
+def _warn_unused(error: SllmError) -> None:
     logger.warning("event=checkpoint_unused reason=%s", error)

@@ -86,7 +86,7 @@ def test_holders_keep_their_slots_while_others_load(tmp_path: Path) -> None:
     held, other = (make_checkpoint(tmp_path / "store", name, nbytes=24 * MIB) for name in "ab")
     with store_daemon(tmp_path / "store", memory_bytes=32 * MIB) as daemon, daemon.client() as holder:
         leased = lease_of(holder, held, hold=True)
-        given = []
+        given: list[tuple[int, int, bool]] = []
         while len(given) < leased.num_spans:
             given += holder.next_given(60.0).spans
             holder.release(leased.token, tuple(span for span, _, keep in given if not keep))
@@ -281,7 +281,7 @@ def test_pins_outlive_the_daemon_and_the_pressure_of_others(tmp_path: Path) -> N
 
         def is_back() -> bool:
             rows = [row for row in daemon.status()["checkpoints"] if row["name"] == pinned.path.name]
-            return rows[0]["pinned"] and rows[0]["resident_nbytes"] >= nbytes
+            return bool(rows[0]["pinned"] and rows[0]["resident_nbytes"] >= nbytes)
 
         wait_until(is_back, "the pinned checkpoint to be back in memory")
         for _ in range(3):
