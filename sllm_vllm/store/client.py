@@ -10,8 +10,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import select
 import socket
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +32,7 @@ from sllm_vllm.store.protocol import (
     Lease,
     Leased,
     Order,
+    Ping,
     ProtocolError,
     Refused,
     Release,
@@ -41,7 +44,13 @@ from sllm_vllm.store.protocol import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
+PING_S = 10.0
+"""After such a silence the daemon is asked whether it is there; after another one it counts as gone."""
 _RECEIVE_NBYTES = 1 << 16
+_POLL_S = 1.0
+"""How often a thread that waits looks whether another one could not send its releases."""
+_RELEASE_MAX = 1000
+"""Released spans in one message: a few kilobytes, far below what a socket takes at once."""
 _TOLD = (errors.CheckpointError, errors.StoreError, errors.RemoteError)
 """What a daemon may tell of; the classes share one constructor."""
 
@@ -65,6 +74,7 @@ class StoreClient:
         self._inbox: collections.deque[Answer] = collections.deque()
         self._given: collections.deque[Given | Failed] = collections.deque()
         self._sending = threading.Lock()
+        self._unreleased: tuple[int, tuple[int, ...]] = (0, ())
         self._socket = connect_to(path, timeout_s)
         try:
             self._send(Hello(version=PROTOCOL_VERSION))
@@ -95,13 +105,15 @@ class StoreClient:
         return answer
 
     def next_given(self, timeout_s: float | None = None) -> Given:
-        """The next spans of the lease; waits for as long as it takes, unless told otherwise.
+        """The next spans of the lease; waits for as long as the daemon is alive, unless told otherwise.
 
         Raises:
-            StoreUnavailable: the daemon ended, or gave nothing in time.
+            StoreUnavailable: the daemon ended or hangs, or gave nothing in time.
             CheckpointError, RemoteError: a span can't be had.
         """
-        answer = self._given.popleft() if self._given else self._receive(timeout_s)
+        answer: Answer | None = self._given.popleft() if self._given else None
+        while answer is None or isinstance(answer, Reply):  # to a ping
+            answer = self._receive(timeout_s) if timeout_s is not None else self._receive_or_ping()
         if isinstance(answer, Failed):
             raise _error_of(answer)
         if not isinstance(answer, Given):
@@ -109,12 +121,14 @@ class StoreClient:
         return answer
 
     def release(self, token: int, spans: tuple[int, ...]) -> None:
-        """Tell that spans are no longer looked at. A daemon that has ended is not missed.
+        """Tell that spans are no longer looked at. Never waits: what a busy daemon doesn't take goes out later.
 
-        Safe to call from a finaliser and from any thread.
+        Safe to call from any thread, but not from within itself (a finaliser may run anywhere). A daemon that has ended
+        is not missed.
         """
-        with contextlib.suppress(StoreUnavailable):
-            self._send(Release(token=token, spans=spans))
+        with self._sending:
+            self._unreleased = (token, (*self._unreleased[1], *spans))
+            self._try_release()
 
     def order(self, order: Order, *, timeout_s: float | None = None) -> dict[str, Any]:
         """An operator's order; the reply's data.
@@ -154,14 +168,53 @@ class StoreClient:
         except OSError as error:
             raise self._gone(error) from None
 
+    def _receive_or_ping(self) -> Answer:
+        try:
+            return self._receive(PING_S)
+        except StoreUnavailable:
+            self._send(Ping())  # a daemon that is gone raises here, too
+            return self._receive(PING_S)
+
+    def _try_release(self) -> None:
+        """Send what is to be released, if the socket takes all of it at once; else a later call does."""
+        token, spans = self._unreleased
+        if not spans:
+            return
+        frame = encode(Release(token=token, spans=spans[:_RELEASE_MAX]))
+        try:
+            sent = os.write(self._socket.fileno(), frame)  # unlike `send`, it does not wait for the timeout
+            if sent < len(frame):  # one this small is taken whole or not at all; but a half one would end the lease
+                self._socket.sendall(frame[sent:])
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unreleased = (token, ())
+            return
+        self._unreleased = (token, spans[_RELEASE_MAX:])
+
     def _receive(self, timeout_s: float | None) -> Answer:
         while not self._inbox:
             try:
-                self._socket.settimeout(timeout_s)
+                self._wait_readable(timeout_s)
                 self._take(self._socket.recv(_RECEIVE_NBYTES))
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: closed meanwhile, by another thread
                 raise self._gone(error) from None
         return self._inbox.popleft()
+
+    def _wait_readable(self, timeout_s: float | None) -> None:
+        """Return when there is something to receive; send what is to be released as soon as that is possible."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        poll = select.poll()
+        while deadline is None or time.monotonic() < deadline:
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._unreleased[1] else 0))
+            left_s = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
+            found = sum(events for _, events in poll.poll(max(0.0, left_s) * 1e3))
+            if found & select.POLLOUT:
+                with self._sending:
+                    self._try_release()
+            if found & ~select.POLLOUT:
+                return
+        raise TimeoutError
 
     def _take(self, data: bytes) -> None:
         if not data:
@@ -191,8 +244,10 @@ class StoreClient:
             return _error_of(answer)
         return StoreRefused(self.path, f"its daemon answered {answer.kind!r} out of turn", "use one version")
 
-    def _gone(self, error: OSError) -> StoreUnavailable:
-        said = "it did not answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
+    def _gone(self, error: OSError | ValueError) -> StoreUnavailable:
+        said = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, TimeoutError):
+            said = "it did not answer in time"
         return StoreUnavailable(self.path, f"no daemon of the store: {said}", MEND_UNAVAILABLE)
 
 

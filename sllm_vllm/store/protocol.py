@@ -72,6 +72,12 @@ class Release(_Message):
     spans: Spans
 
 
+class Ping(_Message):
+    """Are you there? → ``Reply``. For a client that has heard nothing for a while: a download may take long."""
+
+    kind: Literal["ping"] = "ping"
+
+
 class Hint(_Message):
     """A vLLM process has just started and will want this model. Not answered, never refused."""
 
@@ -144,7 +150,7 @@ class Refused(_Message):
     mend: str
 
 
-Request = Hello | Find | Lease | Release | Hint | Order
+Request = Hello | Find | Lease | Release | Ping | Hint | Order
 Answer = Welcome | Leased | Given | Failed | Reply | Refused
 
 _requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])

@@ -27,9 +27,11 @@ from sllm_vllm.store.protocol import (
     Hint,
     Lease,
     Order,
+    Ping,
     ProtocolError,
     Refused,
     Release,
+    Reply,
     Request,
     Welcome,
     decode_request,
@@ -169,6 +171,8 @@ class Connection:
             case Release():
                 if request.token == self._token:  # an older lease's spans are none of this one's business
                     self._store.release(request.token, request.spans)
+            case Ping():
+                self._send(Reply())
             case Hint():
                 self._orders.hint(request)
             case Lease():

@@ -18,7 +18,7 @@ from benchmarks import claimed_memory, loading, page_cache
 from benchmarks.device_limits import Limits, measure_limits, read_direct_s
 from benchmarks.disturbance import Disturbance
 from benchmarks.load_formats import PLAIN_REFERENCE, missing, plain_loaders, vllm_loaders
-from benchmarks.load_job import OURS, REFERENCE, Answer, ChildFailed, Job, Loader, Measurement, run_child
+from benchmarks.load_job import OURS, OURS_RESIDENT, REFERENCE, Answer, ChildFailed, Job, Loader, Measurement, run_child
 from benchmarks.loading import BenchFailed, chosen
 from benchmarks.loading_report import limit_of, limits_as_json, rows_of, table_of, verdicts_of
 from benchmarks.page_cache import COLD_MAX, PageCacheRefused, Tier, prepare, residency
@@ -147,7 +147,7 @@ def test_too_few_rounds_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_chosen_formats_keep_ours_and_the_reference(tmp_path: Path) -> None:
     found = chosen(vllm_loaders(tmp_path), ["runai_streamer"], REFERENCE)
-    assert [loader.name for loader in found] == [OURS, REFERENCE, "runai_streamer"]
+    assert [loader.name for loader in found] == [OURS, OURS_RESIDENT, REFERENCE, "runai_streamer"]
 
 
 def test_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
@@ -281,14 +281,14 @@ def test_run_without_vllm(model_dir: Callable[..., Path], tmp_path: Path) -> Non
     """Children, page cache, digests and rows of a real run, on a tiny model."""
     cache, lines = tmp_path / "cache", tmp_path / "lines.jsonl"
     command = [sys.executable, "benchmarks/loading.py", "--no-vllm", "--model", str(model_dir()), "--rounds", "1"]
-    command += ["--cache", str(cache), "--json", str(lines)]
+    command += ["--cache", str(cache), "--json", str(lines), "--store", "row"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False)
     if "give a --cache on a disk" in done.stdout or "which is not cold" in done.stdout:
         pytest.skip(done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     rows = {(line["loader"], line["tier"]) for line in found if line["kind"] == "row"}
-    assert rows == {(name, tier) for name in (OURS, PLAIN_REFERENCE) for tier in ("warm", "cold")}
+    assert rows == {(name, tier) for name in (OURS, OURS_RESIDENT, PLAIN_REFERENCE) for tier in ("warm", "cold")}
     assert [line["kind"] for line in found[:2]] == ["machine", "limits"]
     assert {path.name for path in cache.iterdir()} <= {".lock", "bytecode"}
 

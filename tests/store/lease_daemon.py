@@ -112,7 +112,7 @@ class LeaseDaemon:
         """Return once exactly these spans were released, each as often as it is named."""
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.released) >= len(spans), WAIT_MAX_S), self.released
-            assert sorted(self.released) == sorted(spans)
+            assert sorted(self.released) == sorted(spans), self.released
 
     def wait_idle(self) -> None:
         """Return once no connection is open."""

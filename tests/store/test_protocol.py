@@ -19,6 +19,7 @@ from sllm_vllm.store.protocol import (
     Lease,
     Leased,
     Order,
+    Ping,
     ProtocolError,
     Refused,
     Release,
@@ -35,6 +36,7 @@ REQUESTS: tuple[Request, ...] = (
     Find(checkpoint="a"),
     Lease(checkpoint="a", rank=0, digest="0" * 32, hold=True),
     Release(token=1, spans=(1, 2, 3)),
+    Ping(),
     Hint(model="m"),
     Order(order="prefetch", checkpoint="a", wait=True),
 )
