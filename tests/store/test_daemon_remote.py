@@ -162,8 +162,10 @@ def test_a_network_that_fails_now_and_then_is_survived(tmp_path: Path, faults: l
         (Fault(stops_after=10, how="reset"), RemoteUnreachable),
         (Fault(stops_after=10, how="stall"), RemoteUnreachable),
         (Fault(status=500), RemoteUnreachable),
+        (Fault(extra=64), RemoteCorrupt),
+        (Fault(total=7), RemoteCorrupt),
     ],
-    ids=["flipped bit", "reset", "stall", "500"],
+    ids=["flipped bit", "reset", "stall", "500", "sends more than asked for", "lies about its length"],
 )
 def test_a_network_that_goes_on_failing_is_told_and_leaves_nothing(
     tmp_path: Path, fault: Fault, error: type[Exception]
