@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from benchmarks.load_job import OURS, REFERENCE, Loader
+from benchmarks.load_job import OURS, OURS_RESIDENT, REFERENCE, Loader
 
 PLAIN_REFERENCE = "safetensors load_file"
 
@@ -14,7 +14,8 @@ def vllm_loaders(scratch: Path) -> list[Loader]:
     """Every loader, ours first. ``scratch`` gets the checkpoints of those that need one of their own."""
     tensors = scratch / "tensorizer" / "model.tensors"
     return [
-        Loader(name=OURS, load_format="sllm", extra_config={"store_dir": str(scratch / "store")}),
+        Loader(name=OURS, load_format="sllm", extra_config={"store_dir": str(scratch / "store"), "store": False}),
+        resident_loader(scratch),
         Loader(name=REFERENCE, load_format="auto", engine_args={"safetensors_load_strategy": "lazy"}),
         Loader(name="auto eager", load_format="auto", engine_args={"safetensors_load_strategy": "eager"}),
         Loader(name="auto prefetch", load_format="auto", engine_args={"safetensors_load_strategy": "prefetch"}),
@@ -37,9 +38,21 @@ def vllm_loaders(scratch: Path) -> list[Loader]:
 def plain_loaders(scratch: Path) -> list[Loader]:
     """Those that need no vLLM."""
     return [
-        Loader(name=OURS, load_format="sllm", extra_config={"store_dir": str(scratch / "store")}, is_prepared=True),
+        Loader(
+            name=OURS,
+            load_format="sllm",
+            extra_config={"store_dir": str(scratch / "store"), "store": False},
+            is_prepared=True,
+        ),
+        resident_loader(scratch),
         Loader(name=PLAIN_REFERENCE, load_format="safetensors", needs_module="safetensors"),
     ]
+
+
+def resident_loader(scratch: Path) -> Loader:
+    """Ours, from the daemon's memory."""
+    extra_config = {"store_dir": str(scratch / "store")}
+    return Loader(name=OURS_RESIDENT, load_format="sllm", extra_config=extra_config, needs_store=True)
 
 
 def missing(loader: Loader, *, has_cuda: bool) -> str:

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from benchmarks.disturbance import Disturbance
-from benchmarks.load_job import OURS, Job, Measurement
+from benchmarks.load_job import Job, Measurement
 from benchmarks.module_digest import digest_module
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.ready_machine import ready_machine
@@ -61,9 +61,10 @@ def measure(job: Job) -> Measurement:
         peak_nbytes=memory.growth(),
         disturbance=disturbance,
     )
-    if job.loader.name == OURS:
+    if job.loader.load_format == "sllm":
         report = loader.report
         found.outcome, found.weights_wall_s = report.outcome, report.weights_s
+        found.source = report.source or ""
         found.construct_s, found.weights_s, found.process_s = report.construct_s, report.wait_s, report.process_s
     return found
 

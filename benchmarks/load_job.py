@@ -19,6 +19,8 @@ from sllm_vllm.config import child_environment
 
 CHILD_TIMEOUT_S = 600.0
 OURS = "sllm"
+OURS_RESIDENT = "sllm store"
+"""Ours, with a daemon that has the checkpoint in memory."""
 REFERENCE = "auto lazy"
 """The stock loader as it comes: what the others are compared with."""
 
@@ -37,6 +39,8 @@ class Loader(BaseModel):
     needs_cuda: bool = False
     needs_module: str | None = None
     """A package that must be installed."""
+    needs_store: bool = False
+    """A daemon runs on the store, with the checkpoint resident."""
     is_prepared: bool = False
     """It reads files of its own, which have to be written first."""
 
@@ -75,6 +79,8 @@ class Measurement(BaseModel):
     weights_wall_s: float = 0.0
     """From the first read to the last parameter filled."""
     outcome: str = ""
+    source: str = ""
+    """Of ours: where the bytes came from, ``store`` or ``disk``."""
     residency: float
     """Share of the files in the page cache when the clock started."""
     peak_nbytes: int | None = None

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.cached_model import weight_files
 from benchmarks.disturbance import Disturbance
-from benchmarks.load_job import OURS, Job, Measurement
+from benchmarks.load_job import Job, Measurement
 from benchmarks.module_digest import digest_module
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.plain_module import empty_module
@@ -37,14 +37,15 @@ def measure(job: Job) -> Measurement:
     residency = ready_machine(job)
     _synchronize(job)
     memory, others, start = PeakMemory(), Disturbance(), time.perf_counter()
-    fill(module)
+    source = fill(module)
     _synchronize(job)
     seconds, disturbance = time.perf_counter() - start, others.share()
     return Measurement(
         seconds=seconds,
         weights_s=seconds,
         weights_wall_s=seconds,
-        outcome="loaded" if job.loader.name == OURS else "",
+        outcome="loaded" if source else "",
+        source=source,
         residency=residency,
         peak_nbytes=memory.growth(),
         disturbance=disturbance,
@@ -73,22 +74,23 @@ def worker_environment() -> dict[str, str]:
     return {}
 
 
-def _fill_of(job: Job) -> Callable[[nn.Module], None]:
-    if job.loader.name != OURS:
+def _fill_of(job: Job) -> Callable[[nn.Module], str]:
+    if job.loader.load_format != "sllm":
         return _fill_by_safetensors(weight_files(job.model), job.device)
     config = _config(job)
     partition = CheckpointRepository(config.store_dir).find(_key(job.model)).partition(0)
 
-    def fill(module: nn.Module) -> None:
-        load_module(partition, module, config)
+    def fill(module: nn.Module) -> str:
+        return load_module(partition, module, config).source or ""
 
     return fill
 
 
-def _fill_by_safetensors(files: list[Path], device: str) -> Callable[[nn.Module], None]:
-    def fill(module: nn.Module) -> None:
+def _fill_by_safetensors(files: list[Path], device: str) -> Callable[[nn.Module], str]:
+    def fill(module: nn.Module) -> str:
         for file in files:
             module.load_state_dict(load_file(file, device=device), strict=len(files) == 1)
+        return ""
 
     return fill
 

@@ -7,12 +7,14 @@ Free memory is claimed from such a host beforehand, unless ``--memory-as-is`` is
 with the same bits, or the run fails.
 
 On a machine without vLLM, ``python -m benchmarks.loading --no-vllm`` compares the filling of a plain module with
-safetensors' ``load_file``.
+safetensors' ``load_file``, and on a CUDA device the ways from the store's memory to it. At the end each hop of the
+store is measured beside its own limit (``store_shares.py``), unless ``--store row`` or ``no`` is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -28,11 +30,27 @@ from rich.console import Console
 from benchmarks.bytecode import environment_of
 from benchmarks.cached_model import SIZES, ensure_model, weight_files
 from benchmarks.device_limits import Limits, measure_limits
+from benchmarks.h2d_ways import WAYS, compare_ways
 from benchmarks.load_formats import PLAIN_REFERENCE, missing, plain_loaders, vllm_loaders
-from benchmarks.load_job import OURS, REFERENCE, Action, Answer, ChildFailed, Job, Loader, Measurement, run_child
+from benchmarks.load_job import (
+    OURS,
+    OURS_RESIDENT,
+    REFERENCE,
+    Action,
+    Answer,
+    ChildFailed,
+    Job,
+    Loader,
+    Measurement,
+    run_child,
+)
 from benchmarks.loading_report import Verdict, limits_as_json, process_alone_s, rows_of, table_of, verdicts_of
 from benchmarks.page_cache import Tier
 from benchmarks.progress import Progress
+from benchmarks.store_daemon import DaemonFailed
+from benchmarks.store_job import StoreJobFailed
+from benchmarks.store_setting import StoreSetting
+from benchmarks.store_shares import run_shares, setting_in
 from benchmarks.supervise import CACHE_DEFAULT, Workspace, run_supervised
 from sllm_vllm.checkpoint.core.manifest import PARTITION_DIR
 
@@ -66,6 +84,8 @@ class Bench:
     unavailable: dict[str, str] = field(default_factory=dict)
     samples: dict[tuple[str, Tier], list[Measurement]] = field(default_factory=dict)
     limits: list[Limits] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """Of JSON, that others than the rounds add."""
 
     def run(self, rounds: int) -> None:
         """Everything, in order.
@@ -76,9 +96,23 @@ class Bench:
         self._set_environment()
         self._sort_out()
         self._convert()
-        self._compare_digests()
-        for number in range(1, rounds + 1):
-            self._round(number, rounds)
+        with contextlib.ExitStack() as stack:
+            self._make_resident(stack)
+            self._compare_digests()
+            for number in range(1, rounds + 1):
+                self._round(number, rounds)
+
+    def run_store(self, *, rounds: int, ways: Sequence[str]) -> None:
+        """Each hop of the store beside its limit; on a CUDA device, the ways to it, too."""
+        setting = setting_in(self.workspace, rounds=rounds, claims_memory=self.claims_memory)
+        for share in run_shares(setting):
+            self.progress.say(share.line())
+            self.lines.append(share.as_json())
+        if self.has_cuda and self.is_plain:
+            try:
+                self.lines += compare_ways(setting, ways)
+            except (DaemonFailed, StoreJobFailed) as error:
+                self.progress.say(f"ways to the device: not measured: {error}")
 
     def _set_environment(self) -> None:
         """As a worker of vLLM gets it."""
@@ -117,6 +151,20 @@ class Bench:
             if found is not None and found.outcome != "converted":
                 raise BenchFailed(f"{loader.name}: the first start {found.outcome}, it did not convert")
 
+    def _make_resident(self, stack: contextlib.ExitStack) -> None:
+        """Start a daemon that has our checkpoint in memory, until the stack's end."""
+        for loader in [loader for loader in self.loaders if loader.needs_store]:
+            setting = StoreSetting(
+                scratch=self.workspace.run, environment=environment_of(self.workspace), rounds=0, say=self.progress.say
+            )
+            file = self._partition()
+            try:
+                with self.progress.step(f"{loader.name}: a daemon, and the checkpoint in its memory"):
+                    daemon = stack.enter_context(setting.daemon("store", nbytes=file.stat().st_size))
+                    daemon.prefetch_s(file.parent.parent.name)
+            except DaemonFailed as error:
+                self._drop(loader, str(error))
+
     def _compare_digests(self) -> None:
         """Every loader fills the module once, with nothing measured. Ours verifies its checksums on this occasion."""
         digests: dict[str, str] = {}
@@ -145,8 +193,10 @@ class Bench:
                     except ChildFailed as error:
                         raise BenchFailed(f"{loader.name}, {tier}: {error}") from None
                 assert found is not None
-                if loader.name == OURS and found.outcome != "loaded":
-                    raise BenchFailed(f"{OURS}, {tier}: {found.outcome} instead of loaded")
+                if loader.load_format == "sllm" and found.outcome != "loaded":
+                    raise BenchFailed(f"{loader.name}, {tier}: {found.outcome} instead of loaded")
+                if loader.needs_store and found.source != "store":
+                    raise BenchFailed(f"{loader.name}, {tier}: its bytes came from the {found.source}")
                 self.samples.setdefault((loader.name, tier), []).append(found)
 
     def _job(self, action: Action, loader: Loader, *, tier: Tier = "warm", files: Sequence[Path] = ()) -> Job:
@@ -167,7 +217,7 @@ class Bench:
     def _files(self, loader: Loader) -> list[Path]:
         """What a loader reads. Ours looks at samples of the source, too."""
         source = weight_files(self.model)
-        if loader.name == OURS:
+        if loader.load_format == "sllm":
             return [*source, self._partition()]
         if loader.is_prepared:
             folder = self.workspace.run / loader.name
@@ -202,6 +252,12 @@ def main() -> int:
         "--memory-as-is", action="store_true", help="don't have a virtual machine's host back free memory beforehand"
     )
     parser.add_argument("--no-vllm", action="store_true", help="fill a plain module; vLLM is not needed")
+    parser.add_argument(
+        "--store", choices=("all", "row", "no"), default="all", help="its loader and its hops, or less (all)"
+    )
+    parser.add_argument(
+        "--h2d", choices=WAYS, action="append", help="a way from the store to a CUDA device, with --no-vllm (all)"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < ROUNDS_MIN:
         parser.error(f"--rounds: {arguments.rounds} is too few; give {ROUNDS_MIN} at least")
@@ -225,8 +281,12 @@ def run_bench(workspace: Workspace, arguments: argparse.Namespace) -> int:
     try:
         if arguments.formats:
             bench.loaders = chosen(bench.loaders, arguments.formats.split(","), bench.reference)
+        if arguments.store == "no":
+            bench.loaders = [loader for loader in bench.loaders if not loader.needs_store]
         bench.model = model_of(bench, arguments)
         bench.run(arguments.rounds)
+        if arguments.store == "all":
+            bench.run_store(rounds=arguments.rounds, ways=arguments.h2d or WAYS)
     except BenchFailed as error:
         console.print(str(error), style="bold red", markup=False)
         return 1
@@ -248,7 +308,7 @@ def model_of(bench: Bench, arguments: argparse.Namespace) -> Path:
 
 
 def chosen(loaders: Sequence[Loader], names: Sequence[str], reference: str) -> list[Loader]:
-    """The named loaders, and the two that nothing can be said without.
+    """The named loaders, ours, and the one that they are compared with.
 
     Raises:
         BenchFailed: there is none of a name.
@@ -256,7 +316,7 @@ def chosen(loaders: Sequence[Loader], names: Sequence[str], reference: str) -> l
     known = {loader.name for loader in loaders}
     if unknown := [name for name in names if name.strip() not in known]:
         raise BenchFailed(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    wanted = {OURS, reference, *(name.strip() for name in names)}
+    wanted = {OURS, OURS_RESIDENT, reference, *(name.strip() for name in names)}
     return [loader for loader in loaders if loader.name in wanted]
 
 
@@ -277,7 +337,7 @@ def tell(bench: Bench, console: Console, file: Path | None) -> None:
         console.print(f"{verdict.name}: {verdict.figures}: {'yes' if verdict.is_met else 'NO'}", highlight=False)
     lines = [machine(bench), limits, *(row.as_json() for row in rows)]
     lines += [{"kind": "unavailable", "loader": name, "reason": why} for name, why in bench.unavailable.items()]
-    lines += [verdict.as_json() for verdict in verdicts]
+    lines += [verdict.as_json() for verdict in verdicts] + bench.lines
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     if file is None:
         print(text, end="")

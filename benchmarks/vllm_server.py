@@ -67,12 +67,29 @@ class VllmServer:
         arguments: of ``vllm serve``, behind the model.
         environment: added to this process's own.
         log: file that gets its output.
+        command: starts vLLM's command line; by itself ``vllm``.
     """
 
-    def __init__(self, model: Path, arguments: Sequence[str], *, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        model: Path,
+        arguments: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log: Path,
+        command: Sequence[str] = (),
+    ) -> None:
         self.log = log
         self._port = free_port()
-        self._command = [str(vllm_command()), "serve", str(model), "--host", HOST, "--port", str(self._port)]
+        self._command = [
+            *(command or [str(vllm_command())]),
+            "serve",
+            str(model),
+            "--host",
+            HOST,
+            "--port",
+            str(self._port),
+        ]
         self._command += ["--served-model-name", "demo", *arguments]
         self._environment = child_environment(**_ENVIRONMENT, **environment)
         self._process: subprocess.Popen[bytes] | None = None

@@ -85,15 +85,15 @@ class Orders:
                 return Reply(data=await self._prefetch(placed, wait=order.wait))
             case "evict":
                 remaining = await self._store.evict(placed)
-                self._remember_pin(placed.name, pinned=False)
+                await self._remember_pin(placed.name, pinned=False)
                 return Reply(data={"remaining_spans": remaining})
             case "pin":
                 await self._store.pin(placed, pinned=True)
-                self._remember_pin(placed.name, pinned=True)
+                await self._remember_pin(placed.name, pinned=True)
                 return Reply(data=await self._prefetch(placed, wait=order.wait))
             case _:
                 await self._store.pin(placed, pinned=False)
-                self._remember_pin(placed.name, pinned=False)
+                await self._remember_pin(placed.name, pinned=False)
                 return Reply()
 
     async def status(self) -> Status:
@@ -137,11 +137,11 @@ class Orders:
         self._pinned.add(name)
         await self._prefetch(placed, wait=False)
 
-    def _remember_pin(self, name: str, *, pinned: bool) -> None:
+    async def _remember_pin(self, name: str, *, pinned: bool) -> None:
         (self._pinned.add if pinned else self._pinned.discard)(name)
         content = json.dumps(sorted(self._pinned)).encode()
         try:
-            write_file_durably(self._store.config.state_dir / _PINS, content)
+            await asyncio.to_thread(write_file_durably, self._store.config.state_dir / _PINS, content)
         except OSError as error:
             logger.warning("event=pins_not_written reason=%s", error)
 
