@@ -42,6 +42,7 @@ class Orders:
         self._tasks: set[asyncio.Task[None]] = set()
         self._write_behind = WriteBehind(store)
         self._pinned: set[str] = set()
+        self._writing_pins = asyncio.Lock()
 
     async def start(self) -> None:
         """Pin again what was pinned when the last daemon ended."""
@@ -139,11 +140,12 @@ class Orders:
 
     async def _remember_pin(self, name: str, *, pinned: bool) -> None:
         (self._pinned.add if pinned else self._pinned.discard)(name)
-        content = json.dumps(sorted(self._pinned)).encode()
-        try:
-            await asyncio.to_thread(write_file_durably, self._store.config.state_dir / _PINS, content)
-        except OSError as error:
-            logger.warning("event=pins_not_written reason=%s", error)
+        async with self._writing_pins:
+            content = json.dumps(sorted(self._pinned)).encode()
+            try:
+                await asyncio.to_thread(write_file_durably, self._store.config.state_dir / _PINS, content)
+            except OSError as error:
+                logger.warning("event=pins_not_written reason=%s", error)
 
     def _read_pins(self) -> list[str]:
         try:
