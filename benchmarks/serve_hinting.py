@@ -1,0 +1,32 @@
+"""``vllm`` whose plugin hints to the store's daemon, or not: ``python -m benchmarks.serve_hinting yes|no serve …``.
+
+Both ways start alike, so that nothing but the hint makes a difference.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def keep_silent(path: Path, model: str, tensor_parallel_size: int | None) -> bool:
+    """Stands in for ``send_hint``."""
+    return False
+
+
+def main() -> None:
+    """Command line: takes its own word away, since the plugin guesses the model from ``sys.argv``."""
+    word = sys.argv.pop(1)
+    if word not in {"yes", "no"}:
+        raise SystemExit("give yes or no first")
+    if word == "no":
+        from sllm_vllm.store import channel
+
+        channel.send_hint = keep_silent
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    vllm_main()
+
+
+if __name__ == "__main__":
+    main()
