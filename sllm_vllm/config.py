@@ -45,6 +45,12 @@ def default_store_socket(store_dir: Path) -> Path:
     return store_dir / STORE_STATE_DIR / "socket"
 
 
+def replace_environment(environment: Mapping[str, str]) -> None:
+    """Make ``environment`` this process's own, whole: for a process that was forked to be another program."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 class LoaderConfig(BaseModel):
     """What ``--model-loader-extra-config`` may hold with ``--load-format sllm``."""
 

@@ -50,6 +50,14 @@ _STAGING = ".staging"
 _TRASH = ".trash"
 
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
+
+
+def is_legal_name(name: str) -> bool:
+    """Whether a checkpoint may be called so: one component of a path, not hidden."""
+    return _NAME.fullmatch(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointKey:
     """What a checkpoint was made from and for. Equal keys mean equal bytes."""

@@ -15,19 +15,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import ConfigError, StoreBusy, StoreError
 from sllm_vllm.store.calibrate import read_calibration
 from sllm_vllm.store.channel import short_address
-from sllm_vllm.store.metrics_server import MetricsServer
 from sllm_vllm.store.orders import Orders
 from sllm_vllm.store.places import Places
 from sllm_vllm.store.pool import Pool
-from sllm_vllm.store.remote import open_remote
 from sllm_vllm.store.server import Server
 from sllm_vllm.store.status import Status
 from sllm_vllm.store.store import Store
+
+if TYPE_CHECKING:
+    from sllm_vllm.store.remote import Remote
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class _Daemon:
         config, loop, stopped = self._config, asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
-        places = Places(config.store_dir, config.state_dir, [open_remote(url) for url in config.remotes])
+        places = Places(config.store_dir, config.state_dir, _open_remotes(config))
         store = Store(config, self._pool, places, calibration=read_calibration(config.state_dir))
         orders = Orders(store, stop=stopped.set, num_clients=lambda: server.num_clients)
         server = Server(store, orders)
@@ -91,6 +93,8 @@ class _Daemon:
         if self._config.metrics_port is None:
             yield
             return
+
+        from sllm_vllm.store.metrics_server import MetricsServer  # only who wants metrics needs prometheus_client
 
         def status() -> Status:
             return asyncio.run_coroutine_threadsafe(orders.status(), loop).result(_STATUS_TIMEOUT_S)
@@ -126,6 +130,14 @@ class _Prefault:
                 return
             self._pool.prefault(slot)
         logger.info("event=memory_claimed slots=%d seconds=%.1f", self._pool.num_slots, time.monotonic() - start)
+
+
+def _open_remotes(config: StoreConfig) -> list[Remote]:
+    if not config.remotes:
+        return []
+    from sllm_vllm.store.remote import open_remote  # a machine without remotes need not have obstore
+
+    return [open_remote(url) for url in config.remotes]
 
 
 def _pool(config: StoreConfig) -> Pool:

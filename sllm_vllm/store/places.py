@@ -14,13 +14,16 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, parse_manifest
 from sllm_vllm.checkpoint.reader import Checkpoint, RankPartition, open_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.checkpoint.writer import write_errors, write_file_durably
 from sllm_vllm.errors import CheckpointError, CheckpointMissing, RemoteError, RemoteMissing
-from sllm_vllm.store.remote import Remote
+
+if TYPE_CHECKING:
+    from sllm_vllm.store.remote import Remote
 
 MANIFESTS_MAX = 256
 """Parsed manifests that are kept; one of a large model takes a few megabytes."""

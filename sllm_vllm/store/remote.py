@@ -23,6 +23,7 @@ from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedErr
 from obstore.store import HTTPStore, LocalStore, S3Store
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
+from sllm_vllm.checkpoint.repository import is_legal_name
 from sllm_vllm.checkpoint.writer import sync_directory, write_errors
 from sllm_vllm.config import MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import (
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
     from obstore import GetResult
     from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Config
 
-PIECE_NBYTES = 256 * KIB
-"""Least that a stream hands over at once, but for its end: smaller pieces cost more switching than copying."""
+PIECE_NBYTES = 4 * MIB
+PIECE_NBYTES_MIN = 256 * KIB
+"""How much of an answer is taken at a time: each costs a turn of the loop, and what is begun of one is lost with it."""
 STALL_S = 20.0
 """Longest wait for a piece of a manifest, unless the caller says another."""
 PUT_PART_NBYTES = 8 * MIB
@@ -53,7 +55,6 @@ PUT_TIMEOUT = timedelta(minutes=10)
 READ_TIMEOUT = timedelta(days=7)
 """It is for a whole answer, however large and slow: ``fetch.py`` notices a stall instead."""
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _STATUS = re.compile(r"status code: (\d{3})")
 _OTHER_RANGE = re.compile(r"UnexpectedRange|InvalidRange|StartTooLarge|NoContentRange|ParseContentRange|got \d+\.\.\d+")
 _RETRIED_STATUS = {408, 425, 429}
@@ -117,11 +118,12 @@ class Remote:
         if result.range != (start, start + nbytes) or result.meta["size"] != file_nbytes:
             problem = f"the file has {result.meta['size']} bytes, the manifest says {file_nbytes}"
             raise RemoteCorrupt(self.shown_file(name, path), problem, _MEND_CORRUPT)
-        return self._stream(result, name, path)
+        return self._stream(result, name, path, nbytes=nbytes)
 
-    async def _stream(self, result: GetResult, name: str, path: str) -> AsyncGenerator[bytes, None]:
+    async def _stream(self, result: GetResult, name: str, path: str, *, nbytes: int) -> AsyncGenerator[bytes, None]:
         with self._errors(name, path):
-            async for piece in result.stream(min_chunk_size=PIECE_NBYTES):
+            piece_nbytes = min(PIECE_NBYTES, max(PIECE_NBYTES_MIN, nbytes // 4))
+            async for piece in result.stream(min_chunk_size=piece_nbytes):
                 yield piece
 
     async def put(self, name: str, path: str, content: bytes | AsyncIterator[memoryview], *, nbytes: int) -> None:
@@ -172,11 +174,6 @@ class Remote:
             ) from None
         except (BaseError, FileNotFoundError, NotImplementedError, PermissionError) as error:
             raise _translated(error, self.shown_file(name, path)) from None
-
-
-def is_legal_name(name: str) -> bool:
-    """Whether a checkpoint may be called so: one component of a path, not hidden."""
-    return _NAME.fullmatch(name) is not None
 
 
 def open_remote(url: str, *, endpoint: str | None = None) -> Remote:

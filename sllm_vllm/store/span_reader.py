@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.checkpoint.core.layout import load_order
@@ -19,10 +20,11 @@ from sllm_vllm.errors import CheckpointError, CheckpointUnreadable, RemoteError,
 from sllm_vllm.store.core.events import PartitionSpec, StartRead
 from sllm_vllm.store.core.schedule import Urgency
 from sllm_vllm.store.devices import Device
-from sllm_vllm.store.fetch import fetch_span
 from sllm_vllm.store.hops import HopMeter
 from sllm_vllm.store.pool import Pool
-from sllm_vllm.store.remote import Remote
+
+if TYPE_CHECKING:
+    from sllm_vllm.store.remote import Remote
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +188,8 @@ class SpanReader:
         check_chunks(known.partition, chunks, view[:nbytes])
 
     async def _fetch(self, known: KnownPartition, order: StartRead) -> None:
+        from sllm_vllm.store.fetch import fetch_span  # a machine without remotes need not have obstore
+
         if known.remote is None:
             problem, mend = "no remote has it", "convert the model again, or name a remote that has it"
             raise RemoteError(known.partition.path, problem, mend)

@@ -29,10 +29,9 @@ from sllm_vllm.checkpoint.checksum import checksum
 from sllm_vllm.checkpoint.core.header import build_header
 from sllm_vllm.checkpoint.core.manifest import DATA_ALIGNMENT, MANIFEST_NAME, Manifest, parse_manifest
 from sllm_vllm.checkpoint.reader import RankPartition
-from sllm_vllm.checkpoint.repository import CheckpointRepository
+from sllm_vllm.checkpoint.repository import CheckpointRepository, is_legal_name
 from sllm_vllm.checkpoint.writer import sync_directory, write_errors, write_file_durably
 from sllm_vllm.errors import CheckpointCorrupt
-from sllm_vllm.store.remote import is_legal_name
 
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sllm_vllm.checkpoint.reader import Checkpoint, RankPartition
 from sllm_vllm.config import StoreConfig
@@ -40,8 +40,10 @@ from sllm_vllm.store.hops import HopMeter
 from sllm_vllm.store.places import Placed, Places
 from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.protocol import Leased
-from sllm_vllm.store.remote import Remote
 from sllm_vllm.store.span_reader import KnownPartition, SpanFile, SpanReader, spec_of
+
+if TYPE_CHECKING:
+    from sllm_vllm.store.remote import Remote
 
 logger = logging.getLogger(__name__)
 
