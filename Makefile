@@ -31,11 +31,14 @@ check: $(READY) ## ruff, formatting, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-test: $(READY) ## all tests but the longer matrix on real vLLM; ARGS="-k name" for some
-	@$(BIN)/pytest -m "not e2e_long and not gpu" $(ARGS)
+WORKERS ?= 2
+# Two at a time: a server on real vLLM starts on one processor, and takes 3 GB.
+
+test: $(READY) ## all tests but the longer matrix on real vLLM; ARGS="-k name" for some, WORKERS=0 for one at a time
+	@$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not e2e_long and not gpu" $(ARGS)
 
 cover: $(READY) ## the same with branch coverage, which must be 90 %
-	@$(BIN)/pytest -m "not e2e_long and not gpu" --cov --cov-report=term $(ARGS)
+	@$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not e2e_long and not gpu" --cov --cov-report=term $(ARGS)
 
 e2e: $(READY) ## every test on real vLLM, the longer matrix too
 	@$(BIN)/pytest -m "e2e or e2e_long" $(ARGS)

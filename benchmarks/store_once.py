@@ -53,9 +53,11 @@ def _load(job: StoreJob) -> StoreAnswer:
     assert job.checkpoint is not None
     partition = open_checkpoint(job.checkpoint).partition(0)
     module = module_for(partition, torch.device(job.device))
-    config = LoaderConfig.from_extra_config(job.config)
+    extra = dict(job.config)
+    by_ipc = extra.get("h2d") == "ipc"  # a way that is no loader's yet
+    config = LoaderConfig.from_extra_config({name: extra[name] for name in extra if not (by_ipc and name == "h2d")})
     with contextlib.ExitStack() as stack:
-        copier = stack.enter_context(_copier(config, job)) if config.h2d == "ipc" else None
+        copier = stack.enter_context(_copier(config, job)) if by_ipc else None
         _claim_memory(job, partition.record.data_nbytes)
         _pass_gate(job)
         start = time.perf_counter()

@@ -70,8 +70,8 @@ class LoaderConfig(BaseModel):
     pool: Literal["map", "copy"] = Field(
         default="map", description="on the CPU: look at the store's memory, privately, or copy it"
     )
-    h2d: Literal["ring", "register", "ipc"] = Field(
-        default="ring", description="how the store's memory reaches a CUDA device, see docs/decisions"
+    h2d: Literal["ring", "register"] = Field(
+        default="ring", description="how the store's memory reaches a CUDA device, see docs/decisions/0007"
     )
 
     @field_validator("chunk_bytes")

@@ -214,7 +214,7 @@ def assert_nothing_left(cache: Path, tmp: Path, processes: set[Identity]) -> Non
     assert {path.name for path in cache.iterdir()} <= {".lock", "bytecode", "llama-tiny"}
 
 
-@pytest.mark.e2e
+@pytest.mark.e2e_long
 def test_demo_shows_identical_tokens_and_leaves_nothing(demo: subprocess.Popen[bytes], cache: Path, tmp: Path) -> None:
     read_until(demo, "3 sllm: asking", START_TIMEOUT_S)
     processes = descendants(demo.pid)
@@ -225,7 +225,7 @@ def test_demo_shows_identical_tokens_and_leaves_nothing(demo: subprocess.Popen[b
     assert_nothing_left(cache, tmp, processes)
 
 
-@pytest.mark.e2e
+@pytest.mark.e2e_long
 @pytest.mark.parametrize("moment", ["1 stock: starting", "1 stock: asking"])
 def test_interrupted_demo_leaves_nothing(moment: str, demo: subprocess.Popen[bytes], cache: Path, tmp: Path) -> None:
     read_until(demo, moment, START_TIMEOUT_S)

@@ -55,7 +55,7 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(store: Path, target: Tied, device: str, script: Script) -> dict[str, int]:
     """Fill ``target`` by a copier from a stored ``Tied(1)``; returns the bytes of each hop."""
     checkpoint = CheckpointRepository(store).find(stored(Tied(1), store))
-    config = LoaderConfig.from_extra_config({"store_dir": store, "h2d": "ipc"})
+    config = LoaderConfig.from_extra_config({"store_dir": store})
     where = torch.device(device)
     with LeaseDaemon(store, script, slot_nbytes=SLOT_NBYTES) as daemon:
         with CopierProcess(default_store_socket(store), where) as copier:

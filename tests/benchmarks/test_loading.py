@@ -204,8 +204,9 @@ def test_free_memory_is_claimed_but_never_all_of_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_claimed_memory_is_held_by_a_process_until_it_is_released() -> None:
+    before = descendants(os.getpid())
     with claimed_memory.ClaimedMemory(2 * MIB) as held:
-        processes = descendants(os.getpid())
+        processes = descendants(os.getpid()) - before
         assert alive(processes)
         held.release()
         assert not alive(processes)

@@ -32,7 +32,7 @@ class Wide(nn.Module):
             parameter.data.copy_(torch.rand(parameter.shape, generator=generator))
 
 
-def wait_for_load(sources: list[str], source: str) -> None:
+def wait_for_load(sources: list[str | None], source: str) -> None:
     """Wait until one more load has taken its bytes from there."""
     num_before = len(sources)
     wait_until(lambda: source in sources[num_before:], f"a load from the {source}")
@@ -43,7 +43,7 @@ def test_engines_survive_a_daemon_that_is_killed_under_them(tmp_path: Path) -> N
     partition = CheckpointRepository(store).find(stored(Wide(1), store, MIB)).partition(0)
     configs = [LoaderConfig(store_dir=store, pool="map"), LoaderConfig(store_dir=store, pool="copy")]
     expected, stopped = Wide(1), threading.Event()
-    sources: list[str] = []
+    sources: list[str | None] = []
 
     def serve(engine: int) -> None:
         """Start again and again, as an engine does; what was loaded last lives on while the next one loads."""

@@ -1,0 +1,1 @@
+"""One agent a node: its accelerators, its engines, and the warm parent they are forked from. See DESIGN.md."""

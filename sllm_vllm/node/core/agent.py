@@ -1,0 +1,323 @@
+"""All replicas of a node: events in, actions out. Pure; the life of one is the table in ``replica.py``.
+
+Owned by the agent's run loop. What the shell owes: for each ``StartEngine`` one ``EngineStarted`` and later one
+``EngineExited``, or one ``EngineNotStarted``; for each process in this order; and a ``Ticked`` about every second.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import assert_never
+
+from sllm_vllm.node.core.events import (
+    Action,
+    EngineExited,
+    EngineHealthy,
+    EngineNotStarted,
+    EngineStarted,
+    EngineUnhealthy,
+    Event,
+    KillEngine,
+    RefuseOrder,
+    ReplicaOrdered,
+    ReplicaSpec,
+    StartEngine,
+    StopAsked,
+    TellState,
+    TerminateEngine,
+    Ticked,
+)
+from sllm_vllm.node.core.invariants import validate
+from sllm_vllm.node.core.replica import (
+    ENDED,
+    LIFE,
+    STARTED_ONCE,
+    WELL_ONCE,
+    Do,
+    Kind,
+    Replica,
+    ReplicaRow,
+    State,
+    row_of,
+)
+from sllm_vllm.node.core.slots import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLimits:
+    """How long, how often, how many.
+
+    ``start_s``: from the order to the process, and again from the process to healthy. ``stop_s``: from SIGTERM to
+    SIGKILL, and between one SIGKILL and the next. ``unwell_max``: health answers missed in a row that make a replica
+    hung. ``orders_max``: orders that may wait. ``ended_max``: ended replicas remembered. ``tick_max_s``: the most that
+    one step of the clock counts against a limit.
+    """
+
+    start_s: float = 600.0
+    stop_s: float = 20.0
+    unwell_max: int = 3
+    orders_max: int = 64
+    ended_max: int = 64
+    tick_max_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        assert 0 < self.tick_max_s < min(self.start_s, self.stop_s), "else one jump of the clock ends a replica"
+        assert self.unwell_max >= 1
+        assert self.orders_max >= 0
+        assert self.ended_max >= 1
+
+
+class AgentCore:
+    """The replicas of one node, and its slots.
+
+    Limits are counted on a *paced* clock: from one event to the next it goes on as the given clock does, but by
+    ``tick_max_s`` at most, and never back. So a machine that slept, or an agent that stood still, for an hour has used
+    up five seconds of everybody's limit, not all of it. Limits are looked at when a ``Ticked`` comes.
+
+    Waiting orders are served strictly in order: none overtakes, and whoever will not wait is refused as long as
+    another waits. Slots that a large order waits for stay empty meanwhile: how long engines run can't be foreseen, and
+    a large model that is overtaken again and again would never start.
+    """
+
+    def __init__(self, num_slots: int, limits: AgentLimits) -> None:
+        self.limits = limits
+        self.slots = Slots(num_slots)
+        self.replicas: dict[str, Replica] = {}
+        """All that are alive and the last that ended, in the order in which they were ordered."""
+        self.waiting: deque[str] = deque()
+        self.ended: deque[str] = deque()
+        """The one that ended last at the end."""
+        self.paced_s = 0.0
+        """The paced clock."""
+        self._now_s: float | None = None
+        self._actions: list[Action] = []
+
+    # --------------------------------------------------------------------------------------------------- interface
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """Take note of what happened; returns what must be done, in this order.
+
+        A ``RefuseOrder`` answers the very order it is returned for: a replica that has the same id lives on.
+        """
+        self._pace(now_s)
+        actions = self._actions = list[Action]()
+        self._record(event, now_s)
+        self._serve_waiting(now_s)
+        self._forget_ended()
+        return actions
+
+    def snapshot(self) -> tuple[ReplicaRow, ...]:
+        """All replicas that are known, in the order in which they were ordered."""
+        return tuple(row_of(replica) for replica in self.replicas.values())
+
+    def row(self, replica_id: str) -> ReplicaRow | None:
+        """One of them; None if it is not known (any more)."""
+        replica = self.replicas.get(replica_id)
+        return None if replica is None else row_of(replica)
+
+    def story(self, replica_id: str) -> list[tuple[float, Event | Action]]:
+        """The last events and actions about a replica, oldest first; those that changed nothing are left out."""
+        replica = self.replicas.get(replica_id)
+        return [] if replica is None else list(replica.story)
+
+    def validate(self) -> None:
+        """Assert every invariant. Looks at everything: for tests and the simulator."""
+        validate(self)
+
+    # ------------------------------------------------------------------------------------------------------ events
+
+    def _pace(self, now_s: float) -> None:
+        passed_s = 0.0 if self._now_s is None else now_s - self._now_s
+        self.paced_s += min(max(0.0, passed_s), self.limits.tick_max_s)
+        self._now_s = now_s
+
+    def _record(self, event: Event, now_s: float) -> None:
+        match event:
+            case ReplicaOrdered():
+                self._replica_ordered(event, now_s)
+            case EngineStarted():
+                self._engine_started(event, now_s)
+            case EngineNotStarted():
+                self._engine_gone(event, now_s, reason=event.reason or "it did not start")
+            case EngineExited():
+                self._engine_gone(event, now_s)
+            case EngineHealthy():
+                self._happened(event, now_s, Kind.HEALTHY)
+            case EngineUnhealthy():
+                self._engine_unhealthy(event, now_s)
+            case StopAsked():
+                self._happened(event, now_s, Kind.STOP_ASKED, reason="stop asked")
+            case Ticked():
+                self._end_overdue(now_s)
+            case _:
+                assert_never(event)
+
+    def _replica_ordered(self, event: ReplicaOrdered, now_s: float) -> None:
+        spec = event.spec
+        known = self.replicas.get(spec.id)
+        if known is not None and known.spec == spec and known.state not in {State.STOPPING, *ENDED}:
+            return
+        reason = self._why_not(event)
+        if reason:
+            self._actions.append(RefuseOrder(spec.id, reason))
+            return
+        replica = Replica(spec, since_s=now_s, paced_s=self.paced_s)
+        replica.story.append((now_s, event))
+        self.replicas[spec.id] = replica
+        if not self._fits(spec):
+            replica.reason = f"{self._lack(spec)}; {len(self.waiting)} orders are before it"
+            self._tell(replica, now_s)
+        self.waiting.append(spec.id)
+
+    def _why_not(self, order: ReplicaOrdered) -> str:
+        """Why an order must be refused; empty if it need not be."""
+        spec, limits = order.spec, self.limits
+        known = self.replicas.get(spec.id)
+        if known is not None:
+            what = f"is {known.state.value}" if known.spec == spec else "was ordered with another spec"
+            return f"{spec.id} {what}: order under a new id"
+        if not 1 <= spec.num_slots <= self.slots.num_slots:
+            return f"it wants {spec.num_slots} slots, this node has {self.slots.num_slots}"
+        if self._fits(spec):
+            return ""
+        if not order.waits:
+            return f"{self._lack(spec)}; {len(self.waiting)} orders wait"
+        if len(self.waiting) >= limits.orders_max:
+            return f"{len(self.waiting)} orders wait already, no more than {limits.orders_max} may"
+        return ""
+
+    def _engine_started(self, event: EngineStarted, now_s: float) -> None:
+        replica = self.replicas.get(event.replica)
+        if replica is None or not replica.slots:
+            # It was thought to be gone, and others may have its slots.
+            self._actions.append(KillEngine(event.replica))
+            return
+        assert replica.pid is None, f"{event.replica} runs as process {replica.pid}, and now as {event.pid}"
+        replica.pid = event.pid
+        self._happened(event, now_s, Kind.STARTED)
+
+    def _engine_gone(self, event: EngineNotStarted | EngineExited, now_s: float, *, reason: str = "") -> None:
+        replica = self.replicas.get(event.replica)
+        if replica is None or not replica.slots:
+            return
+        if isinstance(event, EngineExited):
+            replica.status = event.status
+            reason = _ending(event.status, was_well=replica.state in WELL_ONCE)
+        kind = Kind.GONE_AT_FAULT if replica.is_faulty else Kind.GONE
+        self._happened(event, now_s, kind, reason=reason)
+
+    def _engine_unhealthy(self, event: EngineUnhealthy, now_s: float) -> None:
+        replica = self.replicas.get(event.replica)
+        if replica is None or replica.state not in WELL_ONCE:
+            return
+        replica.misses += 1
+        if replica.misses < self.limits.unwell_max:
+            self._happened(event, now_s, Kind.UNHEALTHY, reason=event.reason or "no healthy answer")
+            return
+        reason = f"hung: {replica.misses} health answers missed in a row, the last one: {event.reason}"
+        self._happened(event, now_s, Kind.HUNG, reason=reason)
+
+    def _end_overdue(self, now_s: float) -> None:
+        limits = self.limits
+        for replica in self.replicas.values():
+            waited_s = self.paced_s - replica.paced_s
+            if replica.state is State.STOPPING:
+                if waited_s >= limits.stop_s:
+                    self._step(replica, Kind.STOP_OVERDUE, now_s)
+            elif waited_s >= limits.start_s:
+                what = "not healthy" if replica.state in STARTED_ONCE else "no process"
+                self._step(replica, Kind.START_OVERDUE, now_s, reason=f"{what} within {limits.start_s:g} s")
+
+    # --------------------------------------------------------------------------------------------------- one step
+
+    def _happened(
+        self,
+        event: EngineStarted | EngineNotStarted | EngineExited | EngineHealthy | EngineUnhealthy | StopAsked,
+        now_s: float,
+        kind: Kind,
+        *,
+        reason: str = "",
+    ) -> None:
+        """Something happened to a replica, if that is known and cares."""
+        replica = self.replicas.get(event.replica)
+        if replica is not None and (replica.state, kind) in LIFE:
+            replica.story.append((now_s, event))
+            self._step(replica, kind, now_s, reason=reason)
+
+    def _step(self, replica: Replica, kind: Kind, now_s: float, *, reason: str = "") -> None:
+        """One line of the table. Of a replica that must end, the first reason is the one that is kept."""
+        transition = LIFE.get((replica.state, kind))
+        if transition is None:
+            return
+        old, replica.state = replica.state, transition.to
+        replica.paced_s = self.paced_s
+        if old is not State.STOPPING:
+            replica.reason = reason
+        if transition.to is not old:
+            self._enter(replica, now_s)
+        if old is not State.STOPPING and transition.to is State.STOPPING:
+            replica.is_faulty = kind is not Kind.STOP_ASKED
+        self._do(replica, transition.do, now_s)
+
+    def _enter(self, replica: Replica, now_s: float) -> None:
+        """It is in another state now."""
+        name, state = replica.spec.id, replica.state
+        replica.since_s = now_s
+        if state is not State.UNWELL:
+            replica.misses = 0
+        if state in ENDED:
+            self.slots.release(name)
+            replica.slots = ()
+            replica.pid = None
+            self.ended.append(name)
+            if name in self.waiting:
+                self.waiting.remove(name)
+        self._tell(replica, now_s)
+
+    def _do(self, replica: Replica, do: Do, now_s: float) -> None:
+        match do:
+            case Do.NOTHING:
+                pass
+            case Do.START:
+                replica.slots = self.slots.take(replica.spec.id, replica.spec.num_slots)
+                self._act(replica, StartEngine(replica.spec, replica.slots), now_s)
+            case Do.TERMINATE:
+                self._act(replica, TerminateEngine(replica.spec.id), now_s)
+            case Do.KILL:
+                self._act(replica, KillEngine(replica.spec.id), now_s)
+            case _:
+                assert_never(do)
+
+    def _tell(self, replica: Replica, now_s: float) -> None:
+        self._act(replica, TellState(replica.spec.id, replica.state.value, replica.reason), now_s)
+
+    def _act(self, replica: Replica, action: Action, now_s: float) -> None:
+        replica.story.append((now_s, action))
+        self._actions.append(action)
+
+    # ------------------------------------------------------------------------------------------------------- slots
+
+    def _fits(self, spec: ReplicaSpec) -> bool:
+        """Whether an order that comes now could start now."""
+        return not self.waiting and spec.num_slots <= self.slots.num_free
+
+    def _lack(self, spec: ReplicaSpec) -> str:
+        return f"{spec.num_slots} of {self.slots.num_slots} slots wanted, {self.slots.num_free} free"
+
+    def _serve_waiting(self, now_s: float) -> None:
+        while self.waiting:
+            replica = self.replicas[self.waiting[0]]
+            if replica.spec.num_slots > self.slots.num_free:
+                return
+            self.waiting.popleft()
+            self._step(replica, Kind.SLOTS_GIVEN, now_s)
+
+    def _forget_ended(self) -> None:
+        while len(self.ended) > self.limits.ended_max:
+            del self.replicas[self.ended.popleft()]
+
+
+def _ending(status: int, *, was_well: bool) -> str:
+    how = f"ended by signal {-status}" if status < 0 else f"exited with status {status}"
+    return how if was_well else f"{how} before it was healthy"

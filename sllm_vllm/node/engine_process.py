@@ -1,0 +1,83 @@
+"""One engine's process, warm or cold alike: a child of the agent, leader of a session and a group of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+from sllm_vllm.node.cold_start import command_of
+
+
+class EngineProcess:
+    """A running process. Owned by the agent's loop; reaped when it ends, and whatever is left of its group with it.
+
+    Args:
+        pid: a child of this process, which nobody else waits for.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._loop = asyncio.get_running_loop()
+        self._fd = os.pidfd_open(pid)
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(self._fd, self._reap)
+
+    async def wait(self) -> int:
+        """Its exit status, or minus the signal that ended it."""
+        return await asyncio.shield(self._ended)
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, once it has ended."""
+        return self._ended.result() if self._ended.done() else None
+
+    def terminate(self) -> None:
+        """Ask the server to end; it ends its other processes."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End every process of the engine."""
+        if not self._ended.done():
+            _kill_group(self.pid)
+            self._signal(signal.SIGKILL)  # before it became the leader of a group it has none
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self._ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, number)
+
+    def _reap(self) -> None:
+        self._loop.remove_reader(self._fd)
+        _kill_group(self.pid)  # while it is not reaped, nobody else can have its number
+        found = os.waitid(os.P_PIDFD, self._fd, os.WEXITED)
+        os.close(self._fd)
+        assert found is not None
+        self._ended.set_result(found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
+
+
+def start_cold(arguments: Sequence[str], environment: Mapping[str, str], output: int) -> EngineProcess:
+    """Start ``vllm serve`` the ordinary way.
+
+    Args:
+        output: descriptor for its standard output and error.
+
+    Raises:
+        OSError: there is no such program, or no process to be had.
+    """
+    command = command_of(arguments)
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, output, 1),
+        (os.POSIX_SPAWN_DUP2, output, 2),
+    ]
+    pid = os.posix_spawn(sys.executable, command, dict(environment), file_actions=actions, setsid=True)
+    return EngineProcess(pid)
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)

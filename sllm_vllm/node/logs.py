@@ -1,0 +1,153 @@
+"""What engines print: taken from a pipe as it comes, kept in files of bounded size, read while they grow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiofiles
+import aiofiles.os
+
+logger = logging.getLogger(__name__)
+
+PIPE_NBYTES = 1 << 20
+LINE_NBYTES_MAX = 1 << 16
+"""A longer line is cut into several."""
+_READ_NBYTES = 1 << 16
+_FOLLOW_S = 0.1
+_OLDER = ".1"
+
+
+class BoundedLog:
+    """A log of at most ``2 * nbytes_max`` bytes in two files: ``path``, and the older ``path.1``.
+
+    A disk that is full loses lines and nothing else; how many is told in the log when there is room again.
+    """
+
+    def __init__(self, path: Path, nbytes_max: int) -> None:
+        self.path = path
+        self._nbytes_max = nbytes_max
+        self._nbytes_lost = 0
+        self._fd = -1
+
+    def write(self, data: bytes) -> None:
+        """Append; never raises."""
+        try:
+            if self._fd < 0:
+                self._open()
+            elif os.fstat(self._fd).st_size + len(data) > self._nbytes_max:
+                self._turn()
+            if self._nbytes_lost:
+                self._append(f"[{self._nbytes_lost} bytes were lost: the disk was full]\n".encode())
+                self._nbytes_lost = 0
+            self._append(data)
+        except OSError as error:
+            if not self._nbytes_lost:
+                logger.warning("event=log_not_written path=%s reason=%s", self.path, error)
+            self._nbytes_lost += len(data)
+
+    def close(self) -> None:
+        """Close the file; it stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _append(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(self.path, flags, 0o600)
+
+    def _turn(self) -> None:
+        self.close()
+        os.replace(self.path, self.path.with_name(self.path.name + _OLDER))
+        self._open()
+
+
+class OutputPipe:
+    """The reading end of an engine's standard output. Lives on the agent's loop.
+
+    Args:
+        on_line: called with every line, without its end.
+    """
+
+    def __init__(self, log: BoundedLog, on_line: Callable[[str], None]) -> None:
+        self._log = log
+        self._on_line = on_line
+        self._rest = b""
+        self._loop = asyncio.get_running_loop()
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._fd, self.writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._fd, False)
+        with contextlib.suppress(OSError):  # an ordinary user has a limit
+            fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, PIPE_NBYTES)
+        self._loop.add_reader(self._fd, self._read)
+
+    def close_writer(self) -> None:
+        """The engine has its own copy: without ours, its end is the end."""
+        if self.writer >= 0:
+            os.close(self.writer)
+        self.writer = -1
+
+    async def wait_closed(self) -> None:
+        """Wait until everything was read: the last process that could write has ended."""
+        await asyncio.shield(self._closed)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.close_writer()
+        if not self._closed.done():
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._log.close()
+            self._closed.set_result(None)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, _READ_NBYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            if self._rest:
+                self._on_line(self._rest.decode(errors="replace"))
+            self.close()
+            return
+        self._log.write(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > LINE_NBYTES_MAX:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            self._on_line(line.decode(errors="replace"))
+
+
+async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[], bool]) -> AsyncIterator[bytes]:
+    """A log's bytes: the last ``tail_nbytes`` (None: all that is there), then what is added until ``is_over``.
+
+    Follows the log into the next file when it turns. Nothing if there is no such file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        inode = -1
+        while True:
+            was_over = is_over()
+            async with aiofiles.open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if inode == -1 and tail_nbytes is not None:
+                    await file.seek(max(0, status.st_size - tail_nbytes))
+                inode = status.st_ino
+                while True:
+                    if data := await file.read(_READ_NBYTES):
+                        yield data
+                    elif was_over:
+                        return
+                    elif (await aiofiles.os.stat(path)).st_ino != inode:
+                        break
+                    else:
+                        was_over = is_over()
+                        await asyncio.sleep(0 if was_over else _FOLLOW_S)

