@@ -17,8 +17,8 @@ _MODEL_LOADERS = "vllm.model_executor.model_loader"
 def register() -> None:
     """Have the load format ``sllm`` registered; called through the entry points ``vllm.general_plugins``.
 
-    Registering needs vLLM's loaders imported, which takes 0.6 s. Only the workers use them, so this waits until
-    somebody imports them: the API server and the engine core of a stock start never do, and start that much faster.
+    Registering needs vLLM's loaders imported, which takes 0.6 s, and only the workers use them. So this waits until
+    somebody imports them: a process that never does starts that much faster.
     """
     wrapt.register_post_import_hook(_register_now, _MODEL_LOADERS)
     _hint_once()

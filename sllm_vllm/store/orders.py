@@ -12,7 +12,7 @@ from typing import Any
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.writer import write_file_durably
-from sllm_vllm.errors import CheckpointError, RemoteError, SllmError, StoreRefused
+from sllm_vllm.errors import SllmError, StoreRefused
 from sllm_vllm.store.core.events import PrefetchEnded
 from sllm_vllm.store.places import Placed
 from sllm_vllm.store.protocol import Find, Hint, Order, Reply
@@ -158,7 +158,7 @@ class Orders:
         async def run() -> None:
             try:
                 await work
-            except (CheckpointError, RemoteError, StoreRefused) as error:
+            except SllmError as error:
                 logger.warning("event=not_done what=%r reason=%s", what, error)
 
         task = asyncio.get_running_loop().create_task(run())

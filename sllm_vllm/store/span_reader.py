@@ -16,7 +16,7 @@ from sllm_vllm.checkpoint.core.layout import load_order
 from sllm_vllm.checkpoint.core.manifest import num_chunks
 from sllm_vllm.checkpoint.reader import RankPartition
 from sllm_vllm.config import StoreConfig
-from sllm_vllm.errors import CheckpointError, CheckpointUnreadable, RemoteError, SllmError
+from sllm_vllm.errors import CheckpointUnreadable, RemoteError, SllmError
 from sllm_vllm.store.core.events import PartitionSpec, StartRead
 from sllm_vllm.store.core.schedule import Urgency
 from sllm_vllm.store.devices import Device
@@ -152,25 +152,33 @@ class SpanReader:
 
     def _submit(self, known: KnownPartition, order: StartRead, device: Device, *, urgency: Urgency) -> None:
         async def run() -> None:
-            try:
-                if device is self._network:
-                    await self._fetch(known, order)
-                else:
-                    await device.in_reader(lambda: self._read(known, order))
-            except SllmError as error:
-                if device is self._network or not await self._has_remote(known):
-                    self._end(known, order, error)
-                else:
-                    logger.warning("event=disk_failed reading=remote reason=%s", error)
-                    self._submit(known, order, self._network, urgency=Urgency.LOAD)
+            error = await self._fill(known, order, device)
+            if error is None or device is self._network or not await self._has_remote(known):
+                self._end(known, order, error)
             else:
-                self._end(known, order, None)
+                logger.warning("event=disk_failed reading=remote reason=%s", error)
+                self._submit(known, order, self._network, urgency=Urgency.LOAD)
 
         known.jobs[order.span] = (device, device.submit(urgency, run))
 
+    async def _fill(self, known: KnownPartition, order: StartRead, device: Device) -> SllmError | None:
+        """Fill the slot from a device; what went wrong, if anything did."""
+        try:
+            if device is self._network:
+                await self._fetch(known, order)
+            else:
+                await device.in_reader(lambda: self._read(known, order))
+        except SllmError as error:
+            return error
+        except Exception as error:  # top of a run loop: who waits for the slot must hear of it
+            logger.exception("event=read_broke partition=%s span=%d", order.partition, order.span)
+            problem = f"reading it broke ({type(error).__name__})"
+            return CheckpointUnreadable(known.partition.path, problem, "see the log of the store's daemon")
+        return None
+
     async def _has_remote(self, known: KnownPartition) -> bool:
         """Whether some remote can stand in for the disk."""
-        with contextlib.suppress(CheckpointError, RemoteError):
+        with contextlib.suppress(SllmError):  # also a disk too full to keep the remote's manifest
             known.remote = known.remote or await self._find_remote(known)
         return known.remote is not None
 

@@ -138,7 +138,7 @@ class WriteBehind:
             start = time.monotonic()
             try:
                 await device.in_writer(lambda: staged.write(chunks, view))
-            except SllmError as error:
+            except Exception as error:  # top of a run loop: the task that waits raises it
                 written.set_exception(error)
             else:
                 store.meters["write"].book(nbytes, start, time.monotonic())
