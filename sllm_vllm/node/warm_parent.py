@@ -18,6 +18,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -35,16 +36,25 @@ _MODULES = (
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.launchers.api_server.app_state",
     "vllm.entrypoints.launchers.app",
-    "vllm.entrypoints.openai.chat_completion.serving",
-    "vllm.entrypoints.openai.completion.serving",
     "vllm.model_executor.layers.quantization.compressed_tensors.utils",
     "vllm.model_executor.layers.quantization.online.base",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.renderers.hf",
+    "vllm.v1.core.sched.scheduler",
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
+    "model_hosting_container_standards.sagemaker",
+    "prometheus_fastapi_instrumentator",
+    "setproctitle",
+    "uvicorn.lifespan.on",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
     "sllm_vllm.loader.vllm_loader",
 )
-"""What every server imports sooner or later, in one of its three processes."""
+"""What every server imports sooner or later, in one of its three processes; beside ``_ROUTES``."""
+_ROUTES = ("api_router", "serving", "batch_serving", "offline_docs")
+"""Modules below ``vllm.entrypoints`` that are the server's HTTP routes."""
 _DEVICE_MODULES = {
     "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn"),
     "cuda": ("vllm.v1.worker.gpu_worker",),
@@ -83,7 +93,7 @@ def prepare() -> Any:
     """Import everything, and change what must be changed; vLLM's parser of command lines."""
     from vllm.platforms import current_platform
 
-    for name in (*_MODULES, *_DEVICE_MODULES.get(current_platform.device_type, ())):
+    for name in (*_MODULES, *_route_modules(), *_DEVICE_MODULES.get(current_platform.device_type, ())):
         with contextlib.suppress(ModuleNotFoundError):  # another version of vLLM: it is imported when it is needed
             importlib.import_module(name)
     for name in _FORKING:
@@ -97,6 +107,14 @@ def prepare() -> Any:
     gc.collect()
     gc.freeze()  # so that no collection in an engine touches, and so copies, the pages of what was imported
     return parser
+
+
+def _route_modules() -> list[str]:
+    """The modules of this vLLM's HTTP routes, wherever it has put them."""
+    import vllm.entrypoints as package
+
+    found = [info.name for info in pkgutil.walk_packages(package.__path__, "vllm.entrypoints.", onerror=lambda _: None)]
+    return [name for name in found if name.rpartition(".")[2] in _ROUTES]
 
 
 def check_forkable() -> None:
