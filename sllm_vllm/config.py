@@ -33,6 +33,14 @@ def default_store_dir() -> Path:
     return Path(cache).expanduser() / "sllm-vllm" / "checkpoints"
 
 
+def default_node_dir() -> Path:
+    """Where the node agent lives: ``SLLM_NODE_DIR``, else ``sllm-vllm/node`` in the user's state directory."""
+    if explicit := os.environ.get("SLLM_NODE_DIR"):
+        return Path(explicit).expanduser()
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "sllm-vllm" / "node"
+
+
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with some variables set."""
     return {**os.environ, **overrides}
@@ -144,3 +152,63 @@ class StoreConfig(BaseModel):
     def num_slots(self) -> int:
         """Slots of the pool."""
         return self.memory_bytes // self.slot_bytes
+
+
+class NodeConfig(BaseModel):
+    """What ``sllm-vllm node serve`` may be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    node_dir: Path = Field(default_factory=default_node_dir, description="the agent's own folder: socket, lock, logs")
+    store_dir: Path = Field(default_factory=default_store_dir, description="directory that holds the checkpoints")
+    store_socket: Path | None = Field(default=None, description="the store's daemon; by itself inside store_dir")
+    slots: int | None = Field(
+        default=None, ge=1, le=1024, description="engines' places; by itself one a GPU, or one a processor"
+    )
+    gpus: tuple[str, ...] | None = Field(
+        default=None, max_length=64, description="GPUs to use, by index or UUID; by itself all that are visible"
+    )
+    memory_bytes: int | None = Field(
+        default=None,
+        ge=256 * MIB,
+        description="on the CPU: memory for all engines; by itself nine tenths of what is free",
+    )
+    kv_bytes: int | None = Field(
+        default=None,
+        ge=16 * MIB,
+        description="on the CPU: KV cache of a slot; by itself an eighth of its memory, 1 GiB at most",
+    )
+    pin: bool | None = Field(
+        default=None, description="on the CPU: each slot has processors of its own; by itself where it gets 4 or more"
+    )
+    warm: bool = Field(default=True, description="fork engines from a parent that has imported vLLM")
+    forks_max: int = Field(default=500, ge=1, description="forks after which the warm parent is replaced")
+    engine_command: tuple[str, ...] | None = Field(
+        default=None,
+        max_length=64,
+        description="what runs instead of `vllm serve`, with the same arguments; such engines start cold",
+    )
+    load_format: str = Field(
+        default="sllm", description="--load-format of engines whose order does not say; '' for vLLM's"
+    )
+    start_s: float = Field(default=600.0, gt=5, le=86400, description="longest from an engine's process to its health")
+    stop_s: float = Field(default=20.0, gt=5, le=3600, description="from SIGTERM to SIGKILL")
+    health_s: float = Field(
+        default=5.0, gt=0, le=600, description="between health questions, and longest for an answer"
+    )
+    unwell_max: int = Field(default=3, ge=1, le=1000, description="health answers missed in a row that end an engine")
+    orders_max: int = Field(default=64, ge=0, le=10_000, description="orders that may wait for slots")
+    ended_max: int = Field(
+        default=64, ge=1, le=10_000, description="ended replicas that are remembered, with their logs"
+    )
+    log_bytes: int = Field(default=4 * MIB, ge=64 * KIB, description="largest file of a log; each has two")
+
+    @property
+    def socket_path(self) -> Path:
+        """Where the agent listens."""
+        return self.node_dir / "socket"
+
+    @property
+    def log_dir(self) -> Path:
+        """Engines' logs."""
+        return self.node_dir / "logs"

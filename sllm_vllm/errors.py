@@ -19,11 +19,16 @@
     │   ├── StoreUnavailable     no daemon answers, or it ended in the middle: read the disk in this process
     │   ├── StoreRefused         a daemon answers, but not to this: another version, user or chunk size
     │   └── StoreBusy            another daemon owns the socket: this one must not start
-    └── RemoteError              a remote source does not deliver; retries are used up
-        ├── RemoteMissing        it has no such checkpoint
-        ├── RemoteUnreachable    it can't be reached, or stalls: try again later
-        │   └── RemoteRefused    it answers and refuses: mend the credentials or the request
-        └── RemoteCorrupt        what it delivers is not what the manifest says
+    ├── RemoteError              a remote source does not deliver; retries are used up
+    │   ├── RemoteMissing        it has no such checkpoint
+    │   ├── RemoteUnreachable    it can't be reached, or stalls: try again later
+    │   │   └── RemoteRefused    it answers and refuses: mend the credentials or the request
+    │   └── RemoteCorrupt        what it delivers is not what the manifest says
+    └── NodeError                the node agent does not do what was asked
+        ├── NodeUnavailable      no agent answers: start one
+        ├── NodeBusy             another agent owns the directory: this one must not start
+        ├── OrderRefused         no slot is free, a port is taken, an argument is not allowed: order otherwise
+        └── ReplicaUnknown       there is no such replica (any more)
 
 Pure. Raised everywhere, caught by class.
 """
@@ -139,3 +144,23 @@ class RemoteRefused(RemoteUnreachable):
 
 class RemoteCorrupt(RemoteError):
     """The remote delivers other bytes, or another number of them, than its manifest says."""
+
+
+class NodeError(_PathError):
+    """The node agent does not do what was asked. ``path`` is its socket, or what the error is about."""
+
+
+class NodeUnavailable(NodeError):
+    """No agent answers, or it ended while it was needed."""
+
+
+class NodeBusy(NodeError):
+    """Another agent owns the directory."""
+
+
+class OrderRefused(NodeError):
+    """A replica can't be had, at least not now; nothing was started. ``path`` is the model."""
+
+
+class ReplicaUnknown(NodeError):
+    """No replica has this id, or several begin with it. ``path`` is what was asked for."""
