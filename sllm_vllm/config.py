@@ -41,6 +41,11 @@ def default_node_dir() -> Path:
     return Path(state).expanduser() / "sllm-vllm" / "node"
 
 
+def visible_gpus() -> str | None:
+    """What CUDA_VISIBLE_DEVICES says; None if it says nothing."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with some variables set."""
     return {**os.environ, **overrides}
@@ -212,3 +217,8 @@ class NodeConfig(BaseModel):
     def log_dir(self) -> Path:
         """Engines' logs."""
         return self.node_dir / "logs"
+
+    @property
+    def record_path(self) -> Path:
+        """The engines that run, for whoever has to end them after the agent."""
+        return self.node_dir / "engines"

@@ -1,6 +1,6 @@
 """An engine started by exec. In the new process: ends with the agent, and then becomes ``vllm serve``.
 
-``python -m sllm_vllm.node.cold_start AGENT_PID ARGUMENTS…``. Imports nothing that costs time.
+``python -m sllm_vllm.node.cold_start AGENT_PID DIRECTORY CPUS PROGRAM ARGUMENTS…``. Imports nothing that costs time.
 """
 
 from __future__ import annotations
@@ -15,21 +15,38 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def command_of(arguments: Sequence[str]) -> list[str]:
-    """The command line of an engine whose parent is this process."""
-    return [sys.executable, "-m", "sllm_vllm.node.cold_start", str(os.getpid()), *arguments]
+def serve_command() -> tuple[str, ...]:
+    """``vllm serve``, of the vLLM that is beside this Python."""
+    program = Path(sys.executable).with_name("vllm")
+    if program.exists():
+        return (str(program), "serve")
+    return (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
 
 
-def main(agent: int, arguments: Sequence[str]) -> None:
-    """Become ``vllm serve``; the kernel ends this process when the agent ends, also after the exec."""
+def command_of(command: Sequence[str], directory: str, cpus: Sequence[int]) -> list[str]:
+    """The command line of an engine whose parent is this process.
+
+    Args:
+        command: program and arguments.
+        cpus: where it may run; empty for everywhere.
+    """
+    words = (str(os.getpid()), directory, ",".join(map(str, cpus)))
+    return [sys.executable, "-m", "sllm_vllm.node.cold_start", *words, *command]
+
+
+def main(agent: int, directory: str, cpus: str, *, command: list[str]) -> None:
+    """Become ``command``; the kernel ends this process when the agent ends, also after the exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != agent:  # it ended before
         sys.exit(1)
-    program = Path(sys.executable).with_name("vllm")
-    if program.exists():
-        os.execv(program, [str(program), "serve", *arguments])
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments])
+    if cpus:
+        os.sched_setaffinity(0, [int(cpu) for cpu in cpus.split(",")])
+    try:
+        os.chdir(directory)
+        os.execvp(command[0], command)
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], command=sys.argv[4:])

@@ -59,22 +59,31 @@ class EngineProcess:
         self._ended.set_result(found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
 
 
-def start_cold(arguments: Sequence[str], environment: Mapping[str, str], output: int) -> EngineProcess:
-    """Start ``vllm serve`` the ordinary way.
+def start_cold(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    output: int,
+    *,
+    directory: str = "/",
+    cpus: Sequence[int] = (),
+) -> EngineProcess:
+    """Start an engine the ordinary way.
 
     Args:
+        command: program and arguments, as ``cold_start.serve_command`` and those of ``vllm serve``.
         output: descriptor for its standard output and error.
+        cpus: where it may run; empty for everywhere.
 
     Raises:
-        OSError: there is no such program, or no process to be had.
+        OSError: there is no process to be had.
     """
-    command = command_of(arguments)
+    words = command_of(command, directory, cpus)
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_DUP2, output, 1),
         (os.POSIX_SPAWN_DUP2, output, 2),
     ]
-    pid = os.posix_spawn(sys.executable, command, dict(environment), file_actions=actions, setsid=True)
+    pid = os.posix_spawn(sys.executable, words, dict(environment), file_actions=actions, setsid=True)
     return EngineProcess(pid)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ PIPE_NBYTES = 1 << 20
 LINE_NBYTES_MAX = 1 << 16
 """A longer line is cut into several."""
 _READ_NBYTES = 1 << 16
+_HEALTH_LINE = re.compile(rb'[^\n]*"GET /health HTTP/1\.[01]" 200[^\n]*\n')
 _FOLLOW_S = 0.1
 _OLDER = ".1"
 
@@ -119,12 +121,32 @@ class OutputPipe:
                 self._on_line(self._rest.decode(errors="replace"))
             self.close()
             return
+        if b"GET /health" in data:  # the agent's own questions, one every few seconds
+            data = _HEALTH_LINE.sub(b"", data)
         self._log.write(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > LINE_NBYTES_MAX:
             lines, self._rest = [*lines, self._rest], b""
         for line in lines:
             self._on_line(line.decode(errors="replace"))
+
+
+def remove_log(path: Path) -> None:
+    """Remove both files of a log, if they are there."""
+    for file in (path, path.with_name(path.name + _OLDER)):
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def remove_old_logs(directory: Path, *, keep_max: int) -> None:
+    """Remove all but the newest logs of a folder.
+
+    Raises:
+        OSError: the folder can't be read.
+    """
+    logs = sorted(directory.glob("*.log"), key=lambda path: path.lstat().st_mtime_ns, reverse=True)
+    for path in logs[keep_max:]:
+        remove_log(path)
 
 
 async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[], bool]) -> AsyncIterator[bytes]:

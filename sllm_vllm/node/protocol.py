@@ -25,7 +25,8 @@ class ReplicaOrder(_Message):
     """Added to the agent's own."""
     directory: str = "/"
     """The engine's working directory, an absolute path."""
-    num_slots: int = Field(default=1, ge=1, le=1024)
+    num_slots: int | None = Field(default=None, ge=1, le=1024)
+    """None: as many as the arguments' parallel sizes say."""
     port: int = Field(default=0, ge=0, le=65535)
     """On loopback. 0: the agent picks one."""
     waits: bool = False

@@ -1,9 +1,9 @@
 """The warm parent: a process that has imported vLLM, and forks a whole stock server for each order. Imports vLLM.
 
-``python -m sllm_vllm.node.warm_parent SOCKET_FD`` reads orders from a socket (``WarmOrder``, with one descriptor
-attached: the engine's standard output) and answers each with the engine's pid. The engine is a child of the agent, not
-of this process: it is forked twice, and the agent adopts it. So it lives on if this process ends, and ends with the
-agent.
+``python -m sllm_vllm.node.warm_parent SOCKET_FD`` reads orders from a socket (``WarmOrder``, with two descriptors
+attached) and answers each with the engine's pid. The engine is a child of the agent, not of this process: it is forked
+twice, and the agent adopts it. So it lives on if this process ends, and ends with the agent. It begins when the agent,
+which knows its pid by then, writes a byte into a pipe: one whose pid never reached the agent ends unborn.
 
 Stock vLLM does the rest: the engine's command line goes through vLLM's own parser and ``serve`` command. What is
 changed in this process, and so in its engines: vLLM's processes are forked instead of spawned, and the scan for kernels
@@ -21,6 +21,7 @@ import os
 import pkgutil
 import signal
 import socket
+import stat
 import sys
 import time
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, W
 
 _PR_SET_PDEATHSIG = 1
 _ADOPTION_MAX_S = 5.0
+_NUM_FDS = 2
+"""With an order: the engine's standard output, and the reading end of the pipe that tells it to begin."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _MODULES = (
@@ -82,7 +85,7 @@ def main(socket_fd: int) -> int:
         ready = WarmReady(pid=os.getpid(), seconds=time.monotonic() - start, installation=installation())
         channel.sendall(ready.model_dump_json().encode())
         while True:
-            data, fds, _, _ = socket.recv_fds(channel, ORDER_NBYTES_MAX, 1)
+            data, fds, _, _ = socket.recv_fds(channel, ORDER_NBYTES_MAX, _NUM_FDS)
             if not data:
                 return 0
             order = WarmOrder.model_validate_json(data)
@@ -151,10 +154,10 @@ def _parser() -> Any:
 
 def _answer(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser: Any) -> WarmAnswer:
     try:
-        if len(fds) != 1:
-            raise Refused(f"{len(fds)} descriptors came with the order instead of one")
+        if len(fds) != _NUM_FDS:
+            raise Refused(f"{len(fds)} descriptors came with the order instead of {_NUM_FDS}")
         check_forkable()
-        return WarmAnswer(number=order.number, pid=_fork_engine(order, fds[0], channel, parser=parser))
+        return WarmAnswer(number=order.number, pid=_fork_engine(order, fds, channel, parser=parser))
     except (Refused, OSError) as error:
         return WarmAnswer(number=order.number, problem=str(error))
     finally:
@@ -162,7 +165,7 @@ def _answer(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser:
             os.close(fd)
 
 
-def _fork_engine(order: WarmOrder, output: int, channel: socket.socket, *, parser: Any) -> int:
+def _fork_engine(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser: Any) -> int:
     """Fork an engine whose parent is the agent; its pid."""
     agent, (reading, writing) = os.getppid(), os.pipe()
     middle = os.fork()
@@ -172,7 +175,7 @@ def _fork_engine(order: WarmOrder, output: int, channel: socket.socket, *, parse
             channel.close()
             for fd in (reading, writing):
                 os.close(fd)
-            _become_engine(order, output, agent, parser=parser)
+            _become_engine(order, fds, agent, parser=parser)
         os.write(writing, str(engine).encode())
         os._exit(0)
     os.close(writing)
@@ -184,17 +187,20 @@ def _fork_engine(order: WarmOrder, output: int, channel: socket.socket, *, parse
     return pid
 
 
-def _become_engine(order: WarmOrder, output: int, agent: int, *, parser: Any) -> NoReturn:
+def _become_engine(order: WarmOrder, fds: list[int], agent: int, *, parser: Any) -> NoReturn:
     """In the new process: be what ``vllm serve`` would be."""
+    output, go = fds
     try:
         _wait_adopted(agent)
+        if not os.read(go, 1):
+            os._exit(1)
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
         os.closerange(3, 256)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.register_at_fork(after_in_child=_die_with_parent_at_fork)
+        os.register_at_fork(after_in_child=_at_fork)
         replace_environment(order.environment)
         os.chdir(order.directory)
         os.sched_setaffinity(0, order.cpus or os.sched_getaffinity(0))
@@ -223,9 +229,26 @@ def _wait_adopted(agent: int) -> None:
     die_with_parent(agent)
 
 
-def _die_with_parent_at_fork() -> None:
-    """Each of the engine's processes ends with the one that forked it."""
+def _at_fork() -> None:
+    """Each of the engine's processes ends with the one that forked it, and keeps no port that it listens on."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for name in os.listdir("/proc/self/fd"):
+        if _listens(int(name)):
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, int(name), inheritable=False)  # not closed: an object that was copied still names it
+            os.close(null)
+
+
+def _listens(fd: int) -> bool:
+    """Whether it is a listening socket of the internet."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return False
+        with socket.socket(fileno=os.dup(fd)) as copy:
+            is_inet = copy.family in {socket.AF_INET, socket.AF_INET6}
+            return is_inet and bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:  # the descriptor of the listing itself
+        return False
 
 
 def _reseed(order: WarmOrder) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ READY_MAX_S = 180.0
 FORK_MAX_S = 10.0
 RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_S_MAX = 60.0
+_PARENTS_MAX = 16
 
 
 class NotWarm(Exception):
@@ -62,6 +64,9 @@ class WarmPool:
         self._problem = "the warm parent is still importing"
         self._forking = asyncio.Lock()
         self._numbers = itertools.count(1)
+        self.parents: deque[int] = deque(maxlen=_PARENTS_MAX)
+        """The last parents' pids, and so the sessions of what they fork until it has one of its own."""
+        self.num_forks = 0
         self._wanted = asyncio.Event()
         self._warm = asyncio.Event()
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
@@ -70,6 +75,11 @@ class WarmPool:
     def pid(self) -> int | None:
         """The warm parent's, while there is one."""
         return self._parent.ready.pid if self._parent is not None else None
+
+    @property
+    def import_s(self) -> float | None:
+        """How long its imports took, while there is one."""
+        return self._parent.ready.seconds if self._parent is not None else None
 
     @property
     def problem(self) -> str:
@@ -110,19 +120,30 @@ class WarmPool:
 
     async def _fork(self, parent: _Parent, order: WarmOrder, output: int) -> EngineProcess:
         loop = asyncio.get_running_loop()
+        go_reader, go_writer = os.pipe2(os.O_CLOEXEC)
         try:
-            socket.send_fds(parent.channel, [order.model_dump_json().encode()], [output])
+            socket.send_fds(parent.channel, [order.model_dump_json().encode()], [output, go_reader])
             async with asyncio.timeout(FORK_MAX_S):
                 answer = WarmAnswer.model_validate_json(await loop.sock_recv(parent.channel, ORDER_NBYTES_MAX))
+            process = self._born(parent, order, answer)
+            os.write(go_writer, b"1")
         except (OSError, TimeoutError, ValidationError) as error:
             self._drop(f"the warm parent did not answer ({type(error).__name__})")
             raise NotWarm(self._problem) from None
+        finally:
+            for fd in (go_reader, go_writer):
+                os.close(fd)  # an engine that was not told to begin ends now
+        parent.num_forks += 1
+        self.num_forks += 1
+        if parent.num_forks >= self._forks_max:
+            self._drop(f"it has forked {parent.num_forks} times")
+        return process
+
+    def _born(self, parent: _Parent, order: WarmOrder, answer: WarmAnswer) -> EngineProcess:
+        """The process an answer tells of: one that waits for us, and is our child."""
         if answer.number != order.number or answer.pid is None:
             self._drop(answer.problem or "the warm parent answered out of turn")
             raise NotWarm(self._problem)
-        parent.num_forks += 1
-        if parent.num_forks >= self._forks_max:
-            self._drop(f"it has forked {parent.num_forks} times")
         return EngineProcess(answer.pid)
 
     def _drop(self, reason: str) -> None:
@@ -170,6 +191,7 @@ class WarmPool:
         try:
             with theirs, self._log.open("ab") as log:
                 process = EngineProcess(self._spawn(theirs.fileno(), log.fileno()))
+            self.parents.append(process.pid)
             try:
                 async with asyncio.timeout(READY_MAX_S):
                     data = await asyncio.get_running_loop().sock_recv(ours, ORDER_NBYTES_MAX)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.config import child_environment
+from sllm_vllm.node.cold_start import serve_command
 from sllm_vllm.node.engine_process import EngineProcess, start_cold
 from sllm_vllm.node.logs import BoundedLog, OutputPipe
 from tests.waiting import wait_until
@@ -24,10 +25,11 @@ _SLEEPER = (
 _AGENT = """
 import asyncio, os, sys
 from sllm_vllm.config import child_environment
+from sllm_vllm.node.cold_start import serve_command
 from sllm_vllm.node.engine_process import start_cold
 
 async def main():
-    print(start_cold(["model"], child_environment(), os.open(os.devnull, os.O_WRONLY)).pid, flush=True)
+    print(start_cold([*serve_command(), "model"], child_environment(), os.open(os.devnull, os.O_WRONLY)).pid, flush=True)
     await asyncio.sleep(1000)
 
 asyncio.run(main())
@@ -71,7 +73,7 @@ async def test_nothing_of_its_group_is_left(how: str) -> None:
 async def test_a_cold_start_ends_with_vllms_own_message(tmp_path: Path) -> None:
     lines: list[str] = []
     pipe = OutputPipe(BoundedLog(tmp_path / "log", 1 << 20), lines.append)
-    process = start_cold(["--no-such-argument"], child_environment(), pipe.writer)
+    process = start_cold([*serve_command(), "--no-such-argument"], child_environment(), pipe.writer)
     pipe.close_writer()
     async with asyncio.timeout(TIMEOUT_S):
         assert await process.wait() == 2

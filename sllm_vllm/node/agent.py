@@ -1,0 +1,397 @@
+"""The node agent: owns this node's accelerator slots and the engines on them. Does what ``core/agent.py`` decides.
+
+One object on one event loop, which must run in the process's main thread: the kernel ends cold engines when the thread
+that started them ends. ``server.py`` gives it a socket; the router holds it in its own process, or as a Ray actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+import aiohttp
+
+from sllm_vllm import __version__
+from sllm_vllm.config import NodeConfig
+from sllm_vllm.errors import NodeError, OrderRefused, ReplicaUnknown
+from sllm_vllm.node.core.agent import AgentCore, AgentLimits
+from sllm_vllm.node.core.events import (
+    Action,
+    EngineExited,
+    EngineNotStarted,
+    EngineStarted,
+    Event,
+    KillEngine,
+    RefuseOrder,
+    ReplicaOrdered,
+    ReplicaSpec,
+    StartEngine,
+    StopAsked,
+    TellState,
+    TerminateEngine,
+    Ticked,
+)
+from sllm_vllm.node.core.launch import Place, num_slots_of, option_value
+from sllm_vllm.node.core.replica import ENDED, WELL_ONCE, ReplicaRow, State
+from sllm_vllm.node.engine import Engine
+from sllm_vllm.node.logs import BoundedLog, read_log, remove_log, remove_old_logs
+from sllm_vllm.node.orphans import DeathWatch, Record, sweep
+from sllm_vllm.node.ports import Ports
+from sllm_vllm.node.protocol import EngineTiming, NodeReport, ReplicaOrder, ReplicaReport, SlotReport
+from sllm_vllm.node.replica_record import ReplicaRecord
+from sllm_vllm.node.residency import prefetch_checkpoint, read_residency
+from sllm_vllm.node.sessions import reap_adopted
+from sllm_vllm.node.starter import open_starter
+
+logger = logging.getLogger(__name__)
+
+TIMINGS_MAX = 64
+_TICK_S = 1.0
+_WATCH_S = 0.1
+_CLOSE_MARGIN_S = 10.0
+_KEY_NBYTES = 24
+_SLUG_MAX = 40
+_SESSIONS_MAX = 1024
+_SETTLED = {state.value for state in (State.WAITING, *WELL_ONCE)}
+_OVER = {state.value for state in ENDED}
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _limits_of(config: NodeConfig) -> AgentLimits:
+    return AgentLimits(
+        start_s=config.start_s,
+        stop_s=config.stop_s,
+        unwell_max=config.unwell_max,
+        orders_max=config.orders_max,
+        ended_max=config.ended_max,
+    )
+
+
+class NodeAgent:
+    """Starts, watches and ends the engines of a node; refuses what its slots can't hold.
+
+    Args:
+        clock: seconds that only the limits' clock is told by; tests let it jump.
+    """
+
+    def __init__(self, config: NodeConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self._clock = clock
+        self._started_s = time.monotonic()
+        self._records: dict[str, ReplicaRecord] = {}
+        self._timings: deque[EngineTiming] = deque(maxlen=TIMINGS_MAX)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ports = Ports()
+        self._orphans = Record(config.record_path)
+        self._death_watch = DeathWatch(config.record_path)
+        self._sessions: deque[int] = deque(maxlen=_SESSIONS_MAX)
+        self._is_closing = False
+
+    # --------------------------------------------------------------------------------------------------- interface
+
+    async def start(self) -> None:
+        """End what an agent before this one left behind, look at the machine, and have the warm parent import.
+
+        Raises:
+            ConfigError: a GPU that was named is not there. NodeError: the agent's folder can't be used.
+        """
+        config = self.config
+        try:
+            config.log_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            await asyncio.to_thread(remove_old_logs, config.log_dir, keep_max=config.ended_max)
+        except OSError as error:
+            raise NodeError(config.log_dir, f"it can't be used ({error.strerror})", "give another --node-dir") from None
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        for pid in await asyncio.to_thread(sweep, config.record_path):
+            logger.warning("event=orphan_killed pid=%d", pid)
+        self._death_watch.start()
+        self._starter = await open_starter(config)
+        self._core = AgentCore(self._starter.num_slots, _limits_of(config))
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True, limit=0))
+        self._in_background(self._tick())
+        logger.info(
+            "event=agent_started platform=%s slots=%d", self._starter.hardware.platform, self._starter.num_slots
+        )
+
+    async def close(self) -> None:
+        """End all engines, then the warm parent."""
+        self._is_closing = True
+        for row in self._core.snapshot():
+            if row.state not in ENDED:
+                self._happened(StopAsked(row.id))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.stop_s + _CLOSE_MARGIN_S):
+                for row in self._core.snapshot():
+                    async for _ in self.watch(row.id):
+                        pass
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._starter.close()
+        await self._session.close()
+        self._death_watch.close()
+        logger.info("event=agent_stopped")
+
+    async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
+        """Have a replica started, or put in line for slots if the order waits.
+
+        Raises:
+            OrderRefused: no slot is free, the port is taken, another replica has or had this id.
+        """
+        replica_id = order.id or self._new_id(order.model)
+        if self._is_closing:
+            raise OrderRefused(order.model, "the agent is stopping", "order again when it is back")
+        known = replica_id in self._records
+        if not known:
+            self._admit(replica_id, order)
+        spec = ReplicaSpec(
+            id=replica_id,
+            model=order.model,
+            arguments=order.arguments,
+            environment=tuple(sorted(order.environment.items())),
+            num_slots=order.num_slots or num_slots_of(order.arguments),
+        )
+        refusals = self._happened(ReplicaOrdered(spec, order.waits))
+        if refusals:
+            if not known:
+                self._forget(replica_id)
+            mend = "stop a replica, or wait for one (`run --wait`)" if "slots" in refusals[0].reason else "order anew"
+            raise OrderRefused(order.model, refusals[0].reason, mend)
+        return self.replica(replica_id)
+
+    async def stop_replica(self, replica_id: str) -> ReplicaReport:
+        """Ask a replica to end; harmless if it has ended.
+
+        Raises:
+            ReplicaUnknown: there is none of this id.
+        """
+        self._row(replica_id)
+        self._happened(StopAsked(replica_id))
+        return self.replica(replica_id)
+
+    def replica(self, replica_id: str) -> ReplicaReport:
+        """What is known about it now.
+
+        Raises:
+            ReplicaUnknown: there is none of this id.
+        """
+        row = self._row(replica_id)
+        return self._records[replica_id].report(row, in_state_s=max(0.0, self._clock() - row.since_s))
+
+    def find(self, prefix: str) -> str:
+        """The id that begins so: the only one that is alive, else the only one.
+
+        Raises:
+            ReplicaUnknown: there is none, or several.
+        """
+        rows = [row for row in self._core.snapshot() if row.id.startswith(prefix)]
+        exact = [row for row in rows if row.id == prefix]
+        living = [row for row in rows if row.state not in ENDED]
+        for found in (exact, living, rows):
+            if len(found) == 1:
+                return found[0].id
+        if not rows:
+            raise ReplicaUnknown(prefix, "no replica has this id", "see `sllm-vllm ps --all`")
+        raise ReplicaUnknown(prefix, f"{len(rows)} replicas have ids that begin so", "give more of the id")
+
+    async def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]:
+        """It now, at every change, and ten times a second while it starts; ends after it has ended."""
+        while (record := self._records.get(replica_id)) is not None:
+            changed, report = record.changed, self.replica(replica_id)
+            yield report
+            if report.has_ended:
+                return
+            wait_s = None if report.state in _SETTLED else _WATCH_S
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await changed.wait()
+
+    async def prefetch(self, checkpoint: str) -> None:
+        """Have the store read a checkpoint into memory.
+
+        Raises:
+            StoreError: there is no store, or it refuses. CheckpointError, RemoteError: it can't be had.
+        """
+        await asyncio.to_thread(prefetch_checkpoint, self.config, checkpoint)
+
+    async def report(self, *, with_memory: bool = False) -> NodeReport:
+        """Everything this agent knows. ``with_memory`` measures the warm parent's, which takes a moment."""
+        residency = await asyncio.to_thread(read_residency, self.config)
+        warm = await self._starter.report(with_memory=with_memory)
+        rows = self._core.snapshot()
+        owners = {slot: row.id for row in rows for slot in row.slots}
+        return NodeReport(
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self._started_s,
+            platform=self._starter.hardware.platform,
+            slots=tuple(
+                SlotReport(slot=slot, what=self._starter.describe_slot(slot), replica=owners.get(slot))
+                for slot in range(self._starter.num_slots)
+            ),
+            replicas=tuple(self.replica(row.id) for row in rows),
+            warm=warm,
+            checkpoints=residency.checkpoints,
+            hops=dict(residency.hops),
+            store=residency.problem,
+            timings=tuple(self._timings),
+        )
+
+    def logs(self, replica_id: str, *, tail_nbytes: int | None, follow: bool) -> AsyncIterator[bytes]:
+        """What it printed; with ``follow``, what it prints until it has ended.
+
+        Raises:
+            ReplicaUnknown: there is none of this id.
+        """
+        self._row(replica_id)
+
+        def is_over() -> bool:
+            row = self._core.row(replica_id)
+            return not follow or row is None or row.state in ENDED
+
+        return read_log(self._log_path(replica_id), tail_nbytes=tail_nbytes, is_over=is_over)
+
+    def story(self, replica_id: str) -> list[str]:
+        """What happened to it and what was done, oldest first, a line each.
+
+        Raises:
+            ReplicaUnknown: there is none of this id.
+        """
+        self._row(replica_id)
+        now_s = self._clock()
+        return [f"{at_s - now_s:+.3f} s  {_in_words(what)}" for at_s, what in self._core.story(replica_id)]
+
+    # ------------------------------------------------------------------------------------------------------ effects
+
+    def _happened(self, event: Event) -> list[RefuseOrder]:
+        """Tell the core, and do what it says; returns the refusals of an order."""
+        refusals = []
+        for action in self._core.handle(event, self._clock()):
+            match action:
+                case StartEngine():
+                    self._in_background(self._run(action))
+                case TerminateEngine() | KillEngine():
+                    self._end(action)
+                case RefuseOrder():
+                    refusals.append(action)
+                case TellState():
+                    self._tell(action)
+        for replica_id in [name for name in self._records if self._core.row(name) is None]:
+            self._forget(replica_id)
+        return refusals
+
+    async def _run(self, start: StartEngine) -> None:
+        """One engine, from its slots to its end."""
+        spec, record = start.spec, self._records[start.spec.id]
+        place = Place(start.slots, record.reservation.port, record.api_key)
+        try:
+            log = BoundedLog(record.log, self.config.log_bytes)
+            engine = Engine(spec.id, log, on_event=self._happened, on_change=record.notify)
+            record.engine = engine
+            process = await self._starter.start(engine, spec, place, directory=record.order.directory)
+        except OSError as error:
+            record.reservation.close()
+            self._happened(EngineNotStarted(spec.id, f"no process: {error.strerror or error}"))
+            return
+        self._sessions.append(process.pid)
+        self._orphans.add(process.pid)
+        self._happened(EngineStarted(spec.id, process.pid))
+        try:
+            status = await engine.run(self._session, place.port, health_s=self.config.health_s)
+        finally:
+            process.kill()
+            record.reservation.close()
+        self._orphans.remove(process.pid)
+        self._happened(EngineExited(spec.id, status))
+
+    def _end(self, action: TerminateEngine | KillEngine) -> None:
+        """Before there is a process nothing is done: the core says it again when there is one."""
+        record = self._records.get(action.replica)
+        if record is None or record.process is None:
+            return
+        if isinstance(action, KillEngine):
+            record.process.kill()
+        else:
+            record.process.terminate()
+
+    def _tell(self, told: TellState) -> None:
+        record = self._records[told.replica]
+        logger.info("event=replica id=%s state=%s reason=%r", told.replica, told.state, told.reason)
+        engine = record.engine
+        if told.state == State.READY.value and engine is not None and not record.was_ready:
+            record.was_ready = True
+            self._timings.append(
+                EngineTiming(
+                    replica=told.replica, model=record.order.model, ended_unix_s=time.time(), start=engine.report()
+                )
+            )
+        if told.state in _OVER:
+            record.reservation.close()
+        record.notify()
+
+    def _admit(self, replica_id: str, order: ReplicaOrder) -> None:
+        """Make the record of a new order; its port is its own from now on."""
+        try:
+            reservation = self._ports.reserve(order.port)
+        except OSError as error:
+            problem = f"port {order.port} can't be had ({error.strerror})"
+            raise OrderRefused(order.model, problem, "give another --port, or none") from None
+        own = secrets.token_urlsafe(_KEY_NBYTES)
+        key = option_value(order.arguments, "--api-key") or own
+        self._records[replica_id] = ReplicaRecord(order, key, reservation, self._log_path(replica_id))
+
+    def _forget(self, replica_id: str) -> None:
+        """Drop the record, and the log, of one that the core does not know (any more)."""
+        record = self._records.pop(replica_id)
+        record.reservation.close()
+        remove_log(record.log)
+        record.notify()
+
+    async def _tick(self) -> None:
+        """What has to be done every second."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._happened(Ticked())
+            self._death_watch.ensure()
+            reap_adopted({*self._sessions, *self._starter.parents})
+
+    def _row(self, replica_id: str) -> ReplicaRow:
+        row = self._core.row(replica_id)
+        if row is None or replica_id not in self._records:
+            raise ReplicaUnknown(replica_id, "no replica has this id", "see `sllm-vllm ps --all`")
+        return row
+
+    def _log_path(self, replica_id: str) -> Path:
+        return self.config.log_dir / f"{replica_id}.log"
+
+    def _new_id(self, model: str) -> str:
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-._")[:_SLUG_MAX]
+        while True:
+            replica_id = f"{slug or 'model'}-{secrets.token_hex(2)}"
+            if replica_id not in self._records:
+                return replica_id
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("event=task_failed", exc_info=error)
+
+
+def _in_words(what: Event | Action) -> str:
+    facts = {name: getattr(what, name) for name in what.__slots__ if name not in {"replica", "spec"}}
+    told = " ".join(f"{name}={value!r}" for name, value in facts.items())
+    return f"{type(what).__name__} {told}".rstrip()

@@ -1,0 +1,238 @@
+"""Talks to a node agent over its socket: blocking, one connection a request. Used by the commands.
+
+Does without aiohttp, whose import would cost a command more than its work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from pydantic import BaseModel, ValidationError
+
+from sllm_vllm.config import REPLY_NBYTES_MAX
+from sllm_vllm.errors import NodeBusy, NodeError, NodeUnavailable, OrderRefused, ReplicaUnknown
+from sllm_vllm.node.protocol import NAME_PATTERN, NodeReport, ReplicaOrder, ReplicaReport
+from sllm_vllm.unix_listener import is_trusted, open_channel
+
+MEND_UNAVAILABLE = "start one with `sllm-vllm node serve` or `sllm-vllm run`"
+MEND_DIED = "see agent.log beside the socket"
+MEND_ODD = "restart the agent: it may be of another version"
+TIMEOUT_S = 30.0
+"""Longest wait for an answer that does not depend on an engine."""
+_READ_NBYTES = 1 << 16
+_CONNECT_POLL_S = 0.05
+_ERROR_KEYS = ("kind", "path", "problem", "mend")
+
+KINDS: Mapping[str, type[NodeError]] = {
+    kind.__name__: kind for kind in (NodeBusy, NodeUnavailable, OrderRefused, ReplicaUnknown)
+}
+Message = TypeVar("Message", bound=BaseModel)
+
+
+class NodeClient:
+    """The agent behind a socket. Holds no connection between calls.
+
+    Every method raises ``NodeUnavailable`` if nobody answers or the agent ends in the middle, what the agent says
+    (``OrderRefused``, ``ReplicaUnknown``), and ``NodeError`` for anything else. An id may be its unique beginning.
+    """
+
+    def __init__(self, socket_path: Path, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.socket_path = socket_path
+        self._timeout_s = timeout_s
+
+    def is_there(self) -> bool:
+        """Whether an agent accepts connections."""
+        try:
+            self._connection(self._timeout_s).close()
+        except NodeUnavailable:
+            return False
+        return True
+
+    def report(self, *, with_memory: bool = False) -> NodeReport:
+        """Everything the agent knows."""
+        return self._ask("GET", f"/v1/report?memory={int(with_memory)}", NodeReport)
+
+    def order(self, order: ReplicaOrder) -> ReplicaReport:
+        """Order a replica; returns when it is accepted."""
+        return self._ask("POST", "/v1/replicas", ReplicaReport, body=order.model_dump_json().encode())
+
+    def replica(self, replica_id: str) -> ReplicaReport:
+        """A replica as it is now."""
+        return self._ask("GET", self._path_of(replica_id), ReplicaReport)
+
+    def stop_replica(self, replica_id: str) -> ReplicaReport:
+        """Ask a replica to end; ``watch`` tells when it has."""
+        return self._ask("DELETE", self._path_of(replica_id), ReplicaReport)
+
+    def watch(self, replica_id: str) -> Iterator[ReplicaReport]:
+        """A replica now, at every change and often while it starts, until it has ended."""
+        rest = b""
+        for data in self._stream(f"{self._path_of(replica_id)}/watch"):
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > REPLY_NBYTES_MAX:
+                raise self._odd("a report without end")
+            for line in lines:
+                yield self._parsed(ReplicaReport, line)
+
+    def logs(self, replica_id: str, *, tail_nbytes: int | None = None, follow: bool = False) -> Iterator[bytes]:
+        """What a replica has printed, from its last ``tail_nbytes`` on; with ``follow`` until it has ended."""
+        query = {"follow": int(follow)} | ({} if tail_nbytes is None else {"tail": tail_nbytes})
+        return self._stream(f"{self._path_of(replica_id)}/logs?{urlencode(query)}")
+
+    def story(self, replica_id: str) -> list[str]:
+        """The last events and actions about a replica."""
+        told = self._json("GET", f"{self._path_of(replica_id)}/story").get("story")
+        if not isinstance(told, list):
+            raise self._odd("no story in its answer")
+        return [str(line) for line in told]
+
+    def prefetch(self, checkpoint: str) -> None:
+        """Have a checkpoint read into the store's memory; waits as long as the agent does."""
+        self._json("POST", "/v1/prefetch", body=json.dumps({"checkpoint": checkpoint}).encode(), timeout_s=None)
+
+    def stop(self, *, wait_s: float | None = None) -> None:
+        """End the agent and all its engines. Waits up to ``wait_s`` until its process is gone; None: not at all.
+
+        Raises:
+            NodeError: it is still there then.
+        """
+        connection = self._connection(self._timeout_s)
+        with contextlib.closing(connection), contextlib.ExitStack() as stack:
+            process = -1
+            with contextlib.suppress(ProcessLookupError, OSError):  # in another container it has no number here
+                process = os.pidfd_open(connection.peer_pid)
+                stack.callback(os.close, process)
+            with self._death_told():
+                self._checked(self._sent(connection, "POST", "/v1/stop"))
+            if wait_s is not None and not self._is_gone(process, wait_s):
+                raise NodeError(self.socket_path, f"the agent still runs after {wait_s:.0f} s", MEND_DIED)
+
+    def _is_gone(self, process: int, wait_s: float) -> bool:
+        if process >= 0:
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            return bool(poll.poll(wait_s * 1e3))
+        deadline = time.monotonic() + wait_s
+        while self.is_there():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_CONNECT_POLL_S)
+        return True
+
+    def _path_of(self, replica_id: str) -> str:
+        if not re.fullmatch(NAME_PATTERN, replica_id):
+            raise ReplicaUnknown(replica_id, "no replica can have such an id", "see `sllm-vllm ps --all`")
+        return f"/v1/replicas/{replica_id}"
+
+    def _ask(self, method: str, path: str, kind: type[Message], *, body: bytes | None = None) -> Message:
+        connection = self._connection(self._timeout_s)
+        with contextlib.closing(connection), self._death_told():
+            return self._parsed(kind, self._checked(self._sent(connection, method, path, body=body)))
+
+    def _json(
+        self, method: str, path: str, *, body: bytes | None = None, timeout_s: float | None = TIMEOUT_S
+    ) -> dict[str, Any]:
+        connection = self._connection(timeout_s)
+        with contextlib.closing(connection), self._death_told():
+            return self._object(self._checked(self._sent(connection, method, path, body=body)))
+
+    def _stream(self, path: str) -> Iterator[bytes]:
+        """A body as it comes. Without a limit of time: an engine may be silent for hours."""
+        connection = self._connection(None)
+        with contextlib.closing(connection), self._death_told():
+            response = self._sent(connection, "GET", path)
+            if response.status != 200:
+                self._checked(response)
+            while data := response.read1(_READ_NBYTES):
+                yield data
+
+    def _connection(self, timeout_s: float | None) -> _UnixConnection:
+        connection = _UnixConnection(self.socket_path, timeout_s)
+        try:
+            connection.connect()
+        except OSError as error:
+            said = error.strerror or str(error)
+            raise NodeUnavailable(self.socket_path, f"no agent runs ({said})", MEND_UNAVAILABLE) from None
+        if not is_trusted(connection.peer_uid):
+            connection.close()
+            problem = f"it belongs to user {connection.peer_uid}"
+            raise NodeError(self.socket_path, problem, "give a --node-dir of your own")
+        return connection
+
+    @contextlib.contextmanager
+    def _death_told(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            problem = "the agent does not answer"
+        except (OSError, HTTPException):
+            problem = "the agent ended in the middle"
+        else:
+            return
+        raise NodeUnavailable(self.socket_path, problem, MEND_DIED)
+
+    @staticmethod
+    def _sent(connection: _UnixConnection, method: str, path: str, *, body: bytes | None = None) -> HTTPResponse:
+        kind = {"Content-Type": "application/json"} if body is not None else {}
+        with contextlib.suppress(BrokenPipeError):  # refused while it was sent: the answer says why
+            connection.request(method, path, body=body, headers={**kind, "Connection": "close"})
+        return connection.getresponse()
+
+    def _checked(self, response: HTTPResponse) -> bytes:
+        """The whole body of a good answer; that of another is raised."""
+        data = response.read(REPLY_NBYTES_MAX + 1)
+        if len(data) > REPLY_NBYTES_MAX:
+            raise self._odd("an answer that is too long")
+        if 200 <= response.status < 300:
+            return data
+        told = self._object(data).get("error")
+        if not (isinstance(told, dict) and all(isinstance(told.get(key), str) for key in _ERROR_KEYS)):
+            raise self._odd(f"HTTP status {response.status}")
+        raise KINDS.get(told["kind"], NodeError)(told["path"], told["problem"], told["mend"])
+
+    def _object(self, data: bytes) -> dict[str, Any]:
+        try:
+            told = json.loads(data)
+        except (ValueError, RecursionError):
+            raise self._odd("no JSON") from None
+        if not isinstance(told, dict):
+            raise self._odd("no JSON object")
+        return told
+
+    def _parsed(self, kind: type[Message], data: bytes) -> Message:
+        try:
+            return kind.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise self._odd(f"no {kind.__name__} ({field}: {first['msg']})") from None
+
+    def _odd(self, what: str) -> NodeError:
+        return NodeError(self.socket_path, f"the agent sent {what}", MEND_ODD)
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP to whoever listens on a Unix socket; ``peer_pid`` is 0 if it lives in another container."""
+
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
+        super().__init__("localhost")
+        self._path = path
+        self._timeout_s = timeout_s
+        self.sock: socket.socket | None = None
+        self.peer_pid = 0
+        self.peer_uid = -1
+
+    def connect(self) -> None:
+        """Connect; whether the peer is to be trusted is for the caller to see."""
+        self.sock, self.peer_pid, self.peer_uid = open_channel(self._path, self._timeout_s)

@@ -1,0 +1,202 @@
+"""An order, its slots and the node's hardware as what a process needs: arguments, environment, processors. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sllm_vllm.node.core.events import ReplicaSpec
+from sllm_vllm.units import GIB, MIB, format_nbytes
+
+HOST = "127.0.0.1"
+KV_NBYTES_MAX = GIB
+"""Of a slot on the CPU, unless told otherwise: vLLM fills it with zeros at each start, at a few GB a second."""
+KV_NBYTES_MIN = 16 * MIB
+KV_SHARE = 8
+"""The KV cache gets one part in so many of a slot's memory, the weights the rest."""
+PINNED_CPUS_MIN = 4
+"""With fewer processors a slot is not pinned: its engine's three processes start side by side."""
+PARALLEL_OPTIONS = (
+    ("--tensor-parallel-size", "-tp"),
+    ("--pipeline-parallel-size", "-pp"),
+    ("--data-parallel-size", "-dp"),
+)
+COLD_VARIABLES = (
+    "GLIBC_TUNABLES",
+    "HF_",
+    "KMP_",
+    "LD_",
+    "MALLOC_",
+    "MKL_",
+    "NCCL_",
+    "PYTHON",
+    "TORCH",
+    "TRANSFORMERS_",
+    "VLLM_CONFIGURE_LOGGING",
+    "VLLM_LOGGING_",
+    "VLLM_PLUGINS",
+    "VLLM_TARGET_DEVICE",
+)
+"""How variables begin that are read while a process starts or imports: a forked engine would not heed them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU. ``id`` is what CUDA_VISIBLE_DEVICES takes."""
+
+    id: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What engines may use: GPUs, or, if there are none, processors and memory."""
+
+    cpus: tuple[int, ...]
+    memory_nbytes: int
+    gpus: tuple[Gpu, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.cpus, "no processor"
+
+    @property
+    def platform(self) -> str:
+        """``cuda`` or ``cpu``."""
+        return "cuda" if self.gpus else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPolicy:
+    """What an operator decided about all launches; see ``NodeConfig``."""
+
+    num_slots: int
+    kv_nbytes: int | None = None
+    pin: bool | None = None
+    load_format: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """The agent's own, which engines inherit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where it will be: slots, a port of the loopback, and the key to what listens there."""
+
+    slots: tuple[int, ...]
+    port: int
+    api_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that a process needs. ``cpus`` is empty where it may run everywhere; ``num_threads`` is its OpenMP's."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    cpus: tuple[int, ...]
+    num_threads: int
+    api_key: str
+    cold_reason: str
+    """Why a warm parent must not fork it; empty if it may."""
+
+
+def default_num_slots(hardware: Hardware) -> int:
+    """One for each GPU, or for each processor."""
+    return len(hardware.gpus or hardware.cpus)
+
+
+def cpus_of(slots: Sequence[int], hardware: Hardware, num_slots: int) -> tuple[int, ...]:
+    """The processors of some slots: an equal share each, no processor in two slots but where slots outnumber them."""
+    cpus = hardware.cpus
+    found: set[int] = set()
+    for slot in slots:
+        begin, end = slot * len(cpus) // num_slots, (slot + 1) * len(cpus) // num_slots
+        found.update(cpus[begin:end] or (cpus[begin],))
+    return tuple(sorted(found))
+
+
+def describe_slot(slot: int, hardware: Hardware, num_slots: int) -> str:
+    """A slot in words."""
+    if hardware.gpus:
+        gpu = hardware.gpus[slot]
+        return f"GPU {gpu.id}, {format_nbytes(gpu.nbytes)}"
+    cpus = ",".join(map(str, cpus_of((slot,), hardware, num_slots)))
+    return f"cpu {cpus}, {format_nbytes(hardware.memory_nbytes // num_slots)}"
+
+
+def num_slots_of(arguments: Sequence[str]) -> int:
+    """How many accelerators an engine with these arguments uses: the product of its parallel sizes."""
+    product = 1
+    for names in PARALLEL_OPTIONS:
+        said = option_value(arguments, *names)
+        if said is not None and said.isdecimal() and len(said) <= 4:
+            product *= max(1, int(said))
+    return product
+
+
+def option_value(arguments: Sequence[str], *names: str) -> str | None:
+    """The last value of an option, in vLLM's spellings ``--a-b c`` and ``--a_b=c``; None if it is not there."""
+    found = None
+    for index, word in enumerate(arguments):
+        name, has_value, value = word.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        if name in names:
+            following = arguments[index + 1] if index + 1 < len(arguments) else ""
+            found = value if has_value else following
+    return found
+
+
+def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: LaunchPolicy) -> Launch:
+    """How to launch what was ordered.
+
+    What the arguments say is left alone, but for host and port, which come last and so count. What they leave open is
+    filled in, unless they name a file of settings, which would be overruled by it.
+    """
+    added: list[str] = []
+    arguments, environment, slots = spec.arguments, dict(spec.environment), place.slots
+    fills_in = option_value(arguments, "--config") is None
+    if fills_in and policy.load_format and option_value(arguments, "--load-format") is None:
+        added += ["--load-format", policy.load_format]
+    whole = {**policy.environment, **environment, "VLLM_API_KEY": place.api_key}
+    cpus: tuple[int, ...] = ()
+    if hardware.gpus:
+        whole["CUDA_VISIBLE_DEVICES"] = ",".join(hardware.gpus[slot].id for slot in slots)
+        num_threads = max(1, len(hardware.cpus) * len(slots) // policy.num_slots)
+    else:
+        share = cpus_of(slots, hardware, policy.num_slots)
+        num_threads = len(share)
+        cpus = share if _is_pinned(share, policy) else ()
+        whole["VLLM_CPU_OMP_THREADS_BIND"] = environment.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        whole["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", str(num_threads))
+        if fills_in and "VLLM_CPU_KVCACHE_SPACE" not in whole and _says_no_kv_size(arguments):
+            added += ["--kv-cache-memory-bytes", str(_kv_nbytes(hardware, policy))]
+    return Launch(
+        arguments=(spec.model, *arguments, *added, "--host", HOST, "--port", str(place.port)),
+        environment=whole,
+        cpus=cpus,
+        num_threads=num_threads,
+        api_key=option_value(arguments, "--api-key") or place.api_key,
+        cold_reason=_cold_reason(environment),
+    )
+
+
+def _is_pinned(share: Sequence[int], policy: LaunchPolicy) -> bool:
+    return len(share) >= PINNED_CPUS_MIN if policy.pin is None else policy.pin
+
+
+def _says_no_kv_size(arguments: Sequence[str]) -> bool:
+    names = ("--kv-cache-memory-bytes", "--kv-cache-memory", "--num-gpu-blocks-override", "--gpu-memory-utilization")
+    return all(option_value(arguments, name) is None for name in names)
+
+
+def _kv_nbytes(hardware: Hardware, policy: LaunchPolicy) -> int:
+    """Of one slot: vLLM takes the size for each worker, and there is one worker a slot."""
+    if policy.kv_nbytes is not None:
+        return policy.kv_nbytes
+    share = hardware.memory_nbytes // policy.num_slots // KV_SHARE
+    return max(KV_NBYTES_MIN, min(KV_NBYTES_MAX, share) // MIB * MIB)
+
+
+def _cold_reason(environment: Mapping[str, str]) -> str:
+    found = sorted(name for name in environment if name.startswith(COLD_VARIABLES))
+    return f"{', '.join(found)} would be read too late" if found else ""

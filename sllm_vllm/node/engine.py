@@ -1,0 +1,127 @@
+"""One engine, from its launch to the last word of its log: process, output, health, and what its start was spent on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+import aiohttp
+
+from sllm_vllm.node.core.events import EngineHealthy, EngineUnhealthy, Event
+from sllm_vllm.node.core.launch import HOST
+from sllm_vllm.node.core.load_line import read_load_line
+from sllm_vllm.node.core.phases import Phase, StartPhases
+from sllm_vllm.node.engine_process import EngineProcess
+from sllm_vllm.node.health import keep_asking, wait_healthy
+from sllm_vllm.node.logs import BoundedLog, OutputPipe
+from sllm_vllm.node.protocol import StartReport
+from sllm_vllm.node.sessions import end_session
+
+logger = logging.getLogger(__name__)
+
+TAIL_LINES = 30
+TAIL_LINE_MAX = 400
+"""Characters kept of each of the last lines."""
+_DRAIN_S = 2.0
+"""Longest wait for the rest of the output of a process that has ended."""
+_SESSION_S = 10.0
+"""Longest wait for what an engine leaves behind to end: the kernel may have gigabytes to free."""
+
+
+class Engine:
+    """What is known about one engine while it starts, runs and ends. Lives on the agent's loop.
+
+    Args:
+        on_event: gets ``EngineHealthy`` and ``EngineUnhealthy``.
+        on_change: called when its report reads differently.
+    """
+
+    def __init__(
+        self, replica: str, log: BoundedLog, *, on_event: Callable[[Event], object], on_change: Callable[[], None]
+    ) -> None:
+        self.replica = replica
+        self.process: EngineProcess | None = None
+        self.is_warm: bool | None = None
+        self.cold_reason = ""
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._on_event = on_event
+        self._on_change = on_change
+        self._start_s = time.monotonic()
+        self._phases = StartPhases()
+        self._phase = self._phases.phase
+        self._load: dict[str, str] = {}
+        self._log = log
+        self.pipe = OutputPipe(log, self._note)
+
+    def started(self, process: EngineProcess, cold_reason: str) -> None:
+        """Its process runs. ``cold_reason``: why it was not forked; empty if it was."""
+        self.process, self.is_warm, self.cold_reason = process, not cold_reason, cold_reason
+        self.pipe.close_writer()
+        self._phases.process_started(self._at_s())
+        self._log_phase()
+
+    async def run(self, session: aiohttp.ClientSession, port: int, *, health_s: float) -> int:
+        """Watch it until it has ended and nothing of it is left; its exit status, or minus the signal that ended it."""
+        assert self.process is not None
+        asking = asyncio.get_running_loop().create_task(self._ask(session, port, health_s))
+        try:
+            status = await self.process.wait()
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        if not await end_session(self.process.pid, timeout_s=_SESSION_S):
+            logger.warning("event=processes_left replica=%s session=%d", self.replica, self.process.pid)
+        await self.drain()
+        return status
+
+    async def drain(self) -> None:
+        """Take the rest of its output."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                await self.pipe.wait_closed()
+        self.pipe.close()
+
+    def report(self) -> StartReport:
+        """Its start so far; the whole of it once it is ready."""
+        timings = self._phases.timings(self._at_s())
+        return StartReport(
+            phase=timings.phase.value,
+            seconds={phase.name.lower(): round(seconds, 4) for phase, seconds in timings.seconds.items()},
+            total_s=round(timings.total_s, 4),
+            nbytes=timings.nbytes,
+            is_warm=self.is_warm,
+            cold_reason=self.cold_reason,
+            load=self._load,
+        )
+
+    async def _ask(self, session: aiohttp.ClientSession, port: int, health_s: float) -> None:
+        url = f"http://{HOST}:{port}"
+        await wait_healthy(session, url, answer_s=health_s)
+        self._phases.became_ready(self._at_s())
+        self._on_event(EngineHealthy(self.replica))
+        await keep_asking(session, url, self._answered, every_s=health_s)
+
+    def _answered(self, problem: str) -> None:
+        self._on_event(EngineUnhealthy(self.replica, problem) if problem else EngineHealthy(self.replica))
+
+    def _note(self, line: str) -> None:
+        for part in line.split("\r"):
+            self._phases.note(part, self._at_s())
+        if line.strip():
+            self.tail.append(line.rpartition("\r")[2][:TAIL_LINE_MAX])
+        if not self._load:
+            self._load = read_load_line(line)
+        if self._phases.phase is not self._phase:
+            self._log_phase()
+
+    def _log_phase(self) -> None:
+        self._phase = self._phases.phase
+        if self._phase is not Phase.READY:  # that comes from its health, and is told by whoever hears of it
+            self._on_change()
+
+    def _at_s(self) -> float:
+        return time.monotonic() - self._start_s

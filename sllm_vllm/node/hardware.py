@@ -1,0 +1,81 @@
+"""What this machine has for engines: GPUs as NVIDIA's own tool lists them, processors, memory. Changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.node.core.launch import Gpu, Hardware
+from sllm_vllm.units import KIB, MIB
+
+logger = logging.getLogger(__name__)
+
+FREE_SHARE = 0.9
+"""Of the memory that is available when the agent starts, for engines."""
+_QUERY_S_MAX = 20.0
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def detect_hardware(gpus: Sequence[str] | None, memory_nbytes: int | None, visible: str | None) -> Hardware:
+    """What engines may use. Blocking.
+
+    Args:
+        gpus: indices or UUIDs that alone may be used; None for all; empty for none.
+        memory_nbytes: for engines on the CPU; None for most of what is available now.
+        visible: the value of CUDA_VISIBLE_DEVICES, which bounds the choice, too.
+
+    Raises:
+        ConfigError: a GPU that was named is not there.
+    """
+    found = _gpus() if gpus is None or gpus else []
+    wanted = gpus if gpus is not None else visible.split(",") if visible is not None else None
+    if wanted is not None:
+        found = [_find(name.strip(), found) for name in wanted if name.strip() not in ("", "-1")]
+    return Hardware(
+        cpus=tuple(sorted(os.sched_getaffinity(0))),
+        memory_nbytes=memory_nbytes or int(available_nbytes() * FREE_SHARE),
+        gpus=tuple(gpu for _, gpu in found),
+    )
+
+
+def available_nbytes() -> int:
+    """Memory that can be had without pushing others out: the machine's, or what is left of this control group's."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    facts = {name: int(rest.split()[0]) * KIB for name, _, rest in (line.partition(":") for line in lines)}
+    available = facts["MemAvailable"]
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((_CGROUP / "memory.max").read_text())
+        available = min(available, limit - int((_CGROUP / "memory.current").read_text()))
+    return max(available, MIB)
+
+
+def _find(name: str, gpus: Sequence[tuple[int, Gpu]]) -> tuple[int, Gpu]:
+    for index, gpu in gpus:
+        if name == str(index) or gpu.id.startswith(name):
+            return index, gpu
+    raise ConfigError(f"there is no GPU {name!r}; nvidia-smi lists {len(gpus)}")
+
+
+def _gpus() -> list[tuple[int, Gpu]]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_S_MAX, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("event=no_gpus reason=%r", str(error))
+        return []
+    return [parse_gpu(line) for line in answer.stdout.splitlines() if line.strip()]
+
+
+def parse_gpu(line: str) -> tuple[int, Gpu]:
+    """Index and GPU from a line ``0, GPU-1b2c…, 143771`` (MiB)."""
+    index, uuid, total = (part.strip() for part in line.split(","))
+    return int(index), Gpu(id=uuid, nbytes=int(total) * MIB)

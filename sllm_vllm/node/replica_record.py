@@ -1,0 +1,61 @@
+"""What the agent keeps about a replica beside the core's picture of it: its order, port, key and engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sllm_vllm.node.core.launch import HOST
+from sllm_vllm.node.core.replica import ReplicaRow, State
+from sllm_vllm.node.engine import Engine
+from sllm_vllm.node.engine_process import EngineProcess
+from sllm_vllm.node.ports import PortReservation
+from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
+
+
+@dataclass(slots=True)
+class ReplicaRecord:
+    """One replica. Owned by the agent's loop."""
+
+    order: ReplicaOrder
+    api_key: str
+    reservation: PortReservation
+    log: Path
+    ordered_s: float = field(default_factory=time.monotonic)
+    engine: Engine | None = None
+    was_ready: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at its next change, and then another one."""
+
+    @property
+    def process(self) -> EngineProcess | None:
+        """Its engine's, once there is one."""
+        return self.engine.process if self.engine is not None else None
+
+    def notify(self) -> None:
+        """Wake whoever waits for a change."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def report(self, row: ReplicaRow, *, in_state_s: float) -> ReplicaReport:
+        """It, for others."""
+        engine, port = self.engine, self.reservation.port
+        return ReplicaReport(
+            id=row.id,
+            model=row.model,
+            state=row.state.value,
+            reason=row.reason,
+            slots=row.slots,
+            pid=row.pid,
+            status=row.status,
+            port=port,
+            url=f"http://{HOST}:{port}",
+            api_key=self.api_key,
+            age_s=time.monotonic() - self.ordered_s,
+            in_state_s=in_state_s,
+            start=engine.report() if engine is not None else None,
+            log=str(self.log),
+            tail=tuple(engine.tail) if engine is not None and row.state is State.FAILED else (),
+        )

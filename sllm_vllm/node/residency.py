@@ -1,0 +1,90 @@
+"""Where this node's checkpoints lie, as its store tells, or its disk where no store runs. Blocking: for threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sllm_vllm.checkpoint.reader import Checkpoint
+from sllm_vllm.checkpoint.repository import CheckpointRepository
+from sllm_vllm.config import NodeConfig, default_store_socket
+from sllm_vllm.errors import StoreError, StoreUnavailable
+from sllm_vllm.node.protocol import CheckpointReport
+from sllm_vllm.start_hint import plan_hint
+from sllm_vllm.store.channel import send_hint
+from sllm_vllm.store.client import StoreClient
+from sllm_vllm.store.protocol import Order
+
+_ASK_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Checkpoints by tier, and the rates between tiers. ``problem``: why no store tells of them; empty if one does."""
+
+    checkpoints: tuple[CheckpointReport, ...] = ()
+    hops: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    problem: str = ""
+
+
+def read_residency(config: NodeConfig) -> Residency:
+    """What is where now."""
+    try:
+        with StoreClient(_socket_of(config), timeout_s=_ASK_S) as client:
+            facts = client.order(Order(order="status"))
+    except StoreUnavailable as error:
+        return Residency(checkpoints=_on_disk(config.store_dir), problem=error.problem)
+    except StoreError as error:
+        return Residency(checkpoints=_on_disk(config.store_dir), problem=str(error))
+    hops = {name: {key: entry[key] for key in ("bps", "limit_bps")} for name, entry in facts["hops"].items()}
+    return Residency(checkpoints=_by_name(facts["checkpoints"]), hops=hops)
+
+
+def prefetch_checkpoint(config: NodeConfig, checkpoint: str) -> None:
+    """Have the store read a checkpoint into memory; returns at once.
+
+    Raises:
+        SllmError: there is no store, or it can't.
+    """
+    with StoreClient(_socket_of(config), timeout_s=_ASK_S) as client:
+        client.order(Order(order="prefetch", checkpoint=checkpoint))
+
+
+def hint_store(config: NodeConfig, arguments: Sequence[str]) -> None:
+    """Tell the store what a starting engine will want, as a cold engine's plugin does. Never fails.
+
+    Args:
+        arguments: of ``vllm serve``, the model first.
+    """
+    hint = plan_hint(["vllm", "serve", *arguments])
+    if hint is not None:
+        socket = default_store_socket(Path(hint.store_dir)) if hint.store_dir is not None else _socket_of(config)
+        send_hint(socket, hint.model, hint.tensor_parallel_size)
+
+
+def _socket_of(config: NodeConfig) -> Path:
+    return config.store_socket or default_store_socket(config.store_dir)
+
+
+def _on_disk(store_dir: Path) -> tuple[CheckpointReport, ...]:
+    found = [entry for entry in CheckpointRepository(store_dir).list() if isinstance(entry, Checkpoint)]
+    return tuple(
+        CheckpointReport(name=entry.path.name, nbytes=entry.manifest.nbytes, resident_nbytes=0, tiers=("DISK",))
+        for entry in found
+    )
+
+
+def _by_name(entries: Sequence[Mapping[str, Any]]) -> tuple[CheckpointReport, ...]:
+    """The store tells of partitions; here each checkpoint is one line."""
+    found: dict[str, CheckpointReport] = {}
+    for entry in entries:
+        known = found.get(entry["name"])
+        found[entry["name"]] = CheckpointReport(
+            name=entry["name"],
+            nbytes=entry["nbytes"] + (known.nbytes if known else 0),
+            resident_nbytes=entry["resident_nbytes"] + (known.resident_nbytes if known else 0),
+            tiers=tuple(sorted({*entry["tiers"], *(known.tiers if known else ())})),
+        )
+    return tuple(found.values())

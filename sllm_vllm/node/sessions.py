@@ -1,0 +1,47 @@
+"""The processes of an engine, found by their session: an engine leads one, and whatever it starts stays in it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Collection
+
+from sllm_vllm.node.orphans import all_processes
+
+_POLL_S = 0.01
+
+
+def living_members(session: int) -> list[int]:
+    """Processes of a session that run."""
+    return [process.pid for process in all_processes() if process.session == session and not process.is_ended]
+
+
+async def end_session(session: int, *, timeout_s: float) -> bool:
+    """Kill every process of a session, and return when none runs any more; False if some do in spite of it.
+
+    As long as there is one, nobody else can get the session's number.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while members := living_members(session):
+                for pid in members:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(_POLL_S)
+            return True
+    return False
+
+
+def reap_adopted(sessions: Collection[int]) -> int:
+    """Reap what has ended of these sessions and is this process's child; how many.
+
+    An engine's children become this process's when their parent ends before them.
+    """
+    num_reaped = 0
+    for process in all_processes():
+        if process.is_ended and process.session in sessions:
+            with contextlib.suppress(ChildProcessError):
+                num_reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
+    return num_reaped

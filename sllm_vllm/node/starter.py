@@ -1,0 +1,146 @@
+"""Starts engines' processes: forked from the warm parent where that can be, else cold. Knows the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from sllm_vllm.config import NodeConfig, child_environment, visible_gpus
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.node.cold_start import serve_command
+from sllm_vllm.node.core.events import ReplicaSpec
+from sllm_vllm.node.core.launch import (
+    Hardware,
+    Launch,
+    LaunchPolicy,
+    Place,
+    default_num_slots,
+    describe_slot,
+    plan_launch,
+)
+from sllm_vllm.node.engine import Engine
+from sllm_vllm.node.engine_process import EngineProcess, start_cold
+from sllm_vllm.node.hardware import detect_hardware
+from sllm_vllm.node.memory import pss_nbytes
+from sllm_vllm.node.protocol import WarmReport
+from sllm_vllm.node.residency import hint_store
+from sllm_vllm.node.warm_order import WarmOrder
+from sllm_vllm.node.warm_pool import NotWarm, WarmPool
+
+logger = logging.getLogger(__name__)
+
+_SWITCHED_OFF = "the warm parent is switched off"
+
+
+class EngineStarter:
+    """Hardware, policy and warm parent of a node. Lives on the agent's loop; made by ``open_starter``."""
+
+    def __init__(self, config: NodeConfig, hardware: Hardware, policy: LaunchPolicy) -> None:
+        self.hardware = hardware
+        self.num_slots = policy.num_slots
+        self._config = config
+        self._policy = policy
+        self._hints: set[asyncio.Task[None]] = set()
+        self._pool: WarmPool | None = None
+        if config.warm and config.engine_command is None:
+            log = config.log_dir / "warm-parent.log"
+            self._pool = WarmPool(_warm_environment(policy, hardware), log, forks_max=config.forks_max)
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """Warm parents that there are or were: what they leave half forked is in their sessions."""
+        return tuple(self._pool.parents) if self._pool is not None else ()
+
+    async def start(self, engine: Engine, spec: ReplicaSpec, place: Place, *, directory: str) -> EngineProcess:
+        """Start what was ordered; ``engine`` is told.
+
+        Raises:
+            OSError: there is no process to be had.
+        """
+        launch = plan_launch(spec, place, hardware=self.hardware, policy=self._policy)
+        self._hint(launch)
+        try:
+            process, reason = await self._fork(launch, engine.pipe.writer, directory), ""
+        except NotWarm as problem:
+            reason = str(problem)
+            command = (*(self._config.engine_command or serve_command()), *launch.arguments)
+            process = start_cold(command, launch.environment, engine.pipe.writer, directory=directory, cpus=launch.cpus)
+        engine.started(process, reason)
+        return process
+
+    async def wait_warm(self, timeout_s: float) -> bool:
+        """Wait until there is a warm parent; False if there is none in time, or ever."""
+        return self._pool is not None and await self._pool.wait_warm(timeout_s)
+
+    async def report(self, *, with_memory: bool) -> WarmReport:
+        """The warm parent as it is now; measuring its memory takes a moment."""
+        pool = self._pool
+        if pool is None:
+            return WarmReport(pid=None, problem=_SWITCHED_OFF, num_forks=0, import_s=None)
+        pid = pool.pid
+        pss = await asyncio.to_thread(pss_nbytes, pid) if with_memory and pid is not None else None
+        return WarmReport(
+            pid=pid, problem=pool.problem, num_forks=pool.num_forks, import_s=pool.import_s, pss_nbytes=pss
+        )
+
+    def describe_slot(self, slot: int) -> str:
+        """A slot in words."""
+        return describe_slot(slot, self.hardware, self.num_slots)
+
+    async def close(self) -> None:
+        """End the warm parent."""
+        if self._pool is not None:
+            await self._pool.close()
+        await asyncio.gather(*self._hints, return_exceptions=True)
+
+    async def _fork(self, launch: Launch, output: int, directory: str) -> EngineProcess:
+        if self._pool is None:
+            raise NotWarm(_SWITCHED_OFF)
+        if launch.cold_reason:
+            raise NotWarm(launch.cold_reason)
+        order = WarmOrder(
+            number=0,
+            arguments=launch.arguments,
+            environment=launch.environment,
+            directory=directory,
+            cpus=launch.cpus,
+            num_threads=launch.num_threads,
+        )
+        return await self._pool.fork(order, output)
+
+    def _hint(self, launch: Launch) -> None:
+        """Have the store begin to read; beside the start, not before it."""
+        task = asyncio.get_running_loop().create_task(asyncio.to_thread(hint_store, self._config, launch.arguments))
+        self._hints.add(task)
+        task.add_done_callback(self._hints.discard)
+
+
+async def open_starter(config: NodeConfig) -> EngineStarter:
+    """Look at the machine, and have the warm parent import.
+
+    Raises:
+        ConfigError: a GPU that was named is not there, or more slots are wanted than there are GPUs.
+    """
+    hardware = await asyncio.to_thread(detect_hardware, config.gpus, config.memory_bytes, visible_gpus())
+    num_slots = config.slots or default_num_slots(hardware)
+    if hardware.gpus and num_slots > len(hardware.gpus):
+        raise ConfigError(f"{num_slots} slots are wanted, and there are {len(hardware.gpus)} GPUs")
+    environment = child_environment(SLLM_STORE_DIR=str(config.store_dir))
+    if config.store_socket is not None:
+        environment["SLLM_STORE_SOCKET"] = str(config.store_socket)
+    policy = LaunchPolicy(
+        num_slots=num_slots,
+        kv_nbytes=config.kv_bytes,
+        pin=config.pin,
+        load_format=config.load_format,
+        environment=environment,
+    )
+    return EngineStarter(config, hardware, policy)
+
+
+def _warm_environment(policy: LaunchPolicy, hardware: Hardware) -> dict[str, str]:
+    """What vLLM's imports see."""
+    fixed = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if not hardware.gpus:
+        fixed["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return {**policy.environment, **fixed}
