@@ -139,12 +139,11 @@ def sweep(path: StrPath, *, owner: str | None = None) -> list[int]:
 def _living(leaders: Mapping[int, int]) -> list[Process]:
     """Those of the leaders' sessions and groups. ``leaders`` maps their process ids to their starts."""
     table = {process.pid: process for process in all_processes()}
-    ours = {os.getpid(), os.getpgrp(), os.getsid(0)}
     starts = {
         leader: start
         for leader, start in leaders.items()
         # One that is not there any more: as long as its session lives, nobody else can get its number.
-        if leader not in ours and (leader not in table or table[leader].start == start)
+        if leader not in table or table[leader].start == start
     }
 
     def is_member(process: Process) -> bool:
@@ -282,6 +281,7 @@ class DeathWatch:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
             if not poll.poll(CLOSE_S_MAX * 1000):
+                logger.warning("event=death_watch_killed pid=%d", self.pid)
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
         finally:
             os.close(fd)
@@ -320,7 +320,8 @@ def watch_main(fd: int, path: str, owner: str | None = None) -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(PermissionError):  # it leads one already
         os.setsid()
-    os.closerange(0, fd)
+    if fd:  # Python takes an empty range at 0 for everything
+        os.closerange(0, fd)
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")  # keeps no file system busy
     if not os.read(fd, 1):

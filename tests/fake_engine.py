@@ -1,0 +1,208 @@
+"""A stand-in for `vllm serve`: a real process with real sockets that is up in a moment. Standard library only.
+
+``python tests/fake_engine.py serve MODEL --host H --port P …``; unknown arguments are ignored. The last part of MODEL's
+path says how it behaves:
+
+=============  ======================================================================================================
+fine           binds the port, prints what vLLM prints, listens, answers
+exits-N        prints an error and exits with status N before it listens
+hangs          never listens
+late           listens when the file that FAKE_ENGINE_GO names is there
+noisy          prints NOISE_NBYTES first
+ignores-term   SIGTERM does nothing
+turns-ill      from ``POST /ill`` until ``POST /well``, /health answers 503
+freezes        after ``POST /freeze`` it accepts no more, and answers nothing
+family         has two child processes, one in a group of its own; prints ``child PID`` for each, never ends them
+=============  ======================================================================================================
+
+SIGTERM ends all others with status 0. Nothing lives longer than LIFE_S, whatever becomes of the test that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePath
+
+LIFE_S = 900
+NOISE_NBYTES = 4 << 20
+_POLL_S = 0.01
+LINES = (
+    "(APIServer pid={pid}) INFO 11-20 12:46:17 [api_utils.py:286] non-default args: {{'model_tag': '{model}'}}",
+    "(EngineCore pid={pid}) INFO 11-20 12:46:38 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: m",
+    "(Worker pid={pid}) INFO 11-20 12:47:08 [parallel_state.py:1906] world_size=1 rank=0 local_rank=0 backend=gloo",
+    "(Worker pid={pid}) INFO 11-20 12:47:08 [cpu_model_runner.py:68] Starting to load model {model}...",
+    "(Worker pid={pid}) INFO 11-20 12:47:08 [default_loader.py:501] Loading weights took 0.02 seconds",
+    "(EngineCore pid={pid}) INFO 11-20 12:47:11 [utils.py:347] Using LBHNC KV cache layout.",
+    "(Worker pid={pid}) INFO 11-20 12:47:11 [cpu_model_runner.py:87] Warming up model for the compilation...",
+    "(Worker pid={pid}) INFO 11-20 12:49:10 [cpu_model_runner.py:91] Warming up done.",
+    "(EngineCore pid={pid}) INFO 11-20 12:49:10 [core.py:394] init engine (profile, create kv cache, warmup model) took"
+    " 0.01 seconds",
+)
+"""Up to the listening."""
+STARTED = "INFO:     Application startup complete."
+NOISE = "(Worker pid=1) INFO 11-20 12:47:08 [noise.py:1] " + "nothing in particular " * 40
+
+
+def say(line: str, fd: int = 1) -> None:
+    """Past Python's buffers, so that a signal in between harms nothing."""
+    data = f"{line}\n".encode()
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+class FakeEngine(ThreadingHTTPServer):
+    allow_reuse_address = True  # as vLLM does
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], model: str, name: str) -> None:
+        super().__init__(address, Handler, bind_and_activate=False)
+        self.model = model
+        self.name = name
+        self.key = os.environ.get("VLLM_API_KEY", "")
+        self.is_ill = False
+        self.frozen = threading.Event()
+
+    def server_bind(self) -> None:
+        """As the class's own does, but asks nobody for the host's name."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        if self.frozen.is_set():
+            wait_for_ever()
+        return super().get_request()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeEngine
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self.answer(None, 503 if self.server.is_ill else 200)
+        elif not self.has_key():
+            self.answer({"error": "Unauthorized"}, 401)
+        elif self.path == "/v1/models":
+            self.answer({"object": "list", "data": [{"id": self.server.model, "object": "model", "pid": os.getpid()}]})
+        elif self.path == "/environment":
+            self.answer(environment())
+        else:
+            self.answer({"error": "Not Found"}, 404)
+
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path in {"/ill", "/well"} and self.server.name == "turns-ill":
+            self.server.is_ill = self.path == "/ill"
+            self.answer(None)
+        elif self.path == "/freeze" and self.server.name == "freezes":
+            self.server.frozen.set()
+            self.answer(None)
+        elif not self.has_key():
+            self.answer({"error": "Unauthorized"}, 401)
+        elif self.path == "/v1/completions":
+            self.complete(json.loads(text or b"{}"))
+        else:
+            self.answer({"error": "Not Found"}, 404)
+
+    def complete(self, request: dict[str, object]) -> None:
+        choice = {"index": 0, "text": f" said {self.server.model}", "finish_reason": "length", "logprobs": None}
+        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+        head = {"id": f"cmpl-{os.getpid()}", "object": "text_completion", "created": int(time.time())}
+        model = request.get("model", self.server.model)
+        self.answer({**head, "model": model, "choices": [choice], "usage": usage, "pid": os.getpid()})
+
+    def has_key(self) -> bool:
+        return not self.server.key or self.headers.get("Authorization") == f"Bearer {self.server.key}"
+
+    def answer(self, body: object, status: int = 200) -> None:
+        data = b"" if body is None else json.dumps(body).encode()
+        if self.server.frozen.is_set() and self.path != "/freeze":
+            wait_for_ever()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        say(f'INFO:     {self.client_address[0]}:{self.client_address[1]} - "{self.requestline}"')
+
+
+def environment() -> dict[str, object]:
+    return {
+        "pid": os.getpid(),
+        "environment": dict(os.environ),
+        "cwd": os.getcwd(),
+        "argv": sys.argv,
+        "cpus": sorted(os.sched_getaffinity(0)),
+    }
+
+
+def wait_for_ever() -> None:
+    """In the first thread signals still count; LIFE_S does in any."""
+    threading.Event().wait()
+
+
+def start_children() -> None:
+    for has_own_group in (False, True):
+        pid = os.fork()
+        if pid == 0:
+            if has_own_group:
+                os.setpgid(0, 0)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.alarm(LIFE_S)  # forked processes don't inherit it
+            say(f"child {os.getpid()}")
+            while True:
+                signal.pause()
+
+
+def prepare(name: str) -> None:
+    """What comes before listening, if ever it does."""
+    if name.startswith("exits-"):
+        say("(APIServer pid=1) ERROR 11-20 12:46:17 [core.py:1] RuntimeError: Engine core initialization failed", 2)
+        sys.exit(int(name.removeprefix("exits-")))
+    if name == "noisy":
+        for _ in range(NOISE_NBYTES // len(NOISE) + 1):
+            say(NOISE)
+    if name == "hangs":
+        wait_for_ever()
+    while name == "late" and not os.path.exists(os.environ["FAKE_ENGINE_GO"]):
+        time.sleep(_POLL_S)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("command", choices=["serve"])
+    parser.add_argument("model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--served-model-name")
+    given, _ = parser.parse_known_args(arguments)
+    name = PurePath(given.model).name
+    signal.alarm(LIFE_S)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if name == "ignores-term" else lambda *_: os._exit(0))
+    if name == "family":
+        start_children()  # before there is a socket that they would inherit
+    server = FakeEngine((given.host, given.port), given.served_model_name or given.model, name)
+    server.server_bind()
+    *first, last = LINES
+    for line in first:
+        say(line.format(pid=os.getpid(), model=given.model))
+    prepare(name)
+    say(last.format(pid=os.getpid()))
+    server.server_activate()
+    say(STARTED)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

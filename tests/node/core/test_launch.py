@@ -1,0 +1,298 @@
+"""What an engine is launched with: arguments in the order that counts, its processors, environment, cold or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sllm_vllm.node.core.events import ReplicaSpec
+from sllm_vllm.node.core.launch import (
+    COLD_VARIABLES,
+    KV_NBYTES_MAX,
+    KV_NBYTES_MIN,
+    Gpu,
+    Hardware,
+    Launch,
+    LaunchPolicy,
+    Place,
+    cpus_of,
+    default_num_slots,
+    describe_slot,
+    num_slots_of,
+    option_value,
+    plan_launch,
+)
+from sllm_vllm.units import GIB, MIB
+
+CPU = Hardware(cpus=(0, 1, 2, 3, 8, 9, 10, 11), memory_nbytes=32 * GIB)
+CUDA = Hardware(CPU.cpus, CPU.memory_nbytes, gpus=(Gpu("GPU-a", 80 * GIB), Gpu("GPU-b", 80 * GIB)))
+POLICY = LaunchPolicy(num_slots=2)
+LAST = ("--host", "127.0.0.1", "--port", "4000")
+KV = ("--kv-cache-memory-bytes", str(GIB))
+
+
+def launch(
+    *arguments: str,
+    hardware: Hardware = CPU,
+    policy: LaunchPolicy = POLICY,
+    slots: tuple[int, ...] = (0,),
+    environment: Mapping[str, str] | None = None,
+) -> Launch:
+    spec = ReplicaSpec("m-1", "org/m", arguments, tuple((environment or {}).items()), len(slots))
+    return plan_launch(spec, Place(slots, 4000, "secret"), hardware=hardware, policy=policy)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (),
+        ("--host", "0.0.0.0", "--port", "1"),
+        ("--host=0.0.0.0", "--port=1"),
+        ("--hos", "0.0.0.0", "--por=1"),
+        ("--enforce-eager",),
+    ],
+)
+@pytest.mark.parametrize("hardware", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_the_model_comes_first_and_our_host_and_port_come_last(said: tuple[str, ...], hardware: Hardware) -> None:
+    arguments = launch(*said, hardware=hardware).arguments
+    assert arguments[: 1 + len(said)] == ("org/m", *said)
+    assert arguments[-4:] == LAST
+
+
+@pytest.mark.parametrize(
+    ("said", "filled_in"),
+    [
+        ((), True),
+        (("--load", "x"), True),  # something else, or an abbreviation: the last of the two counts
+        (("--load_format=dummy",), False),
+        (("--load-format", "dummy"), False),
+        (("--config", "f.yaml"), False),
+        (("--config=f.yaml",), False),
+    ],
+)
+def test_the_load_format_is_filled_in_where_nothing_says_it(said: tuple[str, ...], filled_in: bool) -> None:
+    arguments = launch(*said, hardware=CUDA, policy=LaunchPolicy(2, load_format="sllm")).arguments
+    assert arguments == ("org/m", *said, *(("--load-format", "sllm") if filled_in else ()), *LAST)
+
+
+def test_vllms_own_load_format_is_left_alone() -> None:
+    assert "--load-format" not in launch(policy=LaunchPolicy(2, load_format="")).arguments
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("--kv-cache-memory-bytes", "5"),
+        ("--kv_cache_memory_bytes=5",),
+        ("--kv-cache-memory", "5"),
+        ("--num-gpu-blocks-override=5",),
+        ("--gpu-memory-utilization", "0.1"),
+        ("--config", "f.yaml"),
+    ],
+)
+def test_the_size_of_the_kv_cache_is_left_alone_where_something_says_it(said: tuple[str, ...]) -> None:
+    assert launch(*said).arguments == ("org/m", *said, *LAST)
+
+
+@pytest.mark.parametrize("of_the_order", [False, True])
+def test_a_variable_may_say_the_size_of_the_kv_cache(of_the_order: bool) -> None:
+    said = {"VLLM_CPU_KVCACHE_SPACE": "3"}
+    policy = LaunchPolicy(2, environment={} if of_the_order else said)
+    planned = launch(policy=policy, environment=said if of_the_order else {})
+    assert planned.arguments == ("org/m", *LAST)
+    assert planned.environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("memory_nbytes", "num_slots", "nbytes"),
+    [
+        (32 * GIB, 2, KV_NBYTES_MAX),
+        (8 * GIB, 2, GIB // 2),
+        (8 * GIB + 17 * MIB, 3, 342 * MIB),
+        (256 * MIB, 8, KV_NBYTES_MIN),
+    ],
+)
+def test_on_the_cpu_the_kv_cache_gets_an_eighth_of_a_slots_memory(
+    memory_nbytes: int, num_slots: int, nbytes: int
+) -> None:
+    hardware = Hardware(CPU.cpus, memory_nbytes)
+    planned = launch(hardware=hardware, policy=LaunchPolicy(num_slots))
+    assert option_value(planned.arguments, "--kv-cache-memory-bytes") == str(nbytes)
+
+
+def test_the_operator_may_say_the_size_of_the_kv_cache() -> None:
+    planned = launch(policy=LaunchPolicy(2, kv_nbytes=99 * MIB))
+    assert planned.arguments == ("org/m", "--kv-cache-memory-bytes", str(99 * MIB), *LAST)
+
+
+def test_on_a_gpu_the_kv_cache_is_vllms_business() -> None:
+    planned = launch(hardware=CUDA, policy=LaunchPolicy(2, kv_nbytes=99 * MIB))
+    assert planned.arguments == ("org/m", *LAST)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ((), None),
+        (("--a-b", "c"), "c"),
+        (("--a_b", "c"), "c"),
+        (("--a_b=c",), "c"),
+        (("--a-b=c=d_e",), "c=d_e"),
+        (("--a-b=",), ""),
+        (("--a-b",), ""),
+        (("--a-b", "c", "--a-b", "d"), "d"),
+        (("--a-bc", "c"), None),
+        (("a-b", "c"), None),
+        (("-x", "c"), "c"),
+        (("-x=c",), "c"),
+    ],
+)
+def test_an_option_is_found_in_vllms_spellings(arguments: tuple[str, ...], value: str | None) -> None:
+    assert option_value(arguments, "--a-b", "-x") == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_slots"),
+    [
+        ((), 1),
+        (("--tensor-parallel-size", "2"), 2),
+        (("-tp", "4"), 4),
+        (("-tp=4",), 4),
+        (("--tensor_parallel_size=2", "-pp", "3", "--data-parallel-size", "5"), 30),
+        (("-tp", "8", "-tp", "2"), 2),
+        (("-tp", "0"), 1),
+        (("-tp", "-2"), 1),
+        (("-tp", "two"), 1),
+        (("-tp", "1e3"), 1),
+        (("-tp", "²"), 1),
+        (("-tp", "10000"), 1),
+        (("-tp",), 1),
+    ],
+)
+def test_the_parallel_sizes_say_how_many_slots_are_wanted(arguments: tuple[str, ...], num_slots: int) -> None:
+    assert num_slots_of(arguments) == num_slots
+
+
+# ----------------------------------------------------------------------------------------------------------- slots
+
+
+def test_there_is_a_slot_for_each_gpu_or_for_each_processor() -> None:
+    assert default_num_slots(CUDA) == 2
+    assert default_num_slots(CPU) == 8
+
+
+def test_a_machine_without_a_processor_is_a_mistake() -> None:
+    with pytest.raises(AssertionError):
+        Hardware(cpus=(), memory_nbytes=GIB)
+
+
+def test_the_platform_is_what_there_is() -> None:
+    assert (CPU.platform, CUDA.platform) == ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(("slots", "gpus"), [((0,), "GPU-a"), ((1,), "GPU-b"), ((0, 1), "GPU-a,GPU-b")])
+def test_slots_are_gpus(slots: tuple[int, ...], gpus: str) -> None:
+    planned = launch(hardware=CUDA, slots=slots, environment={"CUDA_VISIBLE_DEVICES": "7"})
+    assert planned.environment["CUDA_VISIBLE_DEVICES"] == gpus
+    assert planned.cpus == ()
+    assert planned.num_threads == 4 * len(slots)
+    assert "OMP_NUM_THREADS" not in planned.environment
+
+
+def test_an_engine_has_a_thread_where_there_are_more_slots_than_processors() -> None:
+    hardware = Hardware((0,), GIB, gpus=CUDA.gpus)
+    assert launch(hardware=hardware).num_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("slots", "cpus"), [((0,), (0, 1, 2, 3)), ((1,), (8, 9, 10, 11)), ((0, 1), (0, 1, 2, 3, 8, 9, 10, 11))]
+)
+def test_slots_are_processors(slots: tuple[int, ...], cpus: tuple[int, ...]) -> None:
+    planned = launch(slots=slots)
+    assert planned.cpus == cpus
+    assert planned.num_threads == len(cpus)
+    assert "CUDA_VISIBLE_DEVICES" not in planned.environment
+
+
+processors = st.lists(st.integers(0, 1023), min_size=1, max_size=200, unique=True).map(lambda cpus: tuple(sorted(cpus)))
+
+
+@given(processors, st.data())
+def test_shares_are_disjoint_equal_and_all_there_is(cpus: tuple[int, ...], data: st.DataObject) -> None:
+    num_slots = data.draw(st.integers(1, len(cpus)))
+    shares = [cpus_of((slot,), Hardware(cpus, GIB), num_slots) for slot in range(num_slots)]
+    assert tuple(cpu for share in shares for cpu in share) == cpus
+    assert {len(share) - len(cpus) // num_slots for share in shares} <= {0, 1}
+
+
+@given(processors, st.integers(1, 500), st.data())
+def test_a_slot_has_a_processor_however_many_slots_there_are(
+    cpus: tuple[int, ...], num_slots: int, data: st.DataObject
+) -> None:
+    slots = data.draw(st.lists(st.integers(0, num_slots - 1), min_size=1, max_size=9, unique=True))
+    share = cpus_of(slots, Hardware(cpus, GIB), num_slots)
+    assert share
+    assert set(share) <= set(cpus)
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "pin", "is_pinned"),
+    [(2, None, True), (3, None, False), (8, None, False), (2, False, False), (8, True, True)],
+)
+def test_a_slot_is_pinned_where_it_has_processors_enough(num_slots: int, pin: bool | None, is_pinned: bool) -> None:
+    planned = launch(policy=LaunchPolicy(num_slots, pin=pin))
+    assert planned.cpus == (cpus_of((0,), CPU, num_slots) if is_pinned else ())
+    assert planned.num_threads == len(cpus_of((0,), CPU, num_slots))
+
+
+def test_a_slot_is_described_by_what_it_has() -> None:
+    assert describe_slot(1, CUDA, 2) == "GPU GPU-b, 80.00 GiB"
+    assert describe_slot(1, CPU, 4) == "cpu 2,3, 8.00 GiB"
+
+
+# ----------------------------------------------------------------------------------------------------- environment
+
+
+def test_the_orders_variables_overrule_the_agents_and_the_key_overrules_both() -> None:
+    policy = LaunchPolicy(2, environment={"A": "agent", "B": "agent", "VLLM_API_KEY": "agent"})
+    planned = launch(policy=policy, environment={"B": "order", "VLLM_API_KEY": "order"}).environment
+    assert planned == {
+        "A": "agent",
+        "B": "order",
+        "VLLM_API_KEY": "secret",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "4",
+    }
+    assert policy.environment["B"] == "agent"
+
+
+def test_an_order_may_choose_its_threads_and_the_agents_own_number_is_not_theirs() -> None:
+    policy = LaunchPolicy(2, environment={"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "all"})
+    said = {"OMP_NUM_THREADS": "3", "VLLM_CPU_OMP_THREADS_BIND": "0-2"}
+    names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
+    assert [launch(policy=policy, environment=said).environment[name] for name in names] == ["3", "0-2"]
+    assert [launch(policy=policy).environment[name] for name in names] == ["4", "nobind"]
+
+
+@pytest.mark.parametrize("said", [("--api-key", "mine"), ("--api-key=mine",), ("--api_key", "mine")])
+def test_a_key_among_the_arguments_is_the_one_that_counts(said: tuple[str, ...]) -> None:
+    assert launch(*said).api_key == "mine"
+    assert launch().api_key == "secret"
+
+
+@pytest.mark.parametrize("prefix", COLD_VARIABLES)
+def test_a_variable_that_is_read_early_needs_a_cold_start(prefix: str) -> None:
+    name = f"{prefix}X"
+    assert launch(environment={name: "1"}).cold_reason == f"{name} would be read too late"
+    assert launch(policy=LaunchPolicy(2, environment={name: "1"})).cold_reason == ""  # the warm parent has it, too
+
+
+def test_all_variables_that_need_a_cold_start_are_named() -> None:
+    said = {"LD_PRELOAD": "x", "HF_HOME": "y", "VLLM_USE_V2": "1", "MY_HF_HOME": "z"}
+    assert launch(environment=said).cold_reason == "HF_HOME, LD_PRELOAD would be read too late"
