@@ -150,8 +150,7 @@ class NodeAgent:
         replica_id = order.id or self._new_id(order.model)
         if self._is_closing:
             raise OrderRefused(order.model, "the agent is stopping", "order again when it is back")
-        known = replica_id in self._records
-        if not known:
+        if replica_id not in self._records:
             self._admit(replica_id, order)
         spec = ReplicaSpec(
             id=replica_id,
@@ -162,11 +161,13 @@ class NodeAgent:
         )
         refusals = self._happened(ReplicaOrdered(spec, order.waits))
         if refusals:
-            if not known:
-                self._forget(replica_id)
             mend = "stop a replica, or wait for one (`run --wait`)" if "slots" in refusals[0].reason else "order anew"
             raise OrderRefused(order.model, refusals[0].reason, mend)
         return self.replica(replica_id)
+
+    async def wait_warm(self, timeout_s: float) -> bool:
+        """Wait until engines start warm; False if they don't in time, or never will."""
+        return await self._starter.wait_warm(timeout_s)
 
     async def stop_replica(self, replica_id: str) -> ReplicaReport:
         """Ask a replica to end; harmless if it has ended.
@@ -298,9 +299,11 @@ class NodeAgent:
             engine = Engine(spec.id, log, on_event=self._happened, on_change=record.notify)
             record.engine = engine
             process = await self._starter.start(engine, spec, place, directory=record.order.directory)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a word that can't be given to a process
+            if record.engine is not None:
+                record.engine.pipe.close()
             record.reservation.close()
-            self._happened(EngineNotStarted(spec.id, f"no process: {error.strerror or error}"))
+            self._happened(EngineNotStarted(spec.id, f"no process: {getattr(error, 'strerror', None) or error}"))
             return
         self._sessions.append(process.pid)
         self._orphans.add(process.pid)

@@ -12,7 +12,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,6 @@ TIMEOUT_S = 30.0
 """Longest wait for an answer that does not depend on an engine."""
 _READ_NBYTES = 1 << 16
 _CONNECT_POLL_S = 0.05
-_ERROR_KEYS = ("kind", "path", "problem", "mend")
 
 KINDS: Mapping[str, type[NodeError]] = {
     kind.__name__: kind for kind in (NodeBusy, NodeUnavailable, OrderRefused, ReplicaUnknown)
@@ -75,7 +74,7 @@ class NodeClient:
         """Ask a replica to end; ``watch`` tells when it has."""
         return self._ask("DELETE", self._path_of(replica_id), ReplicaReport)
 
-    def watch(self, replica_id: str) -> Iterator[ReplicaReport]:
+    def watch(self, replica_id: str) -> Generator[ReplicaReport, None, None]:
         """A replica now, at every change and often while it starts, until it has ended."""
         rest = b""
         for data in self._stream(f"{self._path_of(replica_id)}/watch"):
@@ -85,7 +84,9 @@ class NodeClient:
             for line in lines:
                 yield self._parsed(ReplicaReport, line)
 
-    def logs(self, replica_id: str, *, tail_nbytes: int | None = None, follow: bool = False) -> Iterator[bytes]:
+    def logs(
+        self, replica_id: str, *, tail_nbytes: int | None = None, follow: bool = False
+    ) -> Generator[bytes, None, None]:
         """What a replica has printed, from its last ``tail_nbytes`` on; with ``follow`` until it has ended."""
         query = {"follow": int(follow)} | ({} if tail_nbytes is None else {"tail": tail_nbytes})
         return self._stream(f"{self._path_of(replica_id)}/logs?{urlencode(query)}")
@@ -147,7 +148,7 @@ class NodeClient:
         with contextlib.closing(connection), self._death_told():
             return self._object(self._checked(self._sent(connection, method, path, body=body)))
 
-    def _stream(self, path: str) -> Iterator[bytes]:
+    def _stream(self, path: str) -> Generator[bytes, None, None]:
         """A body as it comes. Without a limit of time: an engine may be silent for hours."""
         connection = self._connection(None)
         with contextlib.closing(connection), self._death_told():
@@ -196,10 +197,12 @@ class NodeClient:
             raise self._odd("an answer that is too long")
         if 200 <= response.status < 300:
             return data
-        told = self._object(data).get("error")
-        if not (isinstance(told, dict) and all(isinstance(told.get(key), str) for key in _ERROR_KEYS)):
-            raise self._odd(f"HTTP status {response.status}")
-        raise KINDS.get(told["kind"], NodeError)(told["path"], told["problem"], told["mend"])
+        try:
+            told = json.loads(data)["error"]
+            kind, said = KINDS.get(told["kind"], NodeError), [str(told[key]) for key in ("path", "problem", "mend")]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self._odd(f"HTTP status {response.status}") from None
+        raise kind(*said)
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:

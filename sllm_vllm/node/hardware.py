@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -33,10 +34,11 @@ def detect_hardware(gpus: Sequence[str] | None, memory_nbytes: int | None, visib
     Raises:
         ConfigError: a GPU that was named is not there.
     """
-    found = _gpus() if gpus is None or gpus else []
-    wanted = gpus if gpus is not None else visible.split(",") if visible is not None else None
-    if wanted is not None:
-        found = [_find(name.strip(), found) for name in wanted if name.strip() not in ("", "-1")]
+    found: list[tuple[int, Gpu]] = []
+    if gpus is None or gpus:
+        found = _gpus()
+        for names in (visible.split(",") if visible is not None else None, gpus):
+            found = found if names is None else _find_all(names, found)
     return Hardware(
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         memory_nbytes=memory_nbytes or int(available_nbytes() * FREE_SHARE),
@@ -55,6 +57,12 @@ def available_nbytes() -> int:
     return max(available, MIB)
 
 
+def _find_all(names: Sequence[str], gpus: Sequence[tuple[int, Gpu]]) -> list[tuple[int, Gpu]]:
+    """Those that are named, each once; as for CUDA, an empty name or -1 ends the list."""
+    wanted = itertools.takewhile(lambda name: name not in {"", "-1"}, (name.strip() for name in names))
+    return list(dict.fromkeys(_find(name, gpus) for name in wanted))
+
+
 def _find(name: str, gpus: Sequence[tuple[int, Gpu]]) -> tuple[int, Gpu]:
     for index, gpu in gpus:
         if name == str(index) or gpu.id.startswith(name):
@@ -69,13 +77,13 @@ def _gpus() -> list[tuple[int, Gpu]]:
     command = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_S_MAX, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        return [parse_gpu(line) for line in answer.stdout.splitlines() if line.strip()]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         logger.warning("event=no_gpus reason=%r", str(error))
         return []
-    return [parse_gpu(line) for line in answer.stdout.splitlines() if line.strip()]
 
 
 def parse_gpu(line: str) -> tuple[int, Gpu]:
-    """Index and GPU from a line ``0, GPU-1b2c…, 143771`` (MiB)."""
+    """Index and GPU from a line ``0, GPU-1b2c…, 143771`` (MiB; one that shares the machine's memory has no number)."""
     index, uuid, total = (part.strip() for part in line.split(","))
-    return int(index), Gpu(id=uuid, nbytes=int(total) * MIB)
+    return int(index), Gpu(id=uuid, nbytes=int(total) * MIB if total.isdecimal() else 0)

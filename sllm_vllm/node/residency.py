@@ -10,7 +10,7 @@ from typing import Any
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.config import NodeConfig, default_store_socket
-from sllm_vllm.errors import StoreError, StoreUnavailable
+from sllm_vllm.errors import CheckpointError, StoreError, StoreUnavailable
 from sllm_vllm.node.protocol import CheckpointReport
 from sllm_vllm.start_hint import plan_hint
 from sllm_vllm.store.channel import send_hint
@@ -69,7 +69,10 @@ def _socket_of(config: NodeConfig) -> Path:
 
 
 def _on_disk(store_dir: Path) -> tuple[CheckpointReport, ...]:
-    found = [entry for entry in CheckpointRepository(store_dir).list() if isinstance(entry, Checkpoint)]
+    try:
+        found = [entry for entry in CheckpointRepository(store_dir).list() if isinstance(entry, Checkpoint)]
+    except CheckpointError:  # whoever loads from there is told why
+        return ()
     return tuple(
         CheckpointReport(name=entry.path.name, nbytes=entry.manifest.nbytes, resident_nbytes=0, tiers=("DISK",))
         for entry in found

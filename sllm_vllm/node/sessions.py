@@ -35,13 +35,14 @@ async def end_session(session: int, *, timeout_s: float) -> bool:
 
 
 def reap_adopted(sessions: Collection[int]) -> int:
-    """Reap what has ended of these sessions and is this process's child; how many.
+    """Reap what has ended of these sessions and is this process's child, but for their leaders; how many.
 
-    An engine's children become this process's when their parent ends before them.
+    An engine's children become this process's when their parent ends before them. Whoever started a leader waits for
+    it, and wants its status.
     """
     num_reaped = 0
     for process in all_processes():
-        if process.is_ended and process.session in sessions:
+        if process.is_ended and process.session in sessions and process.pid != process.session:
             with contextlib.suppress(ChildProcessError):
                 num_reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
     return num_reaped

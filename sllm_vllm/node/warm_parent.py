@@ -230,25 +230,34 @@ def _wait_adopted(agent: int) -> None:
 
 
 def _at_fork() -> None:
-    """Each of the engine's processes ends with the one that forked it, and keeps no port that it listens on."""
+    """Each of the engine's processes ends with the one that forked it, and does not keep the server's port."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in os.listdir("/proc/self/fd"):
-        if _listens(int(name)):
+        if _has_port(int(name)):
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, int(name), inheritable=False)  # not closed: an object that was copied still names it
             os.close(null)
 
 
-def _listens(fd: int) -> bool:
-    """Whether it is a listening socket of the internet."""
+def _has_port(fd: int) -> bool:
+    """Whether it is a socket with a TCP port, but no connection: a server's, even before it listens."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return False
         with socket.socket(fileno=os.dup(fd)) as copy:
-            is_inet = copy.family in {socket.AF_INET, socket.AF_INET6}
-            return is_inet and bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            if copy.family not in {socket.AF_INET, socket.AF_INET6} or copy.type != socket.SOCK_STREAM:
+                return False
+            return copy.getsockname()[1] != 0 and not _is_connected(copy)
     except OSError:  # the descriptor of the listing itself
         return False
+
+
+def _is_connected(channel: socket.socket) -> bool:
+    try:
+        channel.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _reseed(order: WarmOrder) -> None:

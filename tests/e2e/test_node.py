@@ -1,0 +1,318 @@
+"""The node agent with real vLLM: warm starts that answer as stock does, and every fault that can be made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from sllm_vllm.config import NodeConfig
+from sllm_vllm.errors import OrderRefused
+from sllm_vllm.node.agent import NodeAgent
+from sllm_vllm.node.core.phases import Phase
+from sllm_vllm.node.orphans import all_processes
+from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
+from sllm_vllm.node.sessions import living_members
+from tests.conftest import ModelDir
+from tests.vllm_server import SERVER_ENVIRONMENT, vllm_server
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.e2e_long, pytest.mark.asyncio(loop_scope="module")]
+
+WARM_MAX_S = 150.0
+END_MAX_S = 60.0
+ARGUMENTS = ("--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "64M")
+PROMPTS = ("hello world", "a b c d e f g")
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NodeAgent]:
+    directory = tmp_path_factory.mktemp("node")
+    config = NodeConfig(node_dir=directory / "node", store_dir=directory / "store", slots=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SERVER_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        node = NodeAgent(config)
+        try:
+            await node.start()
+            await warm(node)
+            yield node
+        finally:
+            await node.close()
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+async def warm(agent: NodeAgent) -> int:
+    """Wait for a warm parent; its pid."""
+    assert await agent.wait_warm(WARM_MAX_S)
+    pid = (await agent.report()).warm.pid
+    assert pid is not None
+    return pid
+
+
+def order(model: Path | str, *more: str, **fields: Any) -> ReplicaOrder:
+    return ReplicaOrder(model=str(model), arguments=(*ARGUMENTS, *more), **fields)
+
+
+async def watched(agent: NodeAgent, replica: str, is_so: Callable[[ReplicaReport], bool]) -> ReplicaReport:
+    """The first report that is so."""
+    async with asyncio.timeout(WARM_MAX_S):
+        async for report in agent.watch(replica):
+            if is_so(report):
+                return report
+    raise AssertionError(f"it ended before: {agent.replica(replica)}")
+
+
+async def ready(agent: NodeAgent, wanted: ReplicaOrder) -> ReplicaReport:
+    report = await agent.ensure_replica(wanted)
+    report = await watched(agent, report.id, lambda report: report.is_ready or report.has_ended)
+    assert report.is_ready, (report.reason, report.tail)
+    return report
+
+
+async def stopped(agent: NodeAgent, replica: str) -> ReplicaReport:
+    session = agent.replica(replica).pid
+    await agent.stop_replica(replica)
+    report = await watched(agent, replica, lambda report: report.has_ended)
+    assert session is None or living_members(session) == []
+    return report
+
+
+async def ended(agent: NodeAgent, replica: str) -> ReplicaReport:
+    return await watched(agent, replica, lambda report: report.has_ended)
+
+
+def post(report: ReplicaReport, path: str, body: dict[str, Any]) -> Any:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {report.api_key}"}
+    request = urllib.request.Request(f"{report.url}{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def tokens(report: ReplicaReport, prompt: str, **sampling: Any) -> list[int]:
+    body = {"model": report.model, "prompt": prompt, "max_tokens": 24, "return_token_ids": True, **sampling}
+    found: list[int] = post(report, "/v1/completions", body)["choices"][0]["token_ids"]
+    return found
+
+
+async def answers(report: ReplicaReport) -> list[list[int]]:
+    return [await asyncio.to_thread(tokens, report, prompt, temperature=0) for prompt in PROMPTS]
+
+
+# ------------------------------------------------------------------------------------------------------ what it is for
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+async def test_a_warm_engine_answers_as_stock_does(
+    agent: NodeAgent, model_dir: ModelDir, tmp_path: Path, architecture: str
+) -> None:
+    model = model_dir(architecture)
+    report = await ready(agent, order(model))
+    assert report.start is not None
+    assert report.start.is_warm, report.start.cold_reason
+    assert report.start.load["outcome"] == "converted"
+    found = await answers(report)
+    assert (await stopped(agent, report.id)).status == 0
+
+    again = await ready(agent, order(model))
+    assert again.start is not None
+    assert again.start.load["outcome"] == "loaded"
+    assert again.start.nbytes == int(again.start.load["bytes"])
+    assert await answers(again) == found
+    await stopped(agent, again.id)
+
+    with vllm_server(model, tmp_path) as stock:
+        assert [await asyncio.to_thread(stock.tokens, prompt, temperature=0) for prompt in PROMPTS] == found
+
+
+async def test_two_engines_answer_at_once_and_a_third_order_is_refused_or_waits(
+    agent: NodeAgent, model_dir: ModelDir
+) -> None:
+    first, second = await asyncio.gather(ready(agent, order(model_dir("llama"))), ready(agent, order(model_dir("opt"))))
+    assert set(first.slots) & set(second.slots) == set()
+    both = await asyncio.gather(answers(first), answers(second))
+    assert all(len(found) == 24 for found in (*both[0], *both[1]))
+    with pytest.raises(OrderRefused, match="1 of 2 slots wanted, 0 free"):
+        await agent.ensure_replica(order(model_dir("llama")))
+    waiting = await agent.ensure_replica(order(model_dir("llama"), waits=True))
+    assert waiting.state == "waiting"
+    await stopped(agent, first.id)
+    third = await watched(agent, waiting.id, lambda report: report.is_ready)
+    assert await answers(third) == both[0]
+    for report in (second, third):
+        await stopped(agent, report.id)
+
+
+async def test_twenty_orders_at_once_are_served_in_turn(agent: NodeAgent, model_dir: ModelDir) -> None:
+    model = model_dir("llama")
+
+    async def serve() -> list[int]:
+        report = await ready(agent, order(model, waits=True))
+        found = await asyncio.to_thread(tokens, report, PROMPTS[0], temperature=0)
+        await stopped(agent, report.id)
+        return found
+
+    found = await asyncio.gather(*(serve() for _ in range(20)))
+    assert all(one == found[0] for one in found)
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+async def test_a_bad_argument_is_told_in_vllms_own_words(agent: NodeAgent) -> None:
+    report = await agent.ensure_replica(order("model", "--no-such-argument"))
+    report = await ended(agent, report.id)
+    assert (report.state, report.status) == ("failed", 2)
+    assert report.reason == "exited with status 2 before it was healthy"
+    assert any("unrecognized arguments: --no-such-argument" in line for line in report.tail)
+
+
+async def test_a_model_that_is_not_there_is_told_in_vllms_own_words(agent: NodeAgent, tmp_path: Path) -> None:
+    report = await agent.ensure_replica(order(tmp_path / "nothing"))
+    report = await ended(agent, report.id)
+    assert report.state == "failed"
+    assert report.status not in (0, None)
+    assert any("nothing" in line for line in report.tail)
+
+
+async def test_a_port_that_somebody_took_meanwhile_fails_that_engine_alone(
+    agent: NodeAgent, model_dir: ModelDir
+) -> None:
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        report = await agent.ensure_replica(order(model_dir("llama")))
+        assert report.port is not None
+        thief.bind(("127.0.0.1", report.port))
+        thief.listen()
+        report = await ended(agent, report.id)
+    assert report.state == "failed"
+    assert any("ddress already in use" in line for line in report.tail)
+    await stopped(agent, (await ready(agent, order(model_dir("llama")))).id)
+
+
+PHASES = (Phase.IMPORTS, Phase.WORKERS, Phase.INIT, Phase.WEIGHTS, Phase.PROFILE, Phase.WARMUP, Phase.HTTP)
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=[phase.name for phase in PHASES])
+@pytest.mark.parametrize("victim", ["first", "last"])
+async def test_an_engine_killed_in_any_phase_leaves_nothing(
+    agent: NodeAgent, model_dir: ModelDir, phase: Phase, victim: str
+) -> None:
+    """The first process is the API server; the last that was started is a worker, once there is one."""
+    report = await agent.ensure_replica(order(model_dir("llama")))
+    report = await watched(
+        agent, report.id, lambda report: (report.pid is not None and reached(report, phase)) or report.has_ended
+    )
+    assert report.pid is not None, report
+    session = report.pid
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(session if victim == "first" else max(living_members(session), default=session), signal.SIGKILL)
+    report = await ended(agent, report.id)
+    assert report.state == "failed"
+    assert living_members(session) == []
+    again = await ready(agent, order(model_dir("llama")))
+    await stopped(agent, again.id)
+
+
+def reached(report: ReplicaReport, phase: Phase) -> bool:
+    order_of = [one.value for one in Phase]
+    return report.start is not None and order_of.index(report.start.phase) >= order_of.index(phase.value)
+
+
+async def test_a_parent_killed_while_it_forks_gives_a_cold_start_and_no_second_engine(
+    agent: NodeAgent, model_dir: ModelDir
+) -> None:
+    parent = await warm(agent)
+    os.kill(parent, signal.SIGSTOP)  # the order is sent, and never answered
+    report = await agent.ensure_replica(order(model_dir("llama")))
+    await watched(agent, report.id, lambda report: report.start is not None)
+    os.kill(parent, signal.SIGKILL)
+    report = await watched(agent, report.id, lambda report: report.is_ready or report.has_ended)
+    assert report.is_ready, report.tail
+    assert report.start is not None
+    assert not report.start.is_warm
+    assert "did not answer" in report.start.cold_reason or "ended" in report.start.cold_reason
+    listening = [process.session for process in all_processes() if process.session == parent and not process.is_ended]
+    assert listening == []
+    assert await answers(report)
+    await stopped(agent, report.id)
+    assert await warm(agent) != parent
+
+
+async def test_a_parent_killed_between_forks_is_replaced_and_its_engines_live_on(
+    agent: NodeAgent, model_dir: ModelDir
+) -> None:
+    parent = await warm(agent)
+    report = await ready(agent, order(model_dir("llama")))
+    found = await answers(report)
+    os.kill(parent, signal.SIGKILL)
+    await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{parent}").exists(), "the end of the parent")
+    assert await warm(agent) != parent
+    assert await answers(report) == found
+    assert agent.replica(report.id).is_ready
+    second = await ready(agent, order(model_dir("opt")))
+    assert second.start is not None
+    assert second.start.is_warm, second.start.cold_reason
+    for one in (report, second):
+        await stopped(agent, one.id)
+
+
+async def test_variables_that_are_read_while_importing_start_an_engine_cold(
+    agent: NodeAgent, model_dir: ModelDir
+) -> None:
+    report = await ready(agent, order(model_dir("llama"), environment={"VLLM_LOGGING_LEVEL": "DEBUG"}))
+    assert report.start is not None
+    assert (report.start.is_warm, report.start.cold_reason) == (False, "VLLM_LOGGING_LEVEL would be read too late")
+    printed = b"".join([data async for data in agent.logs(report.id, tail_nbytes=None, follow=False)])
+    assert printed.count(b"DEBUG") > 10
+    await stopped(agent, report.id)
+
+
+# ------------------------------------------------------------------------------------------------- hazards of forking
+
+
+async def test_an_engines_processes_keep_nothing_of_the_parent_or_of_each_other(
+    agent: NodeAgent, model_dir: ModelDir
+) -> None:
+    """No process has the channel to the agent, and the port is the API server's alone."""
+    report = await ready(agent, order(model_dir("llama")))
+    assert report.pid is not None
+    inodes = {inode for inode in listening_inodes(report.port) if inode}
+    owners = [pid for pid in living_members(report.pid) if inodes & socket_inodes(pid)]
+    assert owners == [report.pid]
+    parent = await warm(agent)
+    assert socket_inodes(parent)
+    for pid in living_members(report.pid):
+        assert socket_inodes(parent) & socket_inodes(pid) == set()
+    assert len(os.listdir(f"/proc/{parent}/task")) == 1
+    await stopped(agent, report.id)
+
+
+def listening_inodes(port: int | None) -> list[str]:
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return [one[9] for one in fields if one[3] == "0A" and int(one[1].partition(":")[2], 16) == port]
+
+
+def socket_inodes(pid: int) -> set[str]:
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                found.add(target[8:-1])
+    return found
