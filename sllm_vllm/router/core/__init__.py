@@ -1,0 +1,1 @@
+"""All decisions of the router, pure: events in, actions out."""

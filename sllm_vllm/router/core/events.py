@@ -1,0 +1,199 @@
+"""What happens to requests, replicas and nodes, and what is to be done about it. Pure: events in, actions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, StartSample, Tier
+
+# ------------------------------------------------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDeployed:
+    """A model is to be served, or is now to be served otherwise."""
+
+    spec: ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDeleted:
+    """It is not to be served any more."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node has slots for engines."""
+
+    node: str
+    num_slots: int
+    is_warm: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReported:
+    """Where a node has models, and how fast its hops are. Models that are not named are REMOTE."""
+
+    node: str
+    is_warm: bool
+    residency: Mapping[str, Tier] = field(default_factory=dict)
+    nbytes: Mapping[str, int] = field(default_factory=dict)
+    """Of models' weights, where the node knows them."""
+    hops: Mapping[Tier, float] = field(default_factory=dict)
+    """Bytes a second from a tier to the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node is gone, with all that ran on it."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """Somebody wants an answer."""
+
+    facts: RequestFacts
+
+
+@dataclass(frozen=True, slots=True)
+class RequestGone:
+    """Whoever waited for it left, before it was sent to a replica or after."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstByte:
+    """Its answer has begun."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """It was answered, well or not; nothing more will be sent."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """Its replica failed before a byte of the answer went out: it may be sent to another one."""
+
+    request: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """It answers. ``sample``: what its start took, if that is known."""
+
+    replica: str
+    sample: StartSample | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaEnded:
+    """Its engine is gone, or was never there. ``is_fault``: nobody had asked for its end."""
+
+    replica: str
+    reason: str = ""
+    is_fault: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """An operator wants a replica, or all of a node, to end without harm to a request."""
+
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed: deadlines, keep-alives and back-offs may be over."""
+
+
+Event = (
+    ModelDeployed
+    | ModelDeleted
+    | NodeJoined
+    | NodeReported
+    | NodeLost
+    | RequestArrived
+    | RequestGone
+    | FirstByte
+    | RequestEnded
+    | RequestFailed
+    | ReplicaReady
+    | ReplicaEnded
+    | DrainAsked
+    | Ticked
+)
+
+# ----------------------------------------------------------------------------------------------------------- actions
+
+
+class Refusal(Enum):
+    """Why a request is not served, for whoever turns it into a status."""
+
+    UNKNOWN_MODEL = "unknown model"
+    QUEUE_FULL = "queue full"
+    TOO_LATE = "no capacity in time"
+    NO_START = "its engine does not start"
+    DELETED = "the model was deleted"
+    ENGINE_FAILED = "its engine failed"
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplica:
+    """Start an engine. Its slots are free, as far as is known; ``ReplicaEnded`` says if it can't be had."""
+
+    replica: str
+    model: str
+    generation: int
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopReplica:
+    """End an engine; no request runs on it."""
+
+    replica: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send a request to a replica."""
+
+    request: str
+    replica: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class RejectRequest:
+    """Tell whoever waits that there will be no answer."""
+
+    request: str
+    why: Refusal
+    reason: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchModel:
+    """Have a node read a model's checkpoint into memory: a request for it is likely soon."""
+
+    model: str
+    node: str
+
+
+Action = StartReplica | StopReplica | Dispatch | RejectRequest | PrefetchModel

@@ -1,0 +1,105 @@
+"""Models, requests, tiers, and samples of what starts took, as the core knows them. Pure, frozen records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+
+class Tier(IntEnum):
+    """Where a model's weights are on a node, the fastest first."""
+
+    HOST = 0
+    """In the store's memory."""
+    DISK = 1
+    REMOTE = 2
+    """Not on the node as a checkpoint: fetched, or read the stock way and converted."""
+
+
+class Term(Enum):
+    """A part of the time from a decision to a first token. All are seconds."""
+
+    QUEUE = "queue"
+    """Waiting: for other loads on the node, for slots to come free, for a start under way, for room."""
+    PROCESS = "process"
+    """Process, imports and workers; warm or cold."""
+    INIT = "init"
+    """Module, KV cache, compile, graphs, warm-up, port."""
+    WEIGHTS = "weights"
+    PREFILL = "prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model as it was deployed. ``generation`` grows when anything changes that its engines must be started with.
+
+    ``keep_alive_s``: how long an idle replica stays; None: as long as that is worth its memory. ``target_ongoing``:
+    requests a replica should have at once; more start another one. ``ongoing_max``: more are never sent to one.
+    """
+
+    name: str
+    generation: int = 0
+    accelerators: int = 1
+    min_replicas: int = 0
+    max_replicas: int = 1
+    keep_alive_s: float | None = None
+    target_ongoing: int = 8
+    ongoing_max: int = 64
+    priority: int = 0
+    """Higher goes first."""
+    queue_max: int = 256
+    queue_s_max: float = 120.0
+    nbytes: int = 0
+    """Of its weights, as far as that is known; 0 if it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """A request as it arrived. ``prefix``: equal for requests that begin alike; empty if that is not known."""
+
+    id: str
+    model: str
+    priority: int = 0
+    """Added to its model's."""
+    prompt_tokens: int = 0
+    """A guess is enough."""
+    prefix: str = ""
+    deadline_s: float | None = None
+    """When waiting makes no sense any more, by the clock of the events; None: the model's ``queue_s_max``."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartSample:
+    """What one start took, by its engine's own report."""
+
+    model: str
+    node: str
+    is_warm: bool
+    tier: Tier
+    nbytes: int
+    process_s: float
+    init_s: float
+    weights_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSample:
+    """What a first token took on an engine that was ready and had room."""
+
+    model: str
+    node: str
+    prompt_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds by term, in the order of ``Term``."""
+
+    terms: Mapping[Term, float] = field(default_factory=dict)
+
+    @property
+    def total_s(self) -> float:
+        """All of them."""
+        return sum(self.terms.values())
