@@ -24,6 +24,8 @@ START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
 LOG_LINES_SHOWN = 30
+MODEL_NAME = "demo"
+"""What the model is called in requests."""
 LOADING_MARK = "Starting to load model"
 """What vLLM's model runners log before they load."""
 
@@ -68,6 +70,7 @@ class VllmServer:
         environment: added to this process's own.
         log: file that gets its output.
         command: starts vLLM's command line; by itself ``vllm``.
+        without: variables that it must not have, though every server here gets them.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class VllmServer:
         environment: Mapping[str, str],
         log: Path,
         command: Sequence[str] = (),
+        without: Sequence[str] = (),
     ) -> None:
         self.log = log
         self._port = free_port()
@@ -90,8 +94,9 @@ class VllmServer:
             "--port",
             str(self._port),
         ]
-        self._command += ["--served-model-name", "demo", *arguments]
-        self._environment = child_environment(**_ENVIRONMENT, **environment)
+        self._command += ["--served-model-name", MODEL_NAME, *arguments]
+        whole = child_environment(**_ENVIRONMENT, **environment)
+        self._environment = {name: value for name, value in whole.items() if name not in without}
         self._process: subprocess.Popen[bytes] | None = None
         self.start_s = 0.0
         """When it was started (``time.monotonic``)."""
@@ -120,6 +125,25 @@ class VllmServer:
             _signal(process.pid, signal.SIGKILL)
         process.wait()
 
+    @property
+    def port(self) -> int:
+        """Where it listens, or will."""
+        return self._port
+
+    @property
+    def pid(self) -> int:
+        """Its first process, which leads a session."""
+        assert self._process is not None
+        return self._process.pid
+
+    def check_alive(self) -> None:
+        """Make sure that it has not ended.
+
+        Raises:
+            ServerFailed: it has.
+        """
+        self._check_alive(0)
+
     def wait_loading(self) -> None:
         """Return when it is about to load the model, or has done so.
 
@@ -142,20 +166,11 @@ class VllmServer:
         Raises:
             ServerFailed: it refused, broke off, or took longer than ``REQUEST_TIMEOUT_S``.
         """
-        body = json.dumps({"model": "demo", "stream": True, "return_token_ids": True, **question})
-        prompt: list[int] = []
-        tokens: list[int] = []
-        first_token_s = 0.0
         try:
-            for choice in _choices(self._request("POST", "/v1/completions", body, timeout_s=REQUEST_TIMEOUT_S)):
-                prompt += choice.get("prompt_token_ids") or []
-                tokens += choice.get("token_ids") or []
-                if tokens and not first_token_s:
-                    first_token_s = time.monotonic()
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            return stream_completion(self._port, question)
+        except ServerFailed:
             self._check_alive(0)
-            raise ServerFailed(f"a completion failed: {error}") from None
-        return Completion(tuple(prompt), tuple(tokens), first_token_s)
+            raise
 
     def log_tail(self) -> str:
         """The last lines it said."""
@@ -170,15 +185,8 @@ class VllmServer:
 
     def _is_healthy(self) -> bool:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return self._request("GET", "/health", timeout_s=5.0).status == http.client.OK
+            return _request(self._port, "/health", timeout_s=5.0).status == http.client.OK
         return False
-
-    def _request(
-        self, method: str, path: str, body: str | None = None, *, timeout_s: float
-    ) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(HOST, self._port, timeout=timeout_s)
-        connection.request(method, path, body, {"Content-Type": "application/json"})
-        return connection.getresponse()
 
     def _check_alive(self, patience_s: float) -> None:
         """Wait at most so long for the process to end; it should not."""
@@ -186,6 +194,39 @@ class VllmServer:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(timeout=patience_s)
             raise ServerFailed(f"it ended with status {code}")
+
+
+def stream_completion(port: int, question: Mapping[str, Any], *, api_key: str = "") -> Completion:
+    """Ask whatever vLLM listens on a port of this machine for one completion, streamed, with token ids.
+
+    Raises:
+        ServerFailed: it refused, broke off, or took longer than ``REQUEST_TIMEOUT_S``.
+    """
+    body = json.dumps({"model": MODEL_NAME, "stream": True, "return_token_ids": True, **question})
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    prompt: list[int] = []
+    tokens: list[int] = []
+    first_token_s = 0.0
+    try:
+        response = _request(port, "/v1/completions", body, headers=headers, timeout_s=REQUEST_TIMEOUT_S)
+        for choice in _choices(response):
+            prompt += choice.get("prompt_token_ids") or []
+            tokens += choice.get("token_ids") or []
+            if tokens and not first_token_s:
+                first_token_s = time.monotonic()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ServerFailed(f"a completion failed: {error}") from None
+    return Completion(tuple(prompt), tuple(tokens), first_token_s)
+
+
+def _request(
+    port: int, path: str, body: str | None = None, *, headers: Mapping[str, str] | None = None, timeout_s: float
+) -> http.client.HTTPResponse:
+    """A GET, or a POST if there is a body."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=timeout_s)
+    method = "GET" if body is None else "POST"
+    connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
+    return connection.getresponse()
 
 
 def _choices(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

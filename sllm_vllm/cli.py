@@ -1,5 +1,5 @@
 """The command ``sllm-vllm``: arguments in, tables and exit codes out. The store's commands are in
-``cli_store`` and ``cli_transfer``; work is done in ``checkpoint``, ``loader`` and ``store``.
+``cli_store`` and ``cli_transfer``, engines' in ``cli_node`` and ``cli_engines``; work is done in the packages.
 
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted. Everything but typer is
 imported inside the commands, so that ``--help`` comes at once.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from sllm_vllm.cli_node import add_engine_commands, node_app
 from sllm_vllm.cli_output import print_table, progress_bar, shown
 from sllm_vllm.cli_store import Json, StoreDir, store_app, store_root, with_options
 from sllm_vllm.cli_transfer import add_transfer_commands
@@ -35,12 +36,14 @@ _LARGEST_SHOWN = 10
 
 app = typer.Typer(
     name="sllm-vllm",
-    help="Checkpoints for `vllm serve --load-format sllm`.",
+    help="Serverless LLM inference on stock vLLM: engines that start in a second, checkpoints, the store.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app)
+app.add_typer(node_app)
+add_engine_commands(app)
 add_transfer_commands(app)
 
 CheckpointPath = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint's directory, or name in the store.")]

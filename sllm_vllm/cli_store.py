@@ -11,26 +11,28 @@ import inspect
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-from sllm_vllm.cli_output import print_table
+from sllm_vllm.cli_output import age, or_dash, print_section, print_table, short, wrong_usage
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from sllm_vllm.config import StoreConfig
     from sllm_vllm.store.calibrate import Figure
 
 T = TypeVar("T")
+Config = TypeVar("Config", bound="BaseModel")
 
 PREFETCH_S_MAX = 24 * 3600.0
 """Longest that ``prefetch --wait`` waits."""
 _CONFIG_NBYTES_MAX = 1 << 20
 _NAME_MAX = 4096
-_NAME_SHOWN = 36
 
 store_app = typer.Typer(
     name="store", help="The daemon that keeps checkpoints in this machine's memory.", no_args_is_help=True
@@ -109,11 +111,11 @@ def serve(options: ServeOptions) -> None:
     config = _store_config(options)
     from sllm_vllm.store.daemon import serve as serve_store
 
-    _log_to_stderr()
+    log_to_stderr()
     raise typer.Exit(serve_store(config))
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Show this package's lines as vLLM would; part of them go through its logger."""
     import logging
 
@@ -124,46 +126,48 @@ def _log_to_stderr() -> None:
 
 def _store_config(options: ServeOptions) -> StoreConfig:
     """The daemon's settings: the file's, overridden by the options."""
-    from pydantic import ValidationError
-
     from sllm_vllm.config import StoreConfig
-    from sllm_vllm.units import parse_nbytes
 
     given = {_FIELD_OF.get(name, name): value for name, value in vars(options).items() if name != "config"}
-    values = _read_config(options.config) if options.config is not None else {}
+    config = validated(StoreConfig, options.config, given)
+    if config.num_slots == 0:
+        wrong_usage(f"memory_bytes: {config.memory_bytes} has no room for a slot of {config.slot_bytes}")
+    socket = config.socket.expanduser().absolute() if config.socket is not None else None
+    return config.model_copy(update={"store_dir": store_root(config.store_dir), "socket": socket})
+
+
+def validated(kind: type[Config], file: Path | None, given: Mapping[str, object]) -> Config:
+    """A daemon's settings: the file's, overridden by those options that are given. Sizes may be text."""
+    from pydantic import ValidationError
+
+    from sllm_vllm.units import parse_nbytes
+
+    values = read_config(file) if file is not None else {}
     values |= {field: value for field, value in given.items() if value not in (None, [])}
     try:
         for field, value in values.items():
             if field.endswith("_bytes") and isinstance(value, str):
                 values[field] = parse_nbytes(value)
-        config = StoreConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        _wrong_usage(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        wrong_usage(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
     except (ValueError, OverflowError) as error:
-        _wrong_usage(str(error))
-    if config.num_slots == 0:
-        _wrong_usage(f"memory_bytes: {config.memory_bytes} has no room for a slot of {config.slot_bytes}")
-    socket = config.socket.expanduser().absolute() if config.socket is not None else None
-    return config.model_copy(update={"store_dir": store_root(config.store_dir), "socket": socket})
+        wrong_usage(str(error))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file of settings."""
     try:
         with path.expanduser().open("rb") as file:
             values = json.loads(file.read(_CONFIG_NBYTES_MAX))
     except OSError as error:
-        _wrong_usage(f"{path}: {error.strerror}")
+        wrong_usage(f"{path}: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        _wrong_usage(f"{path}: no valid JSON ({error})")
+        wrong_usage(f"{path}: no valid JSON ({error})")
     if not isinstance(values, dict):
-        _wrong_usage(f"{path}: it must hold a JSON object")
+        wrong_usage(f"{path}: it must hold a JSON object")
     return values
-
-
-def _wrong_usage(line: str) -> NoReturn:
-    typer.echo(f"sllm-vllm: {' '.join(line.split())}", err=True)
-    raise typer.Exit(2)
 
 
 def _socket_path(store_dir: Path | None, socket: Path | None) -> Path:
@@ -181,7 +185,7 @@ def _order(socket: Path, order: OrderName, name: str | None = None, *, wait: boo
     from sllm_vllm.store.protocol import Order
 
     if name is not None and not (1 <= len(name) <= _NAME_MAX and name.isprintable()):
-        _wrong_usage(f"NAME: it must have 1 to {_NAME_MAX} printable characters")
+        wrong_usage(f"NAME: it must have 1 to {_NAME_MAX} printable characters")
     with StoreClient(socket) as client:
         message = Order(order=order, checkpoint=name, wait=wait)
         return client.order(message, timeout_s=PREFETCH_S_MAX if wait else None)
@@ -240,20 +244,12 @@ def status(store_dir: StoreDir = None, socket: Socket = None, as_json: Json = Fa
         typer.echo(json.dumps(facts, indent=2))
         return
     _print_summary(facts)
-    _print_section("pool", [_pool_row(facts["pool"])])
-    _print_section("tiers", [_tier_row(tier, entry) for tier, entry in facts["tiers"].items()])
-    _print_section("checkpoints", [_checkpoint_row(entry) for entry in facts["checkpoints"]])
-    _print_section("leases", [_lease_row(entry) for entry in facts["leases"]])
-    _print_section("hops", [_hop_row(hop, entry) for hop, entry in facts["hops"].items()])
-    _print_section("jobs", [{"kind": kind, **counts} for kind, counts in facts["jobs"].items()])
-
-
-def _print_section(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    typer.echo("")
-    if rows:
-        print_table(title, rows)
-    else:
-        typer.echo(f"no {title}")
+    print_section("pool", [_pool_row(facts["pool"])])
+    print_section("tiers", [_tier_row(tier, entry) for tier, entry in facts["tiers"].items()])
+    print_section("checkpoints", [_checkpoint_row(entry) for entry in facts["checkpoints"]])
+    print_section("leases", [_lease_row(entry) for entry in facts["leases"]])
+    print_section("hops", [_hop_row(hop, entry) for hop, entry in facts["hops"].items()])
+    print_section("jobs", [{"kind": kind, **counts} for kind, counts in facts["jobs"].items()])
 
 
 def _print_summary(facts: dict[str, Any]) -> None:
@@ -261,7 +257,7 @@ def _print_summary(facts: dict[str, Any]) -> None:
 
     rate = "-" if facts["hit_rate"] is None else f"{facts['hit_rate']:.0%}"
     spans = f"{facts['hits']} of {facts['hits'] + facts['misses']} spans were in memory ({rate})"
-    typer.echo(f"store {facts['version']}  pid {facts['pid']}  up {_age(facts['uptime_s'])}  policy {facts['policy']}")
+    typer.echo(f"store {facts['version']}  pid {facts['pid']}  up {age(facts['uptime_s'])}  policy {facts['policy']}")
     typer.echo(f"socket {facts['socket']}")
     typer.echo(f"{spans}, {facts['evictions']} evictions, {facts['reads_failed']} failed reads")
     typer.echo(f"{facts['clients']} clients, {format_nbytes(facts['nbytes_in_flight'])} in flight")
@@ -281,7 +277,7 @@ def _tier_row(tier: str, entry: Mapping[str, Any]) -> dict[str, object]:
 
     return {
         "tier": tier,
-        "checkpoints": _or_dash(entry.get("checkpoints")),
+        "checkpoints": or_dash(entry.get("checkpoints")),
         "holds": shown("nbytes", entry.get("nbytes")),
         "of": shown("nbytes", entry.get("capacity_nbytes")),
         "where": " ".join(entry.get("urls", ())),
@@ -292,21 +288,21 @@ def _checkpoint_row(entry: Mapping[str, Any]) -> dict[str, object]:
     from sllm_vllm.units import format_nbytes
 
     return {
-        "name": _short(entry["name"]),
+        "name": short(entry["name"]),
         "rank": entry["rank"],
         "size": format_nbytes(entry["nbytes"]),
         "memory": f"{entry['resident_nbytes'] / entry['nbytes']:.0%}" if entry["nbytes"] else "-",
         "tiers": " ".join(entry["tiers"]),
         "pin": "yes" if entry["pinned"] else "",
         "uses": entry["uses"],
-        "used": "-" if entry["last_used_s"] is None else _age(entry["last_used_s"]),
+        "used": "-" if entry["last_used_s"] is None else age(entry["last_used_s"]),
     }
 
 
 def _lease_row(entry: Mapping[str, Any]) -> dict[str, object]:
     counts = {key: entry[key] for key in ("wanted", "given", "kept")}
-    name = {"lease": entry["token"], "name": _short(entry["name"]), "rank": entry["rank"], "pid": entry["pid"]}
-    return {**name, "as": "map" if entry["hold"] else "copy", **counts, "age": _age(entry["age_s"])}
+    name = {"lease": entry["token"], "name": short(entry["name"]), "rank": entry["rank"], "pid": entry["pid"]}
+    return {**name, "as": "map" if entry["hold"] else "copy", **counts, "age": age(entry["age_s"])}
 
 
 def _hop_row(hop: str, entry: Mapping[str, Any]) -> dict[str, object]:
@@ -314,22 +310,6 @@ def _hop_row(hop: str, entry: Mapping[str, Any]) -> dict[str, object]:
 
     rates = {"rate": format_bps(entry["bps"]), "limit": format_bps(entry["limit_bps"])}
     return {"hop": hop, "bytes": format_nbytes(entry["nbytes"]), "busy": f"{entry['seconds']:.1f} s", **rates}
-
-
-def _or_dash(value: object) -> object:
-    return "-" if value is None else value
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for figures; its end, which tells checkpoints of one model apart, stays."""
-    return name if len(name) <= _NAME_SHOWN else f"{name[: _NAME_SHOWN - 22]}…{name[-21:]}"
-
-
-def _age(seconds: float) -> str:
-    """A time for a person: ``3.5 s``, ``12 min``, ``5.0 h``."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @store_app.command()

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import re
 import secrets
 import time
 from collections import deque
@@ -40,14 +39,14 @@ from sllm_vllm.node.core.events import (
     TerminateEngine,
     Ticked,
 )
-from sllm_vllm.node.core.launch import Place, num_slots_of, option_value
+from sllm_vllm.node.core.launch import UNREACHABLE_OPTIONS, Place, has_option, num_slots_of, option_value
 from sllm_vllm.node.core.replica import ENDED, WELL_ONCE, ReplicaRow, State
 from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.logs import BoundedLog, read_log, remove_log, remove_old_logs
 from sllm_vllm.node.orphans import DeathWatch, Record, sweep
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import EngineTiming, NodeReport, ReplicaOrder, ReplicaReport, SlotReport
-from sllm_vllm.node.replica_record import ReplicaRecord
+from sllm_vllm.node.replica_record import ReplicaRecord, new_id
 from sllm_vllm.node.residency import prefetch_checkpoint, read_residency
 from sllm_vllm.node.sessions import reap_adopted
 from sllm_vllm.node.starter import open_starter
@@ -59,7 +58,6 @@ _TICK_S = 1.0
 _WATCH_S = 0.1
 _CLOSE_MARGIN_S = 10.0
 _KEY_NBYTES = 24
-_SLUG_MAX = 40
 _SESSIONS_MAX = 1024
 _SETTLED = {state.value for state in (State.WAITING, *WELL_ONCE)}
 _OVER = {state.value for state in ENDED}
@@ -113,14 +111,12 @@ class NodeAgent:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for pid in await asyncio.to_thread(sweep, config.record_path):
             logger.warning("event=orphan_killed pid=%d", pid)
+        starter = self._starter = await open_starter(config)
         self._death_watch.start()
-        self._starter = await open_starter(config)
-        self._core = AgentCore(self._starter.num_slots, _limits_of(config))
+        self._core = AgentCore(starter.num_slots, _limits_of(config))
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True, limit=0))
         self._in_background(self._tick())
-        logger.info(
-            "event=agent_started platform=%s slots=%d", self._starter.hardware.platform, self._starter.num_slots
-        )
+        logger.info("event=agent_started platform=%s slots=%d", starter.hardware.platform, starter.num_slots)
 
     async def close(self) -> None:
         """End all engines, then the warm parent."""
@@ -137,6 +133,7 @@ class NodeAgent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._starter.close()
+        reap_adopted({*self._sessions, *self._starter.parents})
         await self._session.close()
         self._death_watch.close()
         logger.info("event=agent_stopped")
@@ -147,7 +144,7 @@ class NodeAgent:
         Raises:
             OrderRefused: no slot is free, the port is taken, another replica has or had this id.
         """
-        replica_id = order.id or self._new_id(order.model)
+        replica_id = order.id or new_id(order.model, self._records)
         if self._is_closing:
             raise OrderRefused(order.model, "the agent is stopping", "order again when it is back")
         if replica_id not in self._records:
@@ -161,8 +158,9 @@ class NodeAgent:
         )
         refusals = self._happened(ReplicaOrdered(spec, order.waits))
         if refusals:
-            mend = "stop a replica, or wait for one (`run --wait`)" if "slots" in refusals[0].reason else "order anew"
-            raise OrderRefused(order.model, refusals[0].reason, mend)
+            reason = refusals[0].reason
+            mend = "stop a replica, or wait for one (`run --wait`)" if "slots wanted" in reason else "order otherwise"
+            raise OrderRefused(order.model, reason, mend)
         return self.replica(replica_id)
 
     async def wait_warm(self, timeout_s: float) -> bool:
@@ -302,6 +300,7 @@ class NodeAgent:
         except (OSError, ValueError) as error:  # ValueError: a word that can't be given to a process
             if record.engine is not None:
                 record.engine.pipe.close()
+                self._starter.tidy(record.engine)
             record.reservation.close()
             self._happened(EngineNotStarted(spec.id, f"no process: {getattr(error, 'strerror', None) or error}"))
             return
@@ -313,6 +312,7 @@ class NodeAgent:
         finally:
             process.kill()
             record.reservation.close()
+            self._starter.tidy(engine)
         self._orphans.remove(process.pid)
         self._happened(EngineExited(spec.id, status))
 
@@ -332,25 +332,27 @@ class NodeAgent:
         engine = record.engine
         if told.state == State.READY.value and engine is not None and not record.was_ready:
             record.was_ready = True
-            self._timings.append(
-                EngineTiming(
-                    replica=told.replica, model=record.order.model, ended_unix_s=time.time(), start=engine.report()
-                )
-            )
+            model, now_s, start = record.order.model, time.time(), engine.report()
+            self._timings.append(EngineTiming(replica=told.replica, model=model, ended_unix_s=now_s, start=start))
         if told.state in _OVER:
             record.reservation.close()
         record.notify()
 
     def _admit(self, replica_id: str, order: ReplicaOrder) -> None:
         """Make the record of a new order; its port is its own from now on."""
+        for name in UNREACHABLE_OPTIONS:
+            if has_option(order.arguments, name):
+                raise OrderRefused(order.model, f"{name}: an engine listens on a port of the loopback", "leave it out")
         try:
             reservation = self._ports.reserve(order.port)
         except OSError as error:
             problem = f"port {order.port} can't be had ({error.strerror})"
             raise OrderRefused(order.model, problem, "give another --port, or none") from None
-        own = secrets.token_urlsafe(_KEY_NBYTES)
-        key = option_value(order.arguments, "--api-key") or own
-        self._records[replica_id] = ReplicaRecord(order, key, reservation, self._log_path(replica_id))
+        key = option_value(order.arguments, "--api-key") or secrets.token_urlsafe(_KEY_NBYTES)
+        log = self._log_path(replica_id)
+        with contextlib.suppress(OSError):
+            log.touch(0o600)  # so that it can be followed before there is a process
+        self._records[replica_id] = ReplicaRecord(order, key, reservation, log)
 
     def _forget(self, replica_id: str) -> None:
         """Drop the record, and the log, of one that the core does not know (any more)."""
@@ -375,13 +377,6 @@ class NodeAgent:
 
     def _log_path(self, replica_id: str) -> Path:
         return self.config.log_dir / f"{replica_id}.log"
-
-    def _new_id(self, model: str) -> str:
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-._")[:_SLUG_MAX]
-        while True:
-            replica_id = f"{slug or 'model'}-{secrets.token_hex(2)}"
-            if replica_id not in self._records:
-                return replica_id
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

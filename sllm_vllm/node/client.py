@@ -13,7 +13,7 @@ import select
 import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode
@@ -117,7 +117,7 @@ class NodeClient:
             with self._death_told():
                 self._checked(self._sent(connection, "POST", "/v1/stop"))
             if wait_s is not None and not self._is_gone(process, wait_s):
-                raise NodeError(self.socket_path, f"the agent still runs after {wait_s:.0f} s", MEND_DIED)
+                raise NodeError(self.socket_path, f"the agent still runs after {wait_s:g} s", MEND_DIED)
 
     def _is_gone(self, process: int, wait_s: float) -> bool:
         if process >= 0:
@@ -195,6 +195,8 @@ class NodeClient:
         data = response.read(REPLY_NBYTES_MAX + 1)
         if len(data) > REPLY_NBYTES_MAX:
             raise self._odd("an answer that is too long")
+        if response.length:  # http.client takes a part for the whole
+            raise IncompleteRead(data, response.length)
         if 200 <= response.status < 300:
             return data
         try:

@@ -45,7 +45,7 @@ def main(agent: int, directory: str, cpus: str, *, command: list[str]) -> None:
         os.chdir(directory)
         os.execvp(command[0], command)
     except OSError as error:
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or command[0]}: {error.strerror}")
 
 
 if __name__ == "__main__":

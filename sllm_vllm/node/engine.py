@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import aiohttp
 
@@ -45,12 +46,15 @@ class Engine:
     ) -> None:
         self.replica = replica
         self.process: EngineProcess | None = None
+        self.scratch: Path | None = None
+        """Its temporary directory, if it has one of its own."""
         self.is_warm: bool | None = None
         self.cold_reason = ""
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._on_event = on_event
         self._on_change = on_change
         self._start_s = time.monotonic()
+        self._end_s: float | None = None
         self._phases = StartPhases()
         self._phase = self._phases.phase
         self._load: dict[str, str] = {}
@@ -76,6 +80,7 @@ class Engine:
         if not await end_session(self.process.pid, timeout_s=_SESSION_S):
             logger.warning("event=processes_left replica=%s session=%d", self.replica, self.process.pid)
         await self.drain()
+        self._end_s = time.monotonic()
         return status
 
     async def drain(self) -> None:
@@ -124,4 +129,4 @@ class Engine:
             self._on_change()
 
     def _at_s(self) -> float:
-        return time.monotonic() - self._start_s
+        return (self._end_s or time.monotonic()) - self._start_s

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from sllm_vllm.node.cold_start import command_of
+from sllm_vllm.node.sessions import kill_members
 
 
 class EngineProcess:
-    """A running process. Owned by the agent's loop; reaped when it ends, and whatever is left of its group with it.
+    """A running process. Owned by the agent's loop; reaped when it ends, and whatever is left of its session killed.
 
     Args:
         pid: a child of this process, which nobody else waits for.
@@ -22,7 +23,12 @@ class EngineProcess:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._loop = asyncio.get_running_loop()
-        self._fd = os.pidfd_open(pid)
+        try:
+            self._fd = os.pidfd_open(pid)
+        except OSError:  # no descriptor is left: nobody could ever watch it
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self._ended: asyncio.Future[int] = self._loop.create_future()
         self._loop.add_reader(self._fd, self._reap)
 
@@ -42,8 +48,8 @@ class EngineProcess:
     def kill(self) -> None:
         """End every process of the engine."""
         if not self._ended.done():
-            _kill_group(self.pid)
-            self._signal(signal.SIGKILL)  # before it became the leader of a group it has none
+            kill_members(self.pid)
+            self._signal(signal.SIGKILL)  # before it became the leader of a session it has none
 
     def _signal(self, number: signal.Signals) -> None:
         if not self._ended.done():
@@ -52,7 +58,7 @@ class EngineProcess:
 
     def _reap(self) -> None:
         self._loop.remove_reader(self._fd)
-        _kill_group(self.pid)  # while it is not reaped, nobody else can have its number
+        kill_members(self.pid)
         found = os.waitid(os.P_PIDFD, self._fd, os.WEXITED)
         os.close(self._fd)
         assert found is not None
@@ -85,8 +91,3 @@ def start_cold(
     ]
     pid = os.posix_spawn(sys.executable, words, dict(environment), file_actions=actions, setsid=True)
     return EngineProcess(pid)
-
-
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)

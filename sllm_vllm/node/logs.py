@@ -158,6 +158,8 @@ async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[],
         inode = -1
         while True:
             was_over = is_over()
+            if inode != -1:
+                await _wait_for_file(path)
             async with aiofiles.open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if inode == -1 and tail_nbytes is not None:
@@ -168,8 +170,28 @@ async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[],
                         yield data
                     elif was_over:
                         return
-                    elif (await aiofiles.os.stat(path)).st_ino != inode:
+                    elif await _inode_of(path) != inode:
+                        while data := await file.read(_READ_NBYTES):  # written since; from now on nothing is
+                            yield data
                         break
                     else:
                         was_over = is_over()
                         await asyncio.sleep(0 if was_over else _FOLLOW_S)
+
+
+async def _inode_of(path: Path) -> int:
+    """0 in the moment of its turn, when there is no such file."""
+    try:
+        return (await aiofiles.os.stat(path)).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+async def _wait_for_file(path: Path) -> None:
+    """Wait until a log that turns has its next file; not for ever, as it may have been removed."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_FOLLOW_S):
+            while True:
+                if await aiofiles.os.path.exists(path):
+                    return
+                await asyncio.sleep(0)

@@ -32,6 +32,10 @@ SWEEP_S_MAX = 2.0
 CLOSE_S_MAX = 2.0
 RECORD_NBYTES_MAX = 1 << 20
 _PAUSE_S = 0.01
+TRACKER = b"multiprocessing.resource_tracker"
+"""In the command line of Python's process that removes the shared memory of those that were killed. It is spared until
+they are gone: then it does its work, and ends by itself."""
+TRACKER_S_MAX = 1.0
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 StrPath = str | os.PathLike[str]
@@ -62,6 +66,15 @@ def all_processes() -> Iterator[Process]:
     for name in os.listdir("/proc"):
         if name.isdigit() and (process := find_process(int(name))) is not None:
             yield process
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether it is a resource tracker of Python's ``multiprocessing``."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return TRACKER in file.read(4096)
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return False
 
 
 class Record:
@@ -127,10 +140,12 @@ def sweep(path: StrPath, *, owner: str | None = None) -> list[int]:
     """
     leaders = _read(path, owner)
     killed: dict[Process, None] = {}
-    deadline = time.monotonic() + SWEEP_S_MAX
+    start_s = time.monotonic()
     while leaders and (found := _living(leaders)):
-        killed.update((process, None) for process in found if process not in killed and _kill(process))
-        if time.monotonic() > deadline:
+        passed_s = time.monotonic() - start_s
+        doomed = found if passed_s > TRACKER_S_MAX else [one for one in found if not is_tracker(one.pid)]
+        killed.update((process, None) for process in doomed if process not in killed and _kill(process))
+        if passed_s > SWEEP_S_MAX:
             break
         time.sleep(_PAUSE_S)
     return [process.pid for process in killed]

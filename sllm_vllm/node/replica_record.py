@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +16,16 @@ from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.engine_process import EngineProcess
 from sllm_vllm.node.ports import PortReservation
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
+
+_SLUG_MAX = 40
+
+
+def new_id(model: str, taken: Container[str]) -> str:
+    """An id for a replica of a model: the model's last word and a few random digits."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-._")[:_SLUG_MAX]
+    while (replica_id := f"{slug or 'model'}-{secrets.token_hex(2)}") in taken:
+        pass
+    return replica_id
 
 
 @dataclass(slots=True)

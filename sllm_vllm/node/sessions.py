@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Collection
 
-from sllm_vllm.node.orphans import all_processes
+from sllm_vllm.node.orphans import TRACKER_S_MAX, all_processes, is_tracker
 
 _POLL_S = 0.01
 
@@ -18,20 +18,28 @@ def living_members(session: int) -> list[int]:
     return [process.pid for process in all_processes() if process.session == session and not process.is_ended]
 
 
-async def end_session(session: int, *, timeout_s: float) -> bool:
-    """Kill every process of a session, and return when none runs any more; False if some do in spite of it.
+def kill_members(session: int, *, also_trackers: bool = False) -> list[int]:
+    """Kill the processes of a session (SIGKILL), but, unless said otherwise, those that tidy up after the others.
 
-    As long as there is one, nobody else can get the session's number.
+    As long as there is one, nobody else can get the session's number. Returns those that still ran.
     """
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            while members := living_members(session):
-                for pid in members:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                await asyncio.sleep(_POLL_S)
-            return True
-    return False
+    members = living_members(session)
+    for pid in members:
+        if also_trackers or not is_tracker(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return members
+
+
+async def end_session(session: int, *, timeout_s: float) -> bool:
+    """Kill every process of a session, and return when none runs any more; False if some do in spite of it."""
+    loop = asyncio.get_running_loop()
+    start_s = loop.time()
+    while kill_members(session, also_trackers=loop.time() - start_s > TRACKER_S_MAX):
+        if loop.time() - start_s > timeout_s:
+            return False
+        await asyncio.sleep(_POLL_S)
+    return True
 
 
 def reap_adopted(sessions: Collection[int]) -> int:

@@ -24,6 +24,7 @@ from sllm_vllm.node.hardware import detect_hardware
 from sllm_vllm.node.memory import pss_nbytes
 from sllm_vllm.node.protocol import WarmReport
 from sllm_vllm.node.residency import hint_store
+from sllm_vllm.node.scratch import Scratch
 from sllm_vllm.node.warm_order import WarmOrder
 from sllm_vllm.node.warm_pool import NotWarm, WarmPool
 
@@ -40,10 +41,12 @@ class EngineStarter:
         self.num_slots = policy.num_slots
         self._config = config
         self._policy = policy
+        self._scratch = Scratch(config.node_dir)
+        self._scratch.clear()
         self._hints: set[asyncio.Task[None]] = set()
         self._pool: WarmPool | None = None
         if config.warm and config.engine_command is None:
-            log = config.log_dir / "warm-parent.log"
+            log = config.node_dir / "warm-parent.log"  # among the engines' it could be one's of this id
             self._pool = WarmPool(_warm_environment(policy, hardware), log, forks_max=config.forks_max)
 
     @property
@@ -58,6 +61,9 @@ class EngineStarter:
             OSError: there is no process to be had.
         """
         launch = plan_launch(spec, place, hardware=self.hardware, policy=self._policy)
+        if "TMPDIR" not in dict(spec.environment):
+            engine.scratch = self._scratch.make()
+            launch.environment["TMPDIR"] = str(engine.scratch)
         self._hint(launch)
         try:
             process, reason = await self._fork(launch, engine.pipe.writer, directory), ""
@@ -82,6 +88,11 @@ class EngineStarter:
         return WarmReport(
             pid=pid, problem=pool.problem, num_forks=pool.num_forks, import_s=pool.import_s, pss_nbytes=pss
         )
+
+    def tidy(self, engine: Engine) -> None:
+        """An engine is gone: remove what it left."""
+        if engine.scratch is not None:
+            self._scratch.remove(engine.scratch)
 
     def describe_slot(self, slot: int) -> str:
         """A slot in words."""

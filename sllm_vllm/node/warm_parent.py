@@ -23,7 +23,9 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import time
+from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
 from sllm_vllm.config import replace_environment
@@ -202,9 +204,11 @@ def _become_engine(order: WarmOrder, fds: list[int], agent: int, *, parser: Any)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.register_at_fork(after_in_child=_at_fork)
         replace_environment(order.environment)
+        tempfile.tempdir = None  # what was found while importing is not this engine's
         os.chdir(order.directory)
         os.sched_setaffinity(0, order.cpus or os.sched_getaffinity(0))
         _reseed(order)
+        resource_tracker.ensure_running()  # in this process, as where vLLM spawns: the others are killed with theirs
         _serve(order, parser)
         status = 0
     except SystemExit as error:

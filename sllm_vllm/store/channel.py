@@ -5,19 +5,18 @@ Imports nothing that costs time: the plugin uses it in every vLLM process, befor
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import socket
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 from sllm_vllm.errors import SllmError, StoreRefused, StoreUnavailable
+from sllm_vllm.unix_listener import is_trusted, open_channel, peer_of, short_address
+
+__all__ = ["MEND_UNAVAILABLE", "PROTOCOL_VERSION", "connect_to", "peer_of", "send_hint", "short_address"]
 
 PROTOCOL_VERSION = 1
 MEND_UNAVAILABLE = "start `sllm-vllm store serve`, or go on without it"
-_CREDENTIALS = struct.Struct("3i")
 
 
 def connect_to(path: Path, timeout_s: float) -> socket.socket:
@@ -26,37 +25,15 @@ def connect_to(path: Path, timeout_s: float) -> socket.socket:
     Raises:
         StoreUnavailable: nobody listens there. StoreRefused: another user does.
     """
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        channel.settimeout(timeout_s)
-        with short_address(path) as address:
-            channel.connect(address)
-        _, owner = peer_of(channel)
+        channel, _, owner = open_channel(path, timeout_s)
     except OSError as error:
-        channel.close()
         said = error.strerror or str(error)
         raise StoreUnavailable(path, f"no daemon of the store: {said}", MEND_UNAVAILABLE) from None
-    if owner not in (0, os.geteuid()):
+    if not is_trusted(owner):
         channel.close()
         raise StoreRefused(path, f"it belongs to user {owner}", "give a socket of your own")
     return channel
-
-
-@contextlib.contextmanager
-def short_address(path: Path) -> Iterator[str]:
-    """An address for a socket's path however long it is: an address holds 107 bytes, a path may have more."""
-    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{path.name}"
-    finally:
-        os.close(fd)
-
-
-def peer_of(channel: socket.socket) -> tuple[int, int]:
-    """Process and user id at the other end, as the kernel noted them at connect."""
-    raw = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _gid = _CREDENTIALS.unpack(raw)
-    return int(pid), int(uid)
 
 
 def send_hint(path: Path, model: str, tensor_parallel_size: int | None) -> bool:

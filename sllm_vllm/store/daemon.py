@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import logging
-import os
 import resource
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import ConfigError, StoreBusy, StoreError
 from sllm_vllm.store.calibrate import read_calibration
-from sllm_vllm.store.channel import short_address
 from sllm_vllm.store.orders import Orders
 from sllm_vllm.store.places import Places
 from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.server import Server
 from sllm_vllm.store.status import Status
 from sllm_vllm.store.store import Store
+from sllm_vllm.unix_listener import DaemonWords, listening, locked, make_private_directory
 
 if TYPE_CHECKING:
     from sllm_vllm.store.remote import Remote
@@ -34,6 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATUS_TIMEOUT_S = 10.0
+_WORDS = DaemonWords(
+    error=StoreError,
+    busy=StoreBusy,
+    busy_problem="another daemon of the store is running",
+    directory_mend="make the directory of checkpoints writable",
+    socket_mend="give another --socket",
+)
 
 
 def serve(config: StoreConfig) -> int:
@@ -46,7 +49,7 @@ def serve(config: StoreConfig) -> int:
     if config.num_slots == 0:
         raise ConfigError(f"memory_bytes {config.memory_bytes} holds no slot of {config.slot_bytes} bytes")
     _raise_file_limit()
-    with _private_directory(config), _listening(config.socket_path) as listener, _pool(config) as pool:
+    with _private_directory(config), listening(config.socket_path, _WORDS) as listener, _pool(config) as pool:
         asyncio.run(_Daemon(config, pool).run(listener))
     return 0
 
@@ -152,52 +155,14 @@ def _pool(config: StoreConfig) -> Pool:
 @contextlib.contextmanager
 def _private_directory(config: StoreConfig) -> Iterator[None]:
     """The daemon's own folder, mode 0700, locked for one daemon."""
+    make_private_directory(config.state_dir, _WORDS)
     try:
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        config.state_dir.chmod(0o700)
         config.socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         problem = f"it can't be made ({error.strerror})"
-        raise StoreError(config.state_dir, problem, "make the directory of checkpoints writable") from None
-    with _locked(config.state_dir / "lock", config.socket_path):
+        raise StoreError(config.state_dir, problem, _WORDS.directory_mend) from None
+    with locked(config.state_dir / "lock", config.socket_path, _WORDS):
         yield
-
-
-@contextlib.contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
-    """A socket that only this user can connect to. Its name goes when the daemon ends well."""
-    with _locked(path.with_name(path.name + ".lock"), path), contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
-        umask = os.umask(0o177)
-        try:
-            path.unlink(missing_ok=True)  # a killed daemon's; the lock says that it is nobody's now
-            with short_address(path) as address:
-                listener.bind(address)
-        except OSError as error:
-            raise StoreError(path, f"it can't be made ({error.strerror})", "give another --socket") from None
-        finally:
-            os.umask(umask)
-        listener.listen(socket.SOMAXCONN)
-        listener.setblocking(False)
-        stack.callback(path.unlink, missing_ok=True)
-        yield listener
-
-
-@contextlib.contextmanager
-def _locked(lock: Path, socket_path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends."""
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if error.errno != errno.EWOULDBLOCK:
-            raise
-        raise StoreBusy(socket_path, "another daemon of the store is running", "stop it first") from None
-    try:
-        yield
-    finally:
-        os.close(fd)
 
 
 def _raise_file_limit() -> None:

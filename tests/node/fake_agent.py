@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -255,6 +256,26 @@ class ServedAgent:
     def __exit__(self, *exc: object) -> None:
         self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join()
+
+
+def agent_command(node_dir: Path) -> list[str]:
+    """Runs a fake agent as a program."""
+    return [sys.executable, __file__, str(node_dir)]
+
+
+@contextlib.contextmanager
+def agent_process(node_dir: Path) -> Iterator[tuple[NodeClient, subprocess.Popen[bytes]]]:
+    """A fake agent in a process of its own, for the whole of `daemon.serve`."""
+    from tests.waiting import wait_until  # as a program, it does not find the tests
+
+    client = NodeClient(node_dir / "socket", timeout_s=20.0)
+    process = subprocess.Popen(agent_command(node_dir), stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: client.is_there() or process.poll() is not None, "the agent to answer")
+        yield client, process
+    finally:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sllm_vllm.node.client import NodeClient
 from sllm_vllm.node.launcher import LOG_NBYTES_MAX, start_in_background
 from sllm_vllm.node.protocol import ReplicaOrder
 from tests.node import fake_agent
-from tests.node.fake_agent import KEY, ServedAgent
+from tests.node.fake_agent import KEY, ServedAgent, agent_command, agent_process
 from tests.waiting import wait_until
 
 NOBODY = 65534
@@ -34,23 +34,6 @@ def served(tmp_path: Path) -> Iterator[ServedAgent]:
         yield served
 
 
-def agent_command(node_dir: Path) -> list[str]:
-    return [sys.executable, fake_agent.__file__, str(node_dir)]
-
-
-@contextlib.contextmanager
-def agent_process(node_dir: Path) -> Iterator[tuple[NodeClient, subprocess.Popen[bytes]]]:
-    """A fake agent in a process of its own, for the whole of `daemon.serve`."""
-    client = NodeClient(node_dir / "socket", timeout_s=20.0)
-    process = subprocess.Popen(agent_command(node_dir), stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: client.is_there() or process.poll() is not None, "the agent to answer")
-        yield client, process
-    finally:
-        process.kill()
-        process.wait()
-
-
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
@@ -58,7 +41,8 @@ def test_every_route(served: ServedAgent) -> None:
     client = served.client
     report = client.order(ReplicaOrder(model="m/ready", id="r-1"))
     assert (report.id, report.api_key) == ("r-1", KEY)
-    assert [seen.state for seen in client.watch("r") if seen.is_ready or client.stop_replica("r")][-1:] != []
+    assert next(report for report in client.watch("r") if report.is_ready).port == 40123
+    assert client.stop_replica("r").state == "stopping"
     assert client.replica("r-1").has_ended
     assert b"".join(client.logs("r-1")) == b"line 0\nline 1\nline 2\n"
     assert b"".join(client.logs("r-1", tail_nbytes=7, follow=True)) == b"line 2\n"

@@ -29,7 +29,8 @@ from sllm_vllm.node.cold_start import serve_command
 from sllm_vllm.node.engine_process import start_cold
 
 async def main():
-    print(start_cold([*serve_command(), "model"], child_environment(), os.open(os.devnull, os.O_WRONLY)).pid, flush=True)
+    null = os.open(os.devnull, os.O_WRONLY)
+    print(start_cold([*serve_command(), "model"], child_environment(), null).pid, flush=True)
     await asyncio.sleep(1000)
 
 asyncio.run(main())

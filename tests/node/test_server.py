@@ -31,7 +31,7 @@ from sllm_vllm.errors import (
 from sllm_vllm.node.protocol import REQUEST_NBYTES_MAX
 from sllm_vllm.node.server import CONNECTIONS_MAX
 from sllm_vllm.unix_listener import open_channel
-from tests.node.fake_agent import KEY, ServedAgent
+from tests.node.fake_agent import KEY, ServedAgent, agent_process
 from tests.waiting import wait_until
 
 NOBODY = 65534
@@ -279,19 +279,19 @@ def open_folder() -> Iterator[Path]:
 
 @as_root
 def test_another_user_is_turned_away_even_where_the_modes_are_open(open_folder: Path) -> None:
-    with ServedAgent(open_folder / "node") as served:
-        for path in (served.socket, served.socket.parent):
+    with agent_process(open_folder / "node") as (client, _):
+        for path in (client.socket_path, client.socket_path.parent):
             path.chmod(0o777)
         os.seteuid(NOBODY)
         try:
             channel = socket.socket(socket.AF_UNIX)
-            channel.connect(str(served.socket))
+            channel.connect(str(client.socket_path))
         finally:
             os.seteuid(0)
         with channel, contextlib.suppress(ConnectionError):
             channel.sendall(b"GET /v1/report HTTP/1.1\r\nHost: x\r\n\r\n")
             assert channel.recv(4096) == b""
-        assert ask(served, "GET", "/v1/report")[0] == 200
+        assert client.report().version == "1.2.3"
 
 
 def test_no_key_in_the_log(served: ServedAgent, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,8 @@ PARALLEL_OPTIONS = (
     ("--pipeline-parallel-size", "-pp"),
     ("--data-parallel-size", "-dp"),
 )
+UNREACHABLE_OPTIONS = ("--headless", "--ssl-certfile", "--ssl-keyfile", "--uds")
+"""With these nobody would answer where the agent asks for health."""
 COLD_VARIABLES = (
     "GLIBC_TUNABLES",
     "HF_",
@@ -131,6 +133,11 @@ def num_slots_of(arguments: Sequence[str]) -> int:
         if said is not None and said.isdecimal() and len(said) <= 4:
             product *= max(1, int(said))
     return product
+
+
+def has_option(arguments: Sequence[str], name: str) -> bool:
+    """Whether an option is there, with a value or without."""
+    return option_value(arguments, name) is not None
 
 
 def option_value(arguments: Sequence[str], *names: str) -> str | None:

@@ -1,0 +1,45 @@
+"""Random models of several architectures for the cold-start benchmark, made once and kept. See ``cached_model.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.bytecode import environment_of
+from benchmarks.cached_model import ensure_model
+from benchmarks.supervise import ROOT, Workspace
+from sllm_vllm.config import child_environment
+
+ARCHITECTURES = ("llama", "opt", "qwen2", "qwen3", "gemma3", "gpt2")
+"""Those of ``random_models.py`` that generate, which this does not import: it takes seconds."""
+
+
+def ensure_architecture(workspace: Workspace, architecture: str, size: str) -> Path:
+    """The directory of a model with seeded random weights, made if it is not there yet.
+
+    Raises:
+        CalledProcessError: it could not be made; ``output`` says why.
+    """
+    if architecture == "llama":
+        return ensure_model(workspace, size)
+    path = workspace.cache / f"{architecture}-{size}"
+    if path.exists():
+        return path
+    partial = workspace.run / path.name
+    command = [sys.executable, "-m", "benchmarks.random_models", str(partial)]
+    subprocess.run(
+        [*command, "--size", size, "--architecture", architecture],
+        cwd=ROOT,
+        env=child_environment(**environment_of(workspace)),
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    subprocess.run(["sync", "-f", str(partial)], check=True)
+    with contextlib.suppress(FileExistsError):  # another run was faster
+        os.rename(partial, path)
+    return path

@@ -1,0 +1,164 @@
+"""The commands ``sllm-vllm node …``: this machine's agent. Those about its engines are in ``cli_engines``.
+
+Exit codes are ``cli``'s; ``node serve`` ends with 3 where another agent has the directory. Everything but typer is
+imported inside the commands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sllm_vllm.cli_engines import NodeDir, add_engine_commands, client_of, node_root, replica_row
+from sllm_vllm.cli_output import age, print_section, short
+from sllm_vllm.cli_store import Json, StoreDir, log_to_stderr, store_root, validated, with_options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sllm_vllm.config import NodeConfig
+    from sllm_vllm.node.protocol import CheckpointReport, EngineTiming, NodeReport, SlotReport
+
+__all__ = ["add_engine_commands", "node_app"]
+
+node_app = typer.Typer(
+    name="node", help="The agent that runs engines on this machine's accelerators.", no_args_is_help=True
+)
+
+
+@dataclass(kw_only=True)
+class ServeOptions:
+    """What ``serve`` takes; the names are ``NodeConfig``'s but for units. None: as the file says, or the default."""
+
+    config: Annotated[Path | None, typer.Option(help="JSON file of these settings; options override it.")] = None
+    node_dir: NodeDir = None
+    store_dir: StoreDir = None
+    slots: Annotated[int | None, typer.Option(help="Places of engines. Default: one a GPU, or one a processor.")] = None
+    gpus: Annotated[
+        str | None, typer.Option(metavar="LIST", help="GPUs to use, as 0,1 or UUIDs. Default: all that are visible.")
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="On the CPU: memory for all engines. Default: 0.9 of what is free."),
+    ] = None
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="On the CPU: KV cache of a slot. Default: 1/8 of it, 1GiB at most."),
+    ] = None
+    warm: Annotated[
+        bool | None, typer.Option("--warm/--no-warm", help="Fork engines from a process that has imported vLLM.")
+    ] = None
+    start_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Longest that an engine may take to be ready. Default: 600.")
+    ] = None
+
+
+_FIELD_OF = {"memory": "memory_bytes", "kv_memory": "kv_bytes", "start_timeout": "start_s"}
+
+
+@node_app.command()
+@with_options(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Run the agent until it is told to stop: SIGTERM, SIGINT or `sllm-vllm node stop`. Its engines end with it."""
+    config = _node_config(options)
+    from sllm_vllm.errors import NodeBusy
+    from sllm_vllm.node.daemon import serve as serve_node
+    from sllm_vllm.node.launcher import BUSY_STATUS
+
+    log_to_stderr()
+    try:
+        status = serve_node(config)
+    except NodeBusy as error:
+        typer.echo(f"sllm-vllm: {error}", err=True)
+        status = BUSY_STATUS
+    raise typer.Exit(status)
+
+
+def _node_config(options: ServeOptions) -> NodeConfig:
+    """The agent's settings: the file's, overridden by the options."""
+    from sllm_vllm.config import NodeConfig
+
+    given: dict[str, Any] = {
+        _FIELD_OF.get(name, name): value for name, value in vars(options).items() if name != "config"
+    }
+    if options.gpus is not None:
+        given["gpus"] = [gpu.strip() for gpu in options.gpus.split(",") if gpu.strip()]
+    config = validated(NodeConfig, options.config, given)
+    socket = config.store_socket.expanduser().absolute() if config.store_socket is not None else None
+    places = {"node_dir": node_root(config.node_dir), "store_dir": store_root(config.store_dir), "store_socket": socket}
+    return config.model_copy(update=places)
+
+
+@node_app.command()
+def stop(
+    timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Longest to wait for its end.")] = 120.0,
+    node_dir: NodeDir = None,
+) -> None:
+    """End the agent and every engine of it. Returns when they are gone."""
+    client = client_of(node_dir)
+    living = sum(not replica.has_ended for replica in client.report().replicas)
+    client.stop(wait_s=timeout)
+    typer.echo(f"stopped: {client.socket_path.parent} ({living} {'engine' if living == 1 else 'engines'} ended)")
+
+
+@node_app.command()
+def status(
+    node_dir: NodeDir = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure the warm parent's memory, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the agent's slots, engines and checkpoints, and what the last starts took."""
+    client = client_of(node_dir)
+    report = client.report(with_memory=memory)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+        return
+    _print_summary(report, client.socket_path)
+    print_section("slots", [_slot_row(slot) for slot in report.slots])
+    print_section("replicas", [replica_row(replica) for replica in report.replicas if not replica.has_ended])
+    print_section("checkpoints", [_checkpoint_row(checkpoint) for checkpoint in report.checkpoints])
+    print_section("hops", [_hop_row(hop, rates) for hop, rates in report.hops.items()])
+    print_section("starts", [_timing_row(timing) for timing in report.timings])
+
+
+def _print_summary(report: NodeReport, socket: Path) -> None:
+    from sllm_vllm.units import format_nbytes
+
+    typer.echo(f"node {report.version}  pid {report.pid}  up {age(report.uptime_s)}  {report.platform}")
+    typer.echo(f"socket {socket}")
+    warm = report.warm
+    if warm.pid is None:
+        typer.echo(f"no warm parent: {warm.problem}")
+    else:
+        imports = "" if warm.import_s is None else f", imported in {warm.import_s:.1f} s"
+        size = "" if warm.pss_nbytes is None else f", {format_nbytes(warm.pss_nbytes)}"
+        typer.echo(f"warm parent pid {warm.pid}, {warm.num_forks} forks{imports}{size}")
+    typer.echo(f"no store: {report.store}" if report.store else "the store answers")
+
+
+def _slot_row(slot: SlotReport) -> dict[str, object]:
+    return {"slot": slot.slot, "what": slot.what, "replica": slot.replica or "-"}
+
+
+def _checkpoint_row(checkpoint: CheckpointReport) -> dict[str, object]:
+    from sllm_vllm.units import format_nbytes
+
+    share = f"{checkpoint.resident_nbytes / checkpoint.nbytes:.0%}" if checkpoint.nbytes else "-"
+    name, size = short(checkpoint.name), format_nbytes(checkpoint.nbytes)
+    return {"name": name, "size": size, "memory": share, "tiers": " ".join(checkpoint.tiers)}
+
+
+def _hop_row(hop: str, rates: Mapping[str, Any]) -> dict[str, object]:
+    from sllm_vllm.units import format_bps
+
+    return {"hop": hop, "rate": format_bps(rates.get("bps")), "limit": format_bps(rates.get("limit_bps"))}
+
+
+def _timing_row(timing: EngineTiming) -> dict[str, object]:
+    start = timing.start
+    phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in start.seconds.items() if seconds >= 0.005)
+    kind = {True: "warm", False: "cold", None: "-"}[start.is_warm]
+    return {"replica": timing.replica, "total": f"{start.total_s:.2f} s", "": kind, "seconds by phase": phases}

@@ -1,0 +1,57 @@
+"""A temporary directory for each engine, gone with it: vLLM leaves its sockets and rendezvous files behind.
+
+Only this user can look into it, unlike the system's, where vLLM would put them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+
+class Scratch:
+    """The directories of one agent's engines. Their paths are short: a socket's address holds 107 bytes.
+
+    Args:
+        node_dir: the agent's own folder; the next agent of the same folder clears what this one left.
+    """
+
+    def __init__(self, node_dir: Path) -> None:
+        digest = hashlib.blake2b(os.fsencode(node_dir.absolute()), digest_size=4).hexdigest()
+        self._root = Path(tempfile.gettempdir()) / f"sllm-{os.geteuid()}-{digest}"
+
+    def clear(self) -> None:
+        """Remove what a killed agent left; before the first engine."""
+        if self._is_ours():
+            shutil.rmtree(self._root, ignore_errors=True)
+
+    def make(self) -> Path:
+        """A new directory.
+
+        Raises:
+            OSError: there is no room, or somebody else has the name.
+        """
+        with contextlib.suppress(FileExistsError):
+            self._root.mkdir(mode=0o700)
+        if not self._is_ours():
+            return Path(tempfile.mkdtemp(prefix="sllm-"))
+        return Path(tempfile.mkdtemp(dir=self._root, prefix=""))
+
+    def remove(self, directory: Path) -> None:
+        """Remove one, and the root with the last."""
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._root.rmdir()
+
+    def _is_ours(self) -> bool:
+        """Whether the root is a directory that nobody else can look into, not a link."""
+        try:
+            facts = os.lstat(self._root)
+        except OSError:
+            return False
+        return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077

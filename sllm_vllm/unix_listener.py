@@ -1,0 +1,123 @@
+"""What both daemons, the store's and the node agent, do with a Unix socket: a private folder, a lock, a listener.
+
+Also the other end: a connection, and who is there. Imports nothing that costs time: the plugin uses it in every vLLM
+process, before anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllm_vllm.errors import SllmError
+
+_CREDENTIALS = struct.Struct("3i")
+
+ErrorClass = Callable[[Path, str, str], SllmError]
+"""Made of a path, the problem and the mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonWords:
+    """How one daemon says what is in its way."""
+
+    error: ErrorClass
+    """The system refuses a folder or a socket."""
+    busy: ErrorClass
+    """Another process has the lock."""
+    busy_problem: str
+    directory_mend: str
+    socket_mend: str
+
+
+def make_private_directory(path: Path, words: DaemonWords) -> None:
+    """Make a folder, with its parents, and close it to all other users, also where it was there before."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.chmod(0o700)
+    except OSError as error:
+        raise words.error(path, f"it can't be made ({error.strerror})", words.directory_mend) from None
+
+
+@contextlib.contextmanager
+def listening(path: Path, words: DaemonWords) -> Iterator[socket.socket]:
+    """A socket that only this user can connect to. Its name goes when the daemon ends well."""
+    with locked(path.with_name(path.name + ".lock"), path, words), contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        umask = os.umask(0o177)
+        try:
+            path.unlink(missing_ok=True)  # a killed daemon's; the lock says that it is nobody's now
+            with short_address(path) as address:
+                listener.bind(address)
+        except OSError as error:
+            raise words.error(path, f"it can't be made ({error.strerror})", words.socket_mend) from None
+        finally:
+            os.umask(umask)
+        listener.listen(socket.SOMAXCONN)
+        listener.setblocking(False)
+        stack.callback(path.unlink, missing_ok=True)
+        yield listener
+
+
+@contextlib.contextmanager
+def locked(lock: Path, socket_path: Path, words: DaemonWords) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends."""
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        raise words.busy(socket_path, words.busy_problem, "stop it first") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def open_channel(path: Path, timeout_s: float | None) -> tuple[socket.socket, int, int]:
+    """A connection to whoever listens there, with its process and user id; nothing was said yet.
+
+    Raises:
+        OSError: nobody does.
+    """
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        channel.settimeout(timeout_s)
+        with short_address(path) as address:
+            channel.connect(address)
+        pid, uid = peer_of(channel)
+    except OSError:
+        channel.close()
+        raise
+    return channel, pid, uid
+
+
+def is_trusted(uid: int) -> bool:
+    """Whether a peer is this user, or root."""
+    return uid in (0, os.geteuid())
+
+
+@contextlib.contextmanager
+def short_address(path: Path) -> Iterator[str]:
+    """An address for a socket's path however long it is: an address holds 107 bytes, a path may have more."""
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
+
+def peer_of(channel: socket.socket) -> tuple[int, int]:
+    """Process and user id at the other end, as the kernel noted them at connect, or at listen."""
+    raw = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _gid = _CREDENTIALS.unpack(raw)
+    return int(pid), int(uid)
