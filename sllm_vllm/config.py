@@ -41,6 +41,11 @@ def default_node_dir() -> Path:
     return Path(state).expanduser() / "sllm-vllm" / "node"
 
 
+def read_variable(name: str) -> str | None:
+    """An environment variable that a configuration names; None if it is not set."""
+    return os.environ.get(name)
+
+
 def visible_gpus() -> str | None:
     """What CUDA_VISIBLE_DEVICES says; None if it says nothing."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

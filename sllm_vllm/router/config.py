@@ -1,0 +1,350 @@
+"""What the router serves and how: every key of its configuration, validated. Frozen and pure; reads no file.
+
+``config_file.py`` reads files of it, and says what changed between two; ``config_values.py`` has the types. A path is
+relative to the directory that the validation's context names (``directory``), if it names one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from sllm_vllm.config import NodeConfig, default_node_dir, default_store_dir
+from sllm_vllm.node.core.launch import num_slots_of
+from sllm_vllm.router.config_values import (
+    Count,
+    Duration,
+    EngineArguments,
+    Environment,
+    Flag,
+    KeepAlive,
+    Located,
+    MaybeBytes,
+    NumBytes,
+    Text,
+    Words,
+    is_loopback,
+    located,
+    merge_arguments,
+    wrong_key,
+)
+from sllm_vllm.router.core.facts import ModelSpec
+from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.units import GIB, KIB, MIB
+
+NAME_CHARS_MAX = 200
+ARGUMENTS_MAX = 240
+"""Of an engine, as configured: an order's, less those that are added to them."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- the models
+
+
+class ModelDefaults(_Section):
+    """What models have in common, where they do not say otherwise."""
+
+    accelerators: Count | None = Field(
+        default=None, ge=1, le=1024, description="slots of a replica; by itself the product of its parallel sizes"
+    )
+    engine_arguments: EngineArguments = Field(
+        default=(),
+        max_length=ARGUMENTS_MAX,
+        description="arguments of `vllm serve`: a list of words, or a mapping like {max-model-len: 512,"
+        " enforce-eager: true}; a default's are kept, and a model's count where both say something",
+    )
+    environment: Environment = Field(
+        default={}, max_length=256, description="variables of the engine's process; numbers are taken as text"
+    )
+    min_replicas: Count = Field(
+        default=0, ge=0, le=1024, description="replicas that are kept, asked or not; by itself 0: scale to zero"
+    )
+    max_replicas: Count = Field(default=1, ge=1, le=1024, description="replicas at once; 1 is enough for most")
+    keep_alive: KeepAlive = Field(
+        default=None,
+        description="how long an idle replica stays: seconds, 10m, or auto: as long as that is worth its memory",
+    )
+    target_ongoing: Count = Field(
+        default=8,
+        ge=1,
+        le=100_000,
+        description="requests at once that a replica should have, ongoing_max at most; more start another one",
+    )
+    ongoing_max: Count = Field(
+        default=64, ge=1, le=100_000, description="requests at once that a replica may have; more wait in the queue"
+    )
+    priority: Count = Field(default=0, ge=-1000, le=1000, description="higher goes first")
+    queue_max: Count = Field(default=256, ge=1, le=100_000, description="requests that wait; more get 429 at once")
+    queue_timeout: Duration = Field(
+        default=120.0, gt=0, le=86400, description="longest that a request waits: seconds, or 30s, 10m"
+    )
+
+
+class ModelConfig(ModelDefaults):
+    """A model: what clients call it, where its weights are, and how its engines run."""
+
+    name: str = Field(min_length=1, max_length=NAME_CHARS_MAX, description="what clients say; printable characters")
+    source: Text = Field(
+        default="",
+        description="directory or Hub name, as `vllm serve` takes it; by itself the name. What begins with ./, ../ or"
+        " ~/ is a path, the first two relative to the file",
+    )
+    revision: Text | None = Field(
+        default=None, min_length=1, description="branch, tag or commit on the Hub; by itself its main branch"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_source(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("source") in (None, "") and isinstance(values.get("name"), str):
+            return {**values, "source": values["name"]}
+        return values
+
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, name: str) -> str:
+        if not name.isprintable() or name != name.strip():
+            raise ValueError("it has to be printable characters, without a space at its ends")
+        return name
+
+    @field_validator("source")
+    @classmethod
+    def _resolved(cls, source: str, info: ValidationInfo) -> str:
+        if source.startswith("-"):
+            raise ValueError("it may not begin with '-'")
+        is_path = source in {".", ".."} or source.startswith(("./", "../", "~/"))
+        return str(located(Path(source), info)) if is_path else source
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise wrong_key(f"{self.max_replicas} is less than min_replicas, {self.min_replicas}", "max_replicas")
+        return self
+
+    @property
+    def num_accelerators(self) -> int:
+        """Slots of a replica."""
+        return self.accelerators or num_slots_of(self.engine_arguments)
+
+    @property
+    def generation(self) -> int:
+        """31 bits of what its engines are started with: the same for the same, also after a restart of the router."""
+        said = [self.source, self.engine_order_arguments(), sorted(self.environment.items()), self.num_accelerators]
+        digest = hashlib.sha256(json.dumps(said).encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+    def engine_order_arguments(self) -> tuple[str, ...]:
+        """What follows ``vllm serve SOURCE``."""
+        revision = () if self.revision is None else (f"--revision={self.revision}",)
+        return (*self.engine_arguments, f"--served-model-name={self.name}", *revision)
+
+    def spec(self, generation: int) -> ModelSpec:
+        """As the router's core knows it."""
+        return ModelSpec(
+            name=self.name,
+            generation=generation,
+            accelerators=self.num_accelerators,
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            keep_alive_s=self.keep_alive,
+            target_ongoing=min(self.target_ongoing, self.ongoing_max),
+            ongoing_max=self.ongoing_max,
+            priority=self.priority,
+            queue_max=self.queue_max,
+            queue_s_max=self.queue_timeout,
+        )
+
+
+# -------------------------------------------------------------------------------------------------- the other sections
+
+
+class NodeSection(_Section):
+    """This machine's agent, for the engines. What is left out is found out."""
+
+    slots: Count | None = Field(default=None, ge=1, le=1024, description="engines' places; by itself one a GPU, or CPU")
+    gpus: Words | None = Field(
+        default=None, max_length=64, description="GPUs to use, by index or UUID; by itself all that are visible"
+    )
+    memory: MaybeBytes = Field(
+        default=None, ge=256 * MIB, description="on the CPU: bytes of all engines, or 8GiB; by itself 0.9 of the free"
+    )
+    kv_memory: MaybeBytes = Field(
+        default=None,
+        ge=16 * MIB,
+        description="on the CPU: bytes of a slot's KV cache; by itself 1/8 of it, 1GiB at most",
+    )
+    warm: Flag = Field(default=True, description="fork engines from a process that has imported vLLM: seconds faster")
+    node_dir: Located | None = Field(
+        default=None, description="the agent's own folder; by itself SLLM_NODE_DIR, else in the user's state directory"
+    )
+
+
+class StoreSection(_Section):
+    """Where checkpoints are, and the daemon that keeps them in memory."""
+
+    directory: Located | None = Field(
+        default=None, description="directory of the checkpoints; by itself SLLM_STORE_DIR, else in the user's cache"
+    )
+    socket: Located | None = Field(default=None, description="the store daemon's socket; by itself in the directory")
+
+
+class ServerSection(_Section):
+    """Where clients find it, and its limits. Durations: seconds, or text like 30s, 10m. Sizes: bytes, or 8MiB."""
+
+    host: str = Field(
+        default="127.0.0.1", min_length=1, max_length=253, description="address to listen on; loopback without keys"
+    )
+    port: Count = Field(default=8000, ge=0, le=65535, description="as `vllm serve` has it; 0: a free one")
+    body_bytes: NumBytes = Field(
+        default=32 * MIB, ge=KIB, le=GIB, description="largest body of a request; a few images fit"
+    )
+    bodies_bytes: NumBytes = Field(default=GIB, ge=KIB, le=1 << 50, description="bodies of all requests together")
+    requests_max: Count = Field(default=4096, ge=1, le=1_000_000, description="requests at once, those that wait too")
+    waiting_max: Count = Field(default=4096, ge=1, le=1_000_000, description="requests that wait, of all models")
+    connections_max: Count = Field(default=8192, ge=1, le=1_000_000, description="clients' connections at once")
+    body_timeout: Duration = Field(default=60.0, gt=0, description="longest for a client to send its body")
+    request_timeout: Duration = Field(default=3600.0, gt=0, description="longest for a request, waiting included")
+    idle_timeout: Duration = Field(default=300.0, gt=0, description="longest between two pieces of an answer")
+    cors_origins: tuple[str, ...] = Field(
+        default=(), max_length=256, description="origins whose pages may read answers; '*' for any; by itself none"
+    )
+
+
+class KeySource(_Section):
+    """Where a key is, or its digest: exactly one of the three. A key itself never stands in a configuration."""
+
+    env: str | None = Field(
+        default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,254}$", description="environment variable that holds the key"
+    )
+    file: Located | None = Field(default=None, description="file with one key a line")
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, 64 lower-case hexadecimal digits"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_key(cls, values: object) -> object:
+        if isinstance(values, str):
+            raise ValueError("no key may stand here; write {env: NAME}, {file: PATH} or {sha256: HEX}")
+        return values
+
+    @model_validator(mode="after")
+    def _says_one(self) -> Self:
+        if [self.env, self.file, self.sha256].count(None) != 2:
+            raise ValueError("it has to be one of {env: NAME}, {file: PATH} and {sha256: HEX}")
+        return self
+
+
+class KeysSection(_Section):
+    """Who may use the router."""
+
+    clients: tuple[KeySource, ...] = Field(
+        default=(), max_length=10_000, description="keys of the API; by itself none is asked for, on loopback alone"
+    )
+    admin: tuple[KeySource, ...] = Field(
+        default=(), max_length=100, description="keys of the orders that deploy and remove models"
+    )
+    insecure_no_keys: Flag = Field(
+        default=False, description="listen on every address without keys: whoever reaches the port may use the models"
+    )
+
+
+class RouterConfig(_Section):
+    """All that the router may be told."""
+
+    keys: KeysSection = KeysSection()
+    server: ServerSection = ServerSection()
+    node: NodeSection = NodeSection()
+    store: StoreSection = StoreSection()
+    defaults: ModelDefaults = Field(default=ModelDefaults(), description="merged under each model of this file")
+    models: tuple[ModelConfig, ...] = Field(
+        default=(), max_length=10_000, description="models to serve; more can be deployed while the router runs"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        defaults, models = values.get("defaults"), values.get("models")
+        if isinstance(defaults, dict) and isinstance(models, list) and _is_valid(defaults):
+            return {**values, "models": [_merged(defaults, model) for model in models]}
+        return values
+
+    @field_validator("server")
+    @classmethod
+    def _is_guarded(cls, server: ServerSection, info: ValidationInfo) -> ServerSection:
+        keys = info.data.get("keys")
+        is_open = keys is not None and not keys.clients and not keys.insecure_no_keys
+        if is_open and not is_loopback(server.host):
+            raise wrong_key(f"{server.host!r} is not loopback: give `keys.clients`, or say `insecure_no_keys`", "host")
+        return server
+
+    @field_validator("models")
+    @classmethod
+    def _are_distinct(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        found: set[str] = set()
+        for index, model in enumerate(models):
+            if model.name in found:
+                raise wrong_key(f"another model is called {model.name!r}", index, "name")
+            found.add(model.name)
+        return models
+
+    def node_config(self) -> NodeConfig:
+        """The agent's settings."""
+        node, store = self.node, self.store
+        return NodeConfig(
+            node_dir=(node.node_dir or default_node_dir()).absolute(),
+            store_dir=(store.directory or default_store_dir()).absolute(),
+            store_socket=None if store.socket is None else store.socket.absolute(),
+            slots=node.slots,
+            gpus=node.gpus,
+            memory_bytes=node.memory,
+            kv_bytes=node.kv_memory,
+            warm=node.warm,
+        )
+
+    def ingress_settings(self, key_digests: tuple[str, ...]) -> IngressSettings:
+        """What the ingress lets in; ``key_digests`` are those of ``keys.clients``."""
+        server = self.server
+        return IngressSettings(
+            key_digests=key_digests,
+            insecure_no_keys=self.keys.insecure_no_keys,
+            cors_origins=server.cors_origins,
+            body_nbytes_max=server.body_bytes,
+            bodies_nbytes_max=server.bodies_bytes,
+            requests_max=server.requests_max,
+            connections_max=server.connections_max,
+            body_s_max=server.body_timeout,
+            request_s_max=server.request_timeout,
+            idle_s_max=server.idle_timeout,
+        )
+
+
+def _is_valid(defaults: dict[Any, Any]) -> bool:
+    """If not, its own errors are enough: those of each model would only repeat them."""
+    try:
+        ModelDefaults.model_validate(defaults)
+    except ValidationError:
+        return False
+    return True
+
+
+def _merged(defaults: dict[str, Any], model: object) -> object:
+    """A model as it was written, over the defaults: variables and arguments one by one, all else whole."""
+    if not isinstance(model, dict):
+        return model
+    merged = {**defaults, **model}
+    both = defaults.keys() & model.keys()
+    if "environment" in both and isinstance(model["environment"], dict):
+        merged["environment"] = {**defaults["environment"], **model["environment"]}
+    if "engine_arguments" in both:
+        merged["engine_arguments"] = merge_arguments(defaults["engine_arguments"], model["engine_arguments"])
+    return merged

@@ -1,0 +1,198 @@
+"""Values as people write them in the router's configuration: durations, sizes, arguments, variables, paths. Pure.
+
+Each ends as a type for a field of ``config.py``; its JSON schema says what may be written.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from sllm_vllm.node.core.launch import option_value
+from sllm_vllm.units import parse_nbytes
+
+TEXT_CHARS_MAX = 4096
+WORD_CHARS_MAX = 65_536
+"""Of an argument or a variable; Linux takes twice as much."""
+DURATION_S_MAX = 30 * 86400.0
+OWNED_OPTIONS = (
+    ("--model", "`source`"),
+    ("--served-model-name", "`name`"),
+    ("--revision", "`revision`"),
+    ("--host", "nothing: engines listen on loopback"),
+    ("--port", "nothing: the node picks one"),
+    ("--uds", "nothing: the node picks a port"),
+    ("--api-key", "nothing: the node makes one"),
+)
+"""Arguments that engines get from elsewhere, and what to write instead."""
+OWNED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "VLLM_API_KEY")
+_UNIT_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) *(ms|s|m|h|d|)", re.ASCII)
+_OPTION = re.compile(r"-{0,2}([A-Za-z][\w-]*)((?:\.[\w.-]*)?)", re.ASCII)
+_VARIABLE = re.compile(r"[A-Za-z_]\w{0,254}", re.ASCII)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def wrong_key(problem: str, *at: str | int) -> PydanticCustomError:
+    """An error about a key below the value that is validated: ``at`` is its path from there."""
+    return PydanticCustomError("wrong_key", "{problem}", {"problem": problem, "at": at})
+
+
+def parse_duration(value: object) -> float:
+    """Seconds from a number or from what a person writes: ``90``, ``30s``, ``10m``, ``1.5h``.
+
+    Raises:
+        ValueError: it is no duration.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= DURATION_S_MAX:
+        return float(value)
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or (seconds := float(match[1]) * _UNIT_S[match[2]]) > DURATION_S_MAX:
+        raise ValueError("it has to be seconds, or text like 30s, 10m or 2h, 30 days at most")
+    return seconds
+
+
+def _keep_alive(value: object) -> float | None:
+    if value is None or value == "auto":
+        return None
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or `auto`") from None
+
+
+def _nbytes(value: object) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    try:
+        return parse_nbytes(value if isinstance(value, str) else "")
+    except (ValueError, OverflowError):
+        raise ValueError("it has to be bytes, or text like 8GiB or 500MB") from None
+
+
+def _plain(text: str) -> str:
+    if len(text) > WORD_CHARS_MAX:
+        raise ValueError(f"it is longer than {WORD_CHARS_MAX} characters")
+    if "\0" in text or _SURROGATE.search(text):
+        raise ValueError("it holds a character that no argument or path may have")
+    return text
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("it has to be text or a number; put it in quotes")
+    return _plain(str(value))
+
+
+def _words(value: object) -> object:
+    return [_word(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _environment(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    for name in value:
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise ValueError("a variable's name has to be letters, digits and underscores")
+        if name in OWNED_VARIABLES:
+            raise ValueError(f"{name} is set by the node for each engine; leave it out")
+    return {name: _word(part) for name, part in value.items()}
+
+
+def _option(key: object) -> str:
+    """An option as vLLM spells it: ``max_model_len`` is ``--max-model-len``; what follows a point is left alone."""
+    match = _OPTION.fullmatch(key) if isinstance(key, str) else None
+    if match is None:
+        raise ValueError("a key has to be the name of an option of `vllm serve`, as max-model-len")
+    return f"--{match[1].replace('_', '-')}{match[2]}"
+
+
+def _option_words(option: str, value: object) -> list[str]:
+    """An option and its value as words; none if the value is null. vLLM reads what is below a point as JSON."""
+    if value is None:
+        return []
+    if isinstance(value, dict) or ("." in option and not isinstance(value, str)):
+        return [f"{option}={_json(option, value)}"]
+    if isinstance(value, bool):
+        return [option if value else f"--no-{option[2:]}"]
+    if isinstance(value, list | tuple):
+        return [option, *map(_word, value)]
+    return [f"{option}={_word(value)}"]
+
+
+def _json(option: str, value: object) -> str:
+    try:
+        return _plain(json.dumps(value, allow_nan=False))
+    except (TypeError, RecursionError):
+        raise ValueError(f"{option}: its value can't be written as JSON") from None
+
+
+def engine_words(value: object) -> object:
+    """Engine arguments, a list or a mapping, as words; anything else as it is.
+
+    Raises:
+        ValueError: a key is no option, or a value can't be one's.
+    """
+    if isinstance(value, Mapping):
+        return [word for key, part in value.items() for word in _option_words(_option(key), part)]
+    return _words(value)
+
+
+def _engine_arguments(value: object) -> object:
+    words = engine_words(value)
+    if isinstance(words, list):
+        for option, instead in OWNED_OPTIONS:
+            if option_value(words, option) is not None:
+                raise ValueError(f"{option} is not allowed here; write {instead}")
+    return words
+
+
+def located(path: Path, info: ValidationInfo) -> Path:
+    """A path as it is meant: from the home directory, or relative to the one of the validation's context."""
+    directory = (info.context or {}).get("directory", "")
+    return Path(directory, os.path.expanduser(_plain(str(path))))
+
+
+def merge_arguments(defaults: object, own: object) -> object:
+    """Mappings key by key, so that null takes a default away; else the model's words after the default's."""
+    try:
+        if isinstance(defaults, dict) and isinstance(own, dict):
+            return {_option(key): value for key, value in (*defaults.items(), *own.items())}
+        first, last = engine_words(defaults), engine_words(own)
+    except ValueError:  # the model's own check says what is wrong
+        return own
+    return [*first, *last] if isinstance(first, list) and isinstance(last, list) else own
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches it. A name counts only if it is ``localhost``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+Count = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Field(max_length=TEXT_CHARS_MAX), AfterValidator(_plain)]
+Located = Annotated[Path, AfterValidator(located)]
+Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)]
+KeepAlive = Annotated[float | None, BeforeValidator(_keep_alive, json_schema_input_type=float | str | None)]
+NumBytes = Annotated[int, BeforeValidator(_nbytes, json_schema_input_type=int | str)]
+MaybeBytes = Annotated[int | None, BeforeValidator(_nbytes, json_schema_input_type=int | str | None)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words, json_schema_input_type=list[str | int])]
+EngineArguments = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_engine_arguments, json_schema_input_type=list[str | int | float] | dict[str, Any]),
+]
+Environment = Annotated[
+    dict[str, str], BeforeValidator(_environment, json_schema_input_type=dict[str, str | int | float])
+]

@@ -1,0 +1,61 @@
+"""What must always be true of the core; asserted after every event in tests and in the simulator. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from sllm_vllm.router.core.cluster import ReplicaState
+
+if TYPE_CHECKING:
+    from sllm_vllm.router.core.router import RouterCore
+
+
+def validate(core: RouterCore) -> None:
+    """Assert every invariant of a core. Looks at everything."""
+    core.cluster.validate()
+    core.queues.validate()
+    _validate_requests(core)
+    _validate_models(core)
+    _validate_pending(core)
+
+
+def _validate_requests(core: RouterCore) -> None:
+    """A request waits once or is on one replica; no bound is passed; nobody waits where there is room."""
+    waiting = Counter(request.facts.model for request in core.requests.values() if request.replica is None)
+    for model, state in core.models.items():
+        assert core.queues.waiting(model) == waiting[model], f"{model}: {waiting[model]} requests wait"
+        assert waiting[model] <= state.spec.queue_max
+        ready = core.cluster.replicas_of(model, ReplicaState.READY)
+        if waiting[model]:
+            assert all(len(one.ongoing) >= state.spec.ongoing_max for one in ready), f"{model}: somebody waits in vain"
+    for replica in core.cluster.replicas.values():
+        for request_id in replica.ongoing:
+            assert core.requests[request_id].replica == replica.id, f"{request_id} is not only on {replica.id}"
+    for request_id, request in core.requests.items():
+        assert request.attempt <= core.limits.attempts_max
+        replica_id = request.replica
+        if replica_id is not None and replica_id in core.cluster.replicas:
+            assert request_id in core.cluster.replicas[replica_id].ongoing
+
+
+def _validate_models(core: RouterCore) -> None:
+    ongoing = Counter(request.facts.model for request in core.requests.values() if request.replica is not None)
+    for model, state in core.models.items():
+        assert state.num_ongoing == ongoing[model], f"{model}: {state.num_ongoing} counted, {ongoing[model]} there are"
+        pending = sum(one.model == model for one in core.scaling.pending.values())
+        assert state.num_pending == pending
+        coming = core.cluster.replicas_of(model, ReplicaState.ORDERED)
+        ready = core.cluster.replicas_of(model, ReplicaState.READY)
+        assert len(coming) + len(ready) + pending <= 2 * state.spec.max_replicas, f"{model} has too many replicas"
+
+
+def _validate_pending(core: RouterCore) -> None:
+    """What is being freed is freed for one start each, and every placeholder belongs to one."""
+    holds = [hold for pending in core.scaling.pending.values() for hold in pending.holds]
+    assert len(set(holds)) == len(holds)
+    assert {name for name, one in core.cluster.replicas.items() if not one.model} == set(holds)
+    for pending in core.scaling.pending.values():
+        assert pending.victims, f"{pending.replica} waits for nobody"
+        for victim in pending.victims:
+            assert core.cluster.replicas[victim].state is ReplicaState.STOPPING

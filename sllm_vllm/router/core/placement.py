@@ -1,0 +1,272 @@
+"""Where a model could be started, what would have to give way, and when it would answer. Pure; asked by the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import inf
+from typing import Protocol
+
+from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
+from sllm_vllm.router.core.facts import Estimate, ModelSpec, Term, Tier
+from sllm_vllm.router.core.victims import Victim, choose_victims
+
+SLACK_S = 0.1
+SLACK_SHARE = 0.05
+"""Of the best plan's time; how much later than it a plan may be that stops nobody, if that is more than the slack."""
+EVICTABLE_TIMES_MAX = 16
+"""How many times as many nodes are looked at for victims if none of the first has one that may go."""
+ROOM_REPLICAS_MAX = 64
+"""Replicas looked at for room for requests that would have to move."""
+
+
+class PlanKind(Enum):
+    """What happens before a start; the first that is as good is best."""
+
+    START = "start"
+    """Nothing: there are free slots."""
+    EVICT = "evict"
+    """Idle replicas are stopped."""
+    MIGRATE = "migrate"
+    """Requests are moved to other replicas of their models, and then theirs are stopped."""
+
+
+_RANK = {kind: rank for rank, kind in enumerate(PlanKind)}
+
+
+class StartEstimator(Protocol):
+    """What placement asks of the estimator."""
+
+    def estimate_start(
+        self,
+        spec: ModelSpec,
+        node: str,
+        tier: Tier,
+        *,
+        is_warm: bool,
+        prompt_tokens: int = 0,
+        queue_s: float = 0.0,
+    ) -> Estimate:
+        """By term; the queue as it was given."""
+        ...
+
+    def stop_s(self, model: str, node: str) -> float:
+        """From the order to stop a replica until its slots are free."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A start that is possible. ``estimate`` is down to the first token of the first request."""
+
+    kind: PlanKind
+    node: str
+    tier: Tier
+    is_warm: bool
+    estimate: Estimate
+    victims: tuple[str, ...] = ()
+    """Replicas to stop."""
+    moved: tuple[str, ...] = ()
+    """Requests to migrate before that."""
+
+
+def _always(replica: Replica) -> bool:
+    return True
+
+
+def _no_room(replica: Replica) -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What may give way for a start, and what that costs. Pinned replicas never do.
+
+    ``keep_value``: seconds that stopping an idle replica is expected to cost later. ``resume_s``: until a request that
+    is moved goes on elsewhere; None: none is moved. ``room``: how many more requests a replica could take. ``k``: nodes
+    looked at for a kind of plan.
+    """
+
+    keep_value: Callable[[Replica], float]
+    may_evict: Callable[[Replica], bool] = _always
+    resume_s: Callable[[str], float] | None = None
+    room: Callable[[Replica], int] = _no_room
+    k: int = 8
+
+
+def plan_starts(
+    cluster: Cluster, estimator: StartEstimator, spec: ModelSpec, *, prompt_tokens: int, now_s: float, rules: Rules
+) -> list[Plan]:
+    """Plans for one more replica, the soonest first; at most one of a kind for a node.
+
+    A plan that stops or moves something is there only if it is sooner than all that stop and move nothing. Of those
+    that stop something some may be missing that are certainly later than another that is there.
+    """
+    planner = _Planner(cluster, estimator, spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules)
+    plans = planner.starts()
+    plans += planner.evictions(sooner_than_s=_soonest_s(plans))
+    plans += planner.migrations(sooner_than_s=_soonest_s(plans))
+    timed = [(plan.estimate.total_s, _RANK[plan.kind], plan.node, plan) for plan in plans]
+    timed.sort(key=lambda entry: entry[:3])
+    return [entry[3] for entry in timed]
+
+
+def best_plan(plans: Sequence[Plan], *, slack_s: float = SLACK_S) -> Plan | None:
+    """The first of a sorted list; or one without victims that is at most ``slack_s``, or 5 %, later."""
+    if not plans:
+        return None
+    first_s = plans[0].estimate.total_s
+    latest_s = first_s + max(slack_s, SLACK_SHARE * first_s)
+    gentle = (plan for plan in plans if not plan.victims and plan.estimate.total_s <= latest_s)
+    return next(gentle, plans[0])
+
+
+def _soonest_s(plans: Iterable[Plan]) -> float:
+    return min((plan.estimate.total_s for plan in plans), default=inf)
+
+
+class _Planner:
+    """One question, with all that belongs to it."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        estimator: StartEstimator,
+        spec: ModelSpec,
+        *,
+        prompt_tokens: int,
+        now_s: float,
+        rules: Rules,
+    ) -> None:
+        self._cluster = cluster
+        self._estimator = estimator
+        self._spec = spec
+        self._prompt_tokens = prompt_tokens
+        self._now_s = now_s
+        self._rules = rules
+
+    def starts(self) -> list[Plan]:
+        """On free slots."""
+        nodes = self._cluster.candidates(self._spec.name, self._spec.accelerators, max(1, self._rules.k // 2))
+        return [self._plan(PlanKind.START, node, self._estimate(node)) for node in nodes]
+
+    def evictions(self, *, sooner_than_s: float) -> list[Plan]:
+        """Idle replicas make room. Looks at more nodes if there is no plan, and what it saw idle must stay."""
+        plans: list[Plan] = []
+        for num_max in (self._rules.k, self._rules.k * EVICTABLE_TIMES_MAX):
+            nodes = self._cluster.evictable(self._spec.name, self._spec.accelerators, num_max)
+            plans = self._evictions(nodes, sooner_than_s)
+            if plans or sooner_than_s < inf or len(nodes) < num_max:
+                break
+        return plans
+
+    def _evictions(self, nodes: Iterable[str], sooner_than_s: float) -> list[Plan]:
+        """Victims are chosen on nodes that could be the soonest without any: the choice takes longer than the rest."""
+        plans = []
+        soonest_s = sooner_than_s
+        estimates = [(node, self._estimate(node)) for node in nodes]  # nodes differ, so estimates are never compared
+        for at_best_s, node, estimate in sorted((one.total_s, node, one) for node, one in estimates):
+            if at_best_s >= soonest_s:
+                break
+            plan = self._eviction(node, estimate)
+            if plan is not None and (total_s := plan.estimate.total_s) < sooner_than_s:
+                plans.append(plan)
+                soonest_s = min(soonest_s, total_s)
+        return plans
+
+    def migrations(self, *, sooner_than_s: float) -> list[Plan]:
+        """Busy replicas make room where the model is."""
+        if self._rules.resume_s is None:
+            return []
+        nodes = self._cluster.movable(self._spec.name, self._spec.accelerators, self._rules.k)
+        plans = [self._migration(node, sooner_than_s, resume_s=self._rules.resume_s) for node in nodes]
+        return [plan for plan in plans if plan is not None]
+
+    def _eviction(self, node: str, estimate: Estimate) -> Plan | None:
+        victims = self._choose(node, self._idle_victims(node))
+        if victims is None:
+            return None
+        return self._plan(PlanKind.EVICT, node, _queued(estimate, self._stop_s(node, victims)), victims=victims)
+
+    def _migration(self, node: str, sooner_than_s: float, *, resume_s: Callable[[str], float]) -> Plan | None:
+        busy = [
+            Victim(replica.id, replica.num_slots, sum(resume_s(request) for request in replica.ongoing))
+            for replica in self._cluster.nodes[node].replicas.values()
+            if self._may_move(replica)
+        ]
+        victims = self._choose(node, [*self._idle_victims(node), *busy])
+        if victims is None:
+            return None
+        replicas = [self._cluster.replicas[victim] for victim in victims]
+        moved = tuple(sorted(request for replica in replicas for request in replica.ongoing))
+        give_way_s = sum(resume_s(request) for request in moved) + self._stop_s(node, victims)
+        estimate = _queued(self._estimate(node), give_way_s)
+        if estimate.total_s >= sooner_than_s or not self._has_room_for(replicas):
+            return None
+        return self._plan(PlanKind.MIGRATE, node, estimate, victims=victims, moved=moved)
+
+    def _idle_victims(self, node: str) -> list[Victim]:
+        return [
+            Victim(replica.id, replica.num_slots, self._rules.keep_value(replica))
+            for replica in self._cluster.evictable_on(node)
+            if replica.model != self._spec.name and self._rules.may_evict(replica)
+        ]
+
+    def _choose(self, node: str, victims: Sequence[Victim]) -> tuple[str, ...] | None:
+        return choose_victims(victims, self._spec.accelerators - self._cluster.free_slots(node))
+
+    def _stop_s(self, node: str, victims: Iterable[str]) -> float:
+        """They are stopped at the same time."""
+        replicas = self._cluster.replicas
+        return max(self._estimator.stop_s(replicas[victim].model, node) for victim in victims)
+
+    def _may_move(self, replica: Replica) -> bool:
+        is_busy = replica.state is ReplicaState.READY and replica.ongoing and not replica.is_pinned
+        return bool(
+            is_busy
+            and replica.model != self._spec.name
+            and self._rules.may_evict(replica)
+            and self._has_room_for([replica])
+        )
+
+    def _has_room_for(self, leaving: Sequence[Replica]) -> bool:
+        """Whether READY replicas of the same models on other nodes can take the requests of those that leave."""
+        num_moved: dict[str, int] = {}
+        for replica in leaving:
+            num_moved[replica.model] = num_moved.get(replica.model, 0) + len(replica.ongoing)
+        return all(self._num_room(model, leaving[0].node) >= num for model, num in num_moved.items())
+
+    def _num_room(self, model: str, node: str) -> int:
+        others = self._cluster.least_busy(model, ROOM_REPLICAS_MAX)
+        return sum(max(0, self._rules.room(other)) for other in others if other.node != node)
+
+    def _estimate(self, node_id: str) -> Estimate:
+        """Queued behind the node's loads."""
+        node = self._cluster.nodes[node_id]
+        return self._estimator.estimate_start(
+            self._spec,
+            node_id,
+            node.tiers.get(self._spec.name, Tier.REMOTE),
+            is_warm=node.is_warm,
+            prompt_tokens=self._prompt_tokens,
+            queue_s=max(0.0, node.load_until_s - self._now_s),
+        )
+
+    def _plan(
+        self,
+        kind: PlanKind,
+        node_id: str,
+        estimate: Estimate,
+        *,
+        victims: tuple[str, ...] = (),
+        moved: tuple[str, ...] = (),
+    ) -> Plan:
+        node = self._cluster.nodes[node_id]
+        tier = node.tiers.get(self._spec.name, Tier.REMOTE)
+        return Plan(kind, node_id, tier, is_warm=node.is_warm, estimate=estimate, victims=victims, moved=moved)
+
+
+def _queued(estimate: Estimate, seconds: float) -> Estimate:
+    """It, if it must also wait so long while it is in the queue."""
+    return Estimate({**estimate.terms, Term.QUEUE: max(seconds, estimate.terms[Term.QUEUE])})

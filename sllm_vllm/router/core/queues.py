@@ -1,0 +1,206 @@
+"""The requests that wait for a replica of their model. Pure; owned by the router's core.
+
+A model's queue and the models' order are sorted lists: an insertion shifts pointers, which for the few thousand there
+may be is quicker than keeping a heap free of what left early. Deadlines are a heap, where the early leavers stay until
+they come up or are more than the rest.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+
+from sllm_vllm.errors import SllmError
+from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
+
+STALE_DEADLINES_MAX = 64
+"""Of requests that left; more are swept out once they outnumber those that wait."""
+
+Rank = tuple[int, float, int]
+"""Minus the priority, arrival, number: the smallest goes first."""
+
+
+class QueueFull(SllmError):
+    """No more requests may wait. ``reason`` says where, and what would help."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    facts: RequestFacts
+    rank: Rank
+    deadline_s: float
+
+    @property
+    def age_key(self) -> tuple[float, int]:
+        return self.rank[1:]
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Of one model; never empty but while it changes."""
+
+    ranks: list[tuple[Rank, str]] = field(default_factory=list)
+    """Sorted; with the requests' ids."""
+    ages: list[tuple[float, int]] = field(default_factory=list)
+    """Arrivals and numbers, sorted."""
+    head: tuple[Rank, str] | None = None
+    """What stands for it in the models' order: the first rank and the model."""
+
+
+class ModelQueues:
+    """All that wait. Within a model the highest priority goes first, then the earliest arrival, then the first pushed.
+
+    Every id waits at most once, and every queue's head is in the models' order exactly once.
+    """
+
+    def __init__(self, total_max: int) -> None:
+        self.total_max = total_max
+        self._entries: dict[str, _Entry] = {}
+        self._queues: dict[str, _Queue] = {}
+        self._heads: list[tuple[Rank, str]] = []
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._num_pushed = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._entries
+
+    def push(self, facts: RequestFacts, now_s: float, *, spec: ModelSpec) -> None:
+        """Let it wait since ``now_s``; one that comes back is pushed with its first arrival and gets its old place.
+
+        Raises QueueFull.
+        """
+        assert facts.id not in self._entries, f"{facts.id} waits already"
+        assert facts.model == spec.name, f"{facts.id} is for {facts.model}"
+        self._check_room(spec)
+        self._num_pushed += 1
+        rank = (-(spec.priority + facts.priority), now_s, self._num_pushed)
+        deadline_s = now_s + spec.queue_s_max if facts.deadline_s is None else facts.deadline_s
+        entry = self._entries[facts.id] = _Entry(facts, rank, deadline_s)
+        queue = self._queues.setdefault(facts.model, _Queue())
+        insort(queue.ranks, (rank, facts.id))
+        insort(queue.ages, entry.age_key)
+        self._place_head(facts.model, queue)
+        heappush(self._deadlines, (deadline_s, rank[2], facts.id))
+
+    def pop(self, model: str) -> RequestFacts | None:
+        """Take the one that goes first."""
+        facts = self.peek(model)
+        if facts is not None:
+            self._take(facts.id)
+        return facts
+
+    def peek(self, model: str) -> RequestFacts | None:
+        """The one that goes first, left where it is."""
+        queue = self._queues.get(model)
+        return None if queue is None else self._entries[queue.ranks[0][1]].facts
+
+    def remove(self, request_id: str) -> bool:
+        """Take this one, wherever it stands; False if it does not wait."""
+        if request_id not in self._entries:
+            return False
+        self._take(request_id)
+        return True
+
+    def expire(self, now_s: float) -> list[RequestFacts]:
+        """Take those whose deadline has come, the earliest first."""
+        expired: list[RequestFacts] = []
+        while (deadline_s := self.next_deadline_s()) is not None and deadline_s <= now_s:
+            expired.append(self._take(heappop(self._deadlines)[2]))
+        return expired
+
+    def next_deadline_s(self) -> float | None:
+        """When ``expire`` has something to do."""
+        while self._deadlines and not self._waits(self._deadlines[0]):
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def waiting(self, model: str) -> int:
+        """How many of this model's requests wait."""
+        queue = self._queues.get(model)
+        return 0 if queue is None else len(queue.ranks)
+
+    def oldest_s(self, model: str) -> float | None:
+        """When the one that has waited longest arrived."""
+        queue = self._queues.get(model)
+        return None if queue is None else queue.ages[0][0]
+
+    def models(self) -> Iterator[str]:
+        """Those that have any, by the priority and then the arrival of their first one.
+
+        The queues may change between two steps. A model whose first request was taken comes up again, at the place of
+        its next one, unless that would be before where the iteration is.
+        """
+        index = 0
+        while index < len(self._heads):
+            head = self._heads[index]
+            yield head[1]
+            index = bisect_right(self._heads, head)
+
+    def validate(self) -> None:
+        """Assert what always holds. Looks at everything."""
+        ids = [request_id for queue in self._queues.values() for _, request_id in queue.ranks]
+        assert sorted(ids) == sorted(self._entries), "a request is in two queues or none"
+        assert len(ids) <= self.total_max
+        for model, queue in self._queues.items():
+            entries = [self._entries[request_id] for _, request_id in queue.ranks]
+            assert entries, f"{model}'s queue is empty"
+            assert {entry.facts.model for entry in entries} == {model}
+            assert queue.ranks == sorted((entry.rank, entry.facts.id) for entry in entries)
+            assert queue.ages == sorted(entry.age_key for entry in entries)
+            assert queue.head == (queue.ranks[0][0], model)
+        assert self._heads == sorted(queue.head for queue in self._queues.values() if queue.head is not None)
+        deadlines = {request_id for item in self._deadlines if self._waits(item) for request_id in item[2:]}
+        assert deadlines == set(self._entries), "a request has no deadline"
+        assert all(self._deadlines[(index - 1) // 2] <= item for index, item in enumerate(self._deadlines[1:], 1))
+        assert len(self._deadlines) <= 2 * len(self._entries) + STALE_DEADLINES_MAX
+
+    def _check_room(self, spec: ModelSpec) -> None:
+        waiting = self.waiting(spec.name)
+        if waiting >= spec.queue_max:
+            raise QueueFull(
+                f"{spec.name}: {waiting} requests wait for it, its queue_max; try again later, or let it have more"
+                " replicas"
+            )
+        if len(self._entries) >= self.total_max:
+            raise QueueFull(
+                f"router: {len(self._entries)} requests wait for all models, the most that may; try again later"
+            )
+
+    def _waits(self, item: tuple[float, int, str]) -> bool:
+        """Whether this is the deadline of a request that still waits, and not of an earlier life of it."""
+        entry = self._entries.get(item[2])
+        return entry is not None and entry.rank[2] == item[1]
+
+    def _take(self, request_id: str) -> RequestFacts:
+        entry = self._entries.pop(request_id)
+        model = entry.facts.model
+        queue = self._queues[model]
+        del queue.ranks[bisect_left(queue.ranks, (entry.rank, request_id))]
+        del queue.ages[bisect_left(queue.ages, entry.age_key)]
+        self._place_head(model, queue)
+        if not queue.ranks:
+            del self._queues[model]
+        if len(self._deadlines) > 2 * len(self._entries) + STALE_DEADLINES_MAX:
+            self._deadlines = [item for item in self._deadlines if self._waits(item)]
+            heapify(self._deadlines)
+        return entry.facts
+
+    def _place_head(self, model: str, queue: _Queue) -> None:
+        """Put the model where its first request belongs."""
+        head = (queue.ranks[0][0], model) if queue.ranks else None
+        if head == queue.head:
+            return
+        if queue.head is not None:
+            del self._heads[bisect_left(self._heads, queue.head)]
+        if head is not None:
+            insort(self._heads, head)
+        queue.head = head

@@ -1,0 +1,406 @@
+"""The router's decisions: ``handle(event, now_s) -> [action]``. Pure; owned by the controller's loop.
+
+This half is about requests: admit, dispatch, retry, refuse. ``Scaling`` is the half about replicas.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+from sllm_vllm.router.core.cluster import Replica, ReplicaState
+from sllm_vllm.router.core.dispatch import choose_replica
+from sllm_vllm.router.core.events import (
+    Action,
+    Dispatch,
+    DrainAsked,
+    Event,
+    FirstByte,
+    ModelDeleted,
+    ModelDeployed,
+    NodeJoined,
+    NodeLost,
+    NodeReported,
+    Refusal,
+    RejectRequest,
+    ReplicaEnded,
+    ReplicaReady,
+    RequestArrived,
+    RequestEnded,
+    RequestFailed,
+    RequestGone,
+    Ticked,
+)
+from sllm_vllm.router.core.facts import Estimate, ModelSpec, PrefillSample, RequestFacts, StartSample, Term
+from sllm_vllm.router.core.invariants import validate
+from sllm_vllm.router.core.model_state import ModelState, Request
+from sllm_vllm.router.core.queues import ModelQueues, QueueFull
+from sllm_vllm.router.core.scaling import Scaling, ScalingLimits
+from sllm_vllm.router.core.story import is_about
+
+CHOICES_MAX = 8
+"""Replicas that are looked at for a request, those with the fewest first."""
+YOUNG_S = 30.0
+"""A replica that ends by its own fault so soon after it was ready counts as a failed start."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """``waiting_max``: requests that wait, of all models. ``attempts_max``: replicas a request is sent to.
+    ``story_max``: events and actions that are remembered."""
+
+    waiting_max: int = 4096
+    attempts_max: int = 2
+    story_max: int = 20_000
+    scaling: ScalingLimits = field(default_factory=ScalingLimits)
+
+
+class RouterCore:
+    """All models, requests, replicas and nodes, as the router sees them.
+
+    A request waits in its model's queue until a replica has room, first come first served within a priority; whatever
+    event gives room or slots serves queues at once, so nobody waits where there is room.
+    """
+
+    def __init__(self, limits: RouterLimits | None = None) -> None:
+        self.limits = limits or RouterLimits()
+        self.models: dict[str, ModelState] = {}
+        self.requests: dict[str, Request] = {}
+        self.queues = ModelQueues(self.limits.waiting_max)
+        self.scaling = Scaling(self.limits.scaling, self.models, self.queues)
+        self.cluster = self.scaling.cluster
+        self.estimator = self.scaling.estimator
+        self._samples: dict[str, StartSample] = {}
+        """Of replicas that are ready and have not answered yet."""
+        self._touched: dict[str, None] = {}
+        """Models whose queues or replicas changed in this event."""
+        self._has_new_room = False
+        """Slots, or idle replicas, that others could use."""
+        self._story: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
+
+    # --------------------------------------------------------------------------------------------------- interface
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """Take note of what happened; returns what must be done, in this order."""
+        actions = self.scaling.actions = list[Action]()
+        if not isinstance(event, Ticked):
+            self._story.append((now_s, event))
+        self._record(event, now_s)
+        while self._touched:
+            model, _ = self._touched.popitem()
+            self._serve(model, now_s)
+            self.scaling.consider(model, now_s)
+        if self._has_new_room:
+            self._has_new_room = False
+            self.scaling.feed_hungry(now_s)
+        self._story.extend((now_s, action) for action in actions)
+        return actions
+
+    def validate(self) -> None:
+        """Assert every invariant. Looks at everything: for tests and the simulator."""
+        validate(self)
+
+    def story(self, name: str) -> list[tuple[float, Event | Action]]:
+        """The last events and actions about a request, replica, model or node, oldest first."""
+        return [(at_s, what) for at_s, what in self._story if is_about(what, name)]
+
+    # ------------------------------------------------------------------------------------------------------ events
+
+    def _record(self, event: Event, now_s: float) -> None:
+        match event:
+            case RequestArrived():
+                self._request_arrived(event.facts, now_s)
+            case FirstByte():
+                self._first_byte(event.request, now_s)
+            case RequestEnded() | RequestGone():
+                self._request_ended(event.request, now_s)
+            case RequestFailed():
+                self._request_failed(event, now_s)
+            case ReplicaReady():
+                self._replica_ready(event, now_s)
+            case ReplicaEnded():
+                self._replica_ended(event, now_s)
+            case Ticked():
+                self._ticked(now_s)
+            case _:
+                self._record_setting(event, now_s)
+
+    def _record_setting(self, event: Event, now_s: float) -> None:
+        """What operators and nodes do."""
+        match event:
+            case ModelDeployed():
+                self._model_deployed(event.spec, now_s)
+            case ModelDeleted():
+                self._model_deleted(event.model, now_s)
+            case NodeJoined():
+                self.cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
+                self._has_new_room = True
+                self._touched.update(dict.fromkeys(self.models))
+            case NodeReported():
+                self._node_reported(event)
+            case NodeLost():
+                self._node_lost(event.node, now_s)
+            case DrainAsked():
+                self._drain_asked(event.target, now_s)
+            case RequestArrived() | FirstByte() | RequestEnded() | RequestGone() | RequestFailed():
+                raise AssertionError(event)
+            case ReplicaReady() | ReplicaEnded() | Ticked():
+                raise AssertionError(event)
+            case _:
+                assert_never(event)
+
+    # ---------------------------------------------------------------------------------------------------- requests
+
+    def _request_arrived(self, facts: RequestFacts, now_s: float) -> None:
+        assert facts.id not in self.requests, f"{facts.id} arrived twice"
+        state = self.models.get(facts.model)
+        if state is None:
+            self._reject(facts.id, Refusal.UNKNOWN_MODEL, f"no model {facts.model!r}")
+            return
+        state.arrivals.note(now_s)
+        self.scaling.arrived(state, now_s)
+        if state.back_off.is_hopeless and state.back_off.is_resting(now_s) and not self._has_replica(facts.model):
+            self._reject_no_start(facts.id, state, now_s)
+            return
+        self.requests[facts.id] = Request(facts, arrived_s=now_s)
+        self._touched[facts.model] = None
+        if not self.queues.waiting(facts.model):
+            replica = self._choose(facts)
+            if replica is not None:
+                self._dispatch(facts.id, replica, now_s)
+                return
+        self._enqueue(facts, now_s, state)
+
+    def _enqueue(self, facts: RequestFacts, arrived_s: float, state: ModelState) -> None:
+        try:
+            self.queues.push(facts, arrived_s, spec=state.spec)
+        except QueueFull as error:
+            del self.requests[facts.id]
+            retry_s = self.estimator.startup_s(state.spec)
+            self._reject(facts.id, Refusal.QUEUE_FULL, str(error), retry_after_s=retry_s)
+
+    def _serve(self, model: str, now_s: float) -> None:
+        """Dispatch what waits for a model to replicas with room."""
+        while (facts := self.queues.peek(model)) is not None:
+            replica = self._choose(facts)
+            if replica is None:
+                return
+            self.queues.pop(model)
+            self._dispatch(facts.id, replica, now_s)
+
+    def _choose(self, facts: RequestFacts) -> Replica | None:
+        spec = self.models[facts.model].spec
+        least = self.cluster.least_busy(facts.model, CHOICES_MAX)
+        return choose_replica((one for one in least if len(one.ongoing) < spec.ongoing_max), facts.prefix)
+
+    def _dispatch(self, request_id: str, replica: Replica, now_s: float) -> None:
+        request = self.requests[request_id]
+        request.was_alone = not replica.ongoing
+        request.replica, request.dispatched_s = replica.id, now_s
+        request.attempt += 1
+        self.cluster.begin_request(replica.id, request_id, prefix=request.facts.prefix, now_s=now_s)
+        self.models[request.facts.model].num_ongoing += 1
+        self.scaling.actions.append(Dispatch(request_id, replica.id, request.attempt))
+
+    def _first_byte(self, request_id: str, now_s: float) -> None:
+        request = self.requests.get(request_id)
+        if request is None or request.replica is None or request.is_answered:
+            return
+        request.is_answered = True
+        replica = self.cluster.replicas.get(request.replica)
+        if replica is None:
+            return
+        prefill_s = now_s - request.dispatched_s
+        if request.was_alone:
+            facts = request.facts
+            self.estimator.observe_prefill(PrefillSample(facts.model, replica.node, facts.prompt_tokens, prefill_s))
+        self._came_true(replica, prefill_s, now_s)
+
+    def _came_true(self, replica: Replica, prefill_s: float, now_s: float) -> None:
+        sample = self._samples.pop(replica.id, None)
+        prediction = self.scaling.predictions.get(replica.id)
+        if sample is None or prediction is None:
+            return
+        took = {
+            Term.PROCESS: sample.process_s,
+            Term.INIT: sample.init_s,
+            Term.WEIGHTS: sample.weights_s,
+            Term.PREFILL: prefill_s,
+        }
+        queue_s = max(0.0, now_s - prediction.decided_s - sum(took.values()))
+        self.scaling.came_true(replica.id, Estimate({Term.QUEUE: queue_s, **took}))
+
+    def _request_ended(self, request_id: str, now_s: float) -> None:
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return
+        self._touched[request.facts.model] = None
+        if request.replica is None:
+            self.queues.remove(request_id)
+            return
+        self._leave_replica(request_id, request, now_s)
+
+    def _leave_replica(self, request_id: str, request: Request, now_s: float) -> None:
+        """It has its place no more."""
+        assert request.replica is not None
+        state = self.models.get(request.facts.model)
+        if state is not None:
+            state.num_ongoing -= 1
+            state.served(now_s - request.dispatched_s)
+        replica = self.cluster.replicas.get(request.replica)
+        request.replica = None
+        if replica is None or request_id not in replica.ongoing:
+            return
+        self.cluster.end_request(replica.id, request_id, now_s)
+        if not replica.ongoing:
+            self._serve(replica.model, now_s)
+            if not replica.ongoing:
+                self.scaling.became_idle(replica, now_s)
+                self._has_new_room = True
+
+    def _request_failed(self, event: RequestFailed, now_s: float) -> None:
+        request = self.requests.get(event.request)
+        if request is None or request.replica is None:
+            return
+        facts, state = request.facts, self.models.get(request.facts.model)
+        self._leave_replica(event.request, request, now_s)
+        self._touched[facts.model] = None
+        if state is None or request.attempt >= self.limits.attempts_max:
+            del self.requests[event.request]
+            why = Refusal.ENGINE_FAILED if state is not None else Refusal.DELETED
+            self._reject(event.request, why, event.reason)
+            return
+        self._enqueue(facts, request.arrived_s, state)
+
+    # ---------------------------------------------------------------------------------------------------- replicas
+
+    def _replica_ready(self, event: ReplicaReady, now_s: float) -> None:
+        replica = self.cluster.replicas.get(event.replica)
+        if replica is None or replica.state is not ReplicaState.ORDERED:
+            return
+        state = self.models.get(replica.model)
+        if event.sample is not None:
+            self.estimator.observe_start(event.sample)
+            self._samples[event.replica] = event.sample
+        self.cluster.set_state(event.replica, ReplicaState.READY, now_s)
+        if state is None or state.spec.generation != replica.generation:
+            self.scaling.stop(event.replica, "its model was changed", now_s)
+            return
+        state.back_off.succeeded()
+        self.scaling.pin(replica.model)
+        self._end_old_generations(state, now_s)
+        self._serve(replica.model, now_s)
+        self._touched[replica.model] = None
+        if not replica.ongoing:
+            self.scaling.became_idle(replica, now_s)
+            self._has_new_room = True
+
+    def _replica_ended(self, event: ReplicaEnded, now_s: float) -> None:
+        replica = self.scaling.ended(event.replica, now_s)
+        self._samples.pop(event.replica, None)
+        if replica is None:
+            return
+        self._has_new_room = True
+        self._touched[replica.model] = None
+        self.scaling.pin(replica.model)
+        state = self.models.get(replica.model)
+        if state is None or not event.is_fault:
+            return
+        if replica.ready_s is None or now_s - replica.ready_s < YOUNG_S:
+            self.scaling.failed(state, event.reason, now_s)
+        if state.back_off.is_hopeless and not self._has_replica(replica.model):
+            self._reject_waiting(state, now_s)
+
+    def _has_replica(self, model: str) -> bool:
+        return bool(self.cluster.replicas_of(model, ReplicaState.READY))
+
+    def _reject_waiting(self, state: ModelState, now_s: float) -> None:
+        while (facts := self.queues.pop(state.spec.name)) is not None:
+            del self.requests[facts.id]
+            self._reject_no_start(facts.id, state, now_s)
+
+    def _reject_no_start(self, request_id: str, state: ModelState, now_s: float) -> None:
+        back_off = state.back_off
+        retry_s = max(1.0, back_off.until_s - now_s)
+        self._reject(request_id, Refusal.NO_START, back_off.reason, retry_after_s=retry_s)
+
+    def _end_old_generations(self, state: ModelState, now_s: float) -> None:
+        """The first replica of a new generation is ready: the old ones may go when their requests have ended."""
+        for old in self.cluster.replicas_of(state.spec.name, ReplicaState.READY):
+            if old.generation != state.spec.generation:
+                self.scaling.drain(old.id, now_s)
+
+    # ------------------------------------------------------------------------------------------ operators and nodes
+
+    def _model_deployed(self, spec: ModelSpec, now_s: float) -> None:
+        known = self.models.get(spec.name)
+        if known is None:
+            self.models[spec.name] = ModelState(spec)
+        else:
+            if spec.generation != known.spec.generation:
+                known.back_off.succeeded()
+            known.spec = replace(spec, nbytes=spec.nbytes or known.spec.nbytes)
+        self.scaling.pin(spec.name)
+        self._touched[spec.name] = None
+
+    def _model_deleted(self, model: str, now_s: float) -> None:
+        state = self.models.get(model)
+        if state is None:
+            return
+        while (facts := self.queues.pop(model)) is not None:
+            del self.requests[facts.id]
+            self._reject(facts.id, Refusal.DELETED, f"model {model!r} was deleted")
+        for pending in [one for one in self.scaling.pending.values() if one.model == model]:
+            self.scaling.forget_pending(pending)
+        del self.models[model]
+        for replica in self.cluster.replicas_of(model):
+            if replica.state is ReplicaState.ORDERED:
+                self.scaling.stop(replica.id, "its model was deleted", now_s)
+            self.scaling.drain(replica.id, now_s)
+
+    def _node_reported(self, event: NodeReported) -> None:
+        if event.node not in self.cluster.nodes:
+            return
+        self.cluster.set_warm(event.node, event.is_warm)
+        self.cluster.set_residency(event.node, event.residency)
+        self.estimator.observe_hops(event.node, event.hops)
+        for model, nbytes in event.nbytes.items():
+            state = self.models.get(model)
+            if state is not None and state.spec.nbytes != nbytes:
+                state.spec = replace(state.spec, nbytes=nbytes)
+
+    def _node_lost(self, node: str, now_s: float) -> None:
+        if node not in self.cluster.nodes:
+            return
+        for pending in [one for one in self.scaling.pending.values() if one.plan.node == node]:
+            self.scaling.forget_pending(pending)
+            self._touched[pending.model] = None
+        gone = list(self.cluster.nodes[node].replicas.values())
+        self.cluster.remove_node(node)
+        for replica in gone:
+            self._samples.pop(replica.id, None)
+            self.scaling.predictions.pop(replica.id, None)
+            self._touched[replica.model] = None
+
+    def _drain_asked(self, target: str, now_s: float) -> None:
+        replicas = [r for r in self.cluster.replicas.values() if target in (r.id, r.node)]
+        for replica in replicas:
+            self.scaling.drain(replica.id, now_s)
+
+    def _ticked(self, now_s: float) -> None:
+        for facts in self.queues.expire(now_s):
+            del self.requests[facts.id]
+            state = self.models[facts.model]
+            if state.back_off.reason:
+                self._reject_no_start(facts.id, state, now_s)
+            else:
+                self._reject(facts.id, Refusal.TOO_LATE, "no replica had room in time", retry_after_s=1.0)
+        self.scaling.end_idle(now_s)
+        self.scaling.prefetch(now_s)
+        self.scaling.drain_for_starving(now_s)
+        self._touched.update(dict.fromkeys(self.scaling.rested(now_s)))
+        self._has_new_room = True
+
+    def _reject(self, request: str, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:
+        self.scaling.actions.append(RejectRequest(request, why, reason, retry_after_s))

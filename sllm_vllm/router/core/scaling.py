@@ -1,0 +1,390 @@
+"""Which replicas there are to be: starts, evictions, drains, keep-alive. Pure; ``RouterCore``'s half about engines.
+
+A plan that evicts is carried out in two steps: its victims are stopped, and what they free is held for it, slot by
+slot; when the last one has ended, its own replica is started. So no slot is ever promised twice.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sllm_vllm.router.core.autoscale import desired_replicas
+from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
+from sllm_vllm.router.core.estimator import Estimator
+from sllm_vllm.router.core.events import Action, PrefetchModel, StartReplica, StopReplica
+from sllm_vllm.router.core.facts import Estimate, Tier
+from sllm_vllm.router.core.keep_alive import keep_alive_s, keep_value_s
+from sllm_vllm.router.core.model_state import ModelState, Prediction
+from sllm_vllm.router.core.pending import PendingStart, slug_of
+from sllm_vllm.router.core.placement import Plan, Rules, best_plan, plan_starts
+from sllm_vllm.router.core.queues import ModelQueues
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingLimits:
+    """How many nodes are looked at for a start (``plans_max``), how many models that lack slots are tried after each
+    event (``hungry_max``); how long the oldest request waits before nobody may overtake it and a busy replica is
+    drained for it (``starve_s``); how long before its likely arrival a model is prefetched (``prefetch_s``). What names
+    of replicas end with (``name_suffix``), so that no two routers of a cluster give one twice."""
+
+    plans_max: int = 8
+    hungry_max: int = 4
+    starve_s: float = 30.0
+    prefetch_s: float = 30.0
+    slack_s: float = 0.1
+    name_suffix: str = ""
+
+
+class Scaling:
+    """Starts and stops replicas in the picture of the cluster, and says so by actions. Owned by ``RouterCore``."""
+
+    def __init__(self, limits: ScalingLimits, models: dict[str, ModelState], queues: ModelQueues) -> None:
+        self.limits = limits
+        self.cluster = Cluster()
+        self.estimator = Estimator()
+        self.pending: dict[str, PendingStart] = {}
+        """By the id of the replica that is to be."""
+        self.predictions: dict[str, Prediction] = {}
+        """By replica, until its first answer; then the last one of each model, by its name."""
+        self._models = models
+        self._queues = queues
+        self._waits_for: dict[str, str] = {}
+        """Victim to the pending start it ends for."""
+        self._hungry: dict[str, None] = {}
+        """Models that want a replica and find no place, in the order in which they did."""
+        self._idle: list[tuple[float, str, float]] = []
+        """(when its keep-alive is over, replica, since when it was idle), a heap."""
+        self._prefetches: list[tuple[float, str, float]] = []
+        """(when, model, its last arrival then), a heap."""
+        self._resting: list[tuple[float, str]] = []
+        """(when its back-off is over, model), a heap."""
+        self._num_holds = 0
+        self._num_started = 0
+        self.actions: list[Action] = []
+
+    # ---------------------------------------------------------------------------------------------------- wanting
+
+    def consider(self, model: str, now_s: float) -> bool:
+        """Start what a model lacks; False if it lacks one and found no place."""
+        state = self._models.get(model)
+        if state is None:
+            return True
+        spec, waiting = state.spec, self._queues.waiting(model)
+        num_now = self.num_coming(model) + len(self._ready(model))
+        wanted = desired_replicas(
+            spec, ongoing=state.num_ongoing, waiting=waiting, num_now=num_now, now_s=now_s, state=state.autoscale
+        )
+        while num_now < wanted:
+            if state.back_off.is_resting(now_s) or (num_now and not self._pays(state, waiting, num_now)):
+                break
+            if not self._start_one(state, now_s, may_evict=waiting > 0):
+                self._hungry.setdefault(model)
+                return False
+            num_now += 1
+        self._hungry.pop(model, None)
+        return True
+
+    def feed_hungry(self, now_s: float) -> None:
+        """Slots may have come free: try models that lack some, first who waits longest, and nobody past a starving one.
+
+        A model that finds no place spares the others the search that want as much.
+        """
+        num_slots_in_vain = math.inf
+        for model in list(self._first_hungry()):
+            state = self._models.get(model)
+            if state is None or state.spec.accelerators >= num_slots_in_vain:
+                continue
+            if not self.consider(model, now_s):
+                num_slots_in_vain = min(num_slots_in_vain, state.spec.accelerators)
+                if self._is_starving(model, now_s):
+                    return
+
+    def drain_for_starving(self, now_s: float) -> None:
+        """If somebody has waited too long for slots, let the busy replica end that has the fewest requests."""
+        model = next(iter(self._first_hungry()), None)
+        if model is None or not self._is_starving(model, now_s):
+            return
+        busy = [
+            replica
+            for replica in self.cluster.replicas.values()
+            if replica.state is ReplicaState.READY and replica.model != model and self._is_spare(replica)
+        ]
+        if busy and not any(r.state is ReplicaState.DRAINING for r in self.cluster.replicas.values()):
+            victim = min(busy, key=lambda replica: (len(replica.ongoing), replica.ready_s or 0.0, replica.id))
+            self.drain(victim.id, now_s)
+
+    def _first_hungry(self) -> Iterator[str]:
+        """Some models that lack a replica: those whose oldest request waits longest, in the order of their queues."""
+        waiting = sorted(
+            (oldest, model) for model in self._hungry if (oldest := self._queues.oldest_s(model)) is not None
+        )
+        yield from (model for _, model in waiting[: self.limits.hungry_max])
+
+    def _is_starving(self, model: str, now_s: float) -> bool:
+        oldest_s = self._queues.oldest_s(model)
+        return oldest_s is not None and now_s - oldest_s > self.limits.starve_s
+
+    def _pays(self, state: ModelState, waiting: int, num_now: int) -> bool:
+        """Whether another replica would be there before those that are have room again."""
+        if not waiting or not state.service_s:
+            return True
+        rounds = waiting / (num_now * state.spec.ongoing_max)
+        return self.estimator.startup_s(state.spec) < max(1.0, rounds) * state.service_s
+
+    def num_coming(self, model: str) -> int:
+        """Replicas on their way."""
+        ordered = len(self.cluster.replicas_of(model, ReplicaState.ORDERED))
+        return ordered + self._models[model].num_pending
+
+    def _ready(self, model: str) -> list[Replica]:
+        """Those of the present generation."""
+        generation = self._models[model].spec.generation
+        ready = self.cluster.replicas_of(model, ReplicaState.READY)
+        return [replica for replica in ready if replica.generation == generation]
+
+    # --------------------------------------------------------------------------------------------------- starting
+
+    def _start_one(self, state: ModelState, now_s: float, *, may_evict: bool) -> bool:
+        plans = self.plans_for(state, now_s, may_evict=may_evict)
+        plan = best_plan(plans, slack_s=self.limits.slack_s)
+        if plan is None:
+            return False
+        self._carry_out(plan, state, now_s)
+        return True
+
+    def plans_for(self, state: ModelState, now_s: float, *, may_evict: bool = True) -> list[Plan]:
+        """Plans for one more replica now, the best first."""
+        head = self._queues.peek(state.spec.name)
+        rules = Rules(
+            keep_value=lambda replica: self._keep_value(replica, now_s),
+            may_evict=self._is_spare if may_evict else _never,
+            k=self.limits.plans_max,
+        )
+        prompt_tokens = head.prompt_tokens if head is not None else 0
+        return plan_starts(
+            self.cluster, self.estimator, state.spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules
+        )
+
+    def _carry_out(self, plan: Plan, state: ModelState, now_s: float) -> None:
+        self._num_started += 1
+        spec = state.spec
+        replica = f"{slug_of(spec.name)}-{self._num_started}{self.limits.name_suffix}"
+        self.predictions[replica] = Prediction(
+            model=spec.name,
+            node=plan.node,
+            replica=replica,
+            kind=plan.kind.value,
+            tier=plan.tier.name,
+            is_warm=plan.is_warm,
+            decided_s=now_s,
+            expected=plan.estimate,
+        )
+        self.cluster.extend_load(plan.node, now_s, self.estimator.weights_s(spec, plan.node, plan.tier))
+        pending = PendingStart(replica, spec.name, spec.generation, plan, set(plan.victims))
+        if not plan.victims:
+            self._start(pending, now_s)
+            return
+        self.pending[replica] = pending
+        state.num_pending += 1
+        for victim in plan.victims:
+            self._waits_for[victim] = replica
+            self.stop(victim, f"its slots are for {spec.name}", now_s)
+
+    def _start(self, pending: PendingStart, now_s: float) -> None:
+        spec = self._models[pending.model].spec
+        estimate = pending.plan.estimate
+        self.cluster.add_replica(
+            Replica(
+                id=pending.replica,
+                model=pending.model,
+                generation=pending.generation,
+                node=pending.plan.node,
+                num_slots=spec.accelerators,
+                state_since_s=now_s,
+                ordered_s=now_s,
+                ready_at_s=now_s + estimate.total_s,
+            )
+        )
+        self.actions.append(StartReplica(pending.replica, pending.model, pending.generation, pending.plan.node))
+
+    # --------------------------------------------------------------------------------------------------- stopping
+
+    def stop(self, replica_id: str, reason: str, now_s: float) -> None:
+        """End a replica that has no request."""
+        replica = self.cluster.replicas[replica_id]
+        assert not replica.ongoing, f"{replica_id} has {len(replica.ongoing)} requests"
+        self.cluster.set_state(replica_id, ReplicaState.STOPPING, now_s)
+        self.actions.append(StopReplica(replica_id, replica.node, reason))
+
+    def drain(self, replica_id: str, now_s: float) -> None:
+        """Send it nothing more, and end it when its last request has ended."""
+        replica = self.cluster.replicas[replica_id]
+        if replica.state is not ReplicaState.READY:
+            return
+        self.cluster.set_state(replica_id, ReplicaState.DRAINING, now_s)
+        if not replica.ongoing:
+            self.stop(replica_id, "drained", now_s)
+
+    def became_idle(self, replica: Replica, now_s: float) -> None:
+        """Its last request ended, or it is ready and nobody waits."""
+        if replica.state is ReplicaState.DRAINING:
+            self.stop(replica.id, "drained", now_s)
+            return
+        state = self._models.get(replica.model)
+        if replica.state is not ReplicaState.READY or state is None:
+            return
+        assert replica.idle_since_s is not None
+        ttl_s = state.spec.keep_alive_s
+        if ttl_s is None:
+            ttl_s = keep_alive_s(
+                state.arrivals,
+                startup_s=self.estimator.startup_s(state.spec),
+                share=self._share(replica),
+                now_s=now_s,
+            )
+        heapq.heappush(self._idle, (now_s + ttl_s, replica.id, replica.idle_since_s))
+
+    def end_idle(self, now_s: float) -> None:
+        """Stop replicas whose keep-alive is over."""
+        while self._idle and self._idle[0][0] <= now_s:
+            _, replica_id, since_s = heapq.heappop(self._idle)
+            replica = self.cluster.replicas.get(replica_id)
+            if replica is None or replica.state is not ReplicaState.READY or replica.idle_since_s != since_s:
+                continue
+            if self._is_spare(replica):
+                self.stop(replica_id, "its keep-alive is over", now_s)
+
+    def ended(self, replica_id: str, now_s: float) -> Replica | None:
+        """A replica is gone; its slots are free, or held for the start that they were freed for."""
+        replica = self.cluster.replicas.get(replica_id)
+        self.predictions.pop(replica_id, None)
+        if replica is None:
+            return None
+        was_stopping_s = now_s - replica.state_since_s if replica.state is ReplicaState.STOPPING else None
+        self.cluster.remove_replica(replica_id)
+        if was_stopping_s is not None:
+            self.estimator.observe_stop(replica.model, replica.node, was_stopping_s)
+        pending = self.pending.get(self._waits_for.pop(replica_id, ""))
+        if pending is not None:
+            pending.victims.discard(replica_id)
+            self._hold_or_start(pending, replica, now_s)
+        return replica
+
+    def _hold_or_start(self, pending: PendingStart, freed: Replica, now_s: float) -> None:
+        if pending.victims:
+            self._num_holds += 1
+            hold = f"hold-{self._num_holds}"
+            self.cluster.add_replica(
+                Replica(
+                    id=hold,
+                    model="",
+                    node=freed.node,
+                    num_slots=freed.num_slots,
+                    state=ReplicaState.STOPPING,
+                    state_since_s=now_s,
+                )
+            )
+            pending.holds.append(hold)
+            return
+        self.forget_pending(pending)
+        state = self._models.get(pending.model)
+        if state is not None and state.spec.generation == pending.generation:
+            self._start(pending, now_s)
+        else:
+            self.predictions.pop(pending.replica, None)
+
+    def forget_pending(self, pending: PendingStart) -> None:
+        """It starts now, or never; its holds are let go."""
+        for hold in pending.holds:
+            if hold in self.cluster.replicas:
+                self.cluster.remove_replica(hold)
+        del self.pending[pending.replica]
+        state = self._models.get(pending.model)
+        if state is not None:
+            state.num_pending -= 1
+        for victim in pending.victims:
+            self._waits_for.pop(victim, None)
+
+    # ------------------------------------------------------------------------------------------------- prefetching
+
+    def arrived(self, state: ModelState, now_s: float) -> None:
+        """A request of a model came: it may be time to think of the next one."""
+        lead_s = self.limits.prefetch_s
+        next_s = state.arrivals.next_after_s(now_s, 0.5)
+        if next_s is not None and next_s > lead_s:
+            heapq.heappush(self._prefetches, (now_s + next_s - lead_s, state.spec.name, now_s))
+
+    def prefetch(self, now_s: float) -> None:
+        """Have checkpoints read whose models are likely next and have no replica."""
+        while self._prefetches and self._prefetches[0][0] <= now_s:
+            _, model, last_s = heapq.heappop(self._prefetches)
+            state = self._models.get(model)
+            if state is None or state.arrivals.last_s != last_s or self.cluster.replicas_of(model):
+                continue
+            for node in self.cluster.candidates(model, 0, 1):
+                if self.cluster.tier(node, model) is not Tier.HOST:
+                    self.actions.append(PrefetchModel(model, node))
+
+    # ---------------------------------------------------------------------------------------------------- back-off
+
+    def failed(self, state: ModelState, reason: str, now_s: float) -> None:
+        """A start of a model failed."""
+        state.back_off.failed(reason, now_s)
+        heapq.heappush(self._resting, (state.back_off.until_s, state.spec.name))
+
+    def rested(self, now_s: float) -> list[str]:
+        """Models whose back-off is over."""
+        found = []
+        while self._resting and self._resting[0][0] <= now_s:
+            found.append(heapq.heappop(self._resting)[1])
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- values
+
+    def pin(self, model: str) -> None:
+        """Keep as many of its replicas from being evicted as its minimum says."""
+        state = self._models.get(model)
+        if state is None:
+            return
+        ready = self._ready(model)
+        for rank, replica in enumerate(ready):
+            self.cluster.set_pinned(replica.id, rank < state.spec.min_replicas)
+
+    def _is_spare(self, replica: Replica) -> bool:
+        """Whether its model can do without it, as far as its minimum says; an old generation always can."""
+        state = self._models.get(replica.model)
+        if state is None or replica.generation != state.spec.generation:
+            return True
+        return state.spec.min_replicas == 0 or len(self._ready(replica.model)) > state.spec.min_replicas
+
+    def _keep_value(self, replica: Replica, now_s: float) -> float:
+        state = self._models.get(replica.model)
+        if state is None:
+            return 0.0
+        return keep_value_s(state.arrivals, startup_s=self.estimator.startup_s(state.spec), now_s=now_s)
+
+    def _share(self, replica: Replica) -> float:
+        return replica.num_slots / max(1, self.cluster.num_slots(replica.node))
+
+    def came_true(self, replica_id: str, actual: Estimate) -> None:
+        """What a start took, down to its first answer."""
+        prediction = self.predictions.pop(replica_id, None)
+        if prediction is not None:
+            self.predictions[prediction.model] = Prediction(
+                model=prediction.model,
+                node=prediction.node,
+                replica=prediction.replica,
+                kind=prediction.kind,
+                tier=prediction.tier,
+                is_warm=prediction.is_warm,
+                decided_s=prediction.decided_s,
+                expected=prediction.expected,
+                actual=actual,
+            )
+
+
+def _never(replica: Replica) -> bool:
+    return False

@@ -1,0 +1,17 @@
+"""Whom an event or action is about: for the story of a request, a replica, a model or a node. Pure."""
+
+from __future__ import annotations
+
+from sllm_vllm.router.core.events import Action, Event
+from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
+
+_FIELDS = ("request", "replica", "model", "node", "target")
+
+
+def is_about(what: Event | Action, name: str) -> bool:
+    """Whether it names it."""
+    if name in (getattr(what, field, None) for field in _FIELDS):
+        return True
+    facts: RequestFacts | None = getattr(what, "facts", None)
+    spec: ModelSpec | None = getattr(what, "spec", None)
+    return (facts is not None and name in (facts.id, facts.model)) or (spec is not None and name == spec.name)
