@@ -43,19 +43,15 @@ def _validate_models(core: RouterCore) -> None:
     ongoing = Counter(request.facts.model for request in core.requests.values() if request.replica is not None)
     for model, state in core.models.items():
         assert state.num_ongoing == ongoing[model], f"{model}: {state.num_ongoing} counted, {ongoing[model]} there are"
-        pending = sum(one.model == model for one in core.scaling.pending.values())
-        assert state.num_pending == pending
-        coming = core.cluster.replicas_of(model, ReplicaState.ORDERED)
-        ready = core.cluster.replicas_of(model, ReplicaState.READY)
-        assert len(coming) + len(ready) + pending <= 2 * state.spec.max_replicas, f"{model} has too many replicas"
+        assert core.scaling.num_coming(model) <= state.spec.max_replicas, f"{model}: too many replicas are starting"
 
 
 def _validate_pending(core: RouterCore) -> None:
     """What is being freed is freed for one start each, and every placeholder belongs to one."""
-    holds = [hold for pending in core.scaling.pending.values() for hold in pending.holds]
+    holds = [hold for pending in core.scaling.pending.all() for hold in pending.holds]
     assert len(set(holds)) == len(holds)
     assert {name for name, one in core.cluster.replicas.items() if not one.model} == set(holds)
-    for pending in core.scaling.pending.values():
+    for pending in core.scaling.pending.all():
         assert pending.victims, f"{pending.replica} waits for nobody"
         for victim in pending.victims:
             assert core.cluster.replicas[victim].state is ReplicaState.STOPPING

@@ -54,8 +54,6 @@ class ModelState:
     back_off: BackOff = field(default_factory=BackOff)
     num_ongoing: int = 0
     """Requests that replicas have now."""
-    num_pending: int = 0
-    """Starts that wait for victims to end."""
     service_s: float = 0.0
     """Running mean of how long a request keeps its place; 0 as long as none ended."""
 

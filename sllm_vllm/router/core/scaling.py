@@ -6,19 +6,20 @@ slot; when the last one has ended, its own replica is started. So no slot is eve
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.autoscale import desired_replicas
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import Action, PrefetchModel, StartReplica, StopReplica
-from sllm_vllm.router.core.facts import Estimate, Tier
+from sllm_vllm.router.core.facts import Estimate, ModelSpec, StartSample, Term, Tier
 from sllm_vllm.router.core.keep_alive import keep_alive_s, keep_value_s
 from sllm_vllm.router.core.model_state import ModelState, Prediction
-from sllm_vllm.router.core.pending import PendingStart, slug_of
+from sllm_vllm.router.core.pending import PendingStart, PendingStarts, slug_of
 from sllm_vllm.router.core.placement import Plan, Rules, best_plan, plan_starts
 from sllm_vllm.router.core.queues import ModelQueues
 
@@ -45,23 +46,19 @@ class Scaling:
         self.limits = limits
         self.cluster = Cluster()
         self.estimator = Estimator()
-        self.pending: dict[str, PendingStart] = {}
-        """By the id of the replica that is to be."""
+        self.pending = PendingStarts(self.cluster)
         self.predictions: dict[str, Prediction] = {}
         """By replica, until its first answer; then the last one of each model, by its name."""
         self._models = models
         self._queues = queues
-        self._waits_for: dict[str, str] = {}
-        """Victim to the pending start it ends for."""
         self._hungry: dict[str, None] = {}
         """Models that want a replica and find no place, in the order in which they did."""
-        self._idle: list[tuple[float, str, float]] = []
-        """(when its keep-alive is over, replica, since when it was idle), a heap."""
-        self._prefetches: list[tuple[float, str, float]] = []
-        """(when, model, its last arrival then), a heap."""
-        self._resting: list[tuple[float, str]] = []
-        """(when its back-off is over, model), a heap."""
-        self._num_holds = 0
+        self._idle: Alarms[tuple[str, float]] = Alarms()
+        """The end of a keep-alive: replica, and since when it was idle."""
+        self._prefetches: Alarms[tuple[str, float]] = Alarms()
+        """Model, and its last arrival then."""
+        self._resting: Alarms[str] = Alarms()
+        """The end of a model's back-off."""
         self._num_started = 0
         self.actions: list[Action] = []
 
@@ -77,6 +74,8 @@ class Scaling:
         wanted = desired_replicas(
             spec, ongoing=state.num_ongoing, waiting=waiting, num_now=num_now, now_s=now_s, state=state.autoscale
         )
+        if num_now > wanted:
+            self._shed(state, wanted, now_s)
         while num_now < wanted:
             if state.back_off.is_resting(now_s) or (num_now and not self._pays(state, waiting, num_now)):
                 break
@@ -86,6 +85,21 @@ class Scaling:
             num_now += 1
         self._hungry.pop(model, None)
         return True
+
+    def _shed(self, state: ModelState, wanted: int, now_s: float) -> None:
+        """End what is too much: what is only planned or starting, then what is idle; what is busy beyond the most."""
+        spec = state.spec
+        for pending in self.pending.of_model(spec.name)[wanted:]:
+            self.pending.forget(pending)
+        ready = self._ready(spec.name)
+        num_coming = max(0, wanted - len(ready))
+        for replica in self._ordered(spec)[num_coming:]:
+            self.stop(replica.id, "too many", now_s)
+        idle = [replica for replica in ready if not replica.ongoing]
+        for replica in idle[: max(0, len(ready) - wanted)]:
+            self.stop(replica.id, "too many", now_s)
+        for replica in self._ready(spec.name)[spec.max_replicas :]:
+            self.drain(replica.id, now_s)
 
     def feed_hungry(self, now_s: float) -> None:
         """Slots may have come free: try models that lack some, first who waits longest, and nobody past a starving one.
@@ -117,11 +131,10 @@ class Scaling:
             self.drain(victim.id, now_s)
 
     def _first_hungry(self) -> Iterator[str]:
-        """Some models that lack a replica: those whose oldest request waits longest, in the order of their queues."""
-        waiting = sorted(
-            (oldest, model) for model in self._hungry if (oldest := self._queues.oldest_s(model)) is not None
-        )
-        yield from (model for _, model in waiting[: self.limits.hungry_max])
+        """Some models that lack a replica: first those with requests, in the order of their queues."""
+        waiting = (model for model in self._queues.models() if model in self._hungry)
+        idle = (model for model in self._hungry if not self._queues.waiting(model))
+        return itertools.islice(itertools.chain(waiting, idle), self.limits.hungry_max)
 
     def _is_starving(self, model: str, now_s: float) -> bool:
         oldest_s = self._queues.oldest_s(model)
@@ -136,8 +149,11 @@ class Scaling:
 
     def num_coming(self, model: str) -> int:
         """Replicas on their way."""
-        ordered = len(self.cluster.replicas_of(model, ReplicaState.ORDERED))
-        return ordered + self._models[model].num_pending
+        return len(self._ordered(self._models[model].spec)) + len(self.pending.of_model(model))
+
+    def _ordered(self, spec: ModelSpec) -> list[Replica]:
+        ordered = self.cluster.replicas_of(spec.name, ReplicaState.ORDERED)
+        return [replica for replica in ordered if replica.generation == spec.generation]
 
     def _ready(self, model: str) -> list[Replica]:
         """Those of the present generation."""
@@ -187,10 +203,8 @@ class Scaling:
         if not plan.victims:
             self._start(pending, now_s)
             return
-        self.pending[replica] = pending
-        state.num_pending += 1
+        self.pending.add(pending, spec.accelerators, now_s)
         for victim in plan.victims:
-            self._waits_for[victim] = replica
             self.stop(victim, f"its slots are for {spec.name}", now_s)
 
     def _start(self, pending: PendingStart, now_s: float) -> None:
@@ -228,6 +242,21 @@ class Scaling:
         if not replica.ongoing:
             self.stop(replica_id, "drained", now_s)
 
+    def replace_generation(self, state: ModelState, now_s: float) -> None:
+        """Its engines are to be started otherwise. If there is room for a new one it comes first, and the old ones go
+        when it is ready; else they go at once, and requests wait."""
+        model, generation = state.spec.name, state.spec.generation
+        for pending in self.pending.of_model(model):
+            self.pending.forget(pending)
+        for replica in self.cluster.replicas_of(model, ReplicaState.ORDERED):
+            if replica.generation != generation:
+                self.stop(replica.id, "its model was changed", now_s)
+        old = [one for one in self.cluster.replicas_of(model, ReplicaState.READY) if one.generation != generation]
+        if old and not self.num_coming(model) and self._start_one(state, now_s, may_evict=False):
+            return
+        for replica in old:
+            self.drain(replica.id, now_s)
+
     def became_idle(self, replica: Replica, now_s: float) -> None:
         """Its last request ended, or it is ready and nobody waits."""
         if replica.state is ReplicaState.DRAINING:
@@ -245,12 +274,11 @@ class Scaling:
                 share=self._share(replica),
                 now_s=now_s,
             )
-        heapq.heappush(self._idle, (now_s + ttl_s, replica.id, replica.idle_since_s))
+        self._idle.set(now_s + ttl_s, (replica.id, replica.idle_since_s))
 
     def end_idle(self, now_s: float) -> None:
         """Stop replicas whose keep-alive is over."""
-        while self._idle and self._idle[0][0] <= now_s:
-            _, replica_id, since_s = heapq.heappop(self._idle)
+        for replica_id, since_s in self._idle.due(now_s):
             replica = self.cluster.replicas.get(replica_id)
             if replica is None or replica.state is not ReplicaState.READY or replica.idle_since_s != since_s:
                 continue
@@ -267,46 +295,14 @@ class Scaling:
         self.cluster.remove_replica(replica_id)
         if was_stopping_s is not None:
             self.estimator.observe_stop(replica.model, replica.node, was_stopping_s)
-        pending = self.pending.get(self._waits_for.pop(replica_id, ""))
+        pending = self.pending.victim_ended(replica, now_s)
         if pending is not None:
-            pending.victims.discard(replica_id)
-            self._hold_or_start(pending, replica, now_s)
+            state = self._models.get(pending.model)
+            if state is not None and state.spec.generation == pending.generation:
+                self._start(pending, now_s)
+            else:
+                self.predictions.pop(pending.replica, None)
         return replica
-
-    def _hold_or_start(self, pending: PendingStart, freed: Replica, now_s: float) -> None:
-        if pending.victims:
-            self._num_holds += 1
-            hold = f"hold-{self._num_holds}"
-            self.cluster.add_replica(
-                Replica(
-                    id=hold,
-                    model="",
-                    node=freed.node,
-                    num_slots=freed.num_slots,
-                    state=ReplicaState.STOPPING,
-                    state_since_s=now_s,
-                )
-            )
-            pending.holds.append(hold)
-            return
-        self.forget_pending(pending)
-        state = self._models.get(pending.model)
-        if state is not None and state.spec.generation == pending.generation:
-            self._start(pending, now_s)
-        else:
-            self.predictions.pop(pending.replica, None)
-
-    def forget_pending(self, pending: PendingStart) -> None:
-        """It starts now, or never; its holds are let go."""
-        for hold in pending.holds:
-            if hold in self.cluster.replicas:
-                self.cluster.remove_replica(hold)
-        del self.pending[pending.replica]
-        state = self._models.get(pending.model)
-        if state is not None:
-            state.num_pending -= 1
-        for victim in pending.victims:
-            self._waits_for.pop(victim, None)
 
     # ------------------------------------------------------------------------------------------------- prefetching
 
@@ -315,12 +311,11 @@ class Scaling:
         lead_s = self.limits.prefetch_s
         next_s = state.arrivals.next_after_s(now_s, 0.5)
         if next_s is not None and next_s > lead_s:
-            heapq.heappush(self._prefetches, (now_s + next_s - lead_s, state.spec.name, now_s))
+            self._prefetches.set(now_s + next_s - lead_s, (state.spec.name, now_s))
 
     def prefetch(self, now_s: float) -> None:
         """Have checkpoints read whose models are likely next and have no replica."""
-        while self._prefetches and self._prefetches[0][0] <= now_s:
-            _, model, last_s = heapq.heappop(self._prefetches)
+        for model, last_s in self._prefetches.due(now_s):
             state = self._models.get(model)
             if state is None or state.arrivals.last_s != last_s or self.cluster.replicas_of(model):
                 continue
@@ -333,14 +328,11 @@ class Scaling:
     def failed(self, state: ModelState, reason: str, now_s: float) -> None:
         """A start of a model failed."""
         state.back_off.failed(reason, now_s)
-        heapq.heappush(self._resting, (state.back_off.until_s, state.spec.name))
+        self._resting.set(state.back_off.until_s, state.spec.name)
 
     def rested(self, now_s: float) -> list[str]:
         """Models whose back-off is over."""
-        found = []
-        while self._resting and self._resting[0][0] <= now_s:
-            found.append(heapq.heappop(self._resting)[1])
-        return found
+        return list(self._resting.due(now_s))
 
     # ------------------------------------------------------------------------------------------------------- values
 
@@ -369,21 +361,20 @@ class Scaling:
     def _share(self, replica: Replica) -> float:
         return replica.num_slots / max(1, self.cluster.num_slots(replica.node))
 
-    def came_true(self, replica_id: str, actual: Estimate) -> None:
-        """What a start took, down to its first answer."""
+    def came_true(self, replica_id: str, sample: StartSample, prefill_s: float, *, now_s: float) -> None:
+        """A start has come down to its first answer: hold it against what was predicted."""
         prediction = self.predictions.pop(replica_id, None)
-        if prediction is not None:
-            self.predictions[prediction.model] = Prediction(
-                model=prediction.model,
-                node=prediction.node,
-                replica=prediction.replica,
-                kind=prediction.kind,
-                tier=prediction.tier,
-                is_warm=prediction.is_warm,
-                decided_s=prediction.decided_s,
-                expected=prediction.expected,
-                actual=actual,
-            )
+        if prediction is None:
+            return
+        took = {
+            Term.PROCESS: sample.process_s,
+            Term.INIT: sample.init_s,
+            Term.WEIGHTS: sample.weights_s,
+            Term.PREFILL: prefill_s,
+        }
+        queue_s = max(0.0, now_s - prediction.decided_s - sum(took.values()))
+        actual = Estimate({Term.QUEUE: queue_s, **took})
+        self.predictions[prediction.model] = replace(prediction, actual=actual)
 
 
 def _never(replica: Replica) -> bool:
