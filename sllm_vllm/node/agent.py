@@ -47,7 +47,7 @@ from sllm_vllm.node.orphans import DeathWatch, Record, sweep
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import EngineTiming, NodeReport, ReplicaOrder, ReplicaReport, SlotReport
 from sllm_vllm.node.replica_record import ReplicaRecord, new_id
-from sllm_vllm.node.residency import prefetch_checkpoint, read_residency
+from sllm_vllm.node.residency import hint_store, prefetch_checkpoint, read_residency
 from sllm_vllm.node.sessions import reap_adopted
 from sllm_vllm.node.starter import open_starter
 
@@ -222,6 +222,12 @@ class NodeAgent:
         """
         await asyncio.to_thread(prefetch_checkpoint, self.config, checkpoint)
 
+    async def prefetch_model(self, arguments: tuple[str, ...]) -> None:
+        """Have the store read what an engine with these arguments, the model first, would want."""
+        if option_value(arguments, "--load-format") is None:
+            arguments = (*arguments, "--load-format", self.config.load_format)
+        await asyncio.to_thread(hint_store, self.config, arguments)
+
     async def report(self, *, with_memory: bool = False) -> NodeReport:
         """Everything this agent knows. ``with_memory`` measures the warm parent's, which takes a moment."""
         residency = await asyncio.to_thread(read_residency, self.config)
@@ -260,11 +266,7 @@ class NodeAgent:
         return read_log(self._log_path(replica_id), tail_nbytes=tail_nbytes, is_over=is_over)
 
     def story(self, replica_id: str) -> list[str]:
-        """What happened to it and what was done, oldest first, a line each.
-
-        Raises:
-            ReplicaUnknown: there is none of this id.
-        """
+        """What happened to it and what was done, oldest first; raises ``ReplicaUnknown``."""
         self._row(replica_id)
         now_s = self._clock()
         return [f"{at_s - now_s:+.3f} s  {_in_words(what)}" for at_s, what in self._core.story(replica_id)]

@@ -127,6 +127,8 @@ class CheckpointReport(_Message):
     resident_nbytes: int
     """Of it in the store's memory."""
     tiers: tuple[str, ...]
+    model: str = ""
+    """As it was given to ``vllm serve`` when the checkpoint was made; empty where the disk does not have it."""
 
 
 class EngineTiming(_Message):

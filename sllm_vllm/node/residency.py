@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sllm_vllm.checkpoint.reader import Checkpoint
-from sllm_vllm.checkpoint.repository import CheckpointRepository
+from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
+from sllm_vllm.checkpoint.reader import open_checkpoint
 from sllm_vllm.config import NodeConfig, default_store_socket
 from sllm_vllm.errors import CheckpointError, StoreError, StoreUnavailable
 from sllm_vllm.node.protocol import CheckpointReport
@@ -18,6 +20,7 @@ from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Order
 
 _ASK_S = 5.0
+_REPORTS_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def read_residency(config: NodeConfig) -> Residency:
     except StoreError as error:
         return Residency(checkpoints=_on_disk(config.store_dir), problem=str(error))
     hops = {name: {key: entry[key] for key in ("bps", "limit_bps")} for name, entry in facts["hops"].items()}
-    return Residency(checkpoints=_by_name(facts["checkpoints"]), hops=hops)
+    return Residency(checkpoints=_by_name(facts["checkpoints"], _on_disk(config.store_dir)), hops=hops)
 
 
 def prefetch_checkpoint(config: NodeConfig, checkpoint: str) -> None:
@@ -69,18 +72,35 @@ def _socket_of(config: NodeConfig) -> Path:
 
 
 def _on_disk(store_dir: Path) -> tuple[CheckpointReport, ...]:
+    """Those that can be used; whoever loads another one is told why it can't."""
+    found = []
+    with contextlib.suppress(OSError):
+        for directory in sorted(store_dir.iterdir()):
+            with contextlib.suppress(OSError):
+                changed_ns = (directory / MANIFEST_NAME).stat().st_mtime_ns
+                found.append(_read_report(str(directory), changed_ns))
+    return tuple(report for report in found if report is not None)
+
+
+@functools.lru_cache(_REPORTS_MAX)
+def _read_report(directory: str, changed_ns: int) -> CheckpointReport | None:
+    """A large model's manifest has megabytes: read again when it has changed."""
     try:
-        found = [entry for entry in CheckpointRepository(store_dir).list() if isinstance(entry, Checkpoint)]
-    except CheckpointError:  # whoever loads from there is told why
-        return ()
-    return tuple(
-        CheckpointReport(name=entry.path.name, nbytes=entry.manifest.nbytes, resident_nbytes=0, tiers=("DISK",))
-        for entry in found
+        manifest = open_checkpoint(Path(directory)).manifest
+    except CheckpointError:
+        return None
+    return CheckpointReport(
+        name=Path(directory).name,
+        nbytes=manifest.nbytes,
+        resident_nbytes=0,
+        tiers=("DISK",),
+        model=manifest.source.model,
     )
 
 
-def _by_name(entries: Sequence[Mapping[str, Any]]) -> tuple[CheckpointReport, ...]:
-    """The store tells of partitions; here each checkpoint is one line."""
+def _by_name(entries: Sequence[Mapping[str, Any]], on_disk: Sequence[CheckpointReport]) -> tuple[CheckpointReport, ...]:
+    """The store tells of partitions; here each checkpoint is one line. The disk's manifests know the models."""
+    models = {report.name: report.model for report in on_disk}
     found: dict[str, CheckpointReport] = {}
     for entry in entries:
         known = found.get(entry["name"])
@@ -89,5 +109,6 @@ def _by_name(entries: Sequence[Mapping[str, Any]]) -> tuple[CheckpointReport, ..
             nbytes=entry["nbytes"] + (known.nbytes if known else 0),
             resident_nbytes=entry["resident_nbytes"] + (known.resident_nbytes if known else 0),
             tiers=tuple(sorted({*entry["tiers"], *(known.tiers if known else ())})),
+            model=models.get(entry["name"], ""),
         )
     return tuple(found.values())

@@ -6,14 +6,10 @@ daemon's private folder, since every local user can connect to a port.
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import io
 import logging
-import os
-import secrets
 import socket
-import stat
 import sys
 import threading
 import time
@@ -29,7 +25,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from sllm_vllm.errors import ConfigError, SllmError
+from sllm_vllm.errors import SllmError
+from sllm_vllm.key_file import open_key
 from sllm_vllm.metrics import SERIES_MAX, StoreMetric
 
 logger = logging.getLogger(__name__)
@@ -110,36 +107,6 @@ def _memory_samples(status: dict[str, Any]) -> Iterator[Sample]:
         yield StoreMetric.RESIDENT_NBYTES, (entry["name"], str(entry["rank"])), entry["resident_nbytes"]
 
 
-def open_key(state_dir: Path) -> str:
-    """The key that a scrape must show; made at the first call.
-
-    Raises:
-        ConfigError: somebody else may read it, or it is no key.
-    """
-    path = state_dir / KEY_NAME
-    with contextlib.suppress(FileExistsError):
-        _write_key(path)
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(fd, encoding="ascii", errors="replace") as file:
-        facts, key = os.fstat(fd), file.read(4096).strip()
-    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077 or not key:
-        raise ConfigError(f"{path}: it must be a key of this user that nobody else can read; remove it")
-    return key
-
-
-def _write_key(path: Path) -> None:
-    """Make the file with its content at once, so that a crash leaves no empty one."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}")
-    staging.unlink(missing_ok=True)
-    fd = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
-        os.link(staging, path)
-    finally:
-        staging.unlink()
-
-
 class MetricsServer:
     """Serves ``GET /metrics`` on 127.0.0.1 from ``start`` to ``stop``, in threads of its own.
 
@@ -155,7 +122,7 @@ class MetricsServer:
     def __init__(self, status: Status, state_dir: Path, port: int) -> None:
         registry = CollectorRegistry()
         registry.register(StoreCollector(status))
-        self._server = _Server(("127.0.0.1", port), registry, open_key(state_dir))
+        self._server = _Server(("127.0.0.1", port), registry, open_key(state_dir / KEY_NAME))
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_STOP_POLL_S,), name="sllm-metrics", daemon=True
         )

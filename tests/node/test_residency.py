@@ -41,7 +41,11 @@ def config_of(store_dir: Path, store_socket: Path | None = None) -> NodeConfig:
 
 def on_disk(checkpoint: Checkpoint) -> CheckpointReport:
     return CheckpointReport(
-        name=checkpoint.path.name, nbytes=checkpoint.manifest.nbytes, resident_nbytes=0, tiers=("DISK",)
+        name=checkpoint.path.name,
+        nbytes=checkpoint.manifest.nbytes,
+        resident_nbytes=0,
+        tiers=("DISK",),
+        model=checkpoint.manifest.source.model,
     )
 
 

@@ -16,8 +16,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sllm_vllm.errors import ConfigError, StoreUnavailable
+from sllm_vllm.key_file import open_key
 from sllm_vllm.metrics import SERIES_MAX, StoreMetric
-from sllm_vllm.store.metrics_server import HEAD_NBYTES_MAX, KEY_NAME, SCRAPES_MAX, MetricsServer, Status, open_key
+from sllm_vllm.store.metrics_server import HEAD_NBYTES_MAX, KEY_NAME, SCRAPES_MAX, MetricsServer, Status
 from sllm_vllm.units import GIB, MIB
 from tests.store.scripted_daemon import EMPTY, STATUS
 
@@ -41,7 +42,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 @pytest.fixture
 def key(tmp_path: Path) -> str:
-    return open_key(tmp_path)
+    return open_key(tmp_path / KEY_NAME)
 
 
 def get(server: MetricsServer, key: str | None, path: str = "/metrics", *, method: str = "GET") -> tuple[int, str]:
@@ -222,18 +223,18 @@ def test_the_port_is_free_again_after_stop(serve: Serve, key: str, tmp_path: Pat
 
 
 def test_a_key_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
-    key = open_key(tmp_path)
+    key = open_key(tmp_path / KEY_NAME)
     assert len(key) >= 32
-    assert open_key(tmp_path) == key
+    assert open_key(tmp_path / KEY_NAME) == key
     assert stat.S_IMODE((tmp_path / KEY_NAME).stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == [KEY_NAME]
 
 
 def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
-    open_key(tmp_path)
+    open_key(tmp_path / KEY_NAME)
     (tmp_path / KEY_NAME).chmod(0o640)
     with pytest.raises(ConfigError, match=KEY_NAME):
-        open_key(tmp_path)
+        open_key(tmp_path / KEY_NAME)
 
 
 @pytest.mark.parametrize("content", ["", "\n"])
@@ -241,14 +242,14 @@ def test_an_empty_key_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / KEY_NAME).touch(0o600)
     (tmp_path / KEY_NAME).write_text(content)
     with pytest.raises(ConfigError, match="remove it"):
-        open_key(tmp_path)
+        open_key(tmp_path / KEY_NAME)
 
 
 def test_a_key_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("secret")
     (tmp_path / KEY_NAME).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=KEY_NAME):
-        open_key(tmp_path)
+        open_key(tmp_path / KEY_NAME)
 
 
 @pytest.mark.parametrize("metric", list(StoreMetric), ids=lambda metric: metric.value.name)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sllm_vllm.router.core.cluster import Replica, ReplicaState
 from sllm_vllm.router.core.dispatch import choose_replica
+from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import (
     Action,
     Dispatch,
@@ -62,12 +63,12 @@ class RouterCore:
     event gives room or slots serves queues at once, so nobody waits where there is room.
     """
 
-    def __init__(self, limits: RouterLimits | None = None) -> None:
+    def __init__(self, limits: RouterLimits | None = None, estimator: Estimator | None = None) -> None:
         self.limits = limits or RouterLimits()
         self.models: dict[str, ModelState] = {}
         self.requests: dict[str, Request] = {}
         self.queues = ModelQueues(self.limits.waiting_max)
-        self.scaling = Scaling(self.limits.scaling, self.models, self.queues)
+        self.scaling = Scaling(self.limits.scaling, self.models, self.queues, estimator=estimator or Estimator())
         self.cluster = self.scaling.cluster
         self.estimator = self.scaling.estimator
         self._samples: dict[str, StartSample] = {}

@@ -42,10 +42,12 @@ class ScalingLimits:
 class Scaling:
     """Starts and stops replicas in the picture of the cluster, and says so by actions. Owned by ``RouterCore``."""
 
-    def __init__(self, limits: ScalingLimits, models: dict[str, ModelState], queues: ModelQueues) -> None:
+    def __init__(
+        self, limits: ScalingLimits, models: dict[str, ModelState], queues: ModelQueues, *, estimator: Estimator
+    ) -> None:
         self.limits = limits
         self.cluster = Cluster()
-        self.estimator = Estimator()
+        self.estimator = estimator
         self.pending = PendingStarts(self.cluster)
         self.predictions: dict[str, Prediction] = {}
         """By replica, until its first answer; then the last one of each model, by its name."""

@@ -1,0 +1,40 @@
+"""A daemon's key in a file of its own: made once, readable by its user alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from sllm_vllm.errors import ConfigError
+
+
+def open_key(path: Path) -> str:
+    """The key that a client must show; made at the first call.
+
+    Raises:
+        ConfigError: somebody else may read it, or it is no key.
+    """
+    with contextlib.suppress(FileExistsError):
+        _write_key(path)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(fd, encoding="ascii", errors="replace") as file:
+        facts, key = os.fstat(fd), file.read(4096).strip()
+    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077 or not key:
+        raise ConfigError(f"{path}: it must be a key of this user that nobody else can read; remove it")
+    return key
+
+
+def _write_key(path: Path) -> None:
+    """Make the file with its content at once, so that a crash leaves no empty one."""
+    staging = path.with_name(f"{path.name}.{os.getpid()}")
+    staging.unlink(missing_ok=True)
+    fd = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+        os.link(staging, path)
+    finally:
+        staging.unlink()

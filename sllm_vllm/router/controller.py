@@ -1,0 +1,267 @@
+"""The controller: owns the core, feeds it what happens, and does what it says. One object on one loop; a ``Gate``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sllm_vllm.errors import SllmError
+from sllm_vllm.node.protocol import NodeReport
+from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.core.estimator import Estimator
+from sllm_vllm.router.core.events import (
+    Action,
+    Dispatch,
+    DrainAsked,
+    Event,
+    FirstByte,
+    ModelDeleted,
+    ModelDeployed,
+    NodeJoined,
+    NodeReported,
+    PrefetchModel,
+    Refusal,
+    RejectRequest,
+    ReplicaReady,
+    RequestArrived,
+    RequestEnded,
+    RequestFailed,
+    RequestGone,
+    StartReplica,
+    StopReplica,
+    Ticked,
+)
+from sllm_vllm.router.core.facts import RequestFacts, Tier
+from sllm_vllm.router.core.router import RouterCore, RouterLimits
+from sllm_vllm.router.core.scaling import ScalingLimits
+from sllm_vllm.router.engines import Engines, Node
+from sllm_vllm.router.gate import Outcome, Rejected, ServedModel, Ticket
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+REPORT_S = 5.0
+OUTCOMES_MAX = 256
+_STATUS = {
+    Refusal.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
+    Refusal.DELETED: (404, "invalid_request_error", "model_not_found"),
+    Refusal.QUEUE_FULL: (429, "rate_limit_error", "queue_full"),
+    Refusal.TOO_LATE: (503, "server_error", "no_capacity"),
+    Refusal.NO_START: (503, "server_error", "engine_start_failed"),
+    Refusal.ENGINE_FAILED: (502, "server_error", "engine_failed"),
+}
+
+
+class Controller:
+    """One router's decisions, for one node in this process.
+
+    Args:
+        directory: engines' working directory.
+        estimator: what was learned before.
+        clock: seconds; the core's time.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        waiting_max: int,
+        directory: Path,
+        estimator: Estimator | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        scaling = ScalingLimits(name_suffix=f"-{secrets.token_hex(2)}")
+        self.core = RouterCore(RouterLimits(waiting_max=waiting_max, scaling=scaling), estimator)
+        self.models: dict[str, ModelConfig] = {}
+        self.outcomes: deque[tuple[Ticket, Outcome]] = deque(maxlen=OUTCOMES_MAX)
+        self._created: dict[str, int] = {}
+        self._directory = directory
+        self._clock = clock
+        self._engines = Engines("local", node, self._tell)
+        self._waiting: dict[str, asyncio.Future[Ticket]] = {}
+        self._node_report: NodeReport | None = None
+        self._stale = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ------------------------------------------------------------------------------------------------------- its life
+
+    async def start(self) -> None:
+        """Take the node in, and begin to count time."""
+        report = await self._engines.node.report()
+        self._tell(NodeJoined(self._engines.name, len(report.slots), is_warm=report.warm.pid is not None))
+        self._take_report(report)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._tick()), loop.create_task(self._keep_reporting())]
+
+    async def close(self) -> None:
+        """Stop deciding; who still waits is told."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._engines.close()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(Rejected(503, "server_error", "The router is stopping.", retry_after_s=5.0))
+
+    # ----------------------------------------------------------------------------------------------------- as a gate
+
+    def served(self) -> Sequence[ServedModel]:
+        """The models that were deployed, in that order."""
+        return [ServedModel(name, self._created[name], model.source) for name, model in self.models.items()]
+
+    def is_ready(self) -> bool:
+        """As soon as the node is known."""
+        return self._node_report is not None
+
+    async def acquire(self, facts: RequestFacts) -> Ticket:
+        """See ``Gate``."""
+        future = self._waiting[facts.id] = asyncio.get_running_loop().create_future()
+        self._tell(RequestArrived(facts))
+        return await self._ticket(facts.id, future)
+
+    def first_byte(self, ticket: Ticket) -> None:
+        """See ``Gate``."""
+        self._tell(FirstByte(ticket.request))
+
+    def finished(self, ticket: Ticket, outcome: Outcome) -> None:
+        """See ``Gate``."""
+        self.outcomes.append((ticket, outcome))
+        self._tell(RequestEnded(ticket.request))
+
+    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
+        """See ``Gate``."""
+        future = self._waiting[ticket.request] = asyncio.get_running_loop().create_future()
+        self._tell(RequestFailed(ticket.request, reason))
+        return await self._ticket(ticket.request, future)
+
+    async def _ticket(self, request: str, future: asyncio.Future[Ticket]) -> Ticket:
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._tell(RequestGone(request))
+            raise
+        finally:
+            if self._waiting.get(request) is future:
+                del self._waiting[request]
+
+    # ------------------------------------------------------------------------------------------------- as an operator
+
+    def deploy(self, model: ModelConfig) -> None:
+        """Serve a model, or serve it otherwise from now on."""
+        self.models[model.name] = model
+        self._created.setdefault(model.name, int(time.time()))
+        self._tell(ModelDeployed(model.spec(model.generation)))
+
+    def delete(self, name: str) -> None:
+        """Serve it no more; requests that run are answered."""
+        del self.models[name], self._created[name]
+        self._tell(ModelDeleted(name))
+
+    def drain(self, target: str) -> None:
+        """Have a replica, or all of a node, end without harm to a request."""
+        self._tell(DrainAsked(target))
+
+    @property
+    def engines(self) -> Engines:
+        """The node's replicas that were ordered here."""
+        return self._engines
+
+    @property
+    def node_report(self) -> NodeReport | None:
+        """The node's last one."""
+        return self._node_report
+
+    def now_s(self) -> float:
+        """The core's time."""
+        return self._clock()
+
+    # --------------------------------------------------------------------------------------------------------- effects
+
+    def _tell(self, event: Event) -> None:
+        for action in self.core.handle(event, self._clock()):
+            self._do(action)
+        if isinstance(event, ReplicaReady):
+            self._refresh_soon()
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Dispatch():
+                self._give_ticket(action)
+            case RejectRequest():
+                self._reject(action)
+            case StartReplica():
+                logger.info("event=start replica=%s model=%r node=%s", action.replica, action.model, action.node)
+                self._engines.start(action.replica, self.models[action.model], str(self._directory))
+            case StopReplica():
+                logger.info("event=stop replica=%s reason=%r", action.replica, action.reason)
+                self._engines.stop(action.replica)
+            case PrefetchModel():
+                self._engines.prefetch(self.models[action.model])
+
+    def _give_ticket(self, dispatch: Dispatch) -> None:
+        report = self._engines.reports[dispatch.replica]
+        assert report.url is not None
+        assert report.api_key is not None
+        ticket = Ticket(
+            request=dispatch.request,
+            replica=dispatch.replica,
+            model=self.core.requests[dispatch.request].facts.model,
+            url=report.url,
+            api_key=report.api_key,
+            attempt=dispatch.attempt,
+        )
+        future = self._waiting.get(dispatch.request)
+        if future is not None and not future.done():
+            future.set_result(ticket)
+
+    def _reject(self, action: RejectRequest) -> None:
+        status, kind, code = _STATUS[action.why]
+        future = self._waiting.get(action.request)
+        if future is not None and not future.done():
+            message = f"{action.why.value[0].upper()}{action.why.value[1:]}: {action.reason}"
+            future.set_exception(Rejected(status, kind, message, retry_after_s=action.retry_after_s, code=code))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._tell(Ticked())
+
+    async def _keep_reporting(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_S):
+                    await self._stale.wait()
+            self._stale.clear()
+            try:
+                self._take_report(await self._engines.node.report())
+            except SllmError as error:
+                logger.warning("event=no_report node=%s reason=%s", self._engines.name, error)
+
+    def _take_report(self, report: NodeReport) -> None:
+        self._node_report = report
+        tiers: dict[str, Tier] = {}
+        nbytes: dict[str, int] = {}
+        for model in self.models.values():
+            for checkpoint in report.checkpoints:
+                if checkpoint.model and _is_same(checkpoint.model, model.source):
+                    is_in_memory = checkpoint.nbytes > 0 and checkpoint.resident_nbytes >= checkpoint.nbytes
+                    tiers[model.name] = Tier.HOST if is_in_memory else Tier.DISK
+                    nbytes[model.name] = checkpoint.nbytes
+        is_warm = report.warm.pid is not None
+        self._tell(NodeReported(self._engines.name, is_warm=is_warm, residency=tiers, nbytes=nbytes))
+
+    def _refresh_soon(self) -> None:
+        """A start may have made a checkpoint, or brought one into memory."""
+        self._stale.set()
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names mean the same model: equal, or paths to the same directory."""
+    return one == other or (os.path.isabs(other) and os.path.normpath(one) == os.path.normpath(other))

@@ -1,0 +1,219 @@
+"""The router's process: agent, controller and HTTP in one, from its lock to its last engine's end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import uvloop
+
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.key_file import open_key
+from sllm_vllm.node.agent import NodeAgent
+from sllm_vllm.node.daemon import WORDS
+from sllm_vllm.node.server import Server
+from sllm_vllm.router.admin import AdminApp
+from sllm_vllm.router.config import RouterConfig
+from sllm_vllm.router.config_file import compare, read_key_digests, read_router_config
+from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.estimates_file import read_estimates, write_estimates
+from sllm_vllm.router.ingress import Ingress
+from sllm_vllm.router.keys import digest_of
+from sllm_vllm.router.serve import serve_app
+from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.watch import Message, Receive, Send
+from sllm_vllm.unix_listener import listening, locked, make_private_directory
+
+logger = logging.getLogger(__name__)
+
+ADMIN_KEY_NAME = "admin.key"
+ESTIMATES_NAME = "estimates.json"
+SAVE_S = 60.0
+_BACKLOG = 2048
+
+
+def serve(path: Path) -> int:
+    """Serve what a file says until SIGTERM or SIGINT; SIGHUP reads it again. Returns the exit status.
+
+    Raises:
+        ConfigError: the file is wrong, or the address can't be had. NodeBusy: another agent has the node's folder.
+        NodeError: that folder can't be used.
+    """
+    config = read_router_config(path)
+    node = config.node_config()
+    make_private_directory(node.node_dir, WORDS)
+    with (
+        locked(node.node_dir / "lock", node.socket_path, WORDS),
+        listening(node.socket_path, WORDS) as node_socket,
+        _bound(config) as client_socket,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(RouterProcess(path, config).run(client_socket, node_socket))
+    return 0
+
+
+class RouterApp:
+    """The ASGI app: orders of operators to the admin's half, all else to the ingress that is in force now."""
+
+    def __init__(self, ingress: Ingress, admin: AdminApp) -> None:
+        self._ingress = ingress
+        self._admin = admin
+        self._replaced: list[Ingress] = []
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request."""
+        path: str = scope.get("path", "")
+        if path.startswith("/sllm/") or path == "/metrics":
+            await self._admin(scope, receive, send)
+        else:
+            await self._ingress(scope, receive, send)
+
+    def replace(self, ingress: Ingress) -> None:
+        """Another one from now on; requests that the old one has are answered by it."""
+        self._replaced.append(self._ingress)
+        self._ingress = ingress
+
+    def close(self) -> None:
+        """Close the connections to engines."""
+        for ingress in (*self._replaced, self._ingress):
+            ingress.close()
+
+
+class RouterProcess:
+    """All parts of a router, on one loop."""
+
+    def __init__(self, path: Path, config: RouterConfig) -> None:
+        self._path = path
+        self._config = config
+        self._node = config.node_config()
+        self._reloading = asyncio.Lock()
+
+    async def run(self, client_socket: socket.socket, node_socket: socket.socket) -> None:
+        """Serve until told to stop; then requests get their time, and engines end."""
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        agent = NodeAgent(self._node)
+        await agent.start()
+        try:
+            async with self._controller(agent) as controller, _served(agent, node_socket, stopped):
+                settings = await asyncio.to_thread(self._settings, self._config)
+                admin = AdminApp(
+                    controller, key_digests=await asyncio.to_thread(self._admin_digests), reload=self.reload
+                )
+                self._app = RouterApp(Ingress(controller, settings), admin)
+                loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._reload_or_tell()))
+                serving = loop.create_task(serve_app(self._app, settings, sockets=[client_socket]))
+                host, port = client_socket.getsockname()[:2]
+                logger.info("event=router_serving url=http://%s:%d models=%d", host, port, len(self._config.models))
+                waiting = loop.create_task(stopped.wait())
+                await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
+                serving.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await serving
+        finally:
+            await agent.close()
+        logger.info("event=router_stopped")
+
+    async def reload(self) -> str:
+        """Read the file again and follow it; says what changed.
+
+        Raises:
+            ConfigError: it is wrong, or changes what can't be changed while it serves: all stays as it was.
+        """
+        async with self._reloading:
+            config = await asyncio.to_thread(read_router_config, self._path)
+            changes = compare(self._config, config)
+            changes.require_live()
+            settings = await asyncio.to_thread(self._settings, config)
+            for name in changes.removed:
+                if name in self._running.models:
+                    self._running.delete(name)
+            for model in (*changes.added, *changes.restarted, *changes.adjusted):
+                self._running.deploy(model)
+            self._config = config
+            self._app.replace(Ingress(self._running, settings))
+        told = (
+            f"added {len(changes.added)}, removed {len(changes.removed)}, changed {len(touched) - len(changes.added)}"
+        )
+        logger.info("event=reloaded path=%s %s", self._path, told)
+        return told
+
+    async def _reload_or_tell(self) -> None:
+        try:
+            await self.reload()
+        except ConfigError as error:
+            logger.error("event=reload_refused reason=%s", error)
+
+    @contextlib.asynccontextmanager
+    async def _controller(self, agent: NodeAgent) -> AsyncIterator[Controller]:
+        path = self._node.node_dir / ESTIMATES_NAME
+        self._running = controller = Controller(
+            agent,
+            waiting_max=self._config.server.waiting_max,
+            directory=self._path.absolute().parent,
+            estimator=await asyncio.to_thread(read_estimates, path),
+        )
+        for model in self._config.models:
+            controller.deploy(model)
+        await controller.start()
+        saving = asyncio.get_running_loop().create_task(_save_now_and_then(controller, path))
+        try:
+            yield controller
+        finally:
+            saving.cancel()
+            await asyncio.gather(saving, return_exceptions=True)
+            await controller.close()
+            await asyncio.to_thread(write_estimates, path, controller.core.estimator)
+
+    def _settings(self, config: RouterConfig) -> IngressSettings:
+        return config.ingress_settings(read_key_digests(config.keys.clients, "keys.clients"))
+
+    def _admin_digests(self) -> tuple[str, ...]:
+        """Those of the configuration, and one that lies in the agent's folder for this user's own commands."""
+        own = digest_of(open_key(self._node.node_dir / ADMIN_KEY_NAME))
+        return (own, *read_key_digests(self._config.keys.admin, "keys.admin"))
+
+
+async def _save_now_and_then(controller: Controller, path: Path) -> None:
+    while True:
+        await asyncio.sleep(SAVE_S)
+        await asyncio.to_thread(write_estimates, path, controller.core.estimator)
+
+
+@contextlib.asynccontextmanager
+async def _served(agent: NodeAgent, node_socket: socket.socket, stopped: asyncio.Event) -> AsyncIterator[None]:
+    """The agent's own socket, so that `ps` and `logs` work beside a router."""
+    server = Server(agent, stop=stopped.set)
+    await server.start()
+    accepting = asyncio.get_running_loop().create_task(server.serve(node_socket))
+    try:
+        yield
+    finally:
+        accepting.cancel()
+        await asyncio.gather(accepting, return_exceptions=True)
+        await server.close()
+
+
+@contextlib.contextmanager
+def _bound(config: RouterConfig) -> Iterator[socket.socket]:
+    """The address that clients connect to."""
+    host, port = config.server.host, config.server.port
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"server: {host} port {port} can't be had ({error.strerror}); give another one") from None
+    with listener:
+        listener.setblocking(False)
+        yield listener

@@ -1,0 +1,150 @@
+"""The controller's hands: starts and stops replicas through a node agent, and reads out of its reports. One loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Protocol
+
+from sllm_vllm.errors import NodeError
+from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport, StartReport
+from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.core.events import Event, ReplicaEnded, ReplicaReady
+from sllm_vllm.router.core.facts import StartSample, Tier
+
+logger = logging.getLogger(__name__)
+
+PROCESS_PHASES = ("process", "imports", "workers")
+INIT_PHASES = ("init", "profile", "compile", "warmup", "graphs", "http")
+WEIGHTS_PHASE = "weights"
+_TIERS = {"store": Tier.HOST, "disk": Tier.DISK}
+_REASON_CHARS_MAX = 500
+
+
+class Node(Protocol):
+    """What is asked of a node agent, in this process or elsewhere."""
+
+    async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport: ...
+    async def stop_replica(self, replica_id: str) -> ReplicaReport: ...
+    def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]: ...
+    async def report(self, *, with_memory: bool = False) -> NodeReport: ...
+    async def prefetch_model(self, arguments: tuple[str, ...]) -> None: ...
+
+
+class Engines:
+    """Replicas that were ordered of one node. ``reports`` has the last word about each that lives.
+
+    Args:
+        tell: gets what becomes of them.
+    """
+
+    def __init__(self, name: str, node: Node, tell: Callable[[Event], None]) -> None:
+        self.name = name
+        self.node = node
+        self.reports: dict[str, ReplicaReport] = {}
+        self._tell = tell
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._called_off: set[str] = set()
+
+    def start(self, replica: str, model: ModelConfig, directory: str) -> None:
+        """Order a replica; ``ReplicaReady`` and ``ReplicaEnded`` follow."""
+        order = ReplicaOrder(
+            id=replica,
+            model=model.source,
+            arguments=model.engine_order_arguments(),
+            environment=model.environment,
+            directory=directory,
+            num_slots=model.num_accelerators,
+            waits=True,
+        )
+        self._in_background(self._live(order, model.name))
+
+    def stop(self, replica: str) -> None:
+        """Have one end; ``ReplicaEnded`` follows."""
+        self._called_off.add(replica)
+        if replica in self.reports:
+            self._in_background(self._stop(replica))
+
+    def prefetch(self, model: ModelConfig) -> None:
+        """Have a model's checkpoint read ahead; nothing comes of it if there is none, or no store."""
+        self._in_background(self.node.prefetch_model((model.source, *model.engine_order_arguments())))
+
+    async def close(self) -> None:
+        """Let go of all; who owns the node ends its engines."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _live(self, order: ReplicaOrder, model: str) -> None:
+        """One replica from its order to its end."""
+        replica = order.id
+        assert replica is not None
+        try:
+            self.reports[replica] = await self.node.ensure_replica(order)
+        except NodeError as error:
+            self._called_off.discard(replica)
+            self._tell(ReplicaEnded(replica, error.problem, is_fault=True))
+            return
+        if replica in self._called_off:
+            await self._stop(replica)
+        await self._watch(replica, model)
+
+    async def _watch(self, replica: str, model: str) -> None:
+        was_ready = False
+        report = self.reports[replica]
+        async for report in self.node.watch(replica):
+            self.reports[replica] = report
+            if report.is_ready and not was_ready:
+                was_ready = True
+                self._tell(ReplicaReady(replica, sample_of(report, model, self.name)))
+        self.reports.pop(replica)
+        is_fault = replica not in self._called_off
+        self._called_off.discard(replica)
+        self._tell(ReplicaEnded(replica, reason_of(report), is_fault=is_fault))
+
+    async def _stop(self, replica: str) -> None:
+        try:
+            await self.node.stop_replica(replica)
+        except NodeError as error:  # it ended meanwhile, and is told of by its watch
+            logger.info("event=stop_in_vain replica=%s reason=%r", replica, error.problem)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("event=task_failed", exc_info=error)
+
+
+def sample_of(report: ReplicaReport, model: str, node: str) -> StartSample | None:
+    """What its start took, for the estimator."""
+    start = report.start
+    if start is None or start.is_warm is None:
+        return None
+    return StartSample(
+        model=model,
+        node=node,
+        is_warm=start.is_warm,
+        tier=tier_of(start),
+        nbytes=start.nbytes or 0,
+        process_s=sum(start.seconds.get(phase, 0.0) for phase in PROCESS_PHASES),
+        init_s=sum(start.seconds.get(phase, 0.0) for phase in INIT_PHASES),
+        weights_s=start.seconds.get(WEIGHTS_PHASE, 0.0),
+    )
+
+
+def tier_of(start: StartReport) -> Tier:
+    """Where its weights came from: the store's memory, the disk; anything else was read the stock way."""
+    if start.load.get("outcome") != "loaded":
+        return Tier.REMOTE
+    return _TIERS.get(start.load.get("source", ""), Tier.DISK)
+
+
+def reason_of(report: ReplicaReport) -> str:
+    """Why it ended, with the engine's own last line."""
+    last = next((line.strip() for line in reversed(report.tail) if line.strip()), "")
+    return f"{report.reason}: {last}"[:_REASON_CHARS_MAX] if last else report.reason

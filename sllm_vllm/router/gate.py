@@ -1,0 +1,118 @@
+"""The seam between data path and controller: what the ingress asks for, and what it tells. Records and Protocols.
+
+The controller implements ``Gate``; ``ingress.py`` and ``proxy.py`` call it from the loop they run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from sllm_vllm.router.core.facts import RequestFacts
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as a client may ask for it. ``root``: where its weights come from."""
+
+    name: str
+    created_unix_s: int
+    root: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to send one request to one replica. ``attempt`` counts from 1 and grows with each retry.
+
+    ``url`` is of the form ``http://127.0.0.1:PORT``; ``api_key`` is the engine's and is never shown to a client.
+    """
+
+    request: str
+    replica: str
+    model: str
+    url: str
+    api_key: str
+    attempt: int
+
+
+class Rejected(Exception):
+    """A request that gets no replica, and how to say so: ``kind`` is the ``type`` of an OpenAI error."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.code = code
+
+
+How = Literal["done", "client_left", "engine_failed", "timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended. ``status``: what the engine answered; None: it did not.
+
+    ``first_byte_s`` and ``seconds`` count from the moment the ticket was there. Tokens as the engine reports them; None
+    if it does not.
+    """
+
+    how: How
+    status: int | None
+    first_byte_s: float | None
+    seconds: float
+    prompt_tokens: int | None
+    output_tokens: int | None
+
+
+class Gate(Protocol):
+    """Who decides where a request goes. All calls come from one loop."""
+
+    def served(self) -> Sequence[ServedModel]:
+        """The models that may be asked for, in the order to show them.
+
+        A tuple is read once, and again when another one is given; any other sequence at each request.
+        """
+        ...
+
+    async def acquire(self, facts: RequestFacts) -> Ticket:
+        """Wait for a replica.
+
+        Cancelling it takes the request out of the queue, and leaves no ticket behind, also if one was just given.
+
+        Raises:
+            Rejected: there is none, and waiting (any longer) makes no sense.
+        """
+        ...
+
+    def first_byte(self, ticket: Ticket) -> None:
+        """The engine has begun to answer."""
+        ...
+
+    def finished(self, ticket: Ticket, outcome: Outcome) -> None:
+        """The request has ended. Called exactly once for each ticket, unless ``retry`` was called for it."""
+        ...
+
+    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
+        """Instead of ``finished``: the engine failed before a byte went to the client; wait for another replica.
+
+        The old ticket is void at once, whatever becomes of the call. Cancelling it is as for ``acquire``.
+
+        Raises:
+            Rejected: there is no other replica.
+        """
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether requests make sense at all."""
+        ...

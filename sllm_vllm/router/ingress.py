@@ -1,0 +1,284 @@
+"""The router's front: an ASGI app over many models. Owns routes, keys, limits and the access log; no framework.
+
+Requests for models go through ``proxy.py``; everything else is answered here. Runs under ``serve.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+from sllm_vllm.router.admission import read_body
+from sllm_vllm.router.body import BodyReader
+from sllm_vllm.router.gate import Gate, ServedModel
+from sllm_vllm.router.headers import Headers, shown_id, value_of, values_of
+from sllm_vllm.router.keys import Keys, bearer_key
+from sllm_vllm.router.openai_errors import (
+    SERVER,
+    ApiError,
+    no_such_path,
+    overloaded,
+    unauthorized,
+    unknown_model,
+    wrong_method,
+)
+from sllm_vllm.router.openapi import openapi_document
+from sllm_vllm.router.proxy import Call, Proxy, Report
+from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.watch import Ended, Message, Receive, Send
+
+logger = logging.getLogger(__name__)
+
+ENGINE_PATHS = frozenset(
+    {
+        "/classify",
+        "/cohere/v2/chat",
+        "/detokenize",
+        "/generative_scoring",
+        "/pooling",
+        "/rerank",
+        "/score",
+        "/tokenize",
+        "/v2/embed",
+        "/v2/rerank",
+    }
+)
+"""What an engine is asked outside of /v1/. Nothing else of it can be reached: not its health, metrics or controls."""
+CONTROL_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"})
+FORM_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
+_ENGINE_PATH = re.compile(rb"/v1(?:/[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}){1,6}")
+_QUERY = re.compile(rb"[!-~]*")
+_MODELS = "/v1/models"
+_CORS_S = "600"
+
+
+@dataclass(slots=True)
+class Request:
+    """A request's head. ``id`` is its own, also if two clients give theirs the same name ``shown``."""
+
+    method: str
+    path: str
+    raw_path: bytes
+    query: bytes
+    headers: Headers
+    shown: str
+    id: str
+    began_s: float = field(default_factory=time.monotonic)
+    model: str = ""
+
+    @property
+    def is_anthropic(self) -> bool:
+        """Whether it is of the API whose clients send their key in x-api-key."""
+        return self.path == "/v1/messages" or self.path.startswith("/v1/messages/")
+
+
+class Ingress:
+    """The ASGI app. All calls on one loop; ``close`` ends its connections to engines."""
+
+    def __init__(self, gate: Gate, settings: IngressSettings) -> None:
+        self._gate = gate
+        self._settings = settings
+        self._keys = Keys(settings.key_digests)
+        self._proxy: Proxy | None = None
+        self._num_requests = 0
+        self._served: Sequence[ServedModel] | None = None
+        self._names: dict[str, ServedModel] = {}
+        self._bodies = BodyReader(settings)
+        self._open_document = json.dumps(openapi_document()).encode()
+        self._local: dict[str, Callable[[], tuple[int, bytes]]] = {
+            "/health": lambda: (200, b"{}"),
+            "/ready": self._ready,
+            "/openapi.json": lambda: (200, self._open_document),
+        }
+
+    def close(self) -> None:
+        """Close the connections to engines."""
+        if self._proxy is not None:
+            self._proxy.close()
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it."""
+        if scope["type"] != "http":
+            return
+        request = _read_head(scope)
+        report = Report()
+        self._num_requests += 1
+        try:
+            await self._answer(request, report, receive=receive, send=send)
+        except ApiError as error:
+            await self._tell(request, report, error=error, send=send)
+        except Ended as ended:  # nobody listens
+            report.how = ended.reason
+        except Exception:  # top of a run loop
+            logger.exception("request failed id=%s path=%r", request.id, request.path)
+            if report.status is None:
+                failure = ApiError(500, "The router failed; its log says how.", kind=SERVER)
+                await self._tell(request, report, error=failure, send=send)
+        finally:
+            self._num_requests -= 1
+            _log(request, report)
+
+    async def _answer(self, request: Request, report: Report, *, receive: Receive, send: Send) -> None:
+        if request.method == "OPTIONS":
+            await self._preflight(request, report, send=send)
+            return
+        if request.path in self._local:
+            _require(request, "GET", "HEAD")
+            status, body = self._local[request.path]()
+            await self._send(request, report, status=status, body=body, send=send)
+            return
+        self._require_key(request)
+        if request.path == _MODELS or request.path.startswith(_MODELS + "/"):
+            _require(request, "GET", "HEAD")
+            await self._send(request, report, status=200, body=self._models(request.path), send=send)
+            return
+        target = _engine_target(request)
+        _require(request, "POST")
+        await self._forward(request, report, target=target, receive=receive, send=send)
+
+    async def _forward(self, request: Request, report: Report, *, target: str, receive: Receive, send: Send) -> None:
+        if self._num_requests > self._settings.requests_max:
+            raise overloaded(f"{self._settings.requests_max} requests at once are the most").closing()
+        if value_of(request.headers, b"content-encoding").lower() not in {b"", b"identity"}:
+            raise ApiError(415, "A compressed body can't be read here.").closing()
+        async with self._bodies.read(request.headers, receive) as body:
+            content_type = value_of(request.headers, b"content-type")
+            admission = read_body(body, content_type, takes_form=request.path in FORM_PATHS)
+            request.model = admission.model
+            self._require_model(admission.model)
+            call = Call(admission.facts(request.id), request.shown, target=target, headers=request.headers, body=body)
+            extra = self._common_headers(request)
+            if self._proxy is None:  # it needs a running loop
+                self._proxy = Proxy(self._gate, self._settings)
+            await self._proxy.run(call, report, receive=receive, send=send, extra=extra)
+
+    def _require_model(self, name: str) -> None:
+        served = self._gate.served()
+        if served is not self._served or not isinstance(served, tuple):  # thousands of them are too many to read again
+            self._served = served
+            self._names = {model.name: model for model in served}
+        if name not in self._names:
+            raise unknown_model(name, list(self._names))
+
+    def _require_key(self, request: Request) -> None:
+        if self._keys.is_open:
+            return
+        keys = [bearer_key(values_of(request.headers, b"authorization"))]
+        if request.is_anthropic:
+            keys += values_of(request.headers, b"x-api-key")[:1]
+        if not any(self._keys.allow(key) for key in keys if key):
+            raise unauthorized()
+
+    def _ready(self) -> tuple[int, bytes]:
+        return (200, b'{"ready": true}') if self._gate.is_ready() else (503, b'{"ready": false}')
+
+    def _models(self, path: str) -> bytes:
+        if path == _MODELS:
+            served = self._gate.served()
+            return json.dumps({"object": "list", "data": [_card(model) for model in served]}).encode()
+        name = path.removeprefix(_MODELS + "/")
+        self._require_model(name)
+        return json.dumps(_card(self._names[name])).encode()
+
+    async def _preflight(self, request: Request, report: Report, *, send: Send) -> None:
+        if not self._cors_headers(request):
+            raise wrong_method("OPTIONS", ("GET", "HEAD", "POST"))
+        asked = value_of(request.headers, b"access-control-request-headers") or b"*"
+        allowed: Headers = [
+            (b"access-control-allow-methods", b"GET, HEAD, POST"),
+            (b"access-control-allow-headers", asked),
+            (b"access-control-max-age", _CORS_S.encode()),
+        ]
+        await self._send(request, report, status=204, body=b"", send=send, headers=allowed)
+
+    def _cors_headers(self, request: Request) -> Headers:
+        origin = value_of(request.headers, b"origin")
+        origins = self._settings.cors_origins
+        if not origin or (origin.decode("latin-1") not in origins and "*" not in origins):
+            return []
+        return [
+            (b"access-control-allow-origin", origin),
+            (b"access-control-expose-headers", b"x-request-id, retry-after"),
+            (b"vary", b"Origin"),
+        ]
+
+    def _common_headers(self, request: Request) -> Headers:
+        return [(b"x-request-id", request.shown.encode()), *self._cors_headers(request)]
+
+    async def _tell(self, request: Request, report: Report, *, error: ApiError, send: Send) -> None:
+        headers = [*error.headers, (b"connection", b"close")] if error.closes else error.headers
+        await self._send(request, report, status=error.status, body=error.body, send=send, headers=headers)
+
+    async def _send(
+        self, request: Request, report: Report, *, status: int, body: bytes, send: Send, headers: Headers | None = None
+    ) -> None:
+        report.status = status
+        kind: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        own = kind if status != 204 else []
+        all_headers = [*own, *self._common_headers(request), *(headers or [])]
+        await send({"type": "http.response.start", "status": status, "headers": all_headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _read_head(scope: Message) -> Request:
+    headers: Headers = scope["headers"]
+    path: str = scope["path"]
+    shown = shown_id(headers)
+    # Two requests may bear the same name, so the router's own has a part nobody else chose.
+    own = shown if not value_of(headers, b"x-request-id") else f"{shown}-{uuid.uuid4().hex[:8]}"
+    return Request(
+        method=scope["method"],
+        path=path,
+        raw_path=scope.get("raw_path") or quote(path).encode(),
+        query=scope["query_string"],
+        headers=headers,
+        shown=shown,
+        id=own,
+    )
+
+
+def _engine_target(request: Request) -> str:
+    """Path and query for an engine: only what is listed, and only written plainly (no escape, no dot segment)."""
+    path = request.raw_path.decode("latin-1")
+    is_listed = path in ENGINE_PATHS or (_ENGINE_PATH.fullmatch(request.raw_path) and path not in CONTROL_PATHS)
+    if not is_listed:
+        raise no_such_path(request.path)
+    if not _QUERY.fullmatch(request.query):
+        raise ApiError(400, "The query holds a character that has to be escaped.")
+    return f"{path}?{request.query.decode()}" if request.query else path
+
+
+def _require(request: Request, *methods: str) -> None:
+    if request.method not in methods:
+        raise wrong_method(request.method, methods)
+
+
+def _card(model: ServedModel) -> dict[str, object]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_unix_s,
+        "owned_by": "sllm-vllm",
+        "root": model.root,
+    }
+
+
+def _log(request: Request, report: Report) -> None:
+    logger.info(
+        "request id=%s path=%r model=%r status=%s outcome=%s ttfb_ms=%s seconds=%.3f replica=%s attempts=%d",
+        request.id,
+        request.path[:200],
+        request.model[:200],
+        report.status,
+        report.how or "local",
+        "-" if report.first_byte_s is None else f"{report.first_byte_s * 1000:.1f}",
+        time.monotonic() - request.began_s,
+        report.replica or "-",
+        report.attempts,
+    )

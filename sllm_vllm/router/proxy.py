@@ -1,0 +1,219 @@
+"""One request to an engine and its answer back, piece by piece. Called by ``ingress.py``, in the request's own task.
+
+The head of an answer waits for the first byte of its body, so that an engine that dies before it can be replaced
+without the client seeing anything. After that byte nothing is tried again: a stream of events ends with an error event,
+any other body with a connection that closes too early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.gate import Gate, How, Outcome, Rejected, Ticket
+from sllm_vllm.router.headers import Headers, for_client, for_engine, value_of
+from sllm_vllm.router.openai_errors import ApiError, engine_failed, rejection, timed_out
+from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
+from sllm_vllm.router.watch import Ended, Receive, Send, Watch
+
+_TAIL_PIECES = 4
+_TAIL_NBYTES = 4096
+_REFUSALS = frozenset({401, 503})
+"""Answers of an engine that mean the engine: it does not know the router's key, or shuts down."""
+# Quotes inside of generated text are escaped, so it can't look like this.
+_PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,12})')
+_OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that was let in. ``target``: path and query; ``shown``: its X-Request-Id."""
+
+    facts: RequestFacts
+    shown: str
+    target: str
+    headers: Headers
+    body: bytes
+
+    @property
+    def has_named_events(self) -> bool:
+        """Whether events of its stream have names."""
+        return self.target.startswith(("/v1/messages", "/v1/responses"))
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of a request so far. ``status``: what the client was told."""
+
+    replica: str = ""
+    status: int | None = None
+    how: How | Literal["rejected"] | None = None
+    first_byte_s: float | None = None
+    """From the ticket on."""
+    attempts: int = 0
+    begun_s: float = 0.0
+    engine_status: int | None = None
+    tail_pieces: deque[bytes] = field(default_factory=lambda: deque(maxlen=_TAIL_PIECES))
+
+    def begin(self, ticket: Ticket) -> None:
+        """A ticket is there."""
+        self.replica = ticket.replica
+        self.attempts += 1
+        self.begun_s = time.monotonic()
+        self.engine_status = None
+
+    def outcome(self, how: How) -> Outcome:
+        """For the gate."""
+        self.how = how
+        tail = b"".join(self.tail_pieces)[-_TAIL_NBYTES:]
+        return Outcome(
+            how=how,
+            status=self.engine_status,
+            first_byte_s=self.first_byte_s,
+            seconds=time.monotonic() - self.begun_s,
+            prompt_tokens=_last_number(_PROMPT_TOKENS, tail),
+            output_tokens=_last_number(_OUTPUT_TOKENS, tail),
+        )
+
+
+class Proxy:
+    """Sends requests where the gate says. Tells the gate the end of each ticket exactly once."""
+
+    def __init__(self, gate: Gate, settings: IngressSettings) -> None:
+        self._gate = gate
+        self._settings = settings
+        self._upstream = Upstream(settings)
+
+    def close(self) -> None:
+        """Close the connections to engines."""
+        self._upstream.close()
+
+    async def run(self, call: Call, report: Report, *, receive: Receive, send: Send, extra: Headers) -> None:
+        """Carry a request to its end. ``extra``: headers of the answer.
+
+        Raises:
+            ApiError: nothing was sent to the client yet; this is what it has to be told.
+            Ended: the client left; there is nobody to tell.
+        """
+        watch = Watch(receive, self._settings.request_s_max)
+        answer = _Answer(call, report, send=send, extra=extra)
+        error: ApiError | None = None
+        try:
+            async with watch:
+                await self._carry(call, watch=watch, report=report, answer=answer)
+        except Rejected as rejected:
+            report.how = "rejected"
+            error = rejection(rejected)
+        except EngineFailed as failure:
+            error = engine_failed(str(failure))
+        except Ended as ended:
+            report.how = ended.reason
+            if ended.reason == "client_left":
+                raise
+            error = timed_out(ended.problem)
+        if error is None:
+            await answer.end()
+        elif report.status is None:
+            raise error
+        else:
+            await answer.break_off(error)
+
+    async def _carry(self, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
+        watch.begin_step(None, "")
+        ticket = await self._gate.acquire(call.facts)
+        for is_last in (False, True):
+            report.begin(ticket)
+            try:
+                await self._attempt(ticket, call, watch=watch, report=report, answer=answer)
+            except EngineFailed as failure:
+                if is_last or report.status is not None:
+                    self._gate.finished(ticket, report.outcome("engine_failed"))
+                    raise
+                reason = str(failure)
+            except asyncio.CancelledError:
+                self._gate.finished(ticket, report.outcome(watch.reason or "client_left"))
+                raise
+            except BaseException:
+                self._gate.finished(ticket, report.outcome("engine_failed"))
+                raise
+            else:
+                self._gate.finished(ticket, report.outcome("done"))
+                return
+            watch.begin_step(None, "")
+            ticket = await self._gate.retry(ticket, reason)
+
+    async def _attempt(self, ticket: Ticket, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
+        limit_s = self._settings.first_byte_s_max
+        watch.begin_step(limit_s, f"the engine sent nothing for {limit_s or 0:g} s")
+        headers = for_engine(call.headers, shown=call.shown, api_key=ticket.api_key)
+        engine = await self._upstream.post(ticket.url, target=call.target, headers=headers, body=call.body)
+        try:
+            report.engine_status = engine.status
+            if not 200 <= engine.status < 600:
+                raise EngineFailed("it answers with what is not HTTP")
+            if engine.status == 401 or (engine.status == 503 and report.attempts == 1):
+                raise EngineFailed(f"it answers {engine.status}")
+            await self._pass_on(ticket, engine, watch=watch, report=report, answer=answer)
+        finally:
+            engine.close()
+
+    async def _pass_on(
+        self, ticket: Ticket, engine: EngineConnection, *, watch: Watch, report: Report, answer: _Answer
+    ) -> None:
+        piece = await engine.read()
+        report.first_byte_s = time.monotonic() - report.begun_s
+        self._gate.first_byte(ticket)
+        watch.begin_step(self._settings.idle_s_max, f"the engine paused for more than {self._settings.idle_s_max:g} s")
+        watch.pause()
+        await answer.begin(engine)
+        while piece:
+            report.tail_pieces.append(piece)
+            await answer.write(piece)
+            watch.resume()
+            piece = await engine.read()
+            watch.pause()
+
+
+class _Answer:
+    """What the client sees of an answer."""
+
+    def __init__(self, call: Call, report: Report, *, send: Send, extra: Headers) -> None:
+        self._call = call
+        self._report = report
+        self._send = send
+        self._extra = extra
+        self._is_events = False
+
+    async def begin(self, engine: EngineConnection) -> None:
+        headers = for_client(engine.headers)
+        kind = value_of(headers, b"content-type").strip().lower()
+        is_open = not value_of(headers, b"content-encoding") and not value_of(headers, b"content-length")
+        self._is_events = is_open and kind.startswith(b"text/event-stream")
+        self._report.status = engine.status
+        await self._send({"type": "http.response.start", "status": engine.status, "headers": [*headers, *self._extra]})
+
+    async def write(self, piece: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def break_off(self, error: ApiError) -> None:
+        """Only a stream of events has a way to say it. Any other body stays unfinished, which closes the connection."""
+        if self._is_events:
+            pieces = self._report.tail_pieces
+            last = pieces[-1] if pieces else b"\n\n"
+            gap = b"" if last.endswith(b"\n\n") else b"\n\n"
+            event = gap + error.event(is_named=self._call.has_named_events)
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _last_number(pattern: re.Pattern[bytes], tail: bytes) -> int | None:
+    found = pattern.findall(tail)
+    return int(found[-1]) if found else None

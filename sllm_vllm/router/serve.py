@@ -1,0 +1,87 @@
+"""Runs the ingress under uvicorn, in a loop that is there already, with limits, without uvicorn's signals or logs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Generator, Sequence
+
+import uvicorn
+
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.router.http_limits import limited_protocol
+from sllm_vllm.router.ingress import Ingress
+from sllm_vllm.router.settings import IngressSettings
+
+
+async def serve_app(
+    app: Ingress, settings: IngressSettings, *, sockets: Sequence[socket.socket], started: asyncio.Event | None = None
+) -> None:
+    """Serve on sockets that are bound, until cancelled; then requests get ``drain_s`` to end. Closes ``app``.
+
+    Raises:
+        ConfigError: there are no keys, and others than this machine can connect.
+    """
+    require_keys(settings, sockets)
+    server = _Server(_config(app, settings), started)
+    serving = asyncio.create_task(server.serve(sockets=list(sockets)))
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await serving
+        raise
+    finally:
+        app.close()
+
+
+def require_keys(settings: IngressSettings, sockets: Sequence[socket.socket]) -> None:
+    """Let nobody but this machine in without a key, unless the settings say so.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    if settings.key_digests or settings.insecure_no_keys:
+        return
+    for listener in sockets:
+        if listener.family in {socket.AF_INET, socket.AF_INET6}:
+            host = str(listener.getsockname()[0])
+            if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+                raise ConfigError(
+                    f"{host} can be reached from outside and there are no keys; give keys, or listen on 127.0.0.1"
+                )
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, started: asyncio.Event | None) -> None:
+        super().__init__(config)
+        self._started_event = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say when it listens."""
+        await super().startup(sockets)
+        if self._started_event is not None:
+            self._started_event.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals belong to whoever owns the loop."""
+        yield
+
+
+def _config(app: Ingress, settings: IngressSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=limited_protocol(settings),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=settings.drain_s,
+    )

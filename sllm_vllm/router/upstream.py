@@ -1,0 +1,298 @@
+"""Connections to engines: one request out, its answer in, as it comes. Lives on the ingress's loop.
+
+Plain HTTP/1.1 to an address of this cluster, parsed by httptools (as uvicorn's side is). aiohttp's client in its place
+added 0.3 to 0.7 ms more to the median first byte at 1 and 16 streams, and a quarter more processor time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+import httptools
+
+from sllm_vllm.router.headers import Headers
+from sllm_vllm.router.settings import IngressSettings
+
+READ_NBYTES = 1 << 16
+"""What is read ahead of a client that is slow."""
+HEAD_NBYTES_MAX = 1 << 16
+IDLE_MAX = 256
+"""Idle connections kept to one engine."""
+
+Address = tuple[str, int]
+
+
+class EngineFailed(Exception):
+    """The engine can't be reached, or breaks off. The message is fit for a client: it names no address."""
+
+
+class Upstream:
+    """A pool of connections. ``close`` ends it."""
+
+    def __init__(self, settings: IngressSettings) -> None:
+        self._settings = settings
+        self._idle: dict[Address, list[EngineConnection]] = {}
+        self._is_closed = False
+
+    async def post(self, url: str, *, target: str, headers: Headers, body: bytes) -> EngineConnection:
+        """Send a request and wait for the head of the answer.
+
+        A connection that was idle may just have been closed by the engine, which says nothing against it: then the
+        request goes out once more, on a new one.
+
+        Raises:
+            EngineFailed: there is none.
+        """
+        address = _address(url)
+        idle = self._take_idle(address)
+        if idle is not None:
+            try:
+                return await idle.exchange(target, headers, body=body)
+            except EngineFailed:
+                if not idle.is_silent:
+                    raise
+        return await (await self._connect(address)).exchange(target, headers, body=body)
+
+    def close(self) -> None:
+        """Close every idle connection; those in use close when they are given back."""
+        self._is_closed = True
+        for connections in list(self._idle.values()):
+            for connection in list(connections):
+                connection.abort()
+
+    def give_back(self, connection: EngineConnection) -> None:
+        """Keep it for the next request, if it can have one."""
+        idle = self._idle.setdefault(connection.address, [])
+        if self._is_closed or len(idle) >= IDLE_MAX or not connection.rest(self._settings.engine_keep_alive_s):
+            connection.abort()
+            if not idle:
+                del self._idle[connection.address]
+        else:
+            idle.append(connection)
+
+    def forget(self, connection: EngineConnection) -> None:
+        """It was closed."""
+        idle = self._idle.get(connection.address, [])
+        if connection in idle:
+            idle.remove(connection)
+            if not idle:
+                del self._idle[connection.address]
+
+    def _take_idle(self, address: Address) -> EngineConnection | None:
+        idle = self._idle.get(address)
+        if not idle:
+            return None
+        connection = idle.pop()
+        if not idle:
+            del self._idle[address]
+        connection.wake()
+        return connection
+
+    async def _connect(self, address: Address) -> EngineConnection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._settings.connect_s_max):
+                _, made = await loop.create_connection(lambda: EngineConnection(self, address), *address)
+        except OSError as error:  # TimeoutError is one
+            raise EngineFailed("it can't be reached") from error
+        return made
+
+
+class EngineConnection(asyncio.Protocol):
+    """One connection, and the answer that is read from it. ``close`` after each answer."""
+
+    def __init__(self, pool: Upstream, address: Address) -> None:
+        self.address = address
+        self.status = 0
+        self.headers: Headers = []
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._waiter: asyncio.Future[None] | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._failure = ""
+        self._pieces: list[bytes] = []
+        self._nbytes = 0
+        self._head_nbytes = 0
+        self._has_head = False
+        self._is_complete = True
+        self._is_surplus = False
+        self._can_stay = False
+        self._is_paused = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing at all came back for the last request."""
+        return not self._has_head and self._head_nbytes == 0
+
+    async def exchange(self, target: str, headers: Headers, *, body: bytes) -> EngineConnection:
+        """Send a request and wait for the head of the answer; returns itself.
+
+        Raises:
+            EngineFailed: there is none; the connection is closed.
+        """
+        try:
+            self._send(target, headers, body=body)
+            while not self._has_head:
+                await self._news()
+        except BaseException:
+            self.abort()
+            raise
+        return self
+
+    def _send(self, target: str, headers: Headers, *, body: bytes) -> None:
+        if self._transport is None or self._failure:
+            raise EngineFailed(self._failure or "it broke off")
+        self.status = 0
+        self.headers = []
+        self._head_nbytes = 0
+        self._has_head = self._is_complete = self._can_stay = False
+        host, port = self.address
+        lines = [f"POST {target} HTTP/1.1\r\nhost: {host}:{port}\r\n".encode()]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        lines.append(b"content-length: %d\r\n\r\n" % len(body))
+        self._transport.write(b"".join([*lines, body]) if len(body) < READ_NBYTES else b"".join(lines))
+        if len(body) >= READ_NBYTES:
+            self._transport.write(body)
+
+    async def read(self) -> bytes:
+        """What there is of the body, at least a byte; empty at its end.
+
+        Raises:
+            EngineFailed: it ended too early.
+        """
+        while not self._pieces:
+            if self._is_complete:
+                return b""
+            await self._news()
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._nbytes = 0
+        if self._is_paused and self._transport is not None and not self._failure:
+            self._is_paused = False
+            self._transport.resume_reading()
+        return data
+
+    def close(self) -> None:
+        """Give the connection back if the whole body was read; else end it, which aborts the request."""
+        if self._is_complete and self._can_stay and not self._pieces:
+            self._pool.give_back(self)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._fail("it was closed")
+        if self._transport is not None:
+            self._transport.abort()
+
+    def rest(self, idle_s: float) -> bool:
+        """Close after some time, unless ``wake`` comes before. Whether there is still a connection."""
+        if self._failure:
+            return False
+        self._idle_timer = self._loop.call_later(idle_s, self.abort)
+        return True
+
+    def wake(self) -> None:
+        """It is needed again."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    async def _news(self) -> None:
+        if self._failure:
+            raise EngineFailed(self._failure)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _tell(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, problem: str) -> None:
+        self.wake()
+        self._pool.forget(self)
+        self._failure = self._failure or problem
+        self._tell()
+
+    # ------------------------------------------------------------------------------------------ asyncio's calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As asyncio has it."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; anything but an answer to what was asked ends the connection."""
+        if self._is_complete:
+            self.abort()
+            return
+        if not self._has_head:
+            self._head_nbytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._fail("it answers with what is not HTTP")
+            self.abort()
+            return
+        if not self._has_head and self._head_nbytes > HEAD_NBYTES_MAX:
+            self._fail("its headers are too large")
+            self.abort()
+        elif self._nbytes > READ_NBYTES and not self._is_paused and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+        if self._pieces or self._is_complete or self._has_head:
+            self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """An answer without a length ends so; any other was cut."""
+        if self._has_head and not self._is_complete and not self._is_framed() and exc is None:
+            self._is_complete = True
+        self._fail("it broke off")
+
+    def _is_framed(self) -> bool:
+        return any(name in {b"content-length", b"transfer-encoding"} for name, _ in self.headers)
+
+    # ---------------------------------------------------------------------------------------- httptools's calls
+
+    def on_message_begin(self) -> None:
+        """An answer begins; a second one was not asked for, and nothing of it is read."""
+        if self._is_complete:
+            self._is_surplus = True
+            self._can_stay = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; trailers are dropped."""
+        if not self._has_head and not self._is_surplus:
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """The head is there, unless it is an interim one."""
+        if self._is_surplus:
+            return
+        status = self._parser.get_status_code()
+        if status < 200:
+            self.headers = []
+            return
+        self.status = status
+        self._has_head = True
+        self._can_stay = self._parser.should_keep_alive()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        if not self._is_surplus:
+            self._pieces.append(body)
+            self._nbytes += len(body)
+
+    def on_message_complete(self) -> None:
+        """The end of the body."""
+        self._is_complete = self._has_head
+
+
+def _address(url: str) -> Address:
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or 80

@@ -1,0 +1,105 @@
+"""Ends a request's work when its client leaves or a time is over. Owned by the task of one request.
+
+Used like ``asyncio.timeout``: ``async with watch:`` around the work; what is inside is cancelled, and outside stands an
+``Ended`` that says why. While a piece of an answer is on its way to a slow client, only the total time counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from types import TracebackType
+from typing import Any, Literal
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Reason = Literal["client_left", "timeout"]
+
+
+class Ended(Exception):
+    """The work was ended. ``problem``: which time was over, or that the client left."""
+
+    def __init__(self, reason: Reason, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
+        self.problem = problem
+
+
+class Watch:
+    """The client's connection and the clock of one request. ``reason`` is None as long as nothing ended it."""
+
+    def __init__(self, receive: Receive, total_s: float) -> None:
+        self.reason: Reason | None = None
+        self._problem = ""
+        self._receive = receive
+        self._total_s = total_s
+        self._loop = asyncio.get_running_loop()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._step: asyncio.TimerHandle | None = None
+        self._step_s: float | None = None
+        self._step_problem = ""
+        self._since_s: float | None = None
+
+    async def __aenter__(self) -> Watch:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._listener = self._loop.create_task(self._listen())
+        self._total = self._loop.call_later(
+            self._total_s, self._end, "timeout", f"more than {self._total_s:g} s for the whole request"
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Nothing here may wait: from the first line on, nobody else can cancel this task on the watch's behalf.
+        self._listener.cancel()
+        self._total.cancel()
+        if self._step is not None:
+            self._step.cancel()
+        if self.reason is None or kind is None:
+            return
+        if self._task.uncancel() == 0 and issubclass(kind, asyncio.CancelledError):
+            raise Ended(self.reason, self._problem) from error
+
+    def begin_step(self, step_s: float | None, problem: str) -> None:
+        """From now on a step may take so long; None: as long as the whole may."""
+        if self._step is not None:
+            self._step.cancel()
+            self._step = None
+        self._step_s = step_s
+        self._step_problem = problem
+        self.resume()
+        if step_s is not None:
+            self._step = self._loop.call_later(step_s, self._check)
+
+    def resume(self) -> None:
+        """A step begins, of the same kind as the last."""
+        self._since_s = self._loop.time()
+
+    def pause(self) -> None:
+        """The step is over; the time until ``resume`` is nobody's."""
+        self._since_s = None
+
+    def _check(self) -> None:
+        # One timer that looks again later is cheaper than a new one for each piece of an answer.
+        assert self._step_s is not None
+        now_s = self._loop.time()
+        end_s = (now_s if self._since_s is None else self._since_s) + self._step_s
+        if end_s <= now_s:
+            self._end("timeout", self._step_problem)
+        else:
+            self._step = self._loop.call_at(end_s, self._check)
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._end("client_left", "the client left")
+
+    def _end(self, reason: Reason, problem: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._problem = problem
+            self._task.cancel()

@@ -1,0 +1,149 @@
+"""Admission: what is read of a body, and that nothing in one can do more than be refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sllm_vllm.router.admission import MEMBERS_MAX, MODEL_CHARS_MAX, PARTS_MAX, Admission, read_body, read_json
+from sllm_vllm.router.openai_errors import ApiError
+
+JSON = b"application/json"
+FORM = b"multipart/form-data; boundary=xyz"
+
+
+def refusal(body: bytes) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read_json(body)
+    return caught.value
+
+
+def outcome(body: bytes) -> str | int:
+    try:
+        read_json(body)
+    except ApiError as error:
+        return error.status
+    return "read"
+
+
+def form(*parts: tuple[str, str]) -> bytes:
+    written = [f'--xyz\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in parts]
+    return ("".join(written) + "--xyz--\r\n").encode()
+
+
+def test_model_and_size_are_read() -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 4000}], "model": "meta/tiny"}).encode()
+    admission = read_json(body)
+    assert admission.model == "meta/tiny"
+    assert admission.prompt_tokens == len(body) // 4
+
+
+def test_facts_carry_what_was_read() -> None:
+    facts = Admission("m", 12, "abc").facts("request-1")
+    assert (facts.id, facts.model, facts.prompt_tokens, facts.prefix) == ("request-1", "m", 12, "abc")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not JSON"),
+        (b"   ", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "JSON object"),
+        (b'"model"', "JSON object"),
+        (b"null", "JSON object"),
+        (b"{}", "missing"),
+        (b'{"model": null}', "missing"),
+        (b'{"model": 1}', "text of"),
+        (b'{"model": ""}', "text of"),
+        (b'{"model": ["a"]}', "text of"),
+        (json.dumps({"model": "x" * (MODEL_CHARS_MAX + 1)}).encode(), "text of"),
+        (b'{"model": "a", "model": "b"}', "twice"),
+        (b'{"model": "a", "mod\\u0065l": "b"}', "twice"),
+        (b'{"model": "a",}', "not JSON"),
+        (b'{"model": "a"} {}', "not JSON"),
+        (b'{"model": "a" "b": 1}', "not JSON"),
+        (b'{"model" "a"}', "not JSON"),
+        (b"{model: 1}", "not JSON"),
+        (b'{"model": "a\x00"}', "not JSON"),
+        (b'{"model": "\xff"}', "not UTF-8"),
+        ('{"model": "a"}'.encode("utf-16"), "not UTF-8"),
+        ('{"model": "a"}'.encode("utf-16-le"), "not JSON"),
+        (b'\xef\xbb\xbf{"model": "a"}', "not JSON"),
+        (b'{"model": "a", "n": ' + b"9" * 5000 + b"}", "too large"),
+        (b'{"model": "a", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
+        (b"[" * 100_000, "nested"),
+        (json.dumps({str(number): 0 for number in range(MEMBERS_MAX + 1)}).encode(), "members"),
+    ],
+)
+def test_what_is_wrong_is_refused_and_said(body: bytes, message: str) -> None:
+    error = refusal(body)
+    assert error.status == 400
+    assert message in error.message
+
+
+def test_nested_model_does_not_count() -> None:
+    assert read_json(b'{"a": {"model": "b"}, "model": "c", "d": [{"model": 1}]}').model == "c"
+
+
+def test_equal_beginnings_have_equal_prefixes() -> None:
+    system = "You are a careful assistant. " * 30
+    first, second = (
+        read_json(json.dumps({"model": "a", "messages": [{"content": system + end}]}).encode()) for end in ("x", "y")
+    )
+    assert first.prefix == second.prefix
+    assert len(first.prefix) == 16
+
+
+def test_other_beginnings_have_other_prefixes() -> None:
+    first, second = (read_json(json.dumps({"model": "a", "prompt": begin}).encode()) for begin in ("x", "y"))
+    assert first.prefix != second.prefix
+
+
+def test_without_a_prompt_there_is_no_prefix() -> None:
+    assert read_json(b'{"model": "a"}').prefix == ""
+
+
+@given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=5)))
+def test_any_object_reads_as_the_standard_library_does(members: dict[str, object]) -> None:
+    body = json.dumps(members | {"model": "the model"}, indent=1).encode()
+    assert read_json(body).model == json.loads(body)["model"]
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(body: bytes) -> None:
+    assert outcome(body) in {"read", 400}
+
+
+def test_form_names_its_model() -> None:
+    assert read_body(form(("file", "RIFF"), ("model", "whisper")), FORM, takes_form=True).model == "whisper"
+
+
+def test_quoted_boundary_is_one() -> None:
+    kind = b'multipart/form-data; boundary="xyz"'
+    assert read_body(form(("model", "whisper")), kind, takes_form=True).model == "whisper"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (form(("model", "a"), ("model", "b")), FORM, 400),
+        (form(("file", "RIFF")), FORM, 400),
+        (form(*[("x", "1")] * (PARTS_MAX + 1)), FORM, 400),
+        (form(("model", "a")), b"multipart/form-data", 400),
+        (b"model=a", b"application/x-www-form-urlencoded", 415),
+    ],
+)
+def test_form_that_is_wrong_is_refused(body: bytes, kind: bytes, status: int) -> None:
+    with pytest.raises(ApiError) as caught:
+        read_body(body, kind, takes_form=True)
+    assert caught.value.status == status
+
+
+def test_form_is_read_only_where_one_is_expected() -> None:
+    with pytest.raises(ApiError) as caught:
+        read_body(form(("model", "a")), FORM, takes_form=False)
+    assert caught.value.status == 415

@@ -1,0 +1,403 @@
+"""The front on real sockets: its own routes, its errors, its limits, real clients, and rubbish of every kind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import Iterator
+
+import aiohttp
+import hypothesis
+import openai
+import pytest
+from hypothesis import strategies as st
+
+from sllm_vllm.router.gate import Rejected
+from sllm_vllm.router.ingress import Ingress
+from sllm_vllm.router.openapi import openapi_document
+from sllm_vllm.router.settings import IngressSettings
+from tests.router.fake_gate import (
+    CHAT,
+    MODELS,
+    Answer,
+    EngineProcess,
+    FakeGate,
+    Served,
+    chat,
+    running_engine,
+    serving,
+    until,
+)
+
+FUZZ_EXAMPLES = 300
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineProcess]:
+    with running_engine() as process:
+        yield process
+
+
+@pytest.fixture
+def gate(engine: EngineProcess) -> FakeGate:
+    return FakeGate([("a", engine.url)])
+
+
+# ------------------------------------------------------------------------------------------------- its own routes
+
+
+async def test_models_are_listed_in_the_gates_order(gate: FakeGate) -> None:
+    async with serving(gate) as served:
+        listed = (await served.get("/v1/models")).json
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == list(MODELS)
+    assert listed["data"][0] == {
+        "id": "meta/tiny",
+        "object": "model",
+        "created": 1_700_000_000,
+        "owned_by": "sllm-vllm",
+        "root": "hf:meta/tiny",
+    }
+
+
+@pytest.mark.parametrize("path", ["/v1/models/meta/tiny", "/v1/models/meta%2Ftiny"])
+async def test_one_model_is_shown(gate: FakeGate, path: str) -> None:
+    async with serving(gate) as served:
+        assert (await served.get(path)).json["id"] == "meta/tiny"
+
+
+async def test_model_that_is_not_served_is_404_and_the_known_are_named(gate: FakeGate) -> None:
+    gate.models = [f"model-{number}" for number in range(30)]
+    async with serving(gate) as served:
+        answers = [await served.post(chat("nobody")), await served.get("/v1/models/nobody")]
+    for answer in answers:
+        assert answer.status == 404
+        assert answer.error["code"] == "model_not_found"
+        assert "`nobody`" in answer.error["message"]
+        assert "model-19 and 10 more" in answer.error["message"]
+    assert gate.facts == []
+
+
+@pytest.mark.parametrize(("is_ready", "status"), [(True, 200), (False, 503)])
+async def test_ready_says_what_the_gate_says(gate: FakeGate, is_ready: bool, status: int) -> None:
+    gate.is_ready_now = is_ready
+    async with serving(gate) as served:
+        assert (await served.get("/ready")).status == status
+        assert (await served.get("/health")).status == 200
+
+
+async def test_head_is_get_without_a_body(gate: FakeGate) -> None:
+    async with serving(gate) as served:
+        answer, full = await served.ask("HEAD", "/v1/models"), await served.get("/v1/models")
+    assert (answer.status, answer.text) == (200, "")
+    assert answer.headers["content-length"] == str(len(full.text))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("POST", "/v1/models/other", "GET, HEAD"),
+        ("GET", CHAT, "POST"),
+        ("PUT", "/score", "POST"),
+        ("OPTIONS", CHAT, "GET, HEAD, POST"),
+    ],
+)
+async def test_wrong_method_names_the_right_ones(gate: FakeGate, method: str, path: str, allowed: str) -> None:
+    async with serving(gate) as served:
+        answer = await served.ask(method, path)
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
+
+
+async def test_document_names_every_path_it_describes_and_they_answer(gate: FakeGate) -> None:
+    async with serving(gate) as served:
+        document = (await served.get("/openapi.json")).json
+        for path, item in document["paths"].items():
+            method = "POST" if "post" in item else "GET"
+            answer = await served.ask(method, path.replace("{model}", "other"), body={"model": "other"})
+            assert (path, answer.status) == (path, 200)
+    assert document == json.loads(json.dumps(openapi_document()))
+
+
+async def test_answer_says_nothing_of_the_server(gate: FakeGate) -> None:
+    async with serving(gate) as served:
+        for answer in (await served.get("/health"), await served.post(chat())):
+            assert "server" not in answer.headers
+            assert len(answer.headers.getall("date")) == 1
+
+
+# ---------------------------------------------------------------------------------------------- errors and limits
+
+
+@pytest.mark.parametrize(
+    ("rejected", "status", "retry_after"),
+    [
+        (Rejected(429, "rate_limit_error", "full", retry_after_s=0.2, code="queue_full"), 429, "1"),
+        (Rejected(503, "server_error", "none", retry_after_s=7.1), 503, "8"),
+        (Rejected(503, "server_error", "none"), 503, "1"),
+        (Rejected(504, "timeout_error", "late"), 504, None),
+        (Rejected(404, "invalid_request_error", "gone"), 404, None),
+    ],
+)
+async def test_gates_refusal_is_told(gate: FakeGate, rejected: Rejected, status: int, retry_after: str | None) -> None:
+    gate.rejects = rejected
+    async with serving(gate) as served:
+        answer = await served.post(chat())
+    assert (answer.status, answer.headers.get("retry-after")) == (status, retry_after)
+    assert answer.error["message"] == rejected.message
+    assert answer.error["type"] == rejected.kind
+    assert answer.error["code"] == rejected.code
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"model": 1}', b"[" * 100_000, b'{"model": "\xff"}'])
+async def test_body_that_can_not_be_read_is_400(gate: FakeGate, body: bytes) -> None:
+    async with serving(gate) as served:
+        answer = await served.post(body)
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("times", [1.5, 40])
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_body_that_is_too_large_is_413(gate: FakeGate, times: float, is_chunked: bool) -> None:
+    pad = b" " * int(1024 * times)
+    pieces = [b"%x\r\n%b\r\n" % (len(pad), pad), b"0\r\n\r\n"] if is_chunked else [pad]
+    head = b"transfer-encoding: chunked" if is_chunked else b"content-length: %d" % len(pad)
+    async with serving(gate, IngressSettings(body_nbytes_max=1024, drain_s=1)) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n\r\n" + b"".join(pieces))
+        assert (await reader.readuntil(b"\r\n")).split()[1] == b"413"
+        writer.close()
+    assert gate.facts == []
+
+
+async def test_largest_body_passes(gate: FakeGate) -> None:
+    body = json.dumps(chat()).encode()
+    async with serving(gate, IngressSettings(body_nbytes_max=1 << 20, drain_s=1)) as served:
+        whole = await served.post(body + b" " * ((1 << 20) - len(body)))
+        more = await served.post(body + b" " * ((1 << 20) - len(body) + 1))
+    assert (whole.status, more.status) == (200, 413)
+
+
+async def test_all_bodies_together_have_a_limit(gate: FakeGate) -> None:
+    gate.released.clear()
+    body = json.dumps(chat()).encode() + b" " * 700
+    async with serving(gate, IngressSettings(bodies_nbytes_max=1500, drain_s=1)) as served:
+        first = asyncio.create_task(served.post(body))
+        await until(lambda: gate.num_waiting, "the first to wait")
+        refused = await served.post(body)
+        gate.released.set()
+        assert (await first).status == 200
+        assert (await served.post(body)).status == 200
+    assert (refused.status, refused.error["code"]) == (503, "overloaded")
+
+
+async def test_requests_at_once_have_a_limit(gate: FakeGate) -> None:
+    gate.released.clear()
+    async with serving(gate, IngressSettings(requests_max=1, drain_s=1)) as served:
+        first = asyncio.create_task(served.post(chat()))
+        await until(lambda: gate.num_waiting, "the first to wait")
+        refused = await served.post(chat())
+        assert (await served.get("/health")).status == 200
+        gate.released.set()
+        assert (await first).status == 200
+    assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+
+
+async def test_compressed_body_is_refused(gate: FakeGate) -> None:
+    async with serving(gate) as served:
+        answer = await served.post(b"x", headers={"content-encoding": "gzip"})
+    assert answer.status == 415
+
+
+async def test_form_with_a_model_passes(gate: FakeGate) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n--b--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    async with serving(gate) as served:
+        answer = await served.post(body, "/v1/audio/transcriptions", headers=kind)
+        elsewhere = await served.post(body, headers=kind)
+    assert answer.json["echo"]["body"].encode() == body
+    assert elsewhere.status == 415
+
+
+async def test_bug_in_the_gate_is_500_in_the_right_form_and_stands_in_the_log(
+    gate: FakeGate, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate.rejects = ZeroDivisionError("a bug")  # type: ignore[assignment]
+    async with serving(gate) as served:
+        answer = await served.post(chat())
+    assert (answer.status, answer.error["type"]) == (500, "server_error")
+    assert "ZeroDivisionError: a bug" in caplog.text
+    assert "a bug" not in answer.text
+
+
+# ----------------------------------------------------------------------------------------------------- CORS, log
+
+
+async def test_pages_read_nothing_by_itself(gate: FakeGate) -> None:
+    async with serving(gate) as served:
+        answers = [await served.get("/v1/models", origin="http://page"), await served.post(chat())]
+    assert ["access-control-allow-origin" in answer.headers for answer in answers] == [False, False]
+
+
+async def test_listed_pages_may_read(gate: FakeGate) -> None:
+    settings = IngressSettings(cors_origins=("http://page",), drain_s=1)
+    async with serving(gate, settings) as served:
+        sent = {"origin": "http://page", "access-control-request-headers": "authorization"}
+        asked = await served.ask("OPTIONS", CHAT, headers=sent)
+        answers: list[Answer] = [await served.post(chat(), headers=sent), await served.post(b"", headers=sent)]
+        other = await served.post(chat(), headers={"origin": "http://other"})
+    assert (asked.status, asked.headers["access-control-allow-headers"]) == (204, "authorization")
+    assert [answer.headers.getall("access-control-allow-origin") for answer in (asked, *answers)] == [
+        [sent["origin"]]
+    ] * 3
+    assert "access-control-allow-origin" not in other.headers
+
+
+async def test_one_line_for_each_request(gate: FakeGate, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="sllm_vllm.router")
+    async with serving(gate) as served:
+        await served.post(chat(), headers={"x-request-id": "mine"})
+        await served.get("/nowhere%0Aforged")
+    first, second = [record.getMessage() for record in caplog.records if record.name == "sllm_vllm.router.ingress"]
+    pattern = (
+        r"request id=mine-\w{8} path='/v1/chat/completions' model='meta/tiny' status=200 outcome=done "
+        r"ttfb_ms=[\d.]+ seconds=[\d.]+ replica=a attempts=1"
+    )
+    assert re.fullmatch(pattern, first)
+    assert "status=404 outcome=local ttfb_ms=- " in second
+    assert "\n" not in second
+
+
+# -------------------------------------------------------------------------------------------------- real clients
+
+
+async def test_openai_client_plain(gate: FakeGate) -> None:
+    async with serving(gate) as served, client_of(served) as client:
+        models = [model.id async for model in client.models.list()]
+        answer = await client.chat.completions.create(model=MODELS[0], messages=[{"role": "user", "content": "hi"}])
+    assert models == list(MODELS)
+    assert answer.choices[0].message.content == " said a"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
+
+
+async def test_openai_client_stream(gate: FakeGate) -> None:
+    async with serving(gate) as served, client_of(served) as client:
+        stream = await client.chat.completions.create(
+            model=MODELS[0], messages=[{"role": "user", "content": "hi"}], stream=True, user="u"
+        )
+        got = [chunk.choices[0].delta.content async for chunk in stream if chunk.choices]
+    assert got == ["u/0 ", "u/1 ", "u/2 "]
+
+
+async def test_openai_client_sees_the_error_in_a_stream(gate: FakeGate) -> None:
+    async with serving(gate) as served, client_of(served) as client:
+        stream = await client.chat.completions.create(
+            model=MODELS[0], messages=[], stream=True, extra_body={"fake": {"breaks_after": 1}}
+        )
+        with pytest.raises(openai.APIError, match="The engine failed"):
+            async for _ in stream:
+                pass
+
+
+async def test_openai_client_knows_the_errors(gate: FakeGate) -> None:
+    async with serving(gate) as served, client_of(served) as client:
+        with pytest.raises(openai.NotFoundError, match="meta/tiny, other"):
+            await client.completions.create(model="nobody", prompt="x")
+        gate.rejects = Rejected(429, "rate_limit_error", "come again", retry_after_s=3)
+        with pytest.raises(openai.RateLimitError, match="come again"):
+            await client.completions.create(model=MODELS[0], prompt="x")
+
+
+def client_of(served: Served) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
+
+
+# ------------------------------------------------------------------------------------------------------ rubbish
+
+PATHS = st.sampled_from([*openapi_document()["paths"], "/", "/v1/x", "*", "http://x/v1/score"]) | st.text(
+    st.characters(codec="latin-1", exclude_characters=" \r\n\t"), max_size=30
+)
+BODIES = st.binary(max_size=100) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(MODELS),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["model", "stream", "prompt"]) | st.text(), inner),
+    max_leaves=10,
+).map(lambda value: json.dumps(value).encode())
+HEADERS = st.lists(
+    st.tuples(
+        st.sampled_from(["authorization", "content-type", "x-request-id", "content-encoding", "origin", "x-any", "te"]),
+        st.text(st.characters(codec="latin-1", exclude_characters="\r\n\0"), max_size=40),
+    ),
+    max_size=5,
+)
+
+
+async def first_status(served: Served, data: bytes) -> int:
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(data)
+    async with asyncio.timeout(60):
+        line = await reader.readline()
+    writer.close()
+    return int(line.split()[1])
+
+
+async def test_rubbish_never_makes_it_fail(gate: FakeGate) -> None:
+    """Hypothesis makes the requests; a loop of its own would cost a server for each."""
+    requests: list[bytes] = []
+
+    @hypothesis.settings(max_examples=FUZZ_EXAMPLES, database=None, deadline=None)
+    @hypothesis.given(st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "PUT"]), PATHS, BODIES, HEADERS)
+    def collect(method: str, path: str, body: bytes, headers: list[tuple[str, str]]) -> None:
+        lines = [f"{method} {path} HTTP/1.1", "host: x", *(f"{name}: {value}" for name, value in headers)]
+        lines += ["connection: close", f"content-length: {len(body)}", "", ""]
+        requests.append("\r\n".join(lines).encode("latin-1") + body)
+
+    collect()
+    async with serving(gate) as served:
+        statuses = {data: await first_status(served, data) for data in requests}
+    assert {data: status for data, status in statuses.items() if status >= 500} == {}
+    assert len(set(statuses.values())) > 3
+
+
+async def test_what_is_not_http_for_asgi_is_left_alone(gate: FakeGate) -> None:
+    sent: list[object] = []
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, object]:
+        return {"type": "lifespan.startup"}
+
+    await Ingress(gate, IngressSettings())({"type": "lifespan"}, receive, send)
+    assert sent == []
+
+
+async def test_request_under_way_ends_before_the_server_does(gate: FakeGate) -> None:
+    gate.released.clear()
+    async with serving(gate, IngressSettings(drain_s=60)) as served:
+        asking = asyncio.create_task(served.post(chat()))
+        await until(lambda: gate.num_waiting, "the request")
+        releasing = asyncio.create_task(release_when_closed(served))
+    await releasing
+    assert (await asking).status == 200
+
+
+async def release_when_closed(served: Served) -> None:
+    def is_closed() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", served.port)) != 0
+
+    await until(is_closed, "the server to take no more")
+    served.gate.released.set()
+
+
+async def test_request_that_does_not_end_is_ended_with_the_server(gate: FakeGate) -> None:
+    async with serving(gate, IngressSettings(drain_s=0)) as served:
+        asking = asyncio.create_task(served.post(chat(stream=True, stalls_after=1)))
+        await until(lambda: gate.num_first_bytes, "the first byte")
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await asking
+    assert [outcome.how for outcome in gate.outcomes] == ["client_left"]
