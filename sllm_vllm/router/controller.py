@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -41,6 +42,7 @@ from sllm_vllm.router.core.events import (
 from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.core.router import RouterCore, RouterLimits
 from sllm_vllm.router.core.scaling import ScalingLimits
+from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engines import Engines, Node
 from sllm_vllm.router.gate import Outcome, Rejected, ServedModel, Ticket
 
@@ -81,6 +83,7 @@ class Controller:
         self.core = RouterCore(RouterLimits(waiting_max=waiting_max, scaling=scaling), estimator)
         self.models: dict[str, ModelConfig] = {}
         self.outcomes: deque[tuple[Ticket, Outcome]] = deque(maxlen=OUTCOMES_MAX)
+        self.counts = Counts()
         self._created: dict[str, int] = {}
         self._directory = directory
         self._clock = clock
@@ -133,6 +136,7 @@ class Controller:
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
         """See ``Gate``."""
         self.outcomes.append((ticket, outcome))
+        self.counts.note_outcome(ticket, outcome)
         self._tell(RequestEnded(ticket.request))
 
     async def retry(self, ticket: Ticket, reason: str) -> Ticket:
@@ -182,10 +186,18 @@ class Controller:
         """The core's time."""
         return self._clock()
 
+    def recent(self, num_max: int) -> list[tuple[float, Event | Action]]:
+        """The core's last events and actions, oldest first."""
+        story = self.core._story
+        return list(itertools.islice(story, max(0, len(story) - num_max), None))
+
     # --------------------------------------------------------------------------------------------------------- effects
 
     def _tell(self, event: Event) -> None:
-        for action in self.core.handle(event, self._clock()):
+        now_s = self._clock()
+        actions = self.core.handle(event, now_s)
+        self.counts.note(event, actions, now_s)
+        for action in actions:
             self._do(action)
         if isinstance(event, ReplicaReady):
             self._refresh_soon()

@@ -140,9 +140,8 @@ class RouterProcess:
                 self._running.deploy(model)
             self._config = config
             self._app.replace(Ingress(self._running, settings))
-        told = (
-            f"added {len(changes.added)}, removed {len(changes.removed)}, changed {len(touched) - len(changes.added)}"
-        )
+        num_changed = len(changes.restarted) + len(changes.adjusted)
+        told = f"added {len(changes.added)}, removed {len(changes.removed)}, changed {num_changed}"
         logger.info("event=reloaded path=%s %s", self._path, told)
         return told
 

@@ -120,9 +120,14 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._stop_timer()
-        self._head_timer = self.loop.call_later(
-            self.settings.head_s_max, self._refuse, 408, "The headers took too long."
-        )
+        self._head_timer = self.loop.call_later(self.settings.head_s_max, self._end_wait)
+
+    def _end_wait(self) -> None:
+        # Who has asked nothing yet would take an answer for one to what it asks next.
+        if self._head_nbytes:
+            self._refuse(408, "The headers took too long.")
+        else:
+            self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

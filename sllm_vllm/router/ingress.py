@@ -31,7 +31,7 @@ from sllm_vllm.router.openai_errors import (
 from sllm_vllm.router.openapi import openapi_document
 from sllm_vllm.router.proxy import Call, Proxy, Report
 from sllm_vllm.router.settings import IngressSettings
-from sllm_vllm.router.watch import Ended, Message, Receive, Send
+from sllm_vllm.router.watch import Ended, Message, Receive, Send, send_last
 
 logger = logging.getLogger(__name__)
 
@@ -222,8 +222,11 @@ class Ingress:
         kind: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         own = kind if status != 204 else []
         all_headers = [*own, *self._common_headers(request), *(headers or [])]
-        await send({"type": "http.response.start", "status": status, "headers": all_headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        await send_last(
+            send,
+            {"type": "http.response.start", "status": status, "headers": all_headers},
+            {"type": "http.response.body", "body": body, "more_body": False},
+        )
 
 
 def _read_head(scope: Message) -> Request:

@@ -20,7 +20,7 @@ from sllm_vllm.router.headers import Headers, for_client, for_engine, value_of
 from sllm_vllm.router.openai_errors import ApiError, engine_failed, rejection, timed_out
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
-from sllm_vllm.router.watch import Ended, Receive, Send, Watch
+from sllm_vllm.router.watch import Ended, Receive, Send, Watch, send_last
 
 _TAIL_PIECES = 4
 _TAIL_NBYTES = 4096
@@ -202,7 +202,7 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send_last(self._send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def break_off(self, error: ApiError) -> None:
         """Only a stream of events has a way to say it. Any other body stays unfinished, which closes the connection."""
@@ -211,7 +211,7 @@ class _Answer:
             last = pieces[-1] if pieces else b"\n\n"
             gap = b"" if last.endswith(b"\n\n") else b"\n\n"
             event = gap + error.event(is_named=self._call.has_named_events)
-            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+            await send_last(self._send, {"type": "http.response.body", "body": event, "more_body": False})
 
 
 def _last_number(pattern: re.Pattern[bytes], tail: bytes) -> int | None:

@@ -7,17 +7,30 @@ import contextlib
 import ipaddress
 import socket
 from collections.abc import Generator, Sequence
+from typing import Protocol
 
 import uvicorn
 
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.http_limits import limited_protocol
-from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.watch import Message, Receive, Send
+
+
+class App(Protocol):
+    """What is served: ``ingress.Ingress``, or what stands before it."""
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it."""
+        ...
+
+    def close(self) -> None:
+        """Called once nothing is served any more."""
+        ...
 
 
 async def serve_app(
-    app: Ingress, settings: IngressSettings, *, sockets: Sequence[socket.socket], started: asyncio.Event | None = None
+    app: App, settings: IngressSettings, *, sockets: Sequence[socket.socket], started: asyncio.Event | None = None
 ) -> None:
     """Serve on sockets that are bound, until cancelled; then requests get ``drain_s`` to end. Closes ``app``.
 
@@ -71,7 +84,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _config(app: Ingress, settings: IngressSettings) -> uvicorn.Config:
+def _config(app: App, settings: IngressSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=limited_protocol(settings),

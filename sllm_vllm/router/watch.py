@@ -7,6 +7,7 @@ Used like ``asyncio.timeout``: ``async with watch:`` around the work; what is in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from types import TracebackType
 from typing import Any, Literal
@@ -14,6 +15,9 @@ from typing import Any, Literal
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+LAST_S = 60.0
+"""What a client gets to take the last piece of an answer."""
+
 Reason = Literal["client_left", "timeout"]
 
 
@@ -24,6 +28,14 @@ class Ended(Exception):
         super().__init__(problem)
         self.reason = reason
         self.problem = problem
+
+
+async def send_last(send: Send, *messages: Message) -> None:
+    """Send what no watch is kept over. What the client does not take stays unsent, and the connection is closed."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_S):
+            for message in messages:
+                await send(message)
 
 
 class Watch:

@@ -9,10 +9,8 @@ import socket
 from collections.abc import Iterator
 
 import aiohttp
-import hypothesis
 import openai
 import pytest
-from hypothesis import strategies as st
 
 from sllm_vllm.router.gate import Rejected
 from sllm_vllm.router.ingress import Ingress
@@ -30,8 +28,6 @@ from tests.router.fake_gate import (
     serving,
     until,
 )
-
-FUZZ_EXAMPLES = 300
 
 
 @pytest.fixture(scope="module")
@@ -316,50 +312,7 @@ def client_of(served: Served) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
 
 
-# ------------------------------------------------------------------------------------------------------ rubbish
-
-PATHS = st.sampled_from([*openapi_document()["paths"], "/", "/v1/x", "*", "http://x/v1/score"]) | st.text(
-    st.characters(codec="latin-1", exclude_characters=" \r\n\t"), max_size=30
-)
-BODIES = st.binary(max_size=100) | st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(MODELS),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["model", "stream", "prompt"]) | st.text(), inner),
-    max_leaves=10,
-).map(lambda value: json.dumps(value).encode())
-HEADERS = st.lists(
-    st.tuples(
-        st.sampled_from(["authorization", "content-type", "x-request-id", "content-encoding", "origin", "x-any", "te"]),
-        st.text(st.characters(codec="latin-1", exclude_characters="\r\n\0"), max_size=40),
-    ),
-    max_size=5,
-)
-
-
-async def first_status(served: Served, data: bytes) -> int:
-    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-    writer.write(data)
-    async with asyncio.timeout(60):
-        line = await reader.readline()
-    writer.close()
-    return int(line.split()[1])
-
-
-async def test_rubbish_never_makes_it_fail(gate: FakeGate) -> None:
-    """Hypothesis makes the requests; a loop of its own would cost a server for each."""
-    requests: list[bytes] = []
-
-    @hypothesis.settings(max_examples=FUZZ_EXAMPLES, database=None, deadline=None)
-    @hypothesis.given(st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "PUT"]), PATHS, BODIES, HEADERS)
-    def collect(method: str, path: str, body: bytes, headers: list[tuple[str, str]]) -> None:
-        lines = [f"{method} {path} HTTP/1.1", "host: x", *(f"{name}: {value}" for name, value in headers)]
-        lines += ["connection: close", f"content-length: {len(body)}", "", ""]
-        requests.append("\r\n".join(lines).encode("latin-1") + body)
-
-    collect()
-    async with serving(gate) as served:
-        statuses = {data: await first_status(served, data) for data in requests}
-    assert {data: status for data, status in statuses.items() if status >= 500} == {}
-    assert len(set(statuses.values())) > 3
+# ------------------------------------------------------------------------------------------------- beginning and end
 
 
 async def test_what_is_not_http_for_asgi_is_left_alone(gate: FakeGate) -> None:

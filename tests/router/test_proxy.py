@@ -313,6 +313,21 @@ async def test_slow_reader_holds_up_the_engine(gate: FakeGate, engines: list[Eng
     assert [outcome.how for outcome in gate.outcomes] == ["client_left"]
 
 
+async def test_reader_that_never_takes_the_end_is_left(
+    gate: FakeGate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sllm_vllm.router.watch.LAST_S", 0.1)
+    caplog.set_level("INFO", logger="sllm_vllm.router")
+    body = json.dumps(chat(stream=True, chunks=1024, pad=1 << 20)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    async with serving(gate, IngressSettings(request_s_max=1, drain_s=1)) as served:
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 12)
+        writer.write(head.encode() + body)
+        await until(lambda: "outcome=timeout" in caplog.text, "the end of the request")
+        writer.transport.abort()
+    assert [outcome.how for outcome in gate.outcomes] == ["timeout"]
+
+
 # ------------------------------------------------------------------------------------------------------- times
 
 

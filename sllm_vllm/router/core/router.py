@@ -268,6 +268,7 @@ class RouterCore:
             self.estimator.observe_start(event.sample)
             self._samples[event.replica] = event.sample
         self.cluster.set_state(event.replica, ReplicaState.READY, now_s)
+        self.scaling.load_over(replica.node, event.replica, now_s)
         if state is None or state.spec.generation != replica.generation:
             self.scaling.stop(event.replica, "its model was changed", now_s)
             return

@@ -49,6 +49,8 @@ class Scaling:
         self.cluster = Cluster()
         self.estimator = estimator
         self.pending = PendingStarts(self.cluster)
+        self._loads: dict[str, dict[str, float]] = {}
+        """Loads under way by node and replica: how long each was expected to take."""
         self.predictions: dict[str, Prediction] = {}
         """By replica, until its first answer; then the last one of each model, by its name."""
         self._models = models
@@ -200,7 +202,9 @@ class Scaling:
             decided_s=now_s,
             expected=plan.estimate,
         )
-        self.cluster.extend_load(plan.node, now_s, self.estimator.weights_s(spec, plan.node, plan.tier))
+        load_s = self.estimator.weights_s(spec, plan.node, plan.tier)
+        self.cluster.extend_load(plan.node, now_s, load_s)
+        self._loads.setdefault(plan.node, {})[replica] = load_s
         pending = PendingStart(replica, spec.name, spec.generation, plan, set(plan.victims))
         if not plan.victims:
             self._start(pending, now_s)
@@ -225,6 +229,12 @@ class Scaling:
             )
         )
         self.actions.append(StartReplica(pending.replica, pending.model, pending.generation, pending.plan.node))
+
+    def load_over(self, node: str, replica_id: str, now_s: float) -> None:
+        """A load ended, sooner or later than was expected: the queue of its node is what the others need."""
+        loads = self._loads.get(node, {})
+        if loads.pop(replica_id, None) is not None and node in self.cluster.nodes:
+            self.cluster.set_load_until(node, now_s + sum(loads.values()))
 
     # --------------------------------------------------------------------------------------------------- stopping
 
@@ -295,6 +305,7 @@ class Scaling:
             return None
         was_stopping_s = now_s - replica.state_since_s if replica.state is ReplicaState.STOPPING else None
         self.cluster.remove_replica(replica_id)
+        self.load_over(replica.node, replica_id, now_s)
         if was_stopping_s is not None:
             self.estimator.observe_stop(replica.model, replica.node, was_stopping_s)
         pending = self.pending.victim_ended(replica, now_s)
@@ -304,6 +315,7 @@ class Scaling:
                 self._start(pending, now_s)
             else:
                 self.predictions.pop(pending.replica, None)
+                self.load_over(pending.plan.node, pending.replica, now_s)
         return replica
 
     # ------------------------------------------------------------------------------------------------- prefetching

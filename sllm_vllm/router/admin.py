@@ -1,0 +1,289 @@
+"""The operators' half of the router: an ASGI app for ``/sllm/v1/…`` and ``/metrics``. Owns its routes and its keys.
+
+It is never open: without keys it refuses everything. What it shows is in ``admin_views.py`` and ``collector.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from urllib.parse import parse_qs
+
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.router import admin_views as views
+from sllm_vllm.router.body import BodyReader
+from sllm_vllm.router.collector import registry_of
+from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config_file import parse_router_config, read_json
+from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.core.cluster import ReplicaState
+from sllm_vllm.router.headers import Headers, values_of
+from sllm_vllm.router.keys import Keys, bearer_key
+from sllm_vllm.router.openai_errors import (
+    NAME_CHARS_MAX,
+    SERVER,
+    ApiError,
+    no_such_path,
+    unauthorized,
+    wrong_method,
+)
+from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.watch import Ended, Message, Receive, Send
+from sllm_vllm.units import MIB
+
+logger = logging.getLogger(__name__)
+
+BODY_NBYTES_MAX = MIB
+EVENTS_MAX = 2000
+"""Shown at once: they are read on the loop that requests go through."""
+EVENTS_DEFAULT = 200
+_SETTINGS = IngressSettings(body_nbytes_max=BODY_NBYTES_MAX, bodies_nbytes_max=16 * MIB, body_s_max=30.0)
+_JSON = "application/json"
+_CONFLICT = "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that may be answered. ``name``: what its path ends with; ``query``: the last value of each key."""
+
+    name: str
+    query: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: a record for JSON, or bytes of another kind."""
+
+    content: views.Record | bytes
+    status: int = 200
+    kind: str = _JSON
+
+
+Handler = Callable[[Call], Awaitable[Reply]]
+
+
+class AdminApp:
+    """The ASGI app. All calls on the controller's loop.
+
+    Args:
+        key_digests: SHA-256 of each key that opens it.
+        reload: reads the configuration again and says what changed; raises ConfigError.
+    """
+
+    def __init__(
+        self, controller: Controller, *, key_digests: Iterable[str], reload: Callable[[], Awaitable[str]]
+    ) -> None:
+        self._controller = controller
+        self._keys = Keys(key_digests)
+        self._reload = reload
+        self._bodies = BodyReader(_SETTINGS)
+        self._routes = self._all_routes()
+
+    def set_keys(self, key_digests: Iterable[str]) -> None:
+        """Only these open it from now on."""
+        self._keys = Keys(key_digests)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it."""
+        if scope["type"] != "http":
+            return
+        try:
+            self._require_key(scope["headers"])
+            reply = await self._answer(scope, receive)
+            if not isinstance(reply.content, bytes):
+                content = json.dumps(reply.content, allow_nan=False).encode()
+            else:
+                content = reply.content
+            await _send(send, reply.status, content, headers=[(b"content-type", reply.kind.encode())])
+        except ApiError as error:
+            await _send_error(send, error)
+        except Ended:  # nobody listens
+            return
+        except Exception:  # top of a run loop
+            logger.exception("event=admin_failed method=%s path=%r", scope["method"], scope["path"][:NAME_CHARS_MAX])
+            await _send_error(send, ApiError(500, "The router failed; its log says how.", kind=SERVER))
+
+    def _require_key(self, headers: Headers) -> None:
+        if self._keys.is_open:  # it has none, and so nobody may
+            message = "No admin key is configured; add one under `keys.admin`."
+            raise ApiError(403, message, kind="permission_error", code="admin_disabled").closing()
+        key = bearer_key(values_of(headers, b"authorization"))
+        if key is None or not self._keys.allow(key):
+            raise unauthorized().closing()
+
+    async def _answer(self, scope: Message, receive: Receive) -> Reply:
+        path: str = scope["path"]
+        found = [(methods, match[1] if match.re.groups else "") for match, methods in self._matches(path)]
+        if not found:
+            raise no_such_path(path).closing()
+        methods, name = found[0]
+        handler = methods.get(scope["method"])
+        if handler is None:
+            raise wrong_method(scope["method"], tuple(methods)).closing()
+        query = {key: values[-1] for key, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
+        async with self._bodies.read(scope["headers"], receive) as body:
+            return await handler(Call(name, query, body))
+
+    def _matches(self, path: str) -> Iterable[tuple[re.Match[str], dict[str, Handler]]]:
+        for pattern, methods in self._routes.items():
+            if match := pattern.fullmatch(path):
+                yield match, methods
+
+    def _all_routes(self) -> dict[re.Pattern[str], dict[str, Handler]]:
+        """By path. Names may hold anything, slashes too."""
+        routes: dict[str, dict[str, Handler]] = {
+            "/metrics": {"GET": self._metrics},
+            "/sllm/v1/models": {"GET": self._models, "POST": self._deploy},
+            "/sllm/v1/models/(.+)": {"GET": self._model, "DELETE": self._delete},
+            "/sllm/v1/replicas": {"GET": self._replicas},
+            "/sllm/v1/replicas/(.+)/drain": {"POST": self._drain_replica},
+            "/sllm/v1/nodes": {"GET": self._nodes},
+            "/sllm/v1/nodes/(.+)/drain": {"POST": self._drain_node},
+            "/sllm/v1/store": {"GET": self._store},
+            "/sllm/v1/events": {"GET": self._events},
+            "/sllm/v1/story/(.+)": {"GET": self._story},
+            "/sllm/v1/explain/(.+)": {"GET": self._explain},
+            "/sllm/v1/reload": {"POST": self._reload_now},
+        }
+        return {re.compile(path, re.DOTALL): methods for path, methods in routes.items()}
+
+    # ------------------------------------------------------------------------------------------------------ models
+
+    async def _models(self, call: Call) -> Reply:
+        return Reply(views.models_view(self._controller))
+
+    async def _model(self, call: Call) -> Reply:
+        self._require_model(call.name)
+        return Reply(views.model_view(self._controller, call.name))
+
+    async def _deploy(self, call: Call) -> Reply:
+        model = read_model(call.body)
+        before = self._controller.models.get(model.name)
+        self._controller.deploy(model)
+        done = _change(before, model)
+        logger.info("event=deployed model=%r change=%s", model.name, done)
+        status = 201 if before is None else 200
+        return Reply({"done": done, **views.model_view(self._controller, model.name)}, status)
+
+    async def _delete(self, call: Call) -> Reply:
+        self._require_model(call.name)
+        self._controller.delete(call.name)
+        logger.info("event=deleted model=%r", call.name)
+        return Reply({"deleted": call.name})
+
+    async def _explain(self, call: Call) -> Reply:
+        self._require_model(call.name)
+        return Reply(views.explain_view(self._controller, call.name))
+
+    def _require_model(self, name: str) -> None:
+        if name not in self._controller.models:
+            raise _unknown("model", name)
+
+    # ------------------------------------------------------------------------------------------- replicas and nodes
+
+    async def _replicas(self, call: Call) -> Reply:
+        return Reply(views.replicas_view(self._controller))
+
+    async def _drain_replica(self, call: Call) -> Reply:
+        replica = self._controller.core.cluster.replicas.get(call.name)
+        if replica is None or not replica.model:
+            raise _unknown("replica", call.name)
+        if replica.state is ReplicaState.ORDERED:
+            message = f"The replica {replica.id} is starting; only one that is ready can be drained."
+            raise ApiError(409, message, code=_CONFLICT)
+        self._controller.drain(replica.id)
+        return Reply({"replica": replica.id, "state": replica.state.value, "ongoing": len(replica.ongoing)}, 202)
+
+    async def _nodes(self, call: Call) -> Reply:
+        return Reply(views.nodes_view(self._controller))
+
+    async def _drain_node(self, call: Call) -> Reply:
+        node = self._controller.core.cluster.nodes.get(call.name)
+        if node is None:
+            raise _unknown("node", call.name)
+        drained = [replica.id for replica in node.replicas.values() if replica.state is ReplicaState.READY]
+        self._controller.drain(node.id)
+        return Reply({"node": node.id, "replicas": drained}, 202)
+
+    async def _store(self, call: Call) -> Reply:
+        return Reply(views.store_view(self._controller))
+
+    # -------------------------------------------------------------------------------------------------------- events
+
+    async def _events(self, call: Call) -> Reply:
+        return Reply(views.events_view(self._controller.recent(_last(call)), self._controller.now_s()))
+
+    async def _story(self, call: Call) -> Reply:
+        story = self._controller.core.story(call.name)[-_last(call) :]
+        if not story:
+            raise ApiError(404, f"Nothing is remembered of `{call.name[:NAME_CHARS_MAX]}`.", code="not_found")
+        return Reply(views.events_view(story, self._controller.now_s()))
+
+    # ------------------------------------------------------------------------------------------------ the whole router
+
+    async def _reload_now(self, call: Call) -> Reply:
+        try:
+            return Reply({"changed": await self._reload()})
+        except ConfigError as error:
+            raise ApiError(400, str(error), code="invalid_config") from None
+
+    async def _metrics(self, call: Call) -> Reply:
+        text = await asyncio.to_thread(generate_latest, registry_of(self._controller))
+        return Reply(text, kind=CONTENT_TYPE_LATEST)
+
+
+def read_model(body: bytes) -> ModelConfig:
+    """A model as JSON, with the keys of the configuration's `models`.
+
+    Raises:
+        ApiError: 400 with one line that says what is wrong.
+    """
+    try:
+        values = read_json(body.decode())
+        if not isinstance(values, dict):
+            raise ConfigError("it has to be a mapping")
+        return parse_router_config({"models": [values]}).models[0]
+    except UnicodeDecodeError as error:
+        problem = f"it is not UTF-8: byte {error.start} is wrong"
+    except ConfigError as error:
+        problem = str(error).removeprefix("models[0]").lstrip(".: ")
+    raise ApiError(400, problem, code="invalid_model")
+
+
+def _change(before: ModelConfig | None, model: ModelConfig) -> str:
+    if before is None:
+        return "added"
+    if before == model:
+        return "unchanged"
+    return "adjusted" if before.generation == model.generation else "restarted"
+
+
+def _last(call: Call) -> int:
+    text = call.query.get("last", str(EVENTS_DEFAULT))
+    num = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+    if not 1 <= num <= EVENTS_MAX:
+        raise ApiError(400, f"`last` has to be a number from 1 to {EVENTS_MAX}.", param="last")
+    return num
+
+
+def _unknown(what: str, name: str) -> ApiError:
+    return ApiError(404, f"There is no {what} `{name[:NAME_CHARS_MAX]}`.", code=f"{what}_not_found")
+
+
+async def _send_error(send: Send, error: ApiError) -> None:
+    closing: Headers = [(b"connection", b"close")] if error.closes else []
+    headers = [(b"content-type", _JSON.encode()), *error.headers, *closing]
+    await _send(send, error.status, error.body, headers=headers)
+
+
+async def _send(send: Send, status: int, body: bytes, *, headers: Headers) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

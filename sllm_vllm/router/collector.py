@@ -1,0 +1,120 @@
+"""The router's state as Prometheus reads it. Reads the controller on its loop, anew for each scrape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from sllm_vllm import __version__
+from sllm_vllm.metrics import SERIES_MAX, RouterMetric
+from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.core.cluster import ReplicaState
+from sllm_vllm.router.counts import Histogram
+
+Sample = tuple[RouterMetric, tuple[str, ...], float]
+_HISTOGRAMS = {metric for metric in RouterMetric if metric.value.buckets}
+
+
+def registry_of(controller: Controller) -> CollectorRegistry:
+    """What there is to say now. It may be written out on any thread."""
+    registry = CollectorRegistry()
+    registry.register(_Snapshot(_families(controller)))
+    return registry
+
+
+class _Snapshot(Collector):
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Family]:
+        return self._families
+
+
+def _families(controller: Controller) -> Iterator[Family]:
+    """One family a metric, also where it has no sample now."""
+    plain = {metric: _family(metric) for metric in RouterMetric if metric not in _HISTOGRAMS}
+    for metric, labels, value in _samples(controller):
+        plain[metric].add_metric(labels, value)
+    yield from plain.values()
+    yield _start_seconds(controller.counts.start_s.items())
+
+
+def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
+    record = metric.value
+    kind = CounterMetricFamily if record.is_counter else GaugeMetricFamily
+    return kind(record.name, record.help, labels=record.labels)
+
+
+def _start_seconds(histograms: Iterable[tuple[str, Histogram]]) -> HistogramMetricFamily:
+    record = RouterMetric.START_SECONDS.value
+    family = HistogramMetricFamily(record.name, record.help, labels=record.labels)
+    for kind, histogram in histograms:
+        bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+        buckets = list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
+        family.add_metric((kind,), buckets, histogram.total)
+    return family
+
+
+def _samples(controller: Controller) -> Iterator[Sample]:
+    yield RouterMetric.INFO, (__version__,), 1
+    yield RouterMetric.MODELS, (), len(controller.models)
+    for node in controller.core.cluster.nodes.values():
+        yield RouterMetric.SLOTS, (node.id,), node.num_slots
+        yield RouterMetric.FREE_SLOTS, (node.id,), node.num_free
+    for outcome in ("ready", "failed", "called_off"):
+        yield RouterMetric.STARTS, (outcome,), controller.counts.starts[outcome]
+    for reason, num in controller.counts.rejections.items():
+        yield RouterMetric.REJECTIONS, (reason,), num
+    shown = _shown_models(controller)
+    yield from _counted(controller, shown)
+    for model in shown:
+        yield from _model_samples(controller, model)
+
+
+def _shown_models(controller: Controller) -> list[str]:
+    """All that are deployed; of too many those that have, or had, the most requests."""
+    models, queues, counts = controller.core.models, controller.core.queues, controller.counts
+    if len(models) <= SERIES_MAX:
+        return list(models)
+    answered: Counter[str] = Counter()
+    for (model, _), num in counts.requests.items():
+        answered[model] += num
+
+    def rank(model: str) -> tuple[int, int, str]:
+        return -models[model].num_ongoing - queues.waiting(model), -answered[model], model
+
+    return sorted(models, key=rank)[:SERIES_MAX]
+
+
+def _counted(controller: Controller, shown: list[str]) -> Iterator[Sample]:
+    counts, known = controller.counts, {*shown, ""}
+    for (model, outcome), num in counts.requests.items():
+        if model in known:
+            yield RouterMetric.REQUESTS, (model, outcome), num
+    tokens = {"prompt": RouterMetric.PROMPT_TOKENS, "output": RouterMetric.OUTPUT_TOKENS}
+    for (model, kind), num in counts.tokens.items():
+        if model in known:
+            yield tokens[kind], (model,), num
+
+
+def _model_samples(controller: Controller, model: str) -> Iterator[Sample]:
+    core = controller.core
+    state = core.models[model]
+    yield RouterMetric.RUNNING, (model,), state.num_ongoing
+    yield RouterMetric.WAITING, (model,), core.queues.waiting(model)
+    if replicas := core.cluster.replicas_of(model):
+        by_state = Counter(replica.state for replica in replicas)
+        for one in ReplicaState:
+            yield RouterMetric.REPLICAS, (model, one.value), by_state[one]
+    if state.back_off.num_failures:
+        yield RouterMetric.START_FAILURES, (model,), state.back_off.num_failures
+    prediction = core.scaling.predictions.get(model)
+    if prediction is not None and prediction.actual is not None:
+        yield RouterMetric.PREDICTED, (model,), prediction.expected.total_s
+        yield RouterMetric.ACTUAL, (model,), prediction.actual.total_s

@@ -1,0 +1,93 @@
+"""What the router has done since it started, in numbers that only grow: for ``/metrics``. Owned by the controller."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+
+from sllm_vllm.metrics import RouterMetric
+from sllm_vllm.router.core.events import (
+    Action,
+    Event,
+    ModelDeleted,
+    ModelDeployed,
+    RejectRequest,
+    ReplicaEnded,
+    ReplicaReady,
+    StartReplica,
+)
+from sllm_vllm.router.core.facts import StartSample
+from sllm_vllm.router.gate import Outcome, Ticket
+
+START_KINDS = ("warm", "cold", "unknown")
+
+
+class Histogram:
+    """How many values fell into each bucket; the last one is of those above all bounds."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """One more."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Counts:
+    """Counts of a model begin anew when it was deleted; what ends later has the model ''."""
+
+    def __init__(self) -> None:
+        self.starts: Counter[str] = Counter()
+        """By how they ended: ready, failed, called off."""
+        self.start_s = {kind: Histogram(RouterMetric.START_SECONDS.value.buckets) for kind in START_KINDS}
+        """Startup times: from the order until it was ready."""
+        self.requests: Counter[tuple[str, str]] = Counter()
+        """By model and outcome."""
+        self.tokens: Counter[tuple[str, str]] = Counter()
+        """By model and kind, prompt or output; as far as engines told."""
+        self.rejections: Counter[str] = Counter()
+        self._models: set[str] = set()
+        self._ordered_s: dict[str, float] = {}
+        """Of replicas that are on their way."""
+
+    def note(self, event: Event, actions: Iterable[Action], now_s: float) -> None:
+        """What the core was told, and what it ordered."""
+        match event:
+            case ModelDeployed():
+                self._models.add(event.spec.name)
+            case ModelDeleted():
+                self._forget(event.model)
+            case ReplicaReady():
+                self._started(event.replica, event.sample, now_s)
+            case ReplicaEnded() if self._ordered_s.pop(event.replica, None) is not None:
+                self.starts["failed" if event.is_fault else "called_off"] += 1
+        for action in actions:
+            if isinstance(action, StartReplica):
+                self._ordered_s[action.replica] = now_s
+            elif isinstance(action, RejectRequest):
+                self.rejections[action.why.name.lower()] += 1
+
+    def note_outcome(self, ticket: Ticket, outcome: Outcome) -> None:
+        """A request that a replica had has ended."""
+        model = ticket.model if ticket.model in self._models else ""
+        self.requests[model, outcome.how] += 1
+        self.tokens[model, "prompt"] += outcome.prompt_tokens or 0
+        self.tokens[model, "output"] += outcome.output_tokens or 0
+
+    def _started(self, replica: str, sample: StartSample | None, now_s: float) -> None:
+        ordered_s = self._ordered_s.pop(replica, None)
+        if ordered_s is None:
+            return
+        self.starts["ready"] += 1
+        kind = "unknown" if sample is None else "warm" if sample.is_warm else "cold"
+        self.start_s[kind].observe(now_s - ordered_s)
+
+    def _forget(self, model: str) -> None:
+        self._models.discard(model)
+        for counter in (self.requests, self.tokens):
+            for key in [key for key in counter if key[0] == model]:
+                del counter[key]
