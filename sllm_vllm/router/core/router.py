@@ -340,7 +340,7 @@ class RouterCore:
             del self.requests[facts.id]
             self._reject(facts.id, Refusal.DELETED, f"model {model!r} was deleted")
         for pending in self.scaling.pending.of_model(model):
-            self.scaling.pending.forget(pending)
+            self.scaling.call_off(pending, now_s)
         del self.models[model]
         for replica in self.cluster.replicas_of(model):
             if replica.state is ReplicaState.ORDERED:
@@ -362,7 +362,7 @@ class RouterCore:
         if node not in self.cluster.nodes:
             return
         for pending in self.scaling.pending.of_node(node):
-            self.scaling.pending.forget(pending)
+            self.scaling.call_off(pending, now_s)
             self._touched[pending.model] = None
         gone = list(self.cluster.nodes[node].replicas.values())
         self.cluster.remove_node(node)

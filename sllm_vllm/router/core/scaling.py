@@ -94,7 +94,7 @@ class Scaling:
         """End what is too much: what is only planned or starting, then what is idle; what is busy beyond the most."""
         spec = state.spec
         for pending in self.pending.of_model(spec.name)[wanted:]:
-            self.pending.forget(pending)
+            self.call_off(pending, now_s)
         ready = self._ready(spec.name)
         num_coming = max(0, wanted - len(ready))
         for replica in self._ordered(spec)[num_coming:]:
@@ -230,6 +230,13 @@ class Scaling:
         )
         self.actions.append(StartReplica(pending.replica, pending.model, pending.generation, pending.plan.node))
 
+    def call_off(self, pending: PendingStart, now_s: float) -> None:
+        """It will not start; its victims end all the same."""
+        if pending.victims:
+            self.pending.forget(pending)
+        self.predictions.pop(pending.replica, None)
+        self.load_over(pending.plan.node, pending.replica, now_s)
+
     def load_over(self, node: str, replica_id: str, now_s: float) -> None:
         """A load ended, sooner or later than was expected: the queue of its node is what the others need."""
         loads = self._loads.get(node, {})
@@ -259,7 +266,7 @@ class Scaling:
         when it is ready; else they go at once, and requests wait."""
         model, generation = state.spec.name, state.spec.generation
         for pending in self.pending.of_model(model):
-            self.pending.forget(pending)
+            self.call_off(pending, now_s)
         for replica in self.cluster.replicas_of(model, ReplicaState.ORDERED):
             if replica.generation != generation:
                 self.stop(replica.id, "its model was changed", now_s)
@@ -314,8 +321,7 @@ class Scaling:
             if state is not None and state.spec.generation == pending.generation:
                 self._start(pending, now_s)
             else:
-                self.predictions.pop(pending.replica, None)
-                self.load_over(pending.plan.node, pending.replica, now_s)
+                self.call_off(pending, now_s)
         return replica
 
     # ------------------------------------------------------------------------------------------------- prefetching
@@ -353,11 +359,8 @@ class Scaling:
     def pin(self, model: str) -> None:
         """Keep as many of its replicas from being evicted as its minimum says."""
         state = self._models.get(model)
-        if state is None:
-            return
-        ready = self._ready(model)
-        for rank, replica in enumerate(ready):
-            self.cluster.set_pinned(replica.id, rank < state.spec.min_replicas)
+        for rank, replica in enumerate(self._ready(model) if state is not None else ()):
+            self.cluster.set_pinned(replica.id, state is not None and rank < state.spec.min_replicas)
 
     def _is_spare(self, replica: Replica) -> bool:
         """Whether its model can do without it, as far as its minimum says; an old generation always can."""
