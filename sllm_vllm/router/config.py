@@ -181,6 +181,11 @@ class NodeSection(_Section):
         description="on the CPU: bytes of a slot's KV cache; by itself 1/8 of it, 1GiB at most",
     )
     warm: Flag = Field(default=True, description="fork engines from a process that has imported vLLM: seconds faster")
+    engine_command: Words | None = Field(
+        default=None,
+        max_length=64,
+        description="what runs instead of `vllm serve`, with the same arguments; such engines start cold",
+    )
     node_dir: Located | None = Field(
         default=None, description="the agent's own folder; by itself SLLM_NODE_DIR, else in the user's state directory"
     )
@@ -309,6 +314,7 @@ class RouterConfig(_Section):
             memory_bytes=node.memory,
             kv_bytes=node.kv_memory,
             warm=node.warm,
+            engine_command=node.engine_command,
         )
 
     def ingress_settings(self, key_digests: tuple[str, ...]) -> IngressSettings:
