@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from enum import Enum
 
 SERIES_MAX = 1000
-"""Most checkpoints that get series of their own."""
+"""Most checkpoints, or models, that get series of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One name that is exported. It is a counter if it ends in ``_total``, else a gauge."""
+    """One name that is exported. It is a counter if it ends in ``_total``, else a gauge unless it has buckets."""
 
     name: str
     unit: str
     help: str
     labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram, in its unit."""
 
     @property
     def is_counter(self) -> bool:
@@ -55,3 +57,48 @@ class StoreMetric(Enum):
         "sllm_store_hop_limit_bytes_per_second", "bytes per second", "What a hop can do alone, if measured.", ("hop",)
     )
     JOBS = Metric("sllm_store_jobs", "jobs", "Jobs of the device, by kind and state.", ("kind", "state"))
+
+
+class RouterMetric(Enum):
+    """What the router tells of itself: vLLM's name where vLLM has one for it, summed over a model's engines."""
+
+    RUNNING = Metric("vllm:num_requests_running", "requests", "Requests that replicas have now.", ("model_name",))
+    WAITING = Metric("vllm:num_requests_waiting", "requests", "Requests that wait for a replica.", ("model_name",))
+    PROMPT_TOKENS = Metric("vllm:prompt_tokens_total", "tokens", "Prompt tokens, as engines told.", ("model_name",))
+    OUTPUT_TOKENS = Metric(
+        "vllm:generation_tokens_total", "tokens", "Tokens that were generated, as engines told.", ("model_name",)
+    )
+    INFO = Metric("sllm_router_info", "", "Always 1; the label says which router this is.", ("version",))
+    MODELS = Metric("sllm_router_models", "models", "Models that are deployed.")
+    REPLICAS = Metric(
+        "sllm_router_replicas", "replicas", "Replicas of models that have any, by state.", ("model_name", "state")
+    )
+    REQUESTS = Metric(
+        "sllm_router_requests_total", "requests", "Requests that a replica had, by outcome.", ("model_name", "outcome")
+    )
+    REJECTIONS = Metric("sllm_router_rejections_total", "requests", "Requests that got no replica.", ("reason",))
+    STARTS = Metric("sllm_router_starts_total", "starts", "Starts of replicas, by how they ended.", ("outcome",))
+    START_SECONDS = Metric(
+        "sllm_router_start_seconds",
+        "seconds",
+        "Startup time: from the order until the replica was ready.",
+        ("start",),
+        buckets=(0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+    )
+    START_FAILURES = Metric(
+        "sllm_router_start_failures", "starts", "Failed starts in a row, of models that have any.", ("model_name",)
+    )
+    PREDICTED = Metric(
+        "sllm_router_last_start_predicted_seconds",
+        "seconds",
+        "What the last start of a model was expected to take, from the decision to its first answer.",
+        ("model_name",),
+    )
+    ACTUAL = Metric(
+        "sllm_router_last_start_actual_seconds",
+        "seconds",
+        "What the last start of a model took, from the decision to its first answer.",
+        ("model_name",),
+    )
+    SLOTS = Metric("sllm_router_slots", "slots", "Accelerator slots of a node.", ("node",))
+    FREE_SLOTS = Metric("sllm_router_free_slots", "slots", "Slots of a node that no replica has.", ("node",))

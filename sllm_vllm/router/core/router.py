@@ -38,6 +38,7 @@ from sllm_vllm.router.core.model_state import ModelState, Request
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.scaling import Scaling, ScalingLimits
 from sllm_vllm.router.core.story import is_about
+from sllm_vllm.router.core.suspects import Suspects
 
 CHOICES_MAX = 8
 """Replicas that are looked at for a request, those with the fewest first."""
@@ -73,6 +74,7 @@ class RouterCore:
         self.estimator = self.scaling.estimator
         self._samples: dict[str, StartSample] = {}
         """Of replicas that are ready and have not answered yet."""
+        self.suspects = Suspects()
         self._touched: dict[str, None] = {}
         """Models whose queues or replicas changed in this event."""
         self._has_new_room = False
@@ -136,7 +138,8 @@ class RouterCore:
             case NodeJoined():
                 self.cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
                 self._has_new_room = True
-                self._touched.update(dict.fromkeys(self.models))
+                kept = [name for name, one in self.models.items() if one.spec.min_replicas]
+                self._touched.update(dict.fromkeys(kept))
             case NodeReported():
                 self._node_reported(event)
             case NodeLost():
@@ -188,7 +191,8 @@ class RouterCore:
     def _choose(self, facts: RequestFacts) -> Replica | None:
         spec = self.models[facts.model].spec
         least = self.cluster.least_busy(facts.model, CHOICES_MAX)
-        return choose_replica((one for one in least if len(one.ongoing) < spec.ongoing_max), facts.prefix)
+        fit = (one for one in least if len(one.ongoing) < spec.ongoing_max and one.id not in self.suspects)
+        return choose_replica(fit, facts.prefix)
 
     def _dispatch(self, request_id: str, replica: Replica, now_s: float) -> None:
         request = self.requests[request_id]
@@ -212,8 +216,8 @@ class RouterCore:
             facts = request.facts
             self.estimator.observe_prefill(PrefillSample(facts.model, replica.node, facts.prompt_tokens, prefill_s))
         sample = self._samples.pop(replica.id, None)
-        if sample is not None:
-            self.scaling.came_true(replica.id, sample, prefill_s, now_s=now_s)
+        if sample is not None and replica.ready_s is not None:
+            self.scaling.came_true(replica.id, sample, prefill_s, ready_s=replica.ready_s)
 
     def _request_ended(self, request_id: str, now_s: float) -> None:
         request = self.requests.pop(request_id, None)
@@ -248,6 +252,7 @@ class RouterCore:
         if request is None or request.replica is None:
             return
         facts, state = request.facts, self.models.get(request.facts.model)
+        self.suspects.add(request.replica, now_s)
         self._leave_replica(event.request, request, now_s)
         self._touched[facts.model] = None
         if state is None or request.attempt >= self.limits.attempts_max:
@@ -284,6 +289,7 @@ class RouterCore:
     def _replica_ended(self, event: ReplicaEnded, now_s: float) -> None:
         replica = self.scaling.ended(event.replica, now_s)
         self._samples.pop(event.replica, None)
+        self.suspects.discard(event.replica)
         if replica is None:
             return
         self._has_new_room = True
@@ -384,6 +390,9 @@ class RouterCore:
                 self._reject_no_start(facts.id, state, now_s)
             else:
                 self._reject(facts.id, Refusal.TOO_LATE, "no replica had room in time", retry_after_s=1.0)
+        for replica_id in self.suspects.cleared(now_s):
+            if (replica := self.cluster.replicas.get(replica_id)) is not None:
+                self._touched[replica.model] = None
         self.scaling.end_idle(now_s)
         self.scaling.prefetch(now_s)
         self.scaling.drain_for_starving(now_s)

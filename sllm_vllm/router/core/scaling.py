@@ -6,9 +6,7 @@ slot; when the last one has ended, its own replica is started. So no slot is eve
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sllm_vllm.router.core.alarms import Alarms
@@ -17,6 +15,7 @@ from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import Action, PrefetchModel, StartReplica, StopReplica
 from sllm_vllm.router.core.facts import Estimate, ModelSpec, StartSample, Term, Tier
+from sllm_vllm.router.core.hungry import Hungry
 from sllm_vllm.router.core.keep_alive import keep_alive_s, keep_value_s
 from sllm_vllm.router.core.model_state import ModelState, Prediction
 from sllm_vllm.router.core.pending import PendingStart, PendingStarts, slug_of
@@ -55,8 +54,7 @@ class Scaling:
         """By replica, until its first answer; then the last one of each model, by its name."""
         self._models = models
         self._queues = queues
-        self._hungry: dict[str, None] = {}
-        """Models that want a replica and find no place, in the order in which they did."""
+        self._hungry = Hungry(queues)
         self._idle: Alarms[tuple[str, float]] = Alarms()
         """The end of a keep-alive: replica, and since when it was idle."""
         self._prefetches: Alarms[tuple[str, float]] = Alarms()
@@ -72,6 +70,7 @@ class Scaling:
         """Start what a model lacks; False if it lacks one and found no place."""
         state = self._models.get(model)
         if state is None:
+            self._hungry.discard(model)
             return True
         spec, waiting = state.spec, self._queues.waiting(model)
         num_now = self.num_coming(model) + len(self._ready(model))
@@ -84,10 +83,10 @@ class Scaling:
             if state.back_off.is_resting(now_s) or (num_now and not self._pays(state, waiting, num_now)):
                 break
             if not self._start_one(state, now_s, may_evict=waiting > 0):
-                self._hungry.setdefault(model)
+                self._hungry.add(spec)
                 return False
             num_now += 1
-        self._hungry.pop(model, None)
+        self._hungry.discard(model)
         return True
 
     def _shed(self, state: ModelState, wanted: int, now_s: float) -> None:
@@ -111,7 +110,7 @@ class Scaling:
         A model that finds no place spares the others the search that want as much.
         """
         num_slots_in_vain = math.inf
-        for model in list(self._first_hungry()):
+        for model in self._hungry.first(self.limits.hungry_max):
             state = self._models.get(model)
             if state is None or state.spec.accelerators >= num_slots_in_vain:
                 continue
@@ -122,7 +121,7 @@ class Scaling:
 
     def drain_for_starving(self, now_s: float) -> None:
         """If somebody has waited too long for slots, let the busy replica end that has the fewest requests."""
-        model = next(iter(self._first_hungry()), None)
+        model = next(iter(self._hungry.first(1)), None)
         if model is None or not self._is_starving(model, now_s):
             return
         busy = [
@@ -133,12 +132,6 @@ class Scaling:
         if busy and not any(r.state is ReplicaState.DRAINING for r in self.cluster.replicas.values()):
             victim = min(busy, key=lambda replica: (len(replica.ongoing), replica.ready_s or 0.0, replica.id))
             self.drain(victim.id, now_s)
-
-    def _first_hungry(self) -> Iterator[str]:
-        """Some models that lack a replica: first those with requests, in the order of their queues."""
-        waiting = (model for model in self._queues.models() if model in self._hungry)
-        idle = (model for model in self._hungry if not self._queues.waiting(model))
-        return itertools.islice(itertools.chain(waiting, idle), self.limits.hungry_max)
 
     def _is_starving(self, model: str, now_s: float) -> bool:
         oldest_s = self._queues.oldest_s(model)
@@ -378,7 +371,7 @@ class Scaling:
     def _share(self, replica: Replica) -> float:
         return replica.num_slots / max(1, self.cluster.num_slots(replica.node))
 
-    def came_true(self, replica_id: str, sample: StartSample, prefill_s: float, *, now_s: float) -> None:
+    def came_true(self, replica_id: str, sample: StartSample, prefill_s: float, *, ready_s: float) -> None:
         """A start has come down to its first answer: hold it against what was predicted."""
         prediction = self.predictions.pop(replica_id, None)
         if prediction is None:
@@ -389,7 +382,7 @@ class Scaling:
             Term.WEIGHTS: sample.weights_s,
             Term.PREFILL: prefill_s,
         }
-        queue_s = max(0.0, now_s - prediction.decided_s - sum(took.values()))
+        queue_s = max(0.0, ready_s - prediction.decided_s - sum(took.values()) + prefill_s)
         actual = Estimate({Term.QUEUE: queue_s, **took})
         self.predictions[prediction.model] = replace(prediction, actual=actual)
 

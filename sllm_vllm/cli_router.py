@@ -1,0 +1,341 @@
+"""The commands of the router: ``serve``, what an operator asks a running one for, and ``simulate``.
+
+Everything but typer is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sllm_vllm.cli_output import age, or_dash, print_section, short
+from sllm_vllm.cli_store import Json, log_to_stderr, with_options
+
+if TYPE_CHECKING:
+    from sllm_vllm.router.admin_client import AdminClient
+
+URL_DEFAULT = "http://127.0.0.1:8000"
+_FIELDS_CHARS_MAX = 160
+
+Url = Annotated[str, typer.Option("--url", help="Where the router listens.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file", help="File with an admin key. Default: SLLM_ADMIN_KEY, or the router's own in SLLM_NODE_DIR."
+    ),
+]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm status` shows it.")]
+
+
+def add_router_commands(app: typer.Typer) -> None:
+    """Register them at the top."""
+    for command in (serve, status, deploy, delete, story, explain, drain, reload, simulate):
+        app.command()(command)
+    app.add_typer(config_app)
+
+
+config_app = typer.Typer(name="config", help="The router's configuration.", no_args_is_help=True)
+
+
+def _client(url: str, key_file: Path | None) -> AdminClient:
+    from sllm_vllm.router.admin_client import AdminClient, read_admin_key
+
+    return AdminClient(url, read_admin_key(key_file))
+
+
+def _print_json(record: object) -> None:
+    typer.echo(json.dumps(record, indent=2))
+
+
+# --------------------------------------------------------------------------------------------------------- the process
+
+
+def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The router's configuration.")]) -> None:
+    """Serve what CONFIG says until SIGTERM or SIGINT; SIGHUP, or `sllm-vllm reload`, reads it again."""
+    from sllm_vllm.router.daemon import serve as serve_router
+
+    log_to_stderr()
+    raise typer.Exit(serve_router(config))
+
+
+@config_app.command()
+def schema() -> None:
+    """Print every key of the router's configuration as a JSON schema."""
+    from sllm_vllm.router.config_file import router_config_schema
+
+    _print_json(router_config_schema())
+
+
+# -------------------------------------------------------------------------------------------------------------- status
+
+
+def status(url: Url = URL_DEFAULT, key_file: KeyFile = None, as_json: Json = False) -> None:
+    """Show models, replicas, slots, and what the last starts took."""
+    client = _client(url, key_file)
+    facts = {**client.get("models"), **client.get("replicas"), **client.get("nodes")}
+    if as_json:
+        _print_json(facts)
+        return
+    print_section("models", [_model_row(model) for model in facts["models"]])
+    print_section("replicas", [_replica_row(replica) for replica in facts["replicas"]])
+    print_section("nodes", [_node_row(node) for node in facts["nodes"]])
+    predictions = [(model["name"], model["prediction"]) for model in facts["models"] if model["prediction"]]
+    print_section("last starts", [_start_row(name, prediction) for name, prediction in predictions])
+
+
+def _model_row(model: Mapping[str, Any]) -> dict[str, object]:
+    replicas = " ".join(f"{num} {state}" for state, num in model["replicas"].items() if num)
+    back_off = model["back_off"]
+    failed = "" if back_off is None else f"{back_off['num_failures']} failed starts: {back_off['reason']}"
+    counts = {"ongoing": model["ongoing"], "waiting": model["waiting"]}
+    return {"model": model["name"], "replicas": replicas or "-", **counts, "problem": failed[:_FIELDS_CHARS_MAX]}
+
+
+def _replica_row(replica: Mapping[str, Any]) -> dict[str, object]:
+    report, ready_in_s = replica["report"], replica["ready_in_s"]
+    start = report["start"] if report is not None else None
+    phase = f" ({start['phase']})" if start is not None and ready_in_s is not None else ""
+    return {
+        "replica": replica["id"],
+        "model": short(replica["model"]),
+        "node": replica["node"],
+        "state": replica["state"] + phase,
+        "for": age(replica["in_state_s"]),
+        "ready in": "-" if ready_in_s is None else age(ready_in_s),
+        "ongoing": replica["ongoing"],
+    }
+
+
+def _node_row(node: Mapping[str, Any]) -> dict[str, object]:
+    slots = f"{node['num_slots'] - node['num_free']} of {node['num_slots']} used"
+    loads = age(node["load_s"]) if node["load_s"] else "-"
+    warm = "warm" if node["is_warm"] else "cold"
+    return {"node": node["id"], "slots": slots, "loads for": loads, "starts": warm}
+
+
+def _start_row(model: str, prediction: Mapping[str, Any]) -> dict[str, object]:
+    kind = f"{prediction['kind']} {prediction['tier']} {'warm' if prediction['is_warm'] else 'cold'}"
+    return {
+        "model": short(model),
+        "replica": prediction["replica"],
+        "plan": kind,
+        "ago": age(prediction["ago_s"]),
+        "predicted": _seconds(prediction["expected_s"]),
+        "took": _seconds(prediction["actual_s"]),
+    }
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
+
+
+# -------------------------------------------------------------------------------------------------------------- orders
+
+
+def deploy(
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="YAML or JSON: one model, or a list under `models`.")],
+    url: Url = URL_DEFAULT,
+    key_file: KeyFile = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Serve models, or serve them otherwise, until the router ends; its configuration file stays as it is."""
+    models = _read_models(file)
+    client = _client(url, key_file)
+    done: list[dict[str, Any]] = []
+    for model in models:
+        done.append(client.post("models", body=model))
+        if not as_json:
+            typer.echo(f"{done[-1]['done']}: {done[-1]['name']}")
+    if as_json:
+        _print_json(done)
+
+
+def _read_models(file: str) -> list[dict[str, Any]]:
+    """As the router reads them from its own file, `defaults` merged, and paths relative to the file."""
+    from sllm_vllm.errors import ConfigError
+    from sllm_vllm.router.config_file import parse_router_config, read_json, read_yaml
+
+    path = Path(file).expanduser()
+    is_one = False
+    try:
+        values = (read_json if path.suffix == ".json" else read_yaml)(_text_of(path, file))
+        is_one = isinstance(values, dict) and "models" not in values
+        values = {"models": [values]} if is_one else values
+        directory = Path.cwd() if file == "-" else path.absolute().parent
+        models = parse_router_config(values, directory=directory).models
+        if not models:
+            raise ConfigError("no model is in it")
+    except ConfigError as error:
+        problem = str(error).removeprefix("models[0].") if is_one else str(error)
+        raise ConfigError(f"{file}: {problem}") from None
+    return [model.model_dump(mode="json", exclude_unset=True) for model in models]
+
+
+def _text_of(path: Path, file: str) -> str:
+    from sllm_vllm.errors import ConfigError
+    from sllm_vllm.router.config_file import FILE_NBYTES_MAX
+
+    try:
+        with sys.stdin.buffer if file == "-" else path.open("rb") as opened:
+            data = opened.read(FILE_NBYTES_MAX + 1)
+        if len(data) > FILE_NBYTES_MAX:
+            raise ConfigError(f"it is larger than {FILE_NBYTES_MAX} bytes")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"it can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"it is not UTF-8: byte {error.start} is wrong") from None
+
+
+def delete(name: ModelName, url: Url = URL_DEFAULT, key_file: KeyFile = None, *, as_json: Json = False) -> None:
+    """Serve a model no more. Requests that run are answered, those that wait are not."""
+    reply = _client(url, key_file).delete("models", name)
+    _print_done(reply, f"deleted: {reply['deleted']}", as_json=as_json)
+
+
+def drain(
+    target: Annotated[str, typer.Argument(metavar="ID", help="A replica, or a node.")],
+    url: Url = URL_DEFAULT,
+    key_file: KeyFile = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Send a replica, or all of a node, no more requests, and end it when its last one has ended."""
+    from sllm_vllm.router.admin_client import AdminError
+
+    client = _client(url, key_file)
+    try:
+        reply = client.post("replicas", target, "drain")
+        told = f"{reply['state']}: {reply['replica']} ({reply['ongoing']} requests)"
+    except AdminError as error:
+        if error.code != "replica_not_found":
+            raise
+        try:
+            reply = client.post("nodes", target, "drain")
+        except AdminError as second:
+            raise (error if second.code == "node_not_found" else second) from None
+        told = f"draining: {', '.join(reply['replicas']) or 'nothing is ready there'}"
+    _print_done(reply, told, as_json=as_json)
+
+
+def reload(url: Url = URL_DEFAULT, key_file: KeyFile = None, *, as_json: Json = False) -> None:
+    """Let the router read its configuration again."""
+    reply = _client(url, key_file).post("reload")
+    _print_done(reply, f"reloaded: {reply['changed']}", as_json=as_json)
+
+
+def _print_done(reply: object, told: str, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(reply)
+    else:
+        typer.echo(told)
+
+
+# ---------------------------------------------------------------------------------------------------------------- why
+
+
+def story(
+    target: Annotated[str, typer.Argument(metavar="ID", help="A request, replica, model or node.")],
+    url: Url = URL_DEFAULT,
+    key_file: KeyFile = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show the last that the router was told, and did, about a request, replica, model or node."""
+    found = _client(url, key_file).get("story", target)
+    if as_json:
+        _print_json(found)
+        return
+    for event in found["events"]:
+        typer.echo(f"{age(event['ago_s']):>8} ago  {event['kind']:<16}  {_fields(event['fields'])}")
+
+
+def _fields(fields: Mapping[str, Any]) -> str:
+    """What an event says, in one line, without what it does not say."""
+    flat: dict[str, object] = {}
+    for key, value in fields.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    said = [f"{key}={value}" for key, value in flat.items() if value not in (None, "", [], {})]
+    line = " ".join("".join(char if char.isprintable() else "?" for char in word) for word in said)
+    return line if len(line) <= _FIELDS_CHARS_MAX else f"{line[:_FIELDS_CHARS_MAX]}…"
+
+
+def explain(
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="As `sllm-vllm status` shows it.")],
+    url: Url = URL_DEFAULT,
+    key_file: KeyFile = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show what a request for MODEL would meet now, how one more replica could start, and how predictions came true."""
+    found = _client(url, key_file).get("explain", name)
+    if as_json:
+        _print_json(found)
+        return
+    request = found["request"]
+    words = (request["what"], request["replica"], request["why"])
+    expected = request["expected_s"]
+    after = "" if expected is None else f" (in {expected:.2f} s)"
+    typer.echo(f"a request now: {'  '.join(word for word in words if word)}{after}")
+    print_section("plans for one more replica, seconds", [_plan_row(plan) for plan in found["plans"]])
+    for prediction in found["under_way"]:
+        print_section(f"under way: {prediction['replica']}", _term_rows(prediction))
+    if found["last"] is not None:
+        print_section(f"last start: {found['last']['replica']}, seconds", _term_rows(found["last"]))
+
+
+def _plan_row(plan: Mapping[str, Any]) -> dict[str, object]:
+    terms = {term: f"{seconds:.2f}" for term, seconds in plan["terms"].items()}
+    stops = " ".join(plan["victims"]) or "-"
+    where = {"": "*" if plan["is_best"] else "", "plan": plan["kind"], "node": plan["node"], "from": plan["tier"]}
+    return {**where, **terms, "total": _seconds(plan["total_s"]), "stops": stops}
+
+
+def _term_rows(prediction: Mapping[str, Any]) -> Sequence[Mapping[str, object]]:
+    """Prediction against what happened."""
+    total = {"term": "total", "expected_s": prediction["expected_s"], "actual_s": prediction["actual_s"]}
+    return [_term_row(term) for term in (*prediction["terms"], total)]
+
+
+def _term_row(term: Mapping[str, Any]) -> dict[str, object]:
+    expected, actual = term["expected_s"], term["actual_s"]
+    figures = {"predicted": f"{expected:.2f}", "took": or_dash(None if actual is None else f"{actual:.2f}")}
+    return {"term": term["term"], **figures, "off by": "-" if actual is None else f"{actual - expected:+.2f}"}
+
+
+# ---------------------------------------------------------------------------------------------------------- simulating
+
+
+@dataclass(kw_only=True)
+class SimulateOptions:
+    """What ``simulate`` takes."""
+
+    preset: Annotated[str, typer.Option(help="The cluster.")] = "paper"
+    policies: Annotated[
+        list[str] | None, typer.Option("--policy", help="Repeatable. Default: all that suit the cluster.")
+    ] = None
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Runs of each policy.")] = 3
+    requests: Annotated[int, typer.Option(min=1, max=10_000_000, help="Of each run.")] = 1000
+    rate: Annotated[float | None, typer.Option(min=1e-6, help="Requests a second. Default: the preset's.")] = None
+    trace: Annotated[Path | None, typer.Option(help="CSV file of requests instead of drawn ones.")] = None
+    as_json: Json = False
+    png: Annotated[Path | None, typer.Option(help="File that gets the distributions of waits.")] = None
+    validate: Annotated[bool, typer.Option("--validate", help="Check every invariant after every event.")] = False
+    decisions: Annotated[bool, typer.Option("--decisions", help="Measure how long decisions take instead.")] = False
+
+
+@with_options(SimulateOptions)
+def simulate(options: SimulateOptions) -> None:
+    """Run the router's own core, and others' policies, over a simulated cluster and compare what requests waited."""
+    from sllm_vllm.simulate.command import Options, run_simulation
+
+    given = {**vars(options), "json": options.as_json, "policies": tuple(options.policies or ())}
+    del given["as_json"]
+    raise typer.Exit(run_simulation(Options(**given)))

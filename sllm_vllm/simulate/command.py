@@ -1,0 +1,156 @@
+"""What ``sllm-vllm simulate`` does: runs, tables, JSON, PNG. Prints the seeds of what fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import typer
+
+from sllm_vllm.cli_output import print_section, print_table
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.router.core.router import RouterCore
+from sllm_vllm.simulate import decisions, metrics
+from sllm_vllm.simulate.baselines import baselines
+from sllm_vllm.simulate.hardware import Cluster, ModelClass
+from sllm_vllm.simulate.plot import write_cdfs
+from sllm_vllm.simulate.policy import Policy
+from sllm_vllm.simulate.presets import preset
+from sllm_vllm.simulate.run import Run
+from sllm_vllm.simulate.workload import SimulatedRequest, draw_requests, read_trace
+from sllm_vllm.simulate.world import World
+
+OURS = "ours"
+COMPARED_NODES_MAX = 16
+"""Larger clusters run the router alone unless policies are named: the others look at every node for each start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command takes. ``rate``: requests a second; None: the preset's, or as the trace has it."""
+
+    preset: str = "paper"
+    policies: tuple[str, ...] = ()
+    """Empty: all, or the router's core alone on a large cluster."""
+    seeds: int = 3
+    requests: int = 1000
+    rate: float | None = None
+    trace: Path | None = None
+    json: bool = False
+    png: Path | None = None
+    validate: bool = False
+    decisions: bool = False
+
+
+def run_simulation(options: Options) -> int:
+    """Simulate and print. The exit code is 1 if a request was lost.
+
+    Raises:
+        ConfigError: there is no such preset, policy or trace, or the PNG can't be drawn.
+    """
+    cluster = preset(options.preset)
+    if options.rate is not None:
+        cluster = replace(cluster, traffic=replace(cluster.traffic, rate=options.rate))
+    if options.decisions:
+        return _print_decisions(cluster, options)
+    runs = {name: _run_seeds(name, cluster, options) for name in _chosen(cluster, options)}
+    summaries = {name: [metrics.figures(run) for run in of_seeds] for name, of_seeds in runs.items()}
+    title = f"{cluster.name}: {options.requests} requests, seeds 0 to {options.seeds - 1}"
+    if options.json:
+        settings = {"preset": cluster.name, "requests": options.requests, "seeds": options.seeds}
+        typer.echo(json.dumps({**settings, "policies": metrics.record(summaries)}, indent=2))
+    else:
+        _print_tables(title, summaries)
+    if options.png is not None:
+        write_cdfs(options.png, title, _waits(runs))
+    return _num_lost(summaries)
+
+
+def _print_tables(title: str, summaries: Mapping[str, list[metrics.Figures]]) -> None:
+    print_table(f"{title}; means, seconds", metrics.table(summaries, metrics.WAITS))
+    print_section("least and most over seeds, seconds", metrics.ranges(summaries, metrics.WAITS))
+    print_section("what it cost, means", metrics.table(summaries, metrics.COSTS))
+
+
+def policies(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], Policy]]:
+    """All that can be simulated, by name."""
+    return {OURS: RouterCore, **baselines(classes, seed)}
+
+
+def _chosen(cluster: Cluster, options: Options) -> list[str]:
+    known = list(policies(cluster.classes(), 0))
+    unknown = [name for name in options.policies if name not in known]
+    if unknown:
+        raise ConfigError(f"there is no policy {unknown[0]!r}; choose from {', '.join(known)}")
+    if options.policies:
+        return list(options.policies)
+    return known if cluster.num_nodes <= COMPARED_NODES_MAX else [OURS]
+
+
+def _run_seeds(name: str, cluster: Cluster, options: Options) -> list[Run]:
+    return [_run(name, cluster, seed, options=options) for seed in range(options.seeds)]
+
+
+def _run(name: str, cluster: Cluster, seed: int, *, options: Options) -> Run:
+    policy = policies(cluster.classes(), seed)[name]()
+    requests = requests_of(cluster, seed, options=options)
+    world = World(cluster, policy, seed=seed, is_validated=options.validate)
+    try:
+        return world.run(requests)
+    except Exception:  # top of a run loop
+        where = f"--preset {cluster.name} --policies {name} --requests {options.requests}"
+        typer.echo(f"failed with seed {seed} at {world.agenda.now_s:.3f} s: {where}", err=True)
+        raise
+
+
+def requests_of(cluster: Cluster, seed: int, *, options: Options) -> list[SimulatedRequest]:
+    """The same for every policy."""
+    models, traffic = list(cluster.classes()), cluster.traffic
+    if options.trace is None:
+        return draw_requests(traffic, models, options.requests, seed=seed)
+    return read_trace(options.trace, models, options.requests, seed=seed, rate=options.rate, exponent=traffic.exponent)
+
+
+def _num_lost(summaries: Mapping[str, list[metrics.Figures]]) -> int:
+    lost = [
+        f"{name} with seed {seed}"
+        for name, of_seeds in summaries.items()
+        for seed, run in enumerate(of_seeds)
+        if run["num_lost"]
+    ]
+    if lost:
+        typer.echo(f"requests were lost by {', '.join(lost)}", err=True)
+    return 1 if lost else 0
+
+
+def _waits(runs: Mapping[str, list[Run]]) -> dict[str, dict[str, list[float]]]:
+    outcomes = {name: [o for run in of_seeds for o in run.outcomes.values()] for name, of_seeds in runs.items()}
+    return {
+        "time to first token": {
+            name: [outcome.ttft_s for outcome in of_policy if outcome.ttft_s is not None]
+            for name, of_policy in outcomes.items()
+        },
+        "startup": {
+            name: [outcome.startup_s for outcome in of_policy if outcome.startup_s is not None]
+            for name, of_policy in outcomes.items()
+        },
+    }
+
+
+def _print_decisions(cluster: Cluster, options: Options) -> int:
+    found = decisions.measure(cluster, options.requests, seed=0)
+    grown = decisions.growth(cluster, options.requests, seed=0)
+    if options.json:
+        by_models = {num: one.mean_s for num, one in grown.items()}
+        record = {"preset": cluster.name, "decisions": found.num, "mean_s": found.mean_s, "mean_s_by_models": by_models}
+        typer.echo(json.dumps(record, indent=2))
+        return 0
+    print_table(f"{cluster.name}: {found.num} decisions, {1 / found.mean_s:.0f} a second", found.rows())
+    rows = [
+        {"models": num, "decisions": one.num, "mean us": f"{one.mean_s * 1e6:.0f}", "a second": f"{1 / one.mean_s:.0f}"}
+        for num, one in grown.items()
+    ]
+    print_section(f"decision time by models, {cluster.num_nodes} nodes", rows)
+    return 0

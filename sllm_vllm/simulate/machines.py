@@ -1,0 +1,140 @@
+"""Simulated nodes and replicas: slots, caches, the load queue, continuous batching. No events; owned by ``World``."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.simulate.hardware import ModelClass, NodeClass
+from sllm_vllm.simulate.run import Outcome
+
+
+class Stage(Enum):
+    """Where a replica is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    GONE = "gone"
+
+
+@dataclass(slots=True)
+class SimulatedReplica:
+    """An engine. Requests in decode advance alike, so one clock of tokens says when each ends."""
+
+    id: str
+    model: str
+    kind: ModelClass
+    node: SimulatedNode
+    ordered_s: float
+    stage: Stage = Stage.STARTING
+    ready_s: float | None = None
+    ongoing: dict[str, Outcome] = field(default_factory=dict)
+    """In prefill or decode."""
+    version: int = 0
+    """Of the batch: an end that was foreseen for another batch does not come so."""
+    prefill_until_s: float = 0.0
+    _ends: list[tuple[float, str]] = field(default_factory=list)
+    """(by the clock of tokens, request), a heap; those that left are skipped."""
+    _ends_of: dict[str, float] = field(default_factory=dict)
+    """In decode alone."""
+    _tokens: float = 0.0
+    """Tokens that a request in decode since the beginning would have."""
+    _updated_s: float = 0.0
+
+    def begin_prefill(self, num_tokens: int, now_s: float) -> float:
+        """When its first token comes. Prompts are taken one after another, beside what is in decode."""
+        self.prefill_until_s = max(now_s, self.prefill_until_s) + self.kind.prefill_s(num_tokens)
+        return self.prefill_until_s
+
+    def begin_decode(self, request: str, num_tokens: float, now_s: float) -> None:
+        """From now on it is in the batch."""
+        self._advance(now_s)
+        self._ends_of[request] = self._tokens + num_tokens
+        heapq.heappush(self._ends, (self._tokens + num_tokens, request))
+
+    def remove(self, request: str, now_s: float) -> float | None:
+        """It is not on this replica any more; tokens it still lacks, or None if it was in prefill."""
+        self._advance(now_s)
+        del self.ongoing[request]
+        ends = self._ends_of.pop(request, None)
+        return None if ends is None else max(0.0, ends - self._tokens)
+
+    def tokens_left(self, request: str, now_s: float) -> float | None:
+        """That it still lacks; None in prefill."""
+        self._advance(now_s)
+        ends = self._ends_of.get(request)
+        return None if ends is None else max(0.0, ends - self._tokens)
+
+    def next_end(self, now_s: float) -> tuple[float, str] | None:
+        """When the first request in decode ends, if the batch stays as it is, and which."""
+        self._advance(now_s)
+        while self._ends and self._ends_of.get(self._ends[0][1]) != self._ends[0][0]:
+            heapq.heappop(self._ends)
+        if not self._ends:
+            return None
+        ends, request = self._ends[0]
+        return now_s + max(0.0, ends - self._tokens) * self.kind.token_s(len(self._ends_of)), request
+
+    def _advance(self, now_s: float) -> None:
+        if self._ends_of:
+            self._tokens += (now_s - self._updated_s) / self.kind.token_s(len(self._ends_of))
+        self._updated_s = now_s
+
+
+@dataclass(slots=True)
+class SimulatedNode:
+    """A machine: slots, loads one after another, and two caches that drop the least recently used model."""
+
+    id: str
+    kind: NodeClass
+    replicas: dict[str, SimulatedReplica] = field(default_factory=dict)
+    host: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    disk: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    load_until_s: float = 0.0
+    is_report_due: bool = False
+    is_lost: bool = False
+
+    @property
+    def num_free(self) -> int:
+        """Slots."""
+        return self.kind.num_slots - sum(replica.kind.accelerators for replica in self.replicas.values())
+
+    def tier(self, model: str) -> Tier:
+        """Where it has a model."""
+        if model in self.host:
+            return Tier.HOST
+        return Tier.DISK if model in self.disk else Tier.REMOTE
+
+    def residency(self) -> dict[str, Tier]:
+        """What it has, for a report."""
+        return dict.fromkeys(self.disk, Tier.DISK) | dict.fromkeys(self.host, Tier.HOST)
+
+    def queue_load(self, model: str, kind: ModelClass, *, now_s: float, noise: float) -> tuple[Tier, float, float]:
+        """A load after those that wait: the tier it reads from, when it begins, when it ends.
+
+        The caches take it at once, as whatever asks them next comes behind it in the queue.
+        """
+        tier = self.tier(model)
+        begins_s = max(now_s, self.load_until_s)
+        self.load_until_s = begins_s + self.kind.weights_s(kind, tier) * noise
+        self._keep(model, kind.nbytes)
+        return tier, begins_s, self.load_until_s
+
+    def _keep(self, model: str, nbytes: int) -> None:
+        keep(self.disk, self.kind.disk_nbytes, model, nbytes=nbytes)
+        keep(self.host, self.kind.host_nbytes, model, nbytes=nbytes)
+
+
+def keep(cache: OrderedDict[str, int], nbytes_max: int, model: str, *, nbytes: int) -> None:
+    """Put a model into a cache as the most recently used one; whatever then does not fit goes, the oldest first."""
+    if nbytes > nbytes_max:
+        return
+    cache[model] = nbytes
+    cache.move_to_end(model)
+    total = sum(cache.values())
+    while total > nbytes_max:
+        total -= cache.popitem(last=False)[1]

@@ -1,0 +1,148 @@
+"""What runs come to: one figure a metric and run, and their spread over seeds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, nan
+from statistics import fmean
+
+from sllm_vllm.simulate.run import End, Outcome, Run
+
+Figures = Mapping[str, float]
+"""By metric; the names end in their units. NaN where there was nothing to measure."""
+
+WAITS = {
+    "TTFT mean": "ttft_mean_s",
+    "P50": "ttft_p50_s",
+    "P95": "ttft_p95_s",
+    "P99": "ttft_p99_s",
+    "startup": "startup_mean_s",
+    "if cold": "startup_cold_mean_s",
+}
+COSTS = {
+    "total": "total_mean_s",
+    "cold": "cold_share",
+    "accel. s": "accelerator_s",
+    "starts": "num_starts",
+    "rejected": "num_rejected",
+    "broken": "num_broken",
+    "lost": "num_lost",
+}
+"""Headings of the tables, and what is below them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One metric over seeds."""
+
+    mean: float
+    least: float
+    most: float
+
+    @property
+    def range(self) -> str:
+        """The least and the most, for people."""
+        return f"{shown(self.least)}–{shown(self.most)}"
+
+
+def shown(value: float) -> str:
+    """Three figures or so, for people."""
+    if value != value or value == int(value) or abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def figures(run: Run) -> Figures:
+    """One run's metrics. A request that got no token has no TTFT: read them beside those rejected, broken and lost."""
+    outcomes = list(run.outcomes.values())
+    ttft_s = sorted(outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None)
+    startup_s = sorted(outcome.startup_s for outcome in outcomes if outcome.startup_s is not None)
+    cold_s = sorted(outcome.startup_s for outcome in outcomes if outcome.startup_s is not None and outcome.is_cold)
+    answered = [outcome for outcome in outcomes if outcome.end is End.ANSWERED]
+    return {
+        "ttft_mean_s": mean(ttft_s),
+        "ttft_p50_s": percentile(ttft_s, 0.50),
+        "ttft_p95_s": percentile(ttft_s, 0.95),
+        "ttft_p99_s": percentile(ttft_s, 0.99),
+        "startup_cold_mean_s": mean(cold_s),
+        "startup_cold_p99_s": percentile(cold_s, 0.99),
+        "startup_mean_s": mean(startup_s),
+        "startup_p99_s": percentile(startup_s, 0.99),
+        "total_mean_s": mean([outcome.total_s for outcome in answered if outcome.total_s is not None]),
+        "cold_share": len(cold_s) / len(startup_s) if startup_s else nan,
+        "accelerator_s": run.accelerator_s,
+        "num_requests": len(outcomes),
+        "num_rejected": _count(outcomes, End.REJECTED),
+        "num_broken": _count(outcomes, End.BROKEN),
+        "num_left": _count(outcomes, End.LEFT),
+        "num_lost": _count(outcomes, None),
+        "num_starts": run.num_starts,
+        "num_start_failures": run.num_start_failures,
+        "num_crashes": run.num_crashes,
+        "num_node_losses": run.num_losses,
+        "num_moves": run.num_moves,
+        "num_preemptions": run.num_preemptions,
+        "num_prefetches": run.num_prefetches,
+        "duration_s": run.end_s,
+    }
+
+
+def _count(outcomes: Sequence[Outcome], end: End | None) -> int:
+    return sum(outcome.end is end for outcome in outcomes)
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN of none."""
+    return fmean(values) if values else nan
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The least value that as many are not above; by nearest rank, of values in their order. NaN of none."""
+    return ordered[max(1, ceil(share * len(ordered))) - 1] if ordered else nan
+
+
+def spread(runs: Sequence[Figures]) -> dict[str, Spread]:
+    """Of each metric, over runs with different seeds."""
+    names = list(runs[0]) if runs else []
+    return {name: _spread([run[name] for run in runs]) for name in names}
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(fmean(values), min(values), max(values))
+
+
+def table(runs: Mapping[str, Sequence[Figures]], headings: Mapping[str, str]) -> list[dict[str, object]]:
+    """A row for each policy, for people: means over seeds."""
+    spreads = {policy: spread(of_seeds) for policy, of_seeds in runs.items()}
+    return [
+        {"policy": policy, **{heading: shown(found[name].mean) for heading, name in headings.items()}}
+        for policy, found in spreads.items()
+    ]
+
+
+def ranges(runs: Mapping[str, Sequence[Figures]], headings: Mapping[str, str]) -> list[dict[str, object]]:
+    """The same of the least and the most over seeds."""
+    spreads = {policy: spread(of_seeds) for policy, of_seeds in runs.items()}
+    return [
+        {"policy": policy, **{heading: found[name].range for heading, name in headings.items()}}
+        for policy, found in spreads.items()
+    ]
+
+
+def record(runs: Mapping[str, Sequence[Figures]]) -> dict[str, object]:
+    """All of it, for programs. NaN is null."""
+    return {
+        policy: {
+            "seeds": [{name: _or_none(value) for name, value in run.items()} for run in of_seeds],
+            "spread": {
+                name: {"mean": _or_none(s.mean), "min": _or_none(s.least), "max": _or_none(s.most)}
+                for name, s in spread(of_seeds).items()
+            },
+        }
+        for policy, of_seeds in runs.items()
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return None if value != value else round(value, 6)

@@ -1,0 +1,74 @@
+"""What is noted of a simulated run: each request's outcome, and counts. Records; filled by ``World``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sllm_vllm.simulate.workload import SimulatedRequest
+
+
+class End(Enum):
+    """How a request ended."""
+
+    ANSWERED = "answered"
+    BROKEN = "broken"
+    """Its engine ended after its answer had begun."""
+    REJECTED = "rejected"
+    LEFT = "left"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request. ``first_s``: its first token that was not thrown away."""
+
+    request: SimulatedRequest
+    dispatched_s: float | None = None
+    """The last time."""
+    first_s: float | None = None
+    ended_s: float | None = None
+    end: End | None = None
+    why: str = ""
+    replica: str | None = None
+    """Where it is, or was last."""
+    is_cold: bool = False
+    """A replica that served it became ready after it arrived."""
+    num_dispatches: int = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Arrival to first token; None if none came."""
+        return None if self.first_s is None else self.first_s - self.request.at_s
+
+    @property
+    def startup_s(self) -> float | None:
+        """Arrival until it was sent to a ready replica for the last time; None if it never was."""
+        return None if self.dispatched_s is None else self.dispatched_s - self.request.at_s
+
+    @property
+    def total_s(self) -> float | None:
+        """Arrival to the end of its answer."""
+        return None if self.ended_s is None else self.ended_s - self.request.at_s
+
+
+@dataclass(slots=True)
+class Run:
+    """What one policy made of one list of requests."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    accelerator_s: float = 0.0
+    """Slots that replicas held, times how long, from the order on."""
+    num_starts: int = 0
+    num_start_failures: int = 0
+    num_crashes: int = 0
+    num_losses: int = 0
+    num_moves: int = 0
+    num_preemptions: int = 0
+    num_prefetches: int = 0
+    end_s: float = 0.0
+
+    def validate(self, num_requests: int) -> None:
+        """Assert that every request arrived and ended, whatever its end."""
+        assert len(self.outcomes) == num_requests, f"{len(self.outcomes)} of {num_requests} requests arrived"
+        lost = [name for name, outcome in self.outcomes.items() if outcome.end is None]
+        assert not lost, f"{len(lost)} requests never ended, the first of them {lost[0]}"

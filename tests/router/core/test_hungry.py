@@ -1,0 +1,43 @@
+"""Who lacks a replica, in order, held against sorting all of them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
+from sllm_vllm.router.core.hungry import Hungry
+from sllm_vllm.router.core.queues import ModelQueues
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_order_is_that_of_sorting(seed: int) -> None:
+    chance = random.Random(seed)
+    queues = ModelQueues(1000)
+    hungry = Hungry(queues)
+    specs = [ModelSpec(f"m{index}", priority=chance.choice((0, 0, 1))) for index in range(6)]
+    inside: set[str] = set()
+    for moment in range(200):
+        spec = chance.choice(specs)
+        match chance.randrange(4):
+            case 0:
+                queues.push(RequestFacts(f"r{moment}", spec.name), float(moment), spec=spec)
+                if spec.name in inside:
+                    hungry.add(spec)  # as the core does with every model that something happens to
+            case 1:
+                queues.pop(spec.name)
+            case 2:
+                hungry.add(spec)
+                inside.add(spec.name)
+            case _:
+                hungry.discard(spec.name)
+                inside.discard(spec.name)
+        expected = sorted(
+            (-one.priority, float("inf") if (oldest := queues.oldest_s(one.name)) is None else oldest, one.name)
+            for one in specs
+            if one.name in inside
+        )
+        num_max = chance.randint(1, 6)
+        assert hungry.first(num_max) == [name for _, _, name in expected][:num_max]
+        assert all((spec.name in hungry) == (spec.name in inside) for spec in specs)
