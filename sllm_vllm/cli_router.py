@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllm_vllm.cli_output import age, or_dash, print_section, short
+from sllm_vllm.cli_output import age, or_dash, print_section, print_table, short
 from sllm_vllm.cli_store import Json, log_to_stderr, with_options
 
 if TYPE_CHECKING:
@@ -286,9 +286,9 @@ def explain(
     typer.echo(f"a request now: {'  '.join(word for word in words if word)}{after}")
     print_section("plans for one more replica, seconds", [_plan_row(plan) for plan in found["plans"]])
     for prediction in found["under_way"]:
-        print_section(f"under way: {prediction['replica']}", _term_rows(prediction))
+        _print_prediction("under way", prediction)
     if found["last"] is not None:
-        print_section(f"last start: {found['last']['replica']}, seconds", _term_rows(found["last"]))
+        _print_prediction("last start", found["last"])
 
 
 def _plan_row(plan: Mapping[str, Any]) -> dict[str, object]:
@@ -296,6 +296,11 @@ def _plan_row(plan: Mapping[str, Any]) -> dict[str, object]:
     stops = " ".join(plan["victims"]) or "-"
     where = {"": "*" if plan["is_best"] else "", "plan": plan["kind"], "node": plan["node"], "from": plan["tier"]}
     return {**where, **terms, "total": _seconds(plan["total_s"]), "stops": stops}
+
+
+def _print_prediction(title: str, prediction: Mapping[str, Any]) -> None:
+    typer.echo(f"\n{title}: {prediction['replica']} on {prediction['node']}, decided {age(prediction['ago_s'])} ago")
+    print_table("seconds", _term_rows(prediction))
 
 
 def _term_rows(prediction: Mapping[str, Any]) -> Sequence[Mapping[str, object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -328,3 +329,10 @@ def test_help_names_every_command(run: Run) -> None:
     assert code == 0
     for name in ("serve", "status", "deploy", "delete", "story", "explain", "drain", "reload", "config", "simulate"):
         assert name in out
+
+
+def test_commands_load_little_until_they_run() -> None:
+    loaded = "print(sorted({'aiohttp', 'pydantic', 'yaml', 'http.client'} & set(sys.modules)))"
+    script = f"import sys, sllm_vllm.cli_router; {loaded}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout == b"[]\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.protocol import CheckpointReport
 from sllm_vllm.router.admin import BODY_NBYTES_MAX, EVENTS_MAX
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Rejected
 from sllm_vllm.router.keys import digest_of
 from tests.router.fake_gate import until
 from tests.router.fake_node import ADMIN_KEY, HUB_TOKEN, ServedAdmin, serving_admin
@@ -339,19 +337,6 @@ async def test_explain_a_model_that_fits_nowhere(served: ServedAdmin) -> None:
     found = await served.get(f"{V1}/explain/wide")
     assert (found["plans"], found["request"]["what"]) == ([], "queue")
     assert "slots" in found["request"]["why"]
-
-
-async def test_explain_a_model_whose_starts_fail(served: ServedAdmin) -> None:
-    served.node.refusal = "no slot is free"
-    await served.deploy(MODEL, min_replicas=1)
-    core = served.controller.core
-    await until(lambda: core.models[MODEL].back_off.num_failures, "a failed start")
-    found = (await served.get(f"{V1}/explain/{MODEL}"))["request"]
-    assert found["what"] in {"queue", "start", "starting"}  # it rests for a second between two attempts
-    await until(lambda: core.models[MODEL].back_off.is_hopeless, "three failed starts")
-    with contextlib.suppress(Rejected):
-        await asyncio.wait_for(served.controller.acquire(RequestFacts("r-1", MODEL)), 60)
-    assert (await served.get(f"{V1}/models/{MODEL}"))["back_off"]["num_failures"] >= 3
 
 
 # -------------------------------------------------------------------------------------------------------------- reload

@@ -262,8 +262,6 @@ class RouterCore:
             return
         self._enqueue(facts, request.arrived_s, state)
 
-    # ---------------------------------------------------------------------------------------------------- replicas
-
     def _replica_ready(self, event: ReplicaReady, now_s: float) -> None:
         replica = self.cluster.replicas.get(event.replica)
         if replica is None or replica.state is not ReplicaState.ORDERED:
@@ -322,8 +320,6 @@ class RouterCore:
             if old.generation != state.spec.generation:
                 self.scaling.drain(old.id, now_s)
 
-    # ------------------------------------------------------------------------------------------ operators and nodes
-
     def _model_deployed(self, spec: ModelSpec, now_s: float) -> None:
         known = self.models.get(spec.name)
         if known is None:
@@ -378,9 +374,9 @@ class RouterCore:
             self._touched[replica.model] = None
 
     def _drain_asked(self, target: str, now_s: float) -> None:
-        replicas = [r for r in self.cluster.replicas.values() if target in (r.id, r.node)]
-        for replica in replicas:
-            self.scaling.drain(replica.id, now_s)
+        for replica in list(self.cluster.replicas.values()):
+            if target in (replica.id, replica.node):
+                self.scaling.drain(replica.id, now_s)
 
     def _ticked(self, now_s: float) -> None:
         for facts in self.queues.expire(now_s):

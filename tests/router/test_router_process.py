@@ -1,0 +1,156 @@
+"""The whole router over fake engines: cold requests, evictions, and everything that can be killed or break."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.router.router_process import is_alive, running_router, write_config
+from tests.waiting import wait_until
+
+
+def test_the_first_request_starts_an_engine_and_the_next_finds_it(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine")
+    with running_router(tmp_path) as router:
+        first = router.post("fine")
+        assert (first.status, router.post("fine").body) == (200, first.body)
+        assert router.log.count("event=start ") == 1
+        unknown = router.post("nobody")
+        assert unknown.status == 404
+        assert "fine" in unknown.body["error"]["message"]
+
+
+def test_a_hundred_requests_at_once_to_a_model_that_is_down_are_all_answered_by_one_start(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine")
+    with running_router(tmp_path) as router, ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda _: router.post("fine"), range(100)))
+        assert [answer.status for answer in answers] == [200] * 100
+        assert router.log.count("event=start ") == 1
+
+
+def test_a_third_model_on_two_slots_takes_an_idle_ones_place(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine", "family", "turns-ill")
+    with running_router(tmp_path) as router:
+        for model in ("fine", "family", "turns-ill", "fine"):
+            assert router.post(model).status == 200
+        living = [one for one in router.node.report().replicas if one.pid]
+        assert len(living) == 2
+        assert sum(len(one.slots) for one in living) == 2
+
+
+def test_an_idle_engine_leaves_when_its_keep_alive_is_over(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine", defaults={"keep_alive": 0.2})
+    with running_router(tmp_path) as router:
+        assert router.post("fine").status == 200
+        wait_until(lambda: not router.pids("fine"), "the engine to leave")
+        assert "its keep-alive is over" in router.log
+        assert router.post("fine").status == 200
+
+
+def test_an_engine_killed_while_idle_is_started_anew(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine")
+    with running_router(tmp_path) as router:
+        assert router.post("fine").status == 200
+        (pid,) = router.pids("fine")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid), "its end")
+        assert router.post("fine").status == 200
+
+
+def test_an_engine_killed_while_starting_is_started_again_for_the_request_that_waits(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    write_config(tmp_path, "late", defaults={"environment": {"FAKE_ENGINE_GO": str(go)}})
+    with running_router(tmp_path) as router, ThreadPoolExecutor(1) as pool:
+        waiting = router.post_later(pool, "late")
+        wait_until(lambda: router.pids("late"), "a process")
+        go.touch()
+        os.kill(router.pids("late")[0], signal.SIGKILL)
+        assert waiting.result().status == 200
+
+
+def test_an_engine_that_does_not_start_is_told_with_its_last_line_and_not_tried_for_ever(tmp_path: Path) -> None:
+    write_config(tmp_path, "exits-3", "fine")
+    with running_router(tmp_path) as router:
+        answer = router.post("exits-3")
+        assert answer.status == 503
+        assert "exited with status 3" in answer.body["error"]["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+        num_starts = router.log.count("event=start ")
+        assert num_starts == 3
+        assert router.post("exits-3").status == 503  # at once, without another start
+        assert router.log.count("event=start ") == num_starts
+        assert router.post("fine").status == 200
+
+
+def test_no_engine_outlives_a_killed_router_and_the_next_one_serves(tmp_path: Path) -> None:
+    write_config(tmp_path, "family")
+    with running_router(tmp_path) as router:
+        assert router.post("family").status == 200
+        (pid,) = router.pids("family")
+        log = next((tmp_path / "node" / "logs").glob("*.log")).read_text()
+        family = [pid, *(int(line.split()[1]) for line in log.splitlines() if line.startswith("child "))]
+        assert len(family) == 3
+        router.kill()
+        wait_until(lambda: not any(map(is_alive, family)), "the end of all engines")
+    with running_router(tmp_path) as router:
+        assert router.post("family").status == 200
+
+
+def test_a_reload_adds_removes_and_changes_models_and_a_broken_file_changes_nothing(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine", "family")
+    with running_router(tmp_path) as router:
+        assert router.post("family").status == 200
+        write_config(tmp_path, "fine", "turns-ill")
+        router.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "event=reloaded" in router.log, "the reload")
+        assert router.post("turns-ill").status == 200
+        assert router.post("family").status == 404
+        wait_until(lambda: not router.pids("family"), "the engine of what was removed to leave")
+
+        (tmp_path / "router.yaml").write_text("modles: []")
+        assert router.admin("reload", "POST").status == 400
+        assert router.post("fine").status == 200
+
+        write_config(tmp_path, "fine", "turns-ill", slots=1)
+        refused = router.admin("reload", "POST")
+        assert refused.status == 400
+        assert "node.slots" in str(refused.body)
+
+
+def test_changed_arguments_reach_the_next_engine_and_no_request_is_lost(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine")
+    with running_router(tmp_path) as router, ThreadPoolExecutor(8) as pool:
+        assert router.post("fine").status == 200
+        (old,) = router.pids("fine")
+        write_config(tmp_path, "fine", defaults={"engine_arguments": ["--max-model-len=77"]})
+        assert router.admin("reload", "POST").status == 200
+        answers = list(pool.map(lambda _: router.post("fine"), range(40)))
+        assert [answer.status for answer in answers] == [200] * 40
+        wait_until(lambda: not is_alive(old), "the old engine to leave")
+        assert router.post("fine").status == 200
+        (new,) = router.pids("fine")
+        assert b"--max-model-len=77" in Path(f"/proc/{new}/cmdline").read_bytes()
+
+
+def test_keys_are_asked_for_and_the_admins_is_another(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("a-client-key\n")
+    write_config(tmp_path, "fine", keys={"clients": [{"file": "./keys"}]})
+    with running_router(tmp_path) as router:
+        assert router.post("fine").status == 401
+        assert router.post("fine", key="wrong").status == 401
+        assert router.post("fine", key="a-client-key").status == 200
+        assert router.admin("models").status == 200
+        (tmp_path / "node" / "admin.key").write_text("a-client-key")
+        assert router.admin("models").status in (401, 403)
+
+
+def test_what_a_router_learned_is_there_after_a_restart(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine")
+    with running_router(tmp_path) as router:
+        assert router.post("fine").status == 200
+    assert (tmp_path / "node" / "estimates.json").stat().st_mode & 0o777 == 0o600
+    with running_router(tmp_path) as router:
+        plans = router.admin("explain/fine").body["plans"]
+        assert plans[0]["terms"]["process"] < 5.0  # a default is more
