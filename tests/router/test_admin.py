@@ -317,6 +317,17 @@ async def test_explain_a_start_under_way(served: ServedAdmin) -> None:
     assert (prediction["replica"], prediction["actual_s"]) == (replica, None)
 
 
+async def test_the_newest_prediction_is_shown(served: ServedAdmin) -> None:
+    await served.deploy(MODEL)
+    await served.answer_request(MODEL)
+    old = (await served.get(f"{V1}/models/{MODEL}"))["prediction"]
+    assert old["actual_s"] is not None
+    served.node.may_be_ready.clear()
+    await served.deploy(MODEL, engine_arguments=["--enforce-eager"])
+    new = (await served.get(f"{V1}/models/{MODEL}"))["prediction"]
+    assert (new["replica"], new["actual_s"]) == (await served.replica(MODEL, "ordered"), None)
+
+
 async def test_explain_full_replicas_queues_and_refusals(served: ServedAdmin) -> None:
     await served.deploy(MODEL, ongoing_max=1, queue_max=1)
     first = await asyncio.wait_for(served.controller.acquire(RequestFacts("r-1", MODEL)), 60)

@@ -122,6 +122,8 @@ async def test_a_deleted_model_has_no_series(served: ServedAdmin) -> None:
     served.controller.delete(MODEL)
     found = await scrape(served)
     assert [key for key in found if MODEL in key] == []
+    await served.deploy(MODEL)
+    assert ("sllm_router_requests_total", MODEL, "done") not in await scrape(served)  # it counts anew
 
 
 async def test_many_models_have_a_bounded_number_of_series(tmp_path: Path) -> None:
