@@ -49,8 +49,9 @@ sim: $(READY) ## what the store's policies are worth on a trace, on a virtual cl
 bench: $(READY) ## load time beside the other loaders; ARGS="--help" for its options
 	@$(BIN)/python benchmarks/loading.py $(ARGS)
 
-demo: $(READY) ## what it is good for, in a minute
+demo: $(READY) ## what it is good for: weights, then many models behind one address
 	@$(BIN)/python benchmarks/demo.py $(ARGS)
+	@$(BIN)/python -m benchmarks.router_demo
 
 # On a GPU machine there may be no .venv, and PYTHON may have torch and pytest alone. So only the files that have such a
 # test are collected, and options of pytest's plug-ins are left out.

@@ -21,6 +21,7 @@ import typer
 
 from sllm_vllm.cli_node import add_engine_commands, node_app
 from sllm_vllm.cli_output import print_table, progress_bar, shown
+from sllm_vllm.cli_router import add_router_commands
 from sllm_vllm.cli_store import Json, StoreDir, store_app, store_root, with_options
 from sllm_vllm.cli_transfer import add_transfer_commands
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.add_typer(store_app)
 app.add_typer(node_app)
 add_engine_commands(app)
+add_router_commands(app)
 add_transfer_commands(app)
 
 CheckpointPath = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint's directory, or name in the store.")]

@@ -188,8 +188,8 @@ class Controller:
 
     def recent(self, num_max: int) -> list[tuple[float, Event | Action]]:
         """The core's last events and actions, oldest first."""
-        story = self.core._story
-        return list(itertools.islice(story, max(0, len(story) - num_max), None))
+        events = self.core.events
+        return list(itertools.islice(events, max(0, len(events) - num_max), None))
 
     # --------------------------------------------------------------------------------------------------------- effects
 

@@ -21,7 +21,7 @@ from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.config import RouterConfig
 from sllm_vllm.router.config_file import compare, read_key_digests, read_router_config
 from sllm_vllm.router.controller import Controller
-from sllm_vllm.router.estimates_file import read_estimates, write_estimates
+from sllm_vllm.router.estimates_file import read_estimates, write_record
 from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.router.serve import serve_app
@@ -104,10 +104,9 @@ class RouterProcess:
         try:
             async with self._controller(agent) as controller, _served(agent, node_socket, stopped):
                 settings = await asyncio.to_thread(self._settings, self._config)
-                admin = AdminApp(
-                    controller, key_digests=await asyncio.to_thread(self._admin_digests), reload=self.reload
-                )
-                self._app = RouterApp(Ingress(controller, settings), admin)
+                digests = await asyncio.to_thread(self._admin_digests, self._config)
+                self._admin = AdminApp(controller, key_digests=digests, reload=self.reload)
+                self._app = RouterApp(Ingress(controller, settings), self._admin)
                 loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._reload_or_tell()))
                 serving = loop.create_task(serve_app(self._app, settings, sockets=[client_socket]))
                 host, port = client_socket.getsockname()[:2]
@@ -133,12 +132,14 @@ class RouterProcess:
             changes = compare(self._config, config)
             changes.require_live()
             settings = await asyncio.to_thread(self._settings, config)
+            digests = await asyncio.to_thread(self._admin_digests, config)
             for name in changes.removed:
                 if name in self._running.models:
                     self._running.delete(name)
             for model in (*changes.added, *changes.restarted, *changes.adjusted):
                 self._running.deploy(model)
             self._config = config
+            self._admin.set_keys(digests)
             self._app.replace(Ingress(self._running, settings))
         num_changed = len(changes.restarted) + len(changes.adjusted)
         told = f"added {len(changes.added)}, removed {len(changes.removed)}, changed {num_changed}"
@@ -170,21 +171,30 @@ class RouterProcess:
             saving.cancel()
             await asyncio.gather(saving, return_exceptions=True)
             await controller.close()
-            await asyncio.to_thread(write_estimates, path, controller.core.estimator)
+            await _save(controller, path)
 
     def _settings(self, config: RouterConfig) -> IngressSettings:
         return config.ingress_settings(read_key_digests(config.keys.clients, "keys.clients"))
 
-    def _admin_digests(self) -> tuple[str, ...]:
+    def _admin_digests(self, config: RouterConfig) -> tuple[str, ...]:
         """Those of the configuration, and one that lies in the agent's folder for this user's own commands."""
         own = digest_of(open_key(self._node.node_dir / ADMIN_KEY_NAME))
-        return (own, *read_key_digests(self._config.keys.admin, "keys.admin"))
+        return (own, *read_key_digests(config.keys.admin, "keys.admin"))
 
 
 async def _save_now_and_then(controller: Controller, path: Path) -> None:
     while True:
         await asyncio.sleep(SAVE_S)
-        await asyncio.to_thread(write_estimates, path, controller.core.estimator)
+        await _save(controller, path)
+
+
+async def _save(controller: Controller, path: Path) -> None:
+    """Keep what was learned; a disk that is full costs the next router some guesses, and this one nothing."""
+    record = controller.core.estimator.to_record()  # here: the loop changes it
+    try:
+        await asyncio.to_thread(write_record, path, record)
+    except OSError as error:
+        logger.warning("event=estimates_not_written path=%s reason=%s", path, error)
 
 
 @contextlib.asynccontextmanager

@@ -79,7 +79,7 @@ class RouterCore:
         """Models whose queues or replicas changed in this event."""
         self._has_new_room = False
         """Slots, or idle replicas, that others could use."""
-        self._story: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
+        self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
 
     # --------------------------------------------------------------------------------------------------- interface
 
@@ -87,7 +87,7 @@ class RouterCore:
         """Take note of what happened; returns what must be done, in this order."""
         actions = self.scaling.actions = list[Action]()
         if not isinstance(event, Ticked):
-            self._story.append((now_s, event))
+            self.events.append((now_s, event))
         self._record(event, now_s)
         while self._touched:
             model, _ = self._touched.popitem()
@@ -96,7 +96,7 @@ class RouterCore:
         if self._has_new_room:
             self._has_new_room = False
             self.scaling.feed_hungry(now_s)
-        self._story.extend((now_s, action) for action in actions)
+        self.events.extend((now_s, action) for action in actions)
         return actions
 
     def validate(self) -> None:
@@ -105,7 +105,7 @@ class RouterCore:
 
     def story(self, name: str) -> list[tuple[float, Event | Action]]:
         """The last events and actions about a request, replica, model or node, oldest first."""
-        return [(at_s, what) for at_s, what in self._story if is_about(what, name)]
+        return [(at_s, what) for at_s, what in self.events if is_about(what, name)]
 
     # ------------------------------------------------------------------------------------------------------ events
 

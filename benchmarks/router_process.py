@@ -1,0 +1,112 @@
+"""A real router as a child: started, waited for until engines start warm, asked by its admin API, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bytecode import environment_of
+from benchmarks.supervise import Workspace
+from sllm_vllm.config import child_environment
+
+READY_S_MAX = 180.0
+ANSWER_S_MAX = 180.0
+LOG_SHOWN = 4000
+"""Characters."""
+_SERVE = """
+import logging, sys
+from pathlib import Path
+from sllm_vllm.router.daemon import serve
+logging.basicConfig(level=logging.INFO)
+sys.exit(serve(Path(sys.argv[1])))
+"""
+_URL = re.compile(r"event=router_serving url=(\S+)")
+
+
+class RouterFailed(Exception):
+    """The router did not get ready, or a request failed. The message, for a person, ends with its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A router that serves."""
+
+    url: str
+    key_file: Path
+    log: Path
+
+    def admin(self, path: str) -> Any:
+        """What its admin API says."""
+        headers = {"Authorization": f"Bearer {self.key_file.read_text().strip()}"}
+        request = urllib.request.Request(f"{self.url}/sllm/v1/{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=ANSWER_S_MAX) as answer:
+            return json.loads(answer.read())
+
+    def running(self) -> set[str]:
+        """Models that have a ready replica."""
+        return {one["model"] for one in self.admin("replicas")["replicas"] if one["state"] == "ready"}
+
+    def complete(self, model: str) -> None:
+        """Have a model answer a few tokens.
+
+        Raises:
+            RouterFailed: it does not.
+        """
+        body = json.dumps({"model": model, "prompt": "Hello, my name is", "max_tokens": 4, "temperature": 0}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_S_MAX) as answer:
+                json.loads(answer.read())["choices"][0]
+        except (OSError, LookupError, ValueError) as error:
+            raise RouterFailed(f"{model} gave no answer: {error}\n{self.log_tail()}") from None
+
+    def log_tail(self) -> str:
+        """The end of what it said."""
+        return self.log.read_text(errors="replace")[-LOG_SHOWN:]
+
+
+@contextlib.contextmanager
+def running_router(workspace: Workspace, models: Mapping[str, Path], *, slots: int) -> Iterator[Router]:
+    """A router over these models, on so many slots; the agent's folder and the checkpoints are the run's.
+
+    Raises:
+        RouterFailed: it does not get ready.
+    """
+    node_dir, log = workspace.tmp / "node", workspace.run / "router.log"
+    config = workspace.tmp / "router.yaml"
+    values = {
+        "server": {"port": 0},
+        "node": {"slots": slots, "kv_memory": "256MiB", "node_dir": str(node_dir)},
+        "store": {"directory": str(workspace.run / "store")},
+        "defaults": {"engine_arguments": {"enforce-eager": True, "max-model-len": 512}, "keep_alive": 3600},
+        "models": [{"name": name, "source": str(path)} for name, path in models.items()],
+    }
+    config.write_text(json.dumps(values))
+    environment = child_environment(**environment_of(workspace), HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    with log.open("wb") as output:
+        command = [sys.executable, "-c", _SERVE, str(config)]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        yield _wait_warm(process, log, node_dir / "admin.key")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_warm(process: subprocess.Popen[bytes], log: Path, key_file: Path) -> Router:
+    deadline_s = time.monotonic() + READY_S_MAX
+    while time.monotonic() < deadline_s and process.poll() is None:
+        found = _URL.search(log.read_text())
+        if found is not None and "event=warm_parent_ready" in log.read_text() and key_file.exists():
+            return Router(found[1], key_file, log)
+        time.sleep(0.1)
+    raise RouterFailed(f"the router did not get ready\n{log.read_text(errors='replace')[-LOG_SHOWN:]}")
