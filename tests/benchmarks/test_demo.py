@@ -237,7 +237,7 @@ def test_interrupted_demo_leaves_nothing(moment: str, demo: subprocess.Popen[byt
     assert_nothing_left(cache, tmp, processes)
 
 
-@pytest.mark.e2e
+@pytest.mark.e2e_long
 def test_failing_server_is_told_with_its_log(tmp_path: Path) -> None:
     """A model whose weights are missing: the stock start fails."""
     cache = tmp_path / "cache"

@@ -294,7 +294,7 @@ def test_run_without_vllm(model_dir: Callable[..., Path], tmp_path: Path) -> Non
     assert {path.name for path in cache.iterdir()} <= {".lock", "bytecode"}
 
 
-@pytest.mark.e2e
+@pytest.mark.e2e_long
 def test_measurement_inside_vllm(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     """One child of each kind that a run has: converts, loads what it converted, and the stock loader."""
     loaders = {loader.name: loader for loader in vllm_loaders(tmp_path)}

@@ -11,7 +11,6 @@ import pytest
 from tests.conftest import ModelDir
 from tests.vllm_server import Server, vllm_server
 
-pytestmark = pytest.mark.e2e
 
 PROMPTS = ("hello world", "a b c d e f g", "The quick brown fox")
 SAMPLINGS: tuple[dict[str, Any], ...] = ({"temperature": 0}, {"temperature": 0.8, "seed": 7})
@@ -32,6 +31,7 @@ def outcome_of(report: Path) -> str:
     return outcome
 
 
+@pytest.mark.e2e
 def test_converting_and_loading_start_answer_like_stock(model_dir: ModelDir, tmp_path: Path) -> None:
     model, report = model_dir("llama"), tmp_path / "report.json"
     with vllm_server(model, tmp_path) as stock:
@@ -44,6 +44,7 @@ def test_converting_and_loading_start_answer_like_stock(model_dir: ModelDir, tmp
     assert outcomes == ["converted", "loaded"]
 
 
+@pytest.mark.e2e_long
 def test_reload_weights_gives_a_live_engine_the_second_modelsanswers(model_dir: ModelDir, tmp_path: Path) -> None:
     first, second = model_dir("llama"), model_dir("llama", seed=1)
     report, dev_mode = tmp_path / "report.json", {"VLLM_SERVER_DEV_MODE": "1"}
