@@ -1,8 +1,8 @@
 """Three models behind one address, on two slots: the router with the official ``openai`` client.
 
-Sends plain and streaming requests that need every model in turn, so that engines start, leave and start again, and prints
-for each cold start what the router expected and what it took, term by term. Exits with 1 if a request fails, or if a
-model's answers differ between two of its engines.
+Sends plain and streaming requests that need every model in turn, so that engines start, leave and start again, and
+prints for each cold start what the router expected and what it took, term by term. Exits with 1 if a request fails, or
+if a model's answers differ between two of its engines.
 """
 
 from __future__ import annotations

@@ -44,12 +44,13 @@ class Router:
     key_file: Path
     log: Path
 
-    def admin(self, path: str) -> Any:
+    def admin(self, path: str) -> dict[str, Any]:
         """What its admin API says."""
         headers = {"Authorization": f"Bearer {self.key_file.read_text().strip()}"}
         request = urllib.request.Request(f"{self.url}/sllm/v1/{path}", headers=headers)
         with urllib.request.urlopen(request, timeout=ANSWER_S_MAX) as answer:
-            return json.loads(answer.read())
+            found: dict[str, Any] = json.loads(answer.read())
+        return found
 
     def running(self) -> set[str]:
         """Models that have a ready replica."""

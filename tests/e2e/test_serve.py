@@ -11,7 +11,6 @@ import pytest
 from tests.conftest import ModelDir
 from tests.vllm_server import Server, vllm_server
 
-
 PROMPTS = ("hello world", "a b c d e f g", "The quick brown fox")
 SAMPLINGS: tuple[dict[str, Any], ...] = ({"temperature": 0}, {"temperature": 0.8, "seed": 7})
 
