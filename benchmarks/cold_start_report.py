@@ -76,7 +76,7 @@ class Start:
             "disturbance": round(self.disturbance, 4),
             "tokens": hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()[:16],
             "phases": _rounded(self.phases),
-            "load": dict(self.load),
+            "load": {name: said.rpartition("/")[2] for name, said in self.load.items()},  # a path is this machine's
         }
 
 

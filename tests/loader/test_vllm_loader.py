@@ -57,6 +57,8 @@ class Loads:
 @pytest.fixture
 def loads(model_dir: ModelDir, tmp_path: Path) -> Iterator[Loads]:
     """The loads of a tiny model into an empty store."""
+    import vllm.logger  # noqa: F401 (it drops the handlers that are there when it is imported)
+
     records: list[str] = []
 
     class Remember(logging.Handler):

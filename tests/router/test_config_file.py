@@ -85,7 +85,10 @@ def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
         ("models: [{name: a, keepalive: 5}]", "models[0].keepalive: unknown key; did you mean `keep_alive`?"),
         ("defaults: {ongoing: 5}", "defaults.ongoing: unknown key; did you mean `ongoing_max`?"),
         ("server: {prt: 5}", "server.prt: unknown key; did you mean `port`?"),
-        ("node: {xyz: 5}", "node.xyz: unknown key; known: slots, gpus, memory, kv_memory, warm, node_dir"),
+        (
+            "node: {xyz: 5}",
+            "node.xyz: unknown key; known: slots, gpus, memory, kv_memory, warm, engine_command, node_dir",
+        ),
         ("store: {dir: 5}", "store.dir: unknown key; known: directory, socket"),
         ("keys: {client: 5}", "keys.client: unknown key; did you mean `clients`?"),
         ("keys: {clients: [{fil: a, env: A}]}", "keys.clients[0].fil: unknown key; did you mean `file`?"),
