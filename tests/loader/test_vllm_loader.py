@@ -57,7 +57,10 @@ class Loads:
 @pytest.fixture
 def loads(model_dir: ModelDir, tmp_path: Path) -> Iterator[Loads]:
     """The loads of a tiny model into an empty store."""
-    import vllm.logger  # noqa: F401 (it drops the handlers that are there when it is imported)
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+
+    configure_logging_if_needed(LoggingConfig())  # drops the handlers that are there; else a first load would do it
 
     records: list[str] = []
 

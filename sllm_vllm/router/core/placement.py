@@ -167,7 +167,7 @@ class _Planner:
         soonest_s = sooner_than_s
         estimates = [(node, self._estimate(node)) for node in nodes]  # nodes differ, so estimates are never compared
         for at_best_s, node, estimate in sorted((one.total_s, node, one) for node, one in estimates):
-            if at_best_s >= soonest_s:
+            if at_best_s > soonest_s:  # not equal ones: among those the node decides
                 break
             plan = self._eviction(node, estimate)
             if plan is not None and (total_s := plan.estimate.total_s) < sooner_than_s:
