@@ -102,6 +102,8 @@ class Controller:
         self._take_report(report)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._tick()), loop.create_task(self._keep_reporting())]
+        for task in self._tasks:
+            task.add_done_callback(_tell_failure)
 
     async def close(self) -> None:
         """Stop deciding; who still waits is told."""
@@ -272,6 +274,12 @@ class Controller:
     def _refresh_soon(self) -> None:
         """A start may have made a checkpoint, or brought one into memory."""
         self._stale.set()
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    """Neither task ever ends by itself: without one of them the router stands still, and that must not be silent."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("event=controller_failed", exc_info=error)
 
 
 def _is_same(one: str, other: str) -> bool:

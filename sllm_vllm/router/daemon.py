@@ -77,6 +77,9 @@ class RouterApp:
         """Another one from now on; requests that the old one has are answered by it."""
         self._replaced.append(self._ingress)
         self._ingress = ingress
+        for idle in [one for one in self._replaced if one.is_idle]:
+            idle.close()
+            self._replaced.remove(idle)
 
     def close(self) -> None:
         """Close the connections to engines."""

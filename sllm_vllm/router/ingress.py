@@ -97,6 +97,11 @@ class Ingress:
             "/openapi.json": lambda: (200, self._open_document),
         }
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no request."""
+        return self._num_requests == 0
+
     def close(self) -> None:
         """Close the connections to engines."""
         if self._proxy is not None:
