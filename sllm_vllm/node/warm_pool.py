@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 FORKS_MAX = 500
 """After so many forks a parent is replaced, whatever it looks like."""
+LOG_NBYTES_MAX = 1 << 20
+"""A longer log is emptied when a parent starts; it says little once it has imported."""
 READY_MAX_S = 180.0
 FORK_MAX_S = 10.0
 RESTART_PAUSE_S = 1.0
@@ -190,6 +192,8 @@ class WarmPool:
         ours.setblocking(False)
         try:
             with theirs, self._log.open("ab") as log:
+                if log.tell() > LOG_NBYTES_MAX:
+                    log.truncate(0)
                 process = EngineProcess(self._spawn(theirs.fileno(), log.fileno()))
             self.parents.append(process.pid)
             try:
