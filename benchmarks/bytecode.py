@@ -29,7 +29,7 @@ def environment_of(workspace: Workspace) -> dict[str, str]:
 
 def bytecode_environment(cache: Path) -> dict[str, str]:
     """Variables for child processes; none where Python's own place for bytecode can be used."""
-    if not sys.dont_write_bytecode or _is_compiled("vllm"):
+    if not sys.dont_write_bytecode or all(map(_is_compiled, ("vllm", "torch"))):
         return {}
     return {"PYTHONPYCACHEPREFIX": str(cache / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
 

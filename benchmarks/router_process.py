@@ -22,13 +22,6 @@ READY_S_MAX = 180.0
 ANSWER_S_MAX = 180.0
 LOG_SHOWN = 4000
 """Characters."""
-_SERVE = """
-import logging, sys
-from pathlib import Path
-from sllm_vllm.router.daemon import serve
-logging.basicConfig(level=logging.INFO)
-sys.exit(serve(Path(sys.argv[1])))
-"""
 _URL = re.compile(r"event=router_serving url=(\S+)")
 
 
@@ -94,7 +87,7 @@ def running_router(workspace: Workspace, models: Mapping[str, Path], *, slots: i
     config.write_text(json.dumps(values))
     environment = child_environment(**environment_of(workspace), HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
     with log.open("wb") as output:
-        command = [sys.executable, "-c", _SERVE, str(config)]
+        command = [str(Path(sys.executable).with_name("sllm-vllm")), "serve", str(config)]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         yield _wait_warm(process, log, node_dir / "admin.key")

@@ -23,13 +23,6 @@ from tests.waiting import wait_until
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 ANSWER_MAX_S = 60.0
-_SCRIPT = """
-import logging, sys
-from pathlib import Path
-from sllm_vllm.router.daemon import serve
-logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
-sys.exit(serve(Path(sys.argv[1])))
-"""
 _URL = re.compile(r"event=router_serving url=(\S+)")
 
 
@@ -117,7 +110,7 @@ def running_router(directory: Path) -> Iterator[RouterUnderTest]:
     log = directory / "router.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, str(directory / "router.yaml")],
+            [str(Path(sys.executable).with_name("sllm-vllm")), "serve", str(directory / "router.yaml")],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=child_environment(),
