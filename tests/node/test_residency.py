@@ -39,6 +39,11 @@ def config_of(store_dir: Path, store_socket: Path | None = None) -> NodeConfig:
     return NodeConfig(node_dir=store_dir.parent / "node", store_dir=store_dir, store_socket=store_socket)
 
 
+def _is_whole(config: NodeConfig) -> bool:
+    (found,) = read_residency(config).checkpoints
+    return found.resident_nbytes == found.nbytes
+
+
 def on_disk(checkpoint: Checkpoint) -> CheckpointReport:
     return CheckpointReport(
         name=checkpoint.path.name,
@@ -98,9 +103,9 @@ def test_what_was_prefetched_is_resident(daemon: RunningDaemon, store_dir: Path)
     config = config_of(store_dir, daemon.socket)
     (name,) = (report.name for report in read_residency(config).checkpoints)
     prefetch_checkpoint(config, name)
-    wait_until(lambda: "HOST" in read_residency(config).checkpoints[0].tiers, "the store to read it")
+    wait_until(lambda: _is_whole(config), "the store to read all of it")
     (found,) = read_residency(config).checkpoints
-    assert found.resident_nbytes == found.nbytes
+    assert found.tiers == ("DISK", "HOST")
 
 
 def test_the_ranks_of_a_checkpoint_are_one_line(store_dir: Path) -> None:
