@@ -1,8 +1,8 @@
 """Three models behind one address, on two slots: the router with the official ``openai`` client.
 
-Sends plain and streaming requests that need every model in turn, so that engines start, leave and start again, and
-prints for each cold start what the router expected and what it took, term by term. Exits with 1 if a request fails, or
-if a model's answers differ between two of its engines.
+Sends completions and chats, plain and as streams, that need every model in turn, so that engines start, leave and start
+again, and prints for each cold start what the router expected and what it took, term by term. Exits with 1 if a request
+fails, or if a model's answers differ between two of its engines.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletionUserMessageParam
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +30,7 @@ ARCHITECTURES = ("llama", "opt", "qwen2")
 ORDER = ("llama", "opt", "llama", "qwen2", "opt", "llama", "qwen2", "qwen2", "llama")
 """Two slots: from the fourth on, most need an engine that had to go."""
 QUESTION = "Hello, my name is"
+MESSAGE: ChatCompletionUserMessageParam = {"role": "user", "content": QUESTION}
 NUM_TOKENS = 16
 
 
@@ -36,6 +39,7 @@ class Asked:
     """One request. ``start``: what the router says about the start it needed; None if there was an engine."""
 
     model: str
+    is_chat: bool
     is_stream: bool
     text: str
     first_s: float
@@ -61,34 +65,63 @@ def run_demo(workspace: Workspace, size: str) -> int:
     try:
         progress.say("starting the router; its warm parent imports vLLM once")
         with running_router(workspace, models, slots=2) as router:
-            asked = [_ask(router, model, is_stream=bool(nth % 2)) for nth, model in enumerate(ORDER)]
+            asked = []
+            for nth, model in enumerate(ORDER):
+                asked.append(_ask(router, model, is_chat=False, is_stream=bool(nth % 2)))
+                asked.append(_ask(router, model, is_chat=True, is_stream=not nth % 2))
     except (RouterFailed, openai.OpenAIError) as error:
         console.print(str(error), markup=False)
         return 1
     _print_requests(console, asked)
     _print_starts(console, [one for one in asked if one.start is not None])
-    texts = {model: {one.text for one in asked if one.model == model} for model in ARCHITECTURES}
-    is_same = all(len(found) == 1 for found in texts.values())
+    is_same = all(len(texts) == 1 for texts in _texts(asked).values())
     console.print(f"answers of one model, from one engine or another: {'identical' if is_same else 'DIFFERENT'}")
     return 0 if is_same else 1
 
 
-def _ask(router: Router, model: str, *, is_stream: bool) -> Asked:
+def _texts(asked: list[Asked]) -> dict[tuple[str, bool], set[str]]:
+    """What was answered, by model and question."""
+    texts: dict[tuple[str, bool], set[str]] = {}
+    for one in asked:
+        texts.setdefault((one.model, one.is_chat), set()).add(one.text)
+    return texts
+
+
+def _ask(router: Router, model: str, *, is_chat: bool, is_stream: bool) -> Asked:
     was_running = model in router.running()
     client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0)
     begun_s, first_s, parts = time.monotonic(), 0.0, []
-    if is_stream:
-        for event in client.completions.create(
-            model=model, prompt=QUESTION, max_tokens=NUM_TOKENS, temperature=0, stream=True
-        ):
-            first_s = first_s or time.monotonic() - begun_s
-            parts += [choice.text for choice in event.choices]
-    else:
-        answer = client.completions.create(model=model, prompt=QUESTION, max_tokens=NUM_TOKENS, temperature=0)
-        first_s = time.monotonic() - begun_s
-        parts = [answer.choices[0].text]
+    for part in (_chat if is_chat else _completion)(client, model, is_stream=is_stream):
+        first_s = first_s or time.monotonic() - begun_s
+        parts.append(part)
     start = None if was_running else router.admin(f"explain/{model}")["last"]
-    return Asked(model, is_stream, "".join(parts), first_s, start)
+    return Asked(model, is_chat, is_stream, "".join(parts), first_s, start)
+
+
+def _completion(client: openai.OpenAI, model: str, *, is_stream: bool) -> Iterator[str]:
+    """Parts of the answer as they come."""
+    if not is_stream:
+        whole = client.completions.create(model=model, prompt=QUESTION, max_tokens=NUM_TOKENS, temperature=0)
+        yield whole.choices[0].text
+        return
+    for event in client.completions.create(
+        model=model, prompt=QUESTION, max_tokens=NUM_TOKENS, temperature=0, stream=True
+    ):
+        yield "".join(choice.text for choice in event.choices)
+
+
+def _chat(client: openai.OpenAI, model: str, *, is_stream: bool) -> Iterator[str]:
+    """Parts of the answer as they come."""
+    if not is_stream:
+        whole = client.chat.completions.create(
+            model=model, messages=[MESSAGE], max_completion_tokens=NUM_TOKENS, temperature=0
+        )
+        yield whole.choices[0].message.content or ""
+        return
+    for event in client.chat.completions.create(
+        model=model, messages=[MESSAGE], max_completion_tokens=NUM_TOKENS, temperature=0, stream=True
+    ):
+        yield "".join(choice.delta.content or "" for choice in event.choices)
 
 
 def _print_requests(console: Console, asked: list[Asked]) -> None:
@@ -96,7 +129,7 @@ def _print_requests(console: Console, asked: list[Asked]) -> None:
     for name in ("model", "as", "engine", "first byte, or answer"):
         table.add_column(name)
     for one in asked:
-        how = "stream" if one.is_stream else "plain"
+        how = f"{'chat' if one.is_chat else 'completion'}, {'stream' if one.is_stream else 'plain'}"
         table.add_row(one.model, how, "was there" if one.start is None else "started", f"{one.first_s:.2f} s")
     console.print(table)
 
@@ -104,13 +137,13 @@ def _print_requests(console: Console, asked: list[Asked]) -> None:
 def _print_starts(console: Console, started: list[Asked]) -> None:
     """Seconds expected and taken, from the router's decision to the first byte."""
     terms = [entry["term"] for entry in (started[0].start or {"terms": []})["terms"]]
-    table = Table(title="cold starts: expected / taken, seconds", title_justify="left", box=None)
+    table = Table(title="cold starts: expected/taken, seconds", title_justify="left", box=None)
     for name in ("model", "tier", *terms, "all"):
         table.add_column(name, justify="left" if name in ("model", "tier") else "right")
     for one in started:
         start = one.start or {}
-        cells = [f"{entry['expected_s']:.2f} / {entry['actual_s']:.2f}" for entry in start["terms"]]
-        total = f"{start['expected_s']:.2f} / {start['actual_s']:.2f}"
+        cells = [f"{entry['expected_s']:.2f}/{entry['actual_s']:.2f}" for entry in start["terms"]]
+        total = f"{start['expected_s']:.2f}/{start['actual_s']:.2f}"
         table.add_row(one.model, f"{start['tier']}, {'warm' if start['is_warm'] else 'cold'}", *cells, total)
     console.print(table)
 
