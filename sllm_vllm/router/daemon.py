@@ -136,6 +136,8 @@ class RouterProcess:
             changes.require_live()
             settings = await asyncio.to_thread(self._settings, config)
             digests = await asyncio.to_thread(self._admin_digests, config)
+            await self._running.measure((*changes.added, *changes.restarted))
+            self._running.set_waiting_max(config.server.waiting_max)
             for name in changes.removed:
                 if name in self._running.models:
                     self._running.delete(name)
@@ -164,6 +166,7 @@ class RouterProcess:
             directory=self._path.absolute().parent,
             estimator=await asyncio.to_thread(read_estimates, path),
         )
+        await controller.measure(self._config.models)
         for model in self._config.models:
             controller.deploy(model)
         await controller.start()
