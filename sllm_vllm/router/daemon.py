@@ -13,6 +13,7 @@ from pathlib import Path
 import uvloop
 
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.file_limit import raise_file_limit
 from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import WORDS
@@ -46,6 +47,7 @@ def serve(path: Path) -> int:
     """
     config = read_router_config(path)
     node = config.node_config()
+    raise_file_limit()  # each request has two descriptors: its client's, and its engine's
     make_private_directory(node.node_dir, WORDS)
     with (
         locked(node.node_dir / "lock", node.socket_path, WORDS),
