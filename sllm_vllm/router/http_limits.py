@@ -26,45 +26,6 @@ def limited_protocol(settings: IngressSettings) -> type[LimitedProtocol]:
     return type("_Protocol", (LimitedProtocol,), {"settings": settings})
 
 
-class JoiningTransport:
-    """What one answer is written to: its head goes out with what follows it at once, in one packet.
-
-    uvicorn writes them one after the other, and the first write wakes the client while the second is still to come.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head = b""
-        self._has_head = False
-
-    def write(self, data: bytes) -> None:
-        """Keep the first piece until the second comes, or the loop's next round."""
-        if self._head:
-            data, self._head = self._head + data, b""
-            self._transport.write(data)
-        elif self._has_head:
-            self._transport.write(data)
-        else:
-            self._has_head = True
-            self._head = data
-            self._loop.call_soon(self._flush)
-
-    def close(self) -> None:
-        """As a transport's: what was written still goes out."""
-        self._flush()
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        """As a transport's."""
-        return self._transport.is_closing()
-
-    def _flush(self) -> None:
-        if self._head:
-            head, self._head = self._head, b""
-            self._transport.write(head)
-
-
 class LimitedProtocol(HttpToolsProtocol):
     """One connection of a client. ``settings`` is set on a subclass."""
 
@@ -138,10 +99,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._is_surplus = True
             self._refuse(431, "The headers are too large.")
             return
-        cycle = self.cycle
         super().on_headers_complete()
-        if self.cycle is not None and self.cycle is not cycle:
-            self.cycle.transport = JoiningTransport(self.transport, self.loop)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         """As uvicorn does, unless the request is dropped."""
