@@ -9,6 +9,7 @@ from types import ModuleType
 
 import wrapt
 
+from sllm_vllm.engine.install import register_hooks
 from sllm_vllm.start_hint import StartHint, plan_hint
 
 _MODEL_LOADERS = "vllm.model_executor.model_loader"
@@ -21,6 +22,7 @@ def register() -> None:
     somebody imports them: a process that never does starts that much faster.
     """
     wrapt.register_post_import_hook(_register_now, _MODEL_LOADERS)
+    register_hooks()
     _hint_once()
 
 

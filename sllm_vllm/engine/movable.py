@@ -1,0 +1,52 @@
+"""Which requests are never moved, because nothing makes their continuation exact. Reads vLLM's objects, changes none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def why_immovable(config: Any, prompt: Any, params: Any) -> str:
+    """Why a request that is being made can't be resumed; empty if it can.
+
+    Args:
+        config: the engine's ``VllmConfig``.
+        prompt: as it comes from vLLM's renderer.
+        params: its ``SamplingParams``.
+    """
+    kind = prompt.get("type") if isinstance(prompt, dict) else None
+    if kind != "token":
+        return f"a prompt of {kind or 'another kind than tokens'} can't be resumed exactly"
+    return _of_engine(config) or _of_params(config, params)
+
+
+def why_immovable_in_flight(config: Any, request: Any, params: Any) -> str:
+    """The same for a request in flight: ``request`` is its ``EngineCoreRequest``."""
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return "its prompt has embeddings"
+    if request.mm_features:
+        return "its prompt has media"
+    if request.resumable:
+        return "its input is a stream"
+    return _of_engine(config) or _of_params(config, params)
+
+
+def _of_engine(config: Any) -> str:
+    model = config.model_config
+    if getattr(model, "return_sampling_mask", False) or getattr(model, "enable_return_routed_experts", False):
+        return "this engine returns sampling masks or routed experts, which are not carried along"
+    if getattr(config, "watermark_config", None) is not None:
+        return "this engine marks its output, and nobody has looked how that goes on"
+    return ""
+
+
+def _of_params(config: Any, params: Any) -> str:
+    if params.seed is not None and config.speculative_config is not None:
+        return "it has a seed, and this engine speculates: its draws depend on where its steps began"
+    if params.prompt_logprobs is not None and params.output_kind.name == "DELTA":
+        return "it streams the prompt's logprobs"
+    if getattr(params, "trace_decode_token_ids", None):
+        return "it replays a trace"
+    transfer = (params.extra_args or {}).get("kv_transfer_params")
+    if isinstance(transfer, dict) and (transfer.get("do_remote_prefill") or transfer.get("do_remote_decode")):
+        return "its KV is transferred between engines"
+    return ""
