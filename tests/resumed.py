@@ -5,17 +5,20 @@ A body goes out as a client would send it. Streams are folded token by token: wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.error
 import urllib.request
+import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, parse_resume
 
 REQUEST_MAX_S = 60.0
+TAKE_OVER_TRIES_MAX = 5
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
@@ -25,7 +28,7 @@ class Folded:
     """One choice of an answer. ``states`` has what was there after so many tokens; equal if both are equal."""
 
     token_ids: list[int] = field(default_factory=list)
-    parts: dict[str, str] = field(default_factory=lambda: defaultdict(str))
+    parts: defaultdict[str, str] = field(default_factory=lambda: defaultdict(str))
     logprobs: list[Any] = field(default_factory=list)
     ending: tuple[Any, Any] | None = None
     states: dict[int, dict[str, str]] = field(default_factory=dict, compare=False)
@@ -37,8 +40,8 @@ class Folded:
             self.parts[name] += said.get(name) or ""
         for index, call in enumerate(said.get("tool_calls") or ()):
             function = call.get("function") or {}
-            name = f"tool-{call.get('index', index)}"
-            self.parts[name] += f"{function.get('name') or ''}|{function.get('arguments') or ''}"
+            for name in ("name", "arguments"):
+                self.parts[f"tool {call.get('index', index)} {name}"] += function.get(name) or ""
         self.token_ids += choice.get("token_ids") or ()
         self.states[len(self.token_ids)] = dict(self.parts)
         self._add_logprobs(choice.get("logprobs"))
@@ -130,6 +133,14 @@ class Client:
         with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=self.headers)) as answer:
             return json.loads(answer.read())
 
+    def status(self, path: str) -> int:
+        """Of a GET."""
+        try:
+            self.get(path)
+        except urllib.error.HTTPError as error:
+            return error.code
+        return 200
+
     def refusal(self, path: str, body: dict[str, Any], resume: Any) -> tuple[int, str]:
         """Status and message of a request that the engine refuses; ``resume`` is what stands in the body."""
         try:
@@ -152,4 +163,24 @@ def compare(whole: Answer, resumed: Answer) -> None:
         }
 
 
-Ask = Callable[[dict[str, Any]], Answer]
+def take_over(client: Client, path: str, body: dict[str, Any], num_tokens: int) -> tuple[dict[str, Any], Answer]:
+    """Stream until every choice has so many tokens or has ended, ask our route what the request has, and hang up.
+
+    Returns what the route said, and what the client had been sent. The engine may be done before it is asked, as in
+    life: then it is tried again.
+    """
+    for _ in range(TAKE_OVER_TRIES_MAX):
+        sent, id_ = Answer(), uuid.uuid4().hex
+        for found in client.chunks(path, {**body, "stream": True}, **{"X-Request-Id": id_}):
+            sent.add(found)
+            done = [len(one.token_ids) >= num_tokens or one.ending is not None for one in sent.choices.values()]
+            if len(done) == body.get("n", 1) and all(done):
+                break
+        with contextlib.suppress(urllib.error.HTTPError):
+            return client.get(f"/sllm/requests/{id_}/tokens"), sent
+    raise AssertionError("it ended first each time")
+
+
+def carried(told: dict[str, Any]) -> Resume:
+    """What the route gave for a target, through JSON as a router hands it on."""
+    return parse_resume(json.dumps(told["resume"]))

@@ -44,6 +44,8 @@ def _of_params(config: Any, params: Any) -> str:
         return "it has a seed, and this engine speculates: its draws depend on where its steps began"
     if params.prompt_logprobs is not None and params.output_kind.name == "DELTA":
         return "it streams the prompt's logprobs"
+    if params.prompt_logprobs is not None and getattr(config, "use_v2_model_runner", False):
+        return "it asks for the prompt's logprobs, and runner V2 was never seen to give them after a resume"
     if getattr(params, "trace_decode_token_ids", None):
         return "it replays a trace"
     transfer = (params.extra_args or {}).get("kv_transfer_params")

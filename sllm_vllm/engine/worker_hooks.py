@@ -52,3 +52,30 @@ def hook_runner(module: ModuleType) -> None:
         return result
 
     runners._update_states = update_states
+    _hold_prompt_logprobs(runners)
+
+
+def _hold_prompt_logprobs(runners: Any) -> None:
+    """Keep a prompt's logprobs until the step that samples, as the scheduler expects of every output.
+
+    Stock, they come with the step that ends the prompt. A resumed prefill may go on for steps after that, and the
+    engine would die of an assertion.
+    """
+    stock = require(runners, "_get_prompt_logprobs_dict", "hidden_states", "num_scheduled_tokens")
+
+    def get_prompt_logprobs_dict(self: Any, hidden_states: Any, num_scheduled_tokens: Any) -> Any:
+        found: Any = stock(self, hidden_states, num_scheduled_tokens)
+        held = self.__dict__.get("sllm_prompt_logprobs")
+        if not found and not held:
+            return found
+        waiting = {**(held or {}), **found}
+        self.sllm_prompt_logprobs, ready = {}, {}
+        for request_id, logprobs in waiting.items():
+            if request_id not in self.requests:
+                continue
+            index = self.input_batch.req_id_to_index.get(request_id)
+            samples = request_id in num_scheduled_tokens and not self.discard_request_mask.np[index]
+            (ready if samples else self.sllm_prompt_logprobs)[request_id] = logprobs
+        return ready
+
+    runners._get_prompt_logprobs_dict = get_prompt_logprobs_dict

@@ -7,7 +7,9 @@ from typing import Any
 from tests.resumed import CHAT, COMPLETIONS
 
 NUM_TOKENS = 64
-PROMPT = [1, *range(10, 110)]
+LONG = 400
+"""So long that it can be taken over while it goes on."""
+PROMPT = [1, *range(300, 400)]
 """Longer than a chunk of the test engine's prefill."""
 THINK, THINK_END, TOOL, TOOL_END = 500, 501, 502, 503
 REASONED = [*PROMPT[:60], THINK, THINK_END]
@@ -71,9 +73,9 @@ CASES: dict[str, Case] = {
     "min-tokens": completion(ignore_eos=False, logit_bias={str(EOS): 100.0}, min_tokens=55),
     "eos": completion(ignore_eos=False, **SEEDED, logit_bias={str(EOS): 3.0}, min_tokens=20),
     "stop-token-ids": completion(stop_token_ids=list(range(300, 420)), min_tokens=52, **SEEDED),
-    "stop-string": completion(stop=["ba", "de", "zu", "ko", "mi", "ta"], min_tokens=51, **SEEDED),
+    "stop-string": completion(stop=["ce wo5", "never"], min_tokens=51, **SEEDED),
     "stop-string-kept": completion(
-        stop=["ba", "de", "zu", "ko", "mi"], min_tokens=51, include_stop_str_in_output=True, **SEEDED
+        stop=["ce wo5", "never"], min_tokens=51, include_stop_str_in_output=True, **SEEDED
     ),
     "stop-string-never": completion(stop=["a string that never comes, and keeps text back"], **SEEDED),
     "bad-words": completion(bad_words=["ba", "de ko", "zu mi", "a", "e"], temperature=0.7, seed=6),
@@ -99,16 +101,17 @@ CASES: dict[str, Case] = {
             "max_tokens": 96,
             **SEEDED,
             "ignore_eos": True,
-            "logit_bias": {str(THINK_END): 4.0},
+            "logit_bias": {str(THINK_END): 2.0},
             "structured_outputs": {"regex": "[a-z]{3}-[0-9]{5}-[A-F]{30}"},
         },
     ),
     "n": completion(n=3, **SEEDED),
+    "n-ending-apart": completion(n=3, **SEEDED, stop_token_ids=list(range(300, 320)), min_tokens=3),
     "cached": completion(prompt=[*PROMPT, *PROMPT], **SEEDED),
     "chat": chat(),
-    "chat-reasoning": chat(logit_bias={str(THINK_END): 3.0}),
-    "chat-n": chat(n=2, logit_bias={str(THINK_END): 3.0}),
-    "chat-thinking-budget": chat(thinking_token_budget=25),
+    "chat-reasoning": chat(logit_bias={str(THINK_END): 4.0}),
+    "chat-n": chat(n=2, logit_bias={str(THINK_END): 4.0}),
+    "thinking-budget": completion(prompt=[*PROMPT, THINK], thinking_token_budget=25, **SEEDED),
     "chat-response-format": chat(
         logit_bias={str(THINK_END): 4.0},
         ignore_eos=False,
@@ -137,15 +140,57 @@ CASES: dict[str, Case] = {
         max_tokens=160,
     ),
 }
-CARRYING = {
-    "logprobs": completion(logprobs=3, **SEEDED),
-    "logprobs-chat": chat(logprobs=True, top_logprobs=3),
-    "logprobs-n": completion(logprobs=2, n=2, **SEEDED),
-    "logprobs-bytes": completion(logprobs=2, allowed_token_ids=[*range(100, 260)], **SEEDED),
+CARRYING: dict[str, Case] = {
+    "logprobs": completion(logprobs=3, max_tokens=LONG, **SEEDED),
+    "logprobs-chat": chat(logprobs=True, top_logprobs=3, max_tokens=LONG),
+    "logprobs-n": completion(logprobs=2, n=2, max_tokens=LONG, **SEEDED),
+    "logprobs-bytes": completion(logprobs=2, allowed_token_ids=[*range(100, 260)], max_tokens=LONG, **SEEDED),
 }
 """Logprobs of owned tokens have to be carried along: only the engine that made them has them."""
-WHOLE_ONLY = {
-    "prompt-logprobs": completion(prompt_logprobs=2),
-    "echo": completion(echo=True),
-}
+ENDED = completion(n=4, **SEEDED, stop_token_ids=list(range(300, 330)), max_tokens=LONG)
+"""Its choices end far apart."""
+WHOLE_ONLY: dict[str, Case] = {"prompt-logprobs": completion(prompt_logprobs=2), "echo": completion(echo=True)}
 """Not streamed."""
+SAMPLE = [
+    ("greedy", 1, False),
+    ("greedy", 50, True),
+    ("seed", 2, True),
+    ("seed", 17, False),
+    ("seed-min-p", 50, False),
+    ("presence", 17, False),
+    ("frequency", 50, False),
+    ("repetition", 50, False),
+    ("penalties-and-seed", 17, True),
+    ("min-tokens", 50, False),
+    ("min-tokens", -1, True),
+    ("stop-token-ids", -1, False),
+    ("stop-string", 17, True),
+    ("stop-string", -1, True),
+    ("stop-string-never", 50, True),
+    ("bad-words", 17, False),
+    ("bad-words", 50, False),
+    ("repetition-detection", -1, False),
+    ("half-a-character", 1, True),
+    ("half-a-character", 50, True),
+    ("bytes", 17, True),
+    ("regex", 17, False),
+    ("regex", -1, True),
+    ("json-schema", 50, True),
+    ("choice", 2, False),
+    ("grammar", 17, False),
+    ("regex-after-reasoning", 2, True),
+    ("regex-after-reasoning", 50, False),
+    ("n", 17, True),
+    ("n-ending-apart", 50, False),
+    ("cached", 50, True),
+    ("thinking-budget", 17, False),
+    ("chat", 1, True),
+    ("chat-reasoning", 2, True),
+    ("chat-reasoning", 50, True),
+    ("chat-response-format", 50, True),
+    ("chat-tool-parsed", 50, True),
+    ("chat-tool-parsed", -1, False),
+    ("chat-tool-named", 50, True),
+    ("prompt-logprobs", 50, False),
+]
+"""Case, tokens it owns (-1: all but the last), and whether it is streamed."""

@@ -1,0 +1,204 @@
+"""A request that goes on with its own tokens gives what it would have given unmoved: on one real engine, in fp32."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sllm_vllm.engine.resume import OwnedChoice
+from tests.conftest import ModelDir
+from tests.e2e.resume_cases import (
+    CARRYING,
+    CASES,
+    ENDED,
+    SAMPLE,
+    THINK,
+    WHOLE_ONLY,
+    completion,
+    structured,
+)
+from tests.resumed import Answer, Client, carried, compare, take_over
+from tests.vllm_server import vllm_server
+from tests.waiting import wait_until
+
+KEY = "a key of the engine"
+ARGUMENTS = (
+    *("--max-model-len", "1024", "--dtype", "float32", "--block-size", "32", "--max-num-seqs", "16"),
+    *("--enable-chunked-prefill", "--max-num-batched-tokens", "64"),  # prompts and what is resumed come in chunks
+    *("--reasoning-parser", "deepseek_r1", "--tool-call-parser", "hermes", "--enable-auto-tool-choice"),
+    *("--enable-prompt-tokens-details", "--api-key", KEY),
+)
+ENVIRONMENT = {"VLLM_PLUGINS": "sllm", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+OWNED = (1, 2, 17, 50, -1)
+AS_LONG_AS = 20
+LONGEST = 10_000
+
+Whole = Callable[[str, bool], Answer]
+
+
+def with_marks(model: Path, target: Path) -> Path:
+    """A copy of a model whose tokenizer has the marks of reasoning and of tool calls."""
+    shutil.copytree(model, target)
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    for id_, content in enumerate(("<think>", "</think>", "<tool_call>", "</tool_call>"), start=THINK):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        tokenizer["added_tokens"].append({"id": id_, "content": content, **flags})
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return target
+
+
+@pytest.fixture(scope="module")
+def client(model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    directory = tmp_path_factory.mktemp("resume")
+    model = with_marks(model_dir("llama", dtype="float32"), directory / "model")
+    with vllm_server(model, directory, *ARGUMENTS, environment=ENVIRONMENT) as server:
+        client = Client(f"http://127.0.0.1:{server.port}", str(model), {"Authorization": f"Bearer {KEY}"})
+        wait_until(lambda: client.get("/sllm/state")["resume"] is not None, "the self-test")
+        yield client
+
+
+@pytest.fixture(scope="module")
+def whole(client: Client) -> Whole:
+    """Unmoved answers, each asked for once."""
+
+    @functools.cache
+    def ask(name: str, stream: bool) -> Answer:
+        path, body = {**CASES, **WHOLE_ONLY}[name]
+        return client.ask(path, {**body, "stream": stream})
+
+    return ask
+
+
+def problem_of(client: Client, whole: Answer, case: tuple[str, dict[str, Any]], num_owned: int) -> str:
+    """What differs in the answer to a case that owns so many tokens; empty if nothing does."""
+    path, body = case
+    longest = max(map(len, whole.token_ids)) - 1
+    owned = longest if num_owned < 0 else min(num_owned, longest)
+    try:
+        compare(whole, client.ask(path, body, whole.resume(owned)))
+    except AssertionError as problem:
+        return str(problem)[:2000]
+    return ""
+
+
+def check(client: Client, whole: Whole, name: str, *, num_owned: int, stream: bool) -> str:
+    path, body = {**CASES, **WHOLE_ONLY}[name]
+    return problem_of(client, whole(name, stream), (path, {**body, "stream": stream}), num_owned)
+
+
+@pytest.mark.e2e
+def test_a_sample_of_requests_goes_on_as_if_unmoved(client: Client, whole: Whole) -> None:
+    """One test, not forty: each worker of the test run would start an engine of its own."""
+    assert client.get("/sllm/state")["resume"] is True
+    told = {case: check(client, whole, case[0], num_owned=case[1], stream=case[2]) for case in SAMPLE}
+    assert {case: problem for case, problem in told.items() if problem} == {}
+
+
+@pytest.mark.e2e_long
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", [*CASES, *WHOLE_ONLY])
+def test_every_case_goes_on_as_if_unmoved(client: Client, whole: Whole, name: str, stream: bool) -> None:
+    if stream and name in WHOLE_ONLY:
+        pytest.skip("never streamed")
+    told = {num: check(client, whole, name, num_owned=num, stream=stream) for num in OWNED}
+    assert {num: problem for num, problem in told.items() if problem} == {}
+
+
+@pytest.mark.e2e_long
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", list(CARRYING))
+def test_a_request_taken_over_goes_on_with_its_logprobs(client: Client, name: str, stream: bool) -> None:
+    path, body = CARRYING[name]
+    body = {**body, "stream": stream}
+    whole = client.ask(path, body)
+    told, sent = take_over(client, path, body, AS_LONG_AS)
+    resume = carried(told)
+    for index, choice in enumerate(resume.choices):
+        ids = sent.choices[index].token_ids
+        assert list(choice.token_ids[: len(ids)]) == ids
+    for num in (*OWNED[:-1], LONGEST):
+        compare(whole, client.ask(path, body, resume.first([num] * len(resume.choices))))
+
+
+@pytest.mark.e2e_long
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_that_have_ended_stay_ended(client: Client, stream: bool) -> None:
+    path, body = ENDED
+    body = {**body, "stream": stream}
+    whole = client.ask(path, body)
+    told, _ = take_over(client, path, body, 12)
+    resume = carried(told)
+    assert {choice.finish_reason for choice in resume.choices} == {None, "stop"}
+    compare(whole, client.ask(path, body, resume))
+
+
+@pytest.mark.e2e_long
+@pytest.mark.parametrize(("step", "seen"), [(1, [1, 2, 3]), (5, [5, 10, 15]), (0, [20, 21, 22])])
+def test_a_replay_comes_in_the_steps_that_were_asked_for(client: Client, step: int, seen: list[int]) -> None:
+    path, body = completion(stream=True)
+    whole = client.ask(path, body)
+    resumed = client.ask(path, body, replace(whole.resume(20), step=step))
+    compare(whole, resumed)
+    assert sorted(resumed.choices[0].states)[:3] == seen
+
+
+@pytest.mark.e2e_long
+def test_without_its_state_an_answer_would_differ(client: Client) -> None:
+    """The cases can tell: plain resubmission of prompt and tokens is wrong in these."""
+    for name in ("presence", "min-tokens", "bad-words", "regex"):
+        path, body = CASES[name]
+        whole = client.ask(path, body)
+        naive = {**body, "prompt": [*body["prompt"], *whole.token_ids[0][:17]], "max_tokens": body["max_tokens"] - 17}
+        if "min_tokens" in body:
+            naive["max_tokens"] = body["max_tokens"]
+        assert whole.token_ids[0][:17] + client.ask(path, naive).token_ids[0] != whole.token_ids[0], name
+
+
+@pytest.mark.e2e_long
+def test_what_cant_be_resumed_is_refused_before_it_streams(client: Client) -> None:
+    path, body = completion()
+    resume = client.ask(path, body).resume(5)
+    refused: list[tuple[dict[str, Any], Any, str]] = [
+        ({}, "no JSON", "is no JSON"),
+        ({}, 7, "must be a string"),
+        ({}, replace(resume, prompt_digest="another").to_json(), "prompt"),
+        ({}, replace(resume, choices=(OwnedChoice((512,)),)).to_json(), "vocabulary"),
+        ({}, replace(resume, choices=(OwnedChoice((1,) * 64),)).to_json(), "max_tokens"),
+        ({"max_tokens": 923}, replace(resume, choices=(OwnedChoice((1,) * 922),)).to_json(), "length"),
+        ({"n": 2}, resume.to_json(), "n=2"),
+        ({"logprobs": 1}, resume.to_json(), "logprobs"),
+        ({"use_beam_search": True, "n": 2}, resume.to_json(), "beam search"),
+    ]
+    for more, value, reason in refused:
+        for stream in (False, True):
+            if stream and "use_beam_search" in more:
+                continue
+            status, message = client.refusal(path, {**body, **more, "stream": stream}, value)
+            assert status == 400, message
+            assert reason in message
+
+
+@pytest.mark.e2e_long
+def test_tokens_that_no_grammar_takes_fail_their_request_alone(client: Client) -> None:
+    path, body = structured(regex="[0-9]{20}")
+    resume = client.ask(path, body).resume(3)
+    status, _ = client.refusal(path, body, replace(resume, choices=(OwnedChoice((300, 301)),)).to_json())
+    assert status == 500
+    compare(client.ask(*CASES["regex"]), client.ask(*CASES["regex"]))
+
+
+@pytest.mark.e2e_long
+def test_our_routes_want_the_engines_key(client: Client) -> None:
+    stranger = replace(client, headers={"Authorization": "Bearer another"})
+    for path in ("/sllm/state", "/sllm/requests", "/sllm/requests/x/tokens"):
+        assert stranger.status(path) == 401
+        assert replace(client, headers={}).status(path) == 401
+    assert client.status("/sllm/requests/unknown/tokens") == 404
+    assert client.get("/sllm/requests") == {"requests": []}
