@@ -12,7 +12,7 @@ import urllib.request
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, parse_resume
@@ -97,20 +97,18 @@ class Client:
     model: str
     headers: dict[str, str] = field(default_factory=dict)
 
-    def ask(self, path: str, body: dict[str, Any], resume: Resume | None = None, **headers: str) -> Answer:
+    def ask(self, path: str, body: dict[str, Any], resume: Resume | None = None) -> Answer:
         """The whole answer.
 
         Raises:
             urllib.error.HTTPError: the engine refuses.
         """
         answer = Answer()
-        for found in self.chunks(path, body, resume, **headers):
+        for found in self.chunks(path, body, resume):
             answer.add(found)
         return answer
 
-    def chunks(
-        self, path: str, body: dict[str, Any], resume: Resume | None = None, **headers: str
-    ) -> Iterator[dict[str, Any]]:
+    def chunks(self, path: str, body: dict[str, Any], resume: Resume | None = None) -> Iterator[dict[str, Any]]:
         """What comes, as it comes: chunks of a stream, or the one answer."""
         whole = {"model": self.model, "return_token_ids": True, **body}
         if whole.get("stream"):
@@ -118,7 +116,7 @@ class Client:
         if resume is not None:
             whole["vllm_xargs"] = {**whole.get("vllm_xargs", {}), RESUME_KEY: resume.to_json()}
         request = urllib.request.Request(
-            self.url + path, json.dumps(whole).encode(), {"Content-Type": "application/json", **self.headers, **headers}
+            self.url + path, json.dumps(whole).encode(), {"Content-Type": "application/json", **self.headers}
         )
         with urllib.request.urlopen(request, timeout=REQUEST_MAX_S) as answer:
             if not whole.get("stream"):
@@ -170,8 +168,8 @@ def take_over(client: Client, path: str, body: dict[str, Any], num_tokens: int) 
     life: then it is tried again.
     """
     for _ in range(TAKE_OVER_TRIES_MAX):
-        sent, id_ = Answer(), uuid.uuid4().hex
-        for found in client.chunks(path, {**body, "stream": True}, **{"X-Request-Id": id_}):
+        sent, id_, streamed = Answer(), uuid.uuid4().hex, {**body, "stream": True}
+        for found in replace(client, headers={**client.headers, "X-Request-Id": id_}).chunks(path, streamed):
             sent.add(found)
             done = [len(one.token_ids) >= num_tokens or one.ending is not None for one in sent.choices.values()]
             if len(done) == body.get("n", 1) and all(done):

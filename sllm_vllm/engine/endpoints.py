@@ -1,7 +1,7 @@
 """Our HTTP routes on the engine's own API server (``vllm.endpoint_plugins``), behind the engine's own key.
 
-vLLM loads them only where ``VLLM_PLUGINS`` names ``sllm``. Its key guards the routes of OpenAI's API alone, so these are
-guarded here.
+vLLM loads them only where ``VLLM_PLUGINS`` names ``sllm``. Its key guards the routes of OpenAI's API alone, so these
+are guarded here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import time
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Gauge
 
 from sllm_vllm.engine.in_flight import find_in_flight, list_in_flight
 from sllm_vllm.engine.resume import RESUME_KEY
@@ -34,7 +34,8 @@ class SllmEndpoints:
         self._keys: tuple[str, ...] = ()
         self._reason: str | None = None
         self._trial: asyncio.Task[None] | None = None
-        self._supported = _metric(Gauge, EngineMetric.RESUME_SUPPORTED)
+        metric = EngineMetric.RESUME_SUPPORTED.value
+        self._supported = Gauge(metric.name, metric.help)
 
     def attach_router(self, app: Any) -> None:
         """Add the routes to vLLM's FastAPI app."""
@@ -111,7 +112,3 @@ def _respond(content: dict[str, Any], status: int) -> Any:
 
     # Not starlette's own JSON, which refuses the infinities that logprobs may be.
     return Response(json.dumps(content), status, media_type="application/json")
-
-
-def _metric(kind: type[Gauge] | type[Counter], metric: EngineMetric) -> Any:
-    return kind(metric.value.name, metric.value.help)

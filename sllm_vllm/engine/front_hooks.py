@@ -1,4 +1,4 @@
-"""Where the front end is hooked: what is asked is checked before it streams, and replayed when it is added. Hooks vLLM."""
+"""Where the front end is hooked: what is asked is checked before it streams, and replayed when added. Hooks vLLM."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def hook_generate(module: ModuleType, points: HookPoints) -> None:
     engines: Any = require_type(module, "AsyncLLM")
     stock = require(engines, "generate", "prompt", "sampling_params", "request_id")
 
-    def generate(self: Any, prompt: Any, sampling_params: Any, request_id: str, **rest: Any) -> Any:
+    def generate(self: Any, prompt: Any, sampling_params: Any, *places: Any, **named: Any) -> Any:
         if RESUME_KEY in (getattr(sampling_params, "extra_args", None) or {}):
             _accept(self, prompt, sampling_params)
-        return stock(self, prompt, sampling_params, request_id, **rest)
+        return stock(self, prompt, sampling_params, *places, **named)
 
     engines.generate = generate
     engines.sllm_points = points
@@ -136,7 +136,7 @@ def _added(processor: Any, request: Any, state: Any) -> None:
     if carried is None:
         state.sllm_request = request
     elif isinstance(carried, Resume):
-        _resume(processor, request, state, carried)
+        _resume(processor, request, carried)
     else:  # it came by another way than `generate`, unchecked
         processor.abort_requests([request.request_id], internal=True)
         raise _refusal(f"{RESUME_KEY} is understood in requests over HTTP alone")
@@ -145,14 +145,15 @@ def _added(processor: Any, request: Any, state: Any) -> None:
         parent.__dict__.setdefault("sllm_states", {})[state.request_index] = state
 
 
-def _resume(processor: Any, request: Any, state: Any, resume: Resume) -> None:
+def _resume(processor: Any, request: Any, resume: Resume) -> None:
+    state = processor.request_states[request.request_id]
     choice = resume.choices[state.request_index]
     state.num_cached_tokens = state.remote_prefill_cached_tokens = resume.num_cached_tokens
     held = None
     if state.queue is not None:
         held = state.queue.__dict__.setdefault("sllm_held", None) or HeldOutputs(state.queue, resume.step)
         state.queue.sllm_held = held
-    replay(processor, state, choice, held)
+    replay(processor, state, choice, held=held)
     hand_to_core(request, choice, is_open=processor.has_request(request.request_id))
     state.sllm_request = request
 

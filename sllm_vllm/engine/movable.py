@@ -1,4 +1,4 @@
-"""Which requests are never moved, because nothing makes their continuation exact. Reads vLLM's objects, changes none."""
+"""Which requests are never moved, because nothing makes their continuation exact. Reads vLLM, changes nothing."""
 
 from __future__ import annotations
 

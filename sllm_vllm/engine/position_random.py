@@ -40,8 +40,9 @@ class PositionGenerator(torch.Generator):
         """No draw is counted."""
         return 0
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> torch.Generator:
         """Take back nothing."""
+        return self
 
     def seed_step(self, seed: int, position: int) -> None:
         """Get ready to sample the token at ``position``."""

@@ -57,7 +57,7 @@ class HeldOutputs:
         return self._held.popleft() if self._held else await self._stock_get()
 
 
-def replay(processor: Any, state: Any, choice: OwnedChoice, held: HeldOutputs | None) -> None:
+def replay(processor: Any, state: Any, choice: OwnedChoice, *, held: HeldOutputs | None) -> None:
     """Work through a choice's tokens; afterwards ``state`` is what it was at the source, or has ended as it did."""
     if held is None:
         _process(processor, state, choice)

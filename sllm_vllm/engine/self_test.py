@@ -1,8 +1,8 @@
 """Whether this engine resumes exactly: tried once at its start, on its own model, beside whatever else it does.
 
-Two short requests are answered whole and resumed. They don't depend on what the model computes: one bans a pair of
-tokens, so that what comes next depends on the last output token alone; one draws at the highest temperature there is, so that
-the random numbers matter.
+Two short requests are answered whole and resumed. They hardly depend on what the model computes: one bans a pair of
+tokens, so that what comes next depends on the last output token alone; one draws at the highest temperature there is,
+so that the random numbers matter.
 """
 
 from __future__ import annotations

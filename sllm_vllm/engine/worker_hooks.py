@@ -63,19 +63,17 @@ def _hold_prompt_logprobs(runners: Any) -> None:
     """
     stock = require(runners, "_get_prompt_logprobs_dict", "hidden_states", "num_scheduled_tokens")
 
+    def samples(self: Any, request_id: str) -> bool:
+        return not self.discard_request_mask.np[self.input_batch.req_id_to_index[request_id]]
+
     def get_prompt_logprobs_dict(self: Any, hidden_states: Any, num_scheduled_tokens: Any) -> Any:
         found: Any = stock(self, hidden_states, num_scheduled_tokens)
         held = self.__dict__.get("sllm_prompt_logprobs")
         if not found and not held:
             return found
-        waiting = {**(held or {}), **found}
-        self.sllm_prompt_logprobs, ready = {}, {}
-        for request_id, logprobs in waiting.items():
-            if request_id not in self.requests:
-                continue
-            index = self.input_batch.req_id_to_index.get(request_id)
-            samples = request_id in num_scheduled_tokens and not self.discard_request_mask.np[index]
-            (ready if samples else self.sllm_prompt_logprobs)[request_id] = logprobs
+        waiting = {id_: one for id_, one in {**(held or {}), **found}.items() if id_ in self.requests}
+        ready = {id_: one for id_, one in waiting.items() if id_ in num_scheduled_tokens and samples(self, id_)}
+        self.sllm_prompt_logprobs = {id_: one for id_, one in waiting.items() if id_ not in ready}
         return ready
 
     runners._get_prompt_logprobs_dict = get_prompt_logprobs_dict

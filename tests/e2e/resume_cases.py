@@ -38,7 +38,8 @@ SCHEMA = {
     "required": ["name", "tags"],
     "additionalProperties": False,
 }
-TOOL_CALL = r'<tool_call>\n\{"name": "get_weather", "arguments": \{"city": "[a-z ]{12,20}", "days": [0-9]{2}\}\}\n</tool_call>'
+CALL = r'\{"name": "get_weather", "arguments": \{"city": "[a-z ]{12,20}", "days": [0-9]{2}\}\}'
+TOOL_CALL = rf"<tool_call>\n{CALL}\n</tool_call>"
 GRAMMAR = 'root ::= pair pair pair pair\npair ::= "(" word " " word ")\\n"\nword ::= [a-z] [a-z] [a-z] [a-z]?'
 
 Case = tuple[str, dict[str, Any]]
@@ -74,9 +75,7 @@ CASES: dict[str, Case] = {
     "eos": completion(ignore_eos=False, **SEEDED, logit_bias={str(EOS): 3.0}, min_tokens=20),
     "stop-token-ids": completion(stop_token_ids=list(range(300, 420)), min_tokens=52, **SEEDED),
     "stop-string": completion(stop=["ce wo5", "never"], min_tokens=51, **SEEDED),
-    "stop-string-kept": completion(
-        stop=["ce wo5", "never"], min_tokens=51, include_stop_str_in_output=True, **SEEDED
-    ),
+    "stop-string-kept": completion(stop=["ce wo5", "never"], min_tokens=51, include_stop_str_in_output=True, **SEEDED),
     "stop-string-never": completion(stop=["a string that never comes, and keeps text back"], **SEEDED),
     "bad-words": completion(bad_words=["ba", "de ko", "zu mi", "a", "e"], temperature=0.7, seed=6),
     "logit-bias": completion(logit_bias={"300": 6.0, "301": 6.0, "302": 6.0}, presence_penalty=2.0),
@@ -86,7 +85,9 @@ CASES: dict[str, Case] = {
     "half-a-character": structured(regex="(é|€|😀|日本|ß){40}"),
     "bytes": completion(allowed_token_ids=[*range(100, 260)], **SEEDED),
     "special-tokens": completion(
-        allowed_token_ids=[0, 1, 3, 4, 300, 301, 302], skip_special_tokens=False, spaces_between_special_tokens=False,
+        allowed_token_ids=[0, 1, 3, 4, 300, 301, 302],
+        skip_special_tokens=False,
+        spaces_between_special_tokens=False,
         **SEEDED,
     ),
     "regex": structured(regex="[a-z]{3}-[0-9]{5}-[A-F]{30}"),
