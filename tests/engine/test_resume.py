@@ -34,6 +34,31 @@ LIMITS = ResumeLimits(
     wants_logprobs=False,
 )
 SOUND: dict[str, Any] = {"version": 1, "prompt_digest": "d", "choices": [{"token_ids": [5, 6]}]}
+WRONG: list[dict[str, Any]] = [
+    {"version": 2},
+    {"more": 1},
+    {"prompt_digest": 3},
+    {"choices": []},
+    {"choices": {}},
+    {"choices": [7]},
+    {"choices": [{}]},
+    {"choices": [{"token_ids": "56"}]},
+    {"choices": [{"token_ids": [5.0]}]},
+    {"choices": [{"token_ids": [True]}]},
+    {"choices": [{"token_ids": [-1]}]},
+    {"choices": [{"token_ids": [2**40]}]},
+    {"choices": [{"token_ids": [5], "more": 1}]},
+    {"choices": [{"token_ids": [5], "finish_reason": "abort"}]},
+    {"choices": [{"token_ids": [], "finish_reason": "stop"}]},
+    {"choices": [{"token_ids": [5], "stop_reason": [1]}]},
+    {"choices": [{"token_ids": [5], "logprobs": []}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[]]}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[[6, 0.0, 1, "a"]]]}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[[5, "0", 1, "a"]]]}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[[5, 0.0, 1]]]}]},
+    {"num_cached_tokens": -1},
+    {"step": 0.5},
+]
 
 
 def owning(*tokens: int, **more: Any) -> Resume:
@@ -78,34 +103,7 @@ def test_it_comes_out_as_it_went_in(resume: Resume) -> None:
         "[" * 100_000,
         "[]",
         "{}",
-        *(
-            json.dumps({**SOUND, **wrong})
-            for wrong in (
-                {"version": 2},
-                {"more": 1},
-                {"prompt_digest": 3},
-                {"choices": []},
-                {"choices": {}},
-                {"choices": [7]},
-                {"choices": [{}]},
-                {"choices": [{"token_ids": "56"}]},
-                {"choices": [{"token_ids": [5.0]}]},
-                {"choices": [{"token_ids": [True]}]},
-                {"choices": [{"token_ids": [-1]}]},
-                {"choices": [{"token_ids": [2**40]}]},
-                {"choices": [{"token_ids": [5], "more": 1}]},
-                {"choices": [{"token_ids": [5], "finish_reason": "abort"}]},
-                {"choices": [{"token_ids": [], "finish_reason": "stop"}]},
-                {"choices": [{"token_ids": [5], "stop_reason": [1]}]},
-                {"choices": [{"token_ids": [5], "logprobs": []}]},
-                {"choices": [{"token_ids": [5], "logprobs": [[]]}]},
-                {"choices": [{"token_ids": [5], "logprobs": [[[6, 0.0, 1, "a"]]]}]},
-                {"choices": [{"token_ids": [5], "logprobs": [[[5, "0", 1, "a"]]]}]},
-                {"choices": [{"token_ids": [5], "logprobs": [[[5, 0.0, 1]]]}]},
-                {"num_cached_tokens": -1},
-                {"step": 0.5},
-            )
-        ),
+        *(json.dumps({**SOUND, **wrong}) for wrong in WRONG),
     ],
 )
 def test_anything_else_is_refused(value: object) -> None:
