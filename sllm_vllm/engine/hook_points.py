@@ -13,6 +13,7 @@ from types import ModuleType
 import wrapt
 
 Install = Callable[[ModuleType], None]
+_MARK = "_sllm_hooked"
 
 
 class HookMissing(Exception):
@@ -33,13 +34,14 @@ class HookPoints:
 
     def _hook(self, name: str, install: Install) -> Callable[[ModuleType], None]:
         def run(module: ModuleType) -> None:
-            if name in self.installed:
-                return
+            if _MARK in vars(module):
+                return  # by a plugin that was loaded twice: tokens would be owned twice
             try:
                 install(module)
             except HookMissing as problem:
                 self.problems.append(f"{name}: {problem}")
             else:
+                setattr(module, _MARK, True)
                 self.installed.append(name)
 
         return run

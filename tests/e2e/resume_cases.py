@@ -148,7 +148,7 @@ CARRYING: dict[str, Case] = {
     "logprobs-bytes": completion(logprobs=2, allowed_token_ids=[*range(100, 260)], max_tokens=LONG, **SEEDED),
 }
 """Logprobs of owned tokens have to be carried along: only the engine that made them has them."""
-ENDED = completion(n=4, **SEEDED, stop_token_ids=list(range(300, 330)), max_tokens=LONG)
+ENDED = completion(n=4, **SEEDED, stop_token_ids=list(range(300, 306)), max_tokens=LONG)
 """Its choices end far apart."""
 WHOLE_ONLY: dict[str, Case] = {"prompt-logprobs": completion(prompt_logprobs=2), "echo": completion(echo=True)}
 """Not streamed."""

@@ -44,6 +44,12 @@ def test_a_module_that_is_there_already_is_hooked_at_once() -> None:
     assert module.Thing().act(1) == (1, "hooked")
 
 
+def test_a_plugin_that_is_loaded_twice_hooks_once() -> None:
+    for _ in range(2):
+        HookPoints().register({NAME: doubled})
+    assert importlib.import_module(NAME).Thing().act(1) == (1, "hooked")
+
+
 def test_what_is_missing_is_a_problem_and_changes_nothing() -> None:
     def install(module: ModuleType) -> None:
         require(require_type(module, "Thing"), "act", "one", "three")
