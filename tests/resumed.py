@@ -161,7 +161,9 @@ def compare(whole: Answer, resumed: Answer) -> None:
         }
 
 
-def take_over(client: Client, path: str, body: dict[str, Any], num_tokens: int) -> tuple[dict[str, Any], Answer]:
+def take_over(
+    client: Client, path: str, body: dict[str, Any], *, num_tokens: int, resume: Resume | None = None
+) -> tuple[dict[str, Any], Answer]:
     """Stream until every choice has so many tokens or has ended, ask our route what the request has, and hang up.
 
     Returns what the route said, and what the client had been sent. The engine may be done before it is asked, as in
@@ -169,7 +171,7 @@ def take_over(client: Client, path: str, body: dict[str, Any], num_tokens: int) 
     """
     for _ in range(TAKE_OVER_TRIES_MAX):
         sent, id_, streamed = Answer(), uuid.uuid4().hex, {**body, "stream": True}
-        for found in replace(client, headers={**client.headers, "X-Request-Id": id_}).chunks(path, streamed):
+        for found in replace(client, headers={**client.headers, "X-Request-Id": id_}).chunks(path, streamed, resume):
             sent.add(found)
             done = [len(one.token_ids) >= num_tokens or one.ending is not None for one in sent.choices.values()]
             if len(done) == body.get("n", 1) and all(done):

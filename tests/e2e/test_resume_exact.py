@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from tests.e2e.resume_cases import (
     CARRYING,
     CASES,
     ENDED,
+    LONG,
     SAMPLE,
+    SEEDED,
     THINK,
     WHOLE_ONLY,
     completion,
@@ -54,11 +58,29 @@ def with_marks(model: Path, target: Path) -> Path:
     return target
 
 
+def write_adapter(path: Path) -> Path:
+    """A random LoRA adapter of the tiny model, strong enough to change what it says."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for layer, (name, rows) in itertools.product(range(4), {"q_proj": 256, "v_proj": 128}.items()):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+        tensors[f"{stem}.lora_A.weight"] = torch.randn(8, 256, generator=generator) * 0.1
+        tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) * 0.1
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    return path
+
+
 @pytest.fixture(scope="module")
 def client(model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     directory = tmp_path_factory.mktemp("resume")
     model = with_marks(model_dir("llama", dtype="float32"), directory / "model")
-    with vllm_server(model, directory, *ARGUMENTS, environment=ENVIRONMENT) as server:
+    adapter = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"ada={write_adapter(directory / 'ada')}")
+    with vllm_server(model, directory, *ARGUMENTS, *adapter, environment=ENVIRONMENT) as server:
         client = Client(f"http://127.0.0.1:{server.port}", str(model), {"Authorization": f"Bearer {KEY}"})
         wait_until(lambda: client.get("/sllm/state")["resume"] is not None, "the self-test")
         yield client
@@ -118,7 +140,7 @@ def test_a_request_taken_over_goes_on_with_its_logprobs(client: Client, name: st
     path, body = CARRYING[name]
     body = {**body, "stream": stream}
     whole = client.ask(path, body)
-    told, sent = take_over(client, path, body, AS_LONG_AS)
+    told, sent = take_over(client, path, body, num_tokens=AS_LONG_AS)
     resume = carried(told)
     for index, choice in enumerate(resume.choices):
         ids = sent.choices[index].token_ids
@@ -128,12 +150,38 @@ def test_a_request_taken_over_goes_on_with_its_logprobs(client: Client, name: st
 
 
 @pytest.mark.e2e_long
+@pytest.mark.parametrize("name", list(CARRYING))
+def test_a_request_moves_twice(client: Client, name: str) -> None:
+    path, body = CARRYING[name]
+    whole = client.ask(path, body)
+    first, _ = take_over(client, path, body, num_tokens=AS_LONG_AS)
+    second, _ = take_over(client, path, body, num_tokens=3 * AS_LONG_AS, resume=carried(first))
+    assert all(num >= 3 * AS_LONG_AS for num in second["num_output_tokens"])
+    compare(whole, client.ask(path, body, carried(second)))
+
+
+@pytest.mark.e2e_long
+def test_a_request_that_does_not_stream_is_taken_over_too(client: Client) -> None:
+    path, body = completion(max_tokens=LONG, **SEEDED)
+    whole = client.ask(path, body)
+    named = replace(client, headers={**client.headers, "X-Request-Id": "plain"})
+    with ThreadPoolExecutor(1) as pool:
+        unmoved = pool.submit(named.ask, path, body)
+        wait_until(lambda: client.status("/sllm/requests/plain/tokens") == 200, "the request")
+        told = client.get("/sllm/requests/plain/tokens")
+        assert unmoved.result().choices == whole.choices
+    assert told["sampling_params"]["seed"] == body["seed"]
+    assert told["prompt_token_ids"] == body["prompt"]
+    compare(whole, client.ask(path, body, carried(told)))
+
+
+@pytest.mark.e2e_long
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_that_have_ended_stay_ended(client: Client, stream: bool) -> None:
     path, body = ENDED
     body = {**body, "stream": stream}
     whole = client.ask(path, body)
-    told, _ = take_over(client, path, body, min(map(len, whole.token_ids)) + 1)
+    told, _ = take_over(client, path, body, num_tokens=min(map(len, whole.token_ids)) + 1)
     resume = carried(told)
     assert {choice.finish_reason for choice in resume.choices} == {None, "stop"}
     compare(whole, client.ask(path, body, resume))
@@ -147,6 +195,17 @@ def test_a_replay_comes_in_the_steps_that_were_asked_for(client: Client, step: i
     resumed = client.ask(path, body, replace(whole.resume(20), step=step))
     compare(whole, resumed)
     assert sorted(resumed.choices[0].states)[:3] == seen
+
+
+@pytest.mark.e2e_long
+@pytest.mark.parametrize("name", ["greedy", "seed", "regex", "chat"])
+def test_an_adapters_request_goes_on_as_if_unmoved(client: Client, whole: Whole, name: str) -> None:
+    adapted = replace(client, model="ada")
+    path, body = CASES[name]
+    said = adapted.ask(path, body)
+    assert said.token_ids != whole(name, False).token_ids
+    told = {num: problem_of(adapted, said, (path, body), num) for num in OWNED}
+    assert {num: problem for num, problem in told.items() if problem} == {}
 
 
 @pytest.mark.e2e_long
