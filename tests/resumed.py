@@ -171,13 +171,14 @@ def take_over(
     """
     for _ in range(TAKE_OVER_TRIES_MAX):
         sent, id_, streamed = Answer(), uuid.uuid4().hex, {**body, "stream": True}
-        for found in replace(client, headers={**client.headers, "X-Request-Id": id_}).chunks(path, streamed, resume):
+        named = replace(client, headers={**client.headers, "X-Request-Id": id_})
+        for found in named.chunks(path, streamed, resume):
             sent.add(found)
             done = [len(one.token_ids) >= num_tokens or one.ending is not None for one in sent.choices.values()]
             if len(done) == body.get("n", 1) and all(done):
+                with contextlib.suppress(urllib.error.HTTPError):
+                    return client.get(f"/sllm/requests/{id_}/tokens"), sent
                 break
-        with contextlib.suppress(urllib.error.HTTPError):
-            return client.get(f"/sllm/requests/{id_}/tokens"), sent
     raise AssertionError("it ended first each time")
 
 

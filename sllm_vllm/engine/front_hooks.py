@@ -148,7 +148,8 @@ def _added(processor: Any, request: Any, state: Any) -> None:
 def _resume(processor: Any, request: Any, resume: Resume) -> None:
     state = processor.request_states[request.request_id]
     choice = resume.choices[state.request_index]
-    state.num_cached_tokens = state.remote_prefill_cached_tokens = resume.num_cached_tokens
+    if resume.num_cached_tokens is not None:
+        state.num_cached_tokens = state.remote_prefill_cached_tokens = resume.num_cached_tokens
     held = None
     if state.queue is not None:
         held = state.queue.__dict__.setdefault("sllm_held", None) or HeldOutputs(state.queue, resume.step)

@@ -59,7 +59,7 @@ def _described(engine: Any, id_: str, states: list[Any]) -> dict[str, Any]:
         resume = Resume(
             prompt_digest=digest_tokens(states[0].prompt_token_ids),
             choices=tuple(map(_owned, everything)),
-            num_cached_tokens=states[0].num_cached_tokens,
+            num_cached_tokens=_num_cached_tokens(states[0]),
         )
         told["resume"] = msgspec.to_builtins(msgspec.json.decode(resume.to_json()))
     return told
@@ -87,6 +87,13 @@ def _why_immovable(engine: Any, state: Any, everything: list[Any]) -> str:
 
 def _num_tokens(state: Any) -> int:
     return state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+
+
+def _num_cached_tokens(state: Any) -> int | None:
+    """None before the engine has looked; a resumed request brought its number along."""
+    if state.is_prefilling and getattr(state, "remote_prefill_cached_tokens", None) is None:
+        return None
+    return int(state.num_cached_tokens)
 
 
 def _ending(state: Any) -> tuple[str | None, int | str | None]:

@@ -54,8 +54,8 @@ class Resume:
 
     prompt_digest: str
     choices: tuple[OwnedChoice, ...]
-    num_cached_tokens: int = 0
-    """What the first engine found in its prefix cache: the client's usage names this."""
+    num_cached_tokens: int | None = None
+    """What the first engine found in its prefix cache: the client's usage names this. None if it has not looked yet."""
     step: int = 1
     """Tokens in one output of the replay, 0 for all: parsers of tool calls want the steps the source made."""
 
@@ -102,13 +102,13 @@ def parse_resume(value: object) -> Resume:
         raise ResumeRefused(f"{RESUME_KEY} is no JSON: {type(error).__name__}") from None
     _check(isinstance(found, dict) and found.get("version") == _VERSION, f"is no object of version {_VERSION}")
     _check(found.keys() <= _FIELDS, f"has unknown fields: {sorted(found.keys() - _FIELDS)}")
-    choices, digest = found.get("choices"), found.get("prompt_digest")
+    choices, digest, cached = found.get("choices"), found.get("prompt_digest"), found.get("num_cached_tokens")
     _check(isinstance(choices, list) and bool(choices), "has no choices")
     _check(isinstance(digest, str), "has no prompt_digest")
     return Resume(
         prompt_digest=digest,
         choices=tuple(map(_parse_choice, choices)),
-        num_cached_tokens=_count(found.get("num_cached_tokens", 0), "num_cached_tokens"),
+        num_cached_tokens=None if cached is None else _count(cached, "num_cached_tokens"),
         step=_count(found.get("step", 1), "step"),
     )
 

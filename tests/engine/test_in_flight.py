@@ -37,6 +37,7 @@ def state(id_: str, *tokens: int, index: int = 0, parent: Any = None, **more: An
         prompt_token_ids=PROMPT,
         prompt_len=len(PROMPT),
         num_cached_tokens=2,
+        is_prefilling=False,
         detokenizer=detokenizer,
         logprobs_processor=SimpleNamespace(logprobs=None),
         sllm_request=request,
@@ -69,6 +70,14 @@ def test_what_it_tells_is_what_a_target_reads() -> None:
     assert (resume.prompt_digest, resume.num_cached_tokens) == (digest_tokens(PROMPT), 2)
     assert (found["sampling_params"]["seed"], found["sampling_params"]["stops"]) == (5, [7])
     assert found["prompt_token_ids"] == PROMPT
+
+
+def test_cached_tokens_are_not_told_before_the_engine_has_looked() -> None:
+    new = state("cmpl-a-0", is_prefilling=True)
+    moved = state("cmpl-b-0", 8, is_prefilling=True, remote_prefill_cached_tokens=2)
+    serving = engine(new, moved)
+    told = [(find_in_flight(serving, name) or {})["resume"]["num_cached_tokens"] for name in "ab"]
+    assert told == [None, 2]
 
 
 def test_choices_that_have_ended_are_told_with_the_others() -> None:

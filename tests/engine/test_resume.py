@@ -84,7 +84,7 @@ def choices(draw: st.DrawFn) -> OwnedChoice:
         Resume,
         prompt_digest=st.text(),
         choices=st.lists(choices(), min_size=1, max_size=3).map(tuple),
-        num_cached_tokens=tokens,
+        num_cached_tokens=st.none() | tokens,
         step=st.integers(0, 9),
     )
 )
