@@ -209,6 +209,19 @@ def test_an_adapters_request_goes_on_as_if_unmoved(client: Client, whole: Whole,
 
 
 @pytest.mark.e2e_long
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_goes_on_from_its_own_prompt_whatever_a_template_makes_now(client: Client, stream: bool) -> None:
+    path, body = CASES["chat-tool-parsed"]
+    body = {**body, "stream": stream}
+    whole = client.ask(path, body)
+    later = {**body, "messages": [{"role": "user", "content": "as rendered a day later"}]}
+    status, message = client.refusal(path, later, whole.resume(30).to_json())
+    assert (status, "prompt" in message) == (400, True)
+    pinned = {**later, "kv_transfer_params": {"prompt_token_ids": whole.prompt_token_ids}}
+    compare(whole, client.ask(path, pinned, whole.resume(30)))
+
+
+@pytest.mark.e2e_long
 def test_without_its_state_an_answer_would_differ(client: Client) -> None:
     """The cases can tell: plain resubmission of prompt and tokens is wrong in these."""
     for name in ("presence", "frequency", "min-tokens", "regex"):
