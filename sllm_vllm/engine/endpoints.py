@@ -62,6 +62,9 @@ class SllmEndpoints:
         self._supported.set(not reason)
         told = f"event=resume supported={str(not reason).lower()} seconds={time.monotonic() - start:.3f}"
         if reason:
+            points = getattr(self._engine, "sllm_points", None)
+            if points is not None:
+                points.problems.append(reason)  # whoever asks anyway gets it
             logger.warning("%s reason=%s", told, json.dumps(reason))
         else:
             logger.info("%s", told)

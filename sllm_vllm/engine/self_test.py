@@ -24,7 +24,7 @@ _BAD_WORDS = "_bad_words_token_ids"
 
 async def why_unable(engine: Any) -> str:
     """What keeps this engine from resuming requests; empty if it can."""
-    points = getattr(type(engine), "sllm_points", None)
+    points = getattr(engine, "sllm_points", None)
     if points is None:
         return "the front end is not hooked"
     if points.problems:

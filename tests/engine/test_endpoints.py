@@ -30,10 +30,10 @@ class App:
 class Engine:
     """Stands in for AsyncLLM: no requests, and hooks that are missing."""
 
-    sllm_points = HookPoints()
     _client_count = 1
 
     def __init__(self) -> None:
+        self.sllm_points = HookPoints()
         self.output_processor = SimpleNamespace(request_states={})
         cache, model = SimpleNamespace(block_size=16), SimpleNamespace(max_model_len=64, model="m")
         self.vllm_config = SimpleNamespace(cache_config=cache, model_config=model)
@@ -92,19 +92,15 @@ async def test_an_engine_that_cant_resume_says_why_and_serves_on(
     status, state = await ask(endpoints, "/sllm/state")
     assert (status, state["resume"]) == (200, False)
     assert "sllm_hook_problems" in state["reason"]
+    assert endpoints._engine.sllm_points.problems == [state["reason"]]  # the answer to a body that asks anyway
     assert REGISTRY.get_sample_value("sllm_engine_resume_supported") == 0
     assert [record for record in caplog.records if "event=resume supported=false" in record.getMessage()]
 
 
 async def test_a_hook_that_is_missing_is_the_reason() -> None:
     engine = Engine()
-    engine.sllm_points = HookPoints()
-    assert "sllm_hook_problems" in await why_unable(engine)
-    type(engine).sllm_points.problems.append("a module: there is no such function")
-    try:
-        assert await why_unable(engine) == "a module: there is no such function"
-    finally:
-        type(engine).sllm_points.problems.clear()
+    engine.sllm_points.problems.append("a module: there is no such function")
+    assert await why_unable(engine) == "a module: there is no such function"
 
 
 async def test_several_api_servers_are_the_reason() -> None:
