@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup fix check test cover e2e sim bench gpu demo lock clean
+.PHONY: help setup fix check test cover e2e sim sim-store bench gpu demo lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv (CPU builds of torch and vLLM), once
 	@:
@@ -43,7 +43,10 @@ cover: $(READY) ## the same with branch coverage, which must be 90 %
 e2e: $(READY) ## every test on real vLLM, the longer matrix too
 	@$(BIN)/pytest -m "e2e or e2e_long" $(ARGS)
 
-sim: $(READY) ## what the store's policies are worth on a trace, on a virtual clock; ARGS="--trace FILE" for a real one
+sim: $(READY) ## the router's core beside five other policies, on a virtual clock; ARGS="--help" for its options
+	@$(BIN)/sllm-vllm simulate $(ARGS)
+
+sim-store: $(READY) ## what the store's policies are worth on a trace, on a virtual clock; ARGS="--trace FILE" for a real one
 	@$(BIN)/python -m benchmarks.store_sim $(ARGS)
 
 bench: $(READY) ## load time beside the other loaders; ARGS="--help" for its options

@@ -262,6 +262,8 @@ def ps(
     try:
         known = client.report().replicas
     except NodeUnavailable:
+        if client.is_there():  # it does not answer, which is another thing than its end
+            raise
         typer.echo("[]" if as_json else "the agent has just ended")
         return
     replicas = [replica for replica in known if every or not replica.has_ended]

@@ -35,7 +35,7 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm st
 
 def add_router_commands(app: typer.Typer) -> None:
     """Register them at the top."""
-    for command in (serve, status, deploy, delete, story, explain, drain, reload, simulate):
+    for command in (serve, status, deploy, delete, story, explain, drain, undrain, reload, simulate):
         app.command()(command)
     app.add_typer(config_app)
 
@@ -115,7 +115,7 @@ def _replica_row(replica: Mapping[str, Any]) -> dict[str, object]:
 def _node_row(node: Mapping[str, Any]) -> dict[str, object]:
     slots = f"{node['num_slots'] - node['num_free']} of {node['num_slots']} used"
     loads = age(node["load_s"]) if node["load_s"] else "-"
-    warm = "warm" if node["is_warm"] else "cold"
+    warm = "drained: none" if node["is_drained"] else "warm" if node["is_warm"] else "cold"
     return {"node": node["id"], "slots": slots, "loads for": loads, "starts": warm}
 
 
@@ -207,7 +207,10 @@ def drain(
     *,
     as_json: Json = False,
 ) -> None:
-    """Send a replica, or all of a node, no more requests, and end it when its last one has ended."""
+    """Send a replica, or all of a node, no more requests, and end it when its last one has ended.
+
+    On a node nothing starts any more, until `sllm-vllm undrain` or the router's end.
+    """
     from sllm_vllm.router.admin_client import AdminError
 
     client = _client(url, key_file)
@@ -221,8 +224,20 @@ def drain(
             reply = client.post("nodes", target, "drain")
         except AdminError as second:
             raise (error if second.code == "node_not_found" else second) from None
-        told = f"draining: {', '.join(reply['replicas']) or 'nothing is ready there'}"
+        told = f"drained: {reply['node']} takes no starts; ending: {', '.join(reply['replicas']) or 'nothing'}"
     _print_done(reply, told, as_json=as_json)
+
+
+def undrain(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="As `sllm-vllm status` shows it.")],
+    url: Url = URL_DEFAULT,
+    key_file: KeyFile = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Let a node that was drained take starts again."""
+    reply = _client(url, key_file).post("nodes", node, "undrain")
+    _print_done(reply, f"takes starts: {reply['node']}", as_json=as_json)
 
 
 def reload(url: Url = URL_DEFAULT, key_file: KeyFile = None, *, as_json: Json = False) -> None:

@@ -15,6 +15,9 @@ freezes        after ``POST /freeze`` it accepts no more, and answers nothing
 family         has two child processes, one in a group of its own; prints ``child PID`` for each, never ends them
 =============  ======================================================================================================
 
+A request may say under ``fake`` how it is answered (see ``Wish``). ``GET /stats`` says how many streams run, and for
+how long none of them sent anything.
+
 SIGTERM ends all others with status 0. Nothing lives longer than LIFE_S, whatever becomes of the test that started it.
 """
 
@@ -28,11 +31,13 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePath
 
 LIFE_S = 900
 NOISE_NBYTES = 4 << 20
+BACKLOG = 2048
 _POLL_S = 0.01
 LINES = (
     "(APIServer pid={pid}) INFO 11-20 12:46:17 [api_utils.py:286] non-default args: {{'model_tag': '{model}'}}",
@@ -58,10 +63,26 @@ def say(line: str, fd: int = 1) -> None:
         data = data[os.write(fd, data) :]
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a request is answered."""
+
+    events: int = 3
+    """Of a stream, without its last two. The text of each is ``USER/NUMBER ``, after the request's ``user``."""
+    pace_s: float = 0.0
+    """Before each."""
+    pad: int = 0
+    """Bytes more in each."""
+    stalls_after: int | None = None
+    """From then on the stream says nothing more, and does not end."""
+    waits_for: str = ""
+    """Nothing is said before this file is there. What waits is told by a line ``waits USER``."""
+
+
 class FakeEngine(ThreadingHTTPServer):
     allow_reuse_address = True  # as vLLM does
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = BACKLOG
 
     def __init__(self, address: tuple[str, int], model: str, name: str) -> None:
         super().__init__(address, Handler, bind_and_activate=False)
@@ -70,6 +91,8 @@ class FakeEngine(ThreadingHTTPServer):
         self.key = os.environ.get("VLLM_API_KEY", "")
         self.is_ill = False
         self.frozen = threading.Event()
+        self.streams: dict[int, float] = {}
+        """When each sent something last, by its thread."""
 
     def server_bind(self) -> None:
         """As the class's own does, but asks nobody for the host's name."""
@@ -95,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"object": "list", "data": [{"id": self.server.model, "object": "model", "pid": os.getpid()}]})
         elif self.path == "/environment":
             self.answer(environment())
+        elif self.path == "/stats":
+            sent_s = list(self.server.streams.values())
+            self.answer({"streams": len(sent_s), "quiet_s": time.monotonic() - max(sent_s, default=0.0)})
         else:
             self.answer({"error": "Not Found"}, 404)
 
@@ -108,10 +134,50 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(None)
         elif not self.has_key():
             self.answer({"error": "Unauthorized"}, 401)
-        elif self.path == "/v1/completions":
-            self.complete(json.loads(text or b"{}"))
+        elif self.path in {"/v1/completions", "/v1/chat/completions"}:
+            self.complete_or_stream(json.loads(text or b"{}"))
         else:
             self.answer({"error": "Not Found"}, 404)
+
+    def complete_or_stream(self, request: dict[str, object]) -> None:
+        given = request.get("fake")
+        wish = Wish(**given) if isinstance(given, dict) else Wish()
+        if wish.waits_for:
+            say(f"waits {request.get('user')}")
+        while wish.waits_for and not os.path.exists(wish.waits_for):
+            time.sleep(_POLL_S)
+        if request.get("stream") is True:
+            self.stream(request, wish)
+        else:
+            self.complete(request)
+
+    def stream(self, request: dict[str, object], wish: Wish) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        head = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": request.get("model")}
+        padding = {"pad": "x" * wish.pad} if wish.pad else {}
+        try:
+            for number in range(wish.events):
+                if number == wish.stalls_after:
+                    wait_for_ever()
+                time.sleep(wish.pace_s)
+                choice = {"index": 0, "text": f"{request.get('user')}/{number} ", "finish_reason": None}
+                self.send_event(json.dumps({**head, "choices": [choice], "pid": os.getpid(), **padding}))
+            usage = {"prompt_tokens": 1, "completion_tokens": wish.events, "total_tokens": 1 + wish.events}
+            self.send_event(json.dumps({**head, "choices": [], "usage": usage}))
+            self.send_event("[DONE]")
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:  # the client left
+            self.close_connection = True
+        finally:
+            self.server.streams.pop(threading.get_ident(), None)
+
+    def send_event(self, event: str) -> None:
+        data = f"data: {event}\n\n".encode()
+        self.server.streams[threading.get_ident()] = time.monotonic()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def complete(self, request: dict[str, object]) -> None:
         choice = {"index": 0, "text": f" said {self.server.model}", "finish_reason": "length", "logprobs": None}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sllm_vllm import cli_engines
 from sllm_vllm.cli_engines import progress_line
 from sllm_vllm.node import launcher
 from sllm_vllm.node.client import NodeClient
@@ -225,6 +226,15 @@ def test_ps_of_nothing(run: Run, served: ServedAgent) -> None:
     served.order("fails")
     wait_until(lambda: all(replica.has_ended for replica in served.client.report().replicas), "its end")
     assert run("ps") == (0, "no engine runs; `--all` shows those that have ended\n", "")
+
+
+def test_ps_of_an_agent_that_stands_still(run: Run, node_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with agent_process(node_dir) as (_, process):
+        impatient = NodeClient(node_dir / "socket", timeout_s=0.2)
+        monkeypatch.setattr(cli_engines, "client_of", lambda node_dir: impatient)
+        process.send_signal(signal.SIGSTOP)
+        code, out, err = run("ps")
+    assert (code, out, "the agent does not answer" in err) == (1, "", True)
 
 
 def loaded(served: ServedAgent, replica_id: str) -> None:

@@ -152,10 +152,19 @@ def test_drain_a_replica_and_a_node(run: Run, served: AdminThread) -> None:
     replica = served.served.replica_of(MODEL, "ready")
     assert replica is not None
     code, out, _ = run("drain", "local", "--json", *url(served))
-    assert (code, json.loads(out)) == (0, {"node": "local", "replicas": [replica]})
+    assert (code, json.loads(out)) == (0, {"node": "local", "is_drained": True, "replicas": [replica]})
+    assert "drained: none" in run("status", *url(served))[1]
+    assert run("drain", "local", *url(served))[1].startswith("drained: local takes no starts; ending: ")
+    assert run("undrain", "local", *url(served)) == (0, "takes starts: local\n", "")
+    assert "drained" not in run("status", *url(served))[1]
     wait_until(lambda: served.served.replica_of(MODEL, "ready") not in {None, replica}, "the next replica")
     second = served.served.replica_of(MODEL, "ready")
     assert run("drain", second, *url(served))[1] == f"stopping: {second} (0 requests)\n"
+
+
+def test_undrain_of_nobody(run: Run, served: AdminThread) -> None:
+    code, _, err = run("undrain", "nobody", *url(served))
+    assert (code, "There is no node `nobody`." in err) == (1, True)
 
 
 def test_drain_of_what_starts_or_is_unknown(run: Run, served: AdminThread) -> None:

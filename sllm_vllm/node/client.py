@@ -12,7 +12,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,10 @@ MEND_DIED = "see agent.log beside the socket"
 MEND_ODD = "restart the agent: it may be of another version"
 TIMEOUT_S = 30.0
 """Longest wait for an answer that does not depend on an engine."""
+SILENT_S = 10.0
+"""After so long a silence of an answer that may take for ever, the agent is asked whether it still answers at all."""
+_PING = "/v1/ping"
+"""No route of any agent's: whatever it says to that, it says something."""
 _READ_NBYTES = 1 << 16
 _CONNECT_POLL_S = 0.05
 
@@ -44,11 +48,15 @@ class NodeClient:
 
     Every method raises ``NodeUnavailable`` if nobody answers or the agent ends in the middle, what the agent says
     (``OrderRefused``, ``ReplicaUnknown``), and ``NodeError`` for anything else. An id may be its unique beginning.
+
+    An answer must come within ``timeout_s``. What waits for an engine may be silent as long as that takes; but after
+    ``silent_s`` of silence the agent has to answer something else within ``timeout_s``, again and again.
     """
 
-    def __init__(self, socket_path: Path, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, socket_path: Path, *, timeout_s: float = TIMEOUT_S, silent_s: float = SILENT_S) -> None:
         self.socket_path = socket_path
         self._timeout_s = timeout_s
+        self._silent_s = silent_s
 
     def is_there(self) -> bool:
         """Whether an agent accepts connections."""
@@ -100,7 +108,10 @@ class NodeClient:
 
     def prefetch(self, checkpoint: str) -> None:
         """Have a checkpoint read into the store's memory; waits as long as the agent does."""
-        self._json("POST", "/v1/prefetch", body=json.dumps({"checkpoint": checkpoint}).encode(), timeout_s=None)
+        body = json.dumps({"checkpoint": checkpoint}).encode()
+        connection = self._patient_connection()
+        with contextlib.closing(connection), self._death_told():
+            self._object(self._checked(self._sent(connection, "POST", "/v1/prefetch", body=body)))
 
     def stop(self, *, wait_s: float | None = None) -> None:
         """End the agent and all its engines. Waits up to ``wait_s`` until its process is gone; None: not at all.
@@ -141,22 +152,32 @@ class NodeClient:
         with contextlib.closing(connection), self._death_told():
             return self._parsed(kind, self._checked(self._sent(connection, method, path, body=body)))
 
-    def _json(
-        self, method: str, path: str, *, body: bytes | None = None, timeout_s: float | None = TIMEOUT_S
-    ) -> dict[str, Any]:
-        connection = self._connection(timeout_s)
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        connection = self._connection(self._timeout_s)
         with contextlib.closing(connection), self._death_told():
-            return self._object(self._checked(self._sent(connection, method, path, body=body)))
+            return self._object(self._checked(self._sent(connection, method, path)))
 
     def _stream(self, path: str) -> Generator[bytes, None, None]:
         """A body as it comes. Without a limit of time: an engine may be silent for hours."""
-        connection = self._connection(None)
+        connection = self._patient_connection()
         with contextlib.closing(connection), self._death_told():
             response = self._sent(connection, "GET", path)
             if response.status != 200:
                 self._checked(response)
             while data := response.read1(_READ_NBYTES):
                 yield data
+
+    def _patient_connection(self) -> _UnixConnection:
+        """One whose reads wait as long as the agent lives."""
+        connection = self._connection(self._timeout_s)
+        connection.be_patient(self._silent_s, self._require_answer)
+        return connection
+
+    def _require_answer(self) -> None:
+        """Raises NodeUnavailable if the agent says nothing at all."""
+        connection = self._connection(self._timeout_s)
+        with contextlib.closing(connection), self._death_told():
+            self._sent(connection, "GET", _PING).read(REPLY_NBYTES_MAX)
 
     def _connection(self, timeout_s: float | None) -> _UnixConnection:
         connection = _UnixConnection(self.socket_path, timeout_s)
@@ -241,3 +262,27 @@ class _UnixConnection(HTTPConnection):
     def connect(self) -> None:
         """Connect; whether the peer is to be trusted is for the caller to see."""
         self.sock, self.peer_pid, self.peer_uid = open_channel(self._path, self._timeout_s)
+
+    def be_patient(self, silent_s: float, ask: Callable[[], None]) -> None:
+        """Read without a limit of time; call ``ask`` after each ``silent_s`` in which nothing came."""
+        assert self.sock is not None, "connect first"
+        self.sock = _PatientSocket(self.sock, silent_s, ask)
+
+
+class _PatientSocket(socket.socket):
+    """A socket whose reads wait, and now and then ask whether that makes sense. A limit of time on the socket itself
+    would not do: after it is over, a response can't be read on."""
+
+    def __init__(self, plain: socket.socket, silent_s: float, ask: Callable[[], None]) -> None:
+        super().__init__(fileno=plain.detach())
+        self.settimeout(None)
+        self._silent_s = silent_s
+        self._ask = ask
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - as socket has it
+        """Read, when there is something."""
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        while not poll.poll(self._silent_s * 1e3):
+            self._ask()
+        return super().recv_into(*args, **kwargs)

@@ -69,7 +69,7 @@ class BoundedLog:
 
     def _turn(self) -> None:
         self.close()
-        os.replace(self.path, self.path.with_name(self.path.name + _OLDER))
+        os.replace(self.path, _older(self.path))
         self._open()
 
 
@@ -133,7 +133,7 @@ class OutputPipe:
 
 def remove_log(path: Path) -> None:
     """Remove both files of a log, if they are there."""
-    for file in (path, path.with_name(path.name + _OLDER)):
+    for file in (path, _older(path)):
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
 
@@ -152,19 +152,22 @@ def remove_old_logs(directory: Path, *, keep_max: int) -> None:
 async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[], bool]) -> AsyncIterator[bytes]:
     """A log's bytes: the last ``tail_nbytes`` (None: all that is there), then what is added until ``is_over``.
 
-    Follows the log into the next file when it turns. Nothing if there is no such file.
+    Begins in the older file if the newer one has less, and follows the log into the next file when it turns. Nothing
+    if there is no such file.
     """
     with contextlib.suppress(FileNotFoundError):
         inode = -1
         while True:
             was_over = is_over()
-            if inode != -1:
+            if inode != -1 or await aiofiles.os.path.exists(_older(path)):
                 await _wait_for_file(path)
             async with aiofiles.open(path, "rb") as file:
                 status = os.fstat(file.fileno())
-                if inode == -1 and tail_nbytes is not None:
+                async for data in _read_older(path, {status.st_ino, inode}, _rest_of(tail_nbytes, status.st_size)):
+                    yield data
+                if tail_nbytes is not None:
                     await file.seek(max(0, status.st_size - tail_nbytes))
-                inode = status.st_ino
+                inode, tail_nbytes = status.st_ino, None
                 while True:
                     if data := await file.read(_READ_NBYTES):
                         yield data
@@ -177,6 +180,28 @@ async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[],
                     else:
                         was_over = is_over()
                         await asyncio.sleep(0 if was_over else _FOLLOW_S)
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(path.name + _OLDER)
+
+
+def _rest_of(tail_nbytes: int | None, nbytes: int) -> int | None:
+    """What of a tail is in the older file."""
+    return None if tail_nbytes is None else max(0, tail_nbytes - nbytes)
+
+
+async def _read_older(path: Path, read: set[int], tail_nbytes: int | None) -> AsyncIterator[bytes]:
+    """The end of the older file. ``read``: inodes of files that are not it: the log may have turned meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        async with aiofiles.open(_older(path), "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino in read:
+                return
+            if tail_nbytes is not None:
+                await file.seek(max(0, status.st_size - tail_nbytes))
+            while data := await file.read(_READ_NBYTES):
+                yield data
 
 
 async def _inode_of(path: Path) -> int:

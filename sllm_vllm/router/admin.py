@@ -146,6 +146,7 @@ class AdminApp:
             "/sllm/v1/replicas/(.+)/drain": {"POST": self._drain_replica},
             "/sllm/v1/nodes": {"GET": self._nodes},
             "/sllm/v1/nodes/(.+)/drain": {"POST": self._drain_node},
+            "/sllm/v1/nodes/(.+)/undrain": {"POST": self._undrain_node},
             "/sllm/v1/store": {"GET": self._store},
             "/sllm/v1/events": {"GET": self._events},
             "/sllm/v1/story/(.+)": {"GET": self._story},
@@ -165,6 +166,7 @@ class AdminApp:
 
     async def _deploy(self, call: Call) -> Reply:
         model = read_model(call.body)
+        await self._controller.measure([model])
         before = self._controller.models.get(model.name)
         self._controller.deploy(model)
         done = _change(before, model)
@@ -208,9 +210,15 @@ class AdminApp:
         node = self._controller.core.cluster.nodes.get(call.name)
         if node is None:
             raise _unknown("node", call.name)
-        drained = [replica.id for replica in node.replicas.values() if replica.state is ReplicaState.READY]
+        drained = [replica.id for replica in node.replicas.values() if replica.model]
         self._controller.drain(node.id)
-        return Reply({"node": node.id, "replicas": drained}, 202)
+        return Reply({"node": node.id, "is_drained": True, "replicas": drained}, 202)
+
+    async def _undrain_node(self, call: Call) -> Reply:
+        if call.name not in self._controller.core.cluster.nodes:
+            raise _unknown("node", call.name)
+        self._controller.undrain(call.name)
+        return Reply({"node": call.name, "is_drained": False})
 
     async def _store(self, call: Call) -> Reply:
         return Reply(views.store_view(self._controller))

@@ -20,6 +20,7 @@ from sllm_vllm.router.core.events import Action, Event
 from sllm_vllm.router.core.facts import Estimate, Term
 from sllm_vllm.router.core.model_state import ModelState, Prediction
 from sllm_vllm.router.core.placement import Plan, best_plan
+from sllm_vllm.router.core.starving import fits_somewhere
 
 Record = dict[str, Any]
 _SECRET_OPTIONS = ("--hf-token", "--hf_token")
@@ -168,6 +169,7 @@ def _node(controller: Controller, node: Node) -> Record:
         "num_slots": node.num_slots,
         "num_free": node.num_free,
         "is_warm": node.is_warm,
+        "is_drained": node.is_cordoned,
         "load_s": max(0.0, node.load_until_s - controller.now_s()),
         "tiers": {model: tier.name for model, tier in node.tiers.items()},
         "replicas": [replica.id for replica in node.replicas.values() if replica.model],
@@ -266,7 +268,11 @@ def _start_now(controller: Controller, state: ModelState, best: Plan | None) -> 
     if state.back_off.is_resting(now_s):
         return _met("queue", why=f"the last start failed: {state.back_off.reason}")
     if best is None:
-        return _met("queue", why="no node has the slots, or can free them now")
+        is_possible = fits_somewhere(core.cluster, state.spec.accelerators)
+        why = (
+            "no node has the slots, or can free them now" if is_possible else "no node that takes starts has the slots"
+        )
+        return _met("queue", why=why)
     return _met("start", expected_s=best.estimate.total_s)
 
 

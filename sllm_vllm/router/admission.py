@@ -128,6 +128,8 @@ def _ended(text: str, at: int, result: tuple[object, str]) -> tuple[object, str]
 
 
 def _skip(text: str, at: int) -> int:
+    if text[at : at + 1] > " ":  # as nearly always: no space
+        return at
     space = _SPACE.match(text, at)
     assert space is not None
     return space.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 
 from sllm_vllm.router.headers import Headers, value_of
 from sllm_vllm.router.openai_errors import ApiError, overloaded
@@ -48,13 +48,14 @@ class BodyReader:
         nbytes = 0
         if declared > nbytes_max * _DISCARDED_BODIES_MAX:
             raise self._too_large()
-        async with contextlib.aclosing(_pieces(receive)) as arriving:
-            async for piece in arriving:
-                nbytes += len(piece)
-                if nbytes > nbytes_max * _DISCARDED_BODIES_MAX:
-                    raise self._too_large()
-                if max(declared, nbytes) <= nbytes_max:
-                    self._hold(piece, pieces)
+        has_more = True
+        while has_more:
+            piece, has_more = await _next_piece(receive)
+            nbytes += len(piece)
+            if nbytes > nbytes_max * _DISCARDED_BODIES_MAX:
+                raise self._too_large()
+            if piece and max(declared, nbytes) <= nbytes_max:
+                self._hold(piece, pieces)
         if nbytes > nbytes_max:
             raise self._too_large()
 
@@ -69,15 +70,12 @@ class BodyReader:
         return ApiError(413, f"The body is larger than {nbytes_max} bytes.", code="body_too_large").closing()
 
 
-async def _pieces(receive: Receive) -> AsyncGenerator[bytes, None]:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Ended("client_left", "the client left")
-        if message.get("body"):
-            yield message["body"]
-        if not message.get("more_body"):
-            return
+async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
+    """What came, maybe nothing, and whether there is more to come."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise Ended("client_left", "the client left")
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def _declared(headers: Headers) -> int:

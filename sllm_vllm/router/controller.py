@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import os
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from sllm_vllm.errors import SllmError
 from sllm_vllm.node.protocol import NodeReport
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.core.estimator import Estimator
@@ -25,11 +23,10 @@ from sllm_vllm.router.core.events import (
     FirstByte,
     ModelDeleted,
     ModelDeployed,
-    NodeJoined,
-    NodeReported,
     PrefetchModel,
     Refusal,
     RejectRequest,
+    ReplicaEnded,
     ReplicaReady,
     RequestArrived,
     RequestEnded,
@@ -38,18 +35,20 @@ from sllm_vllm.router.core.events import (
     StartReplica,
     StopReplica,
     Ticked,
+    UndrainAsked,
 )
-from sllm_vllm.router.core.facts import RequestFacts, Tier
+from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.core.router import RouterCore, RouterLimits
 from sllm_vllm.router.core.scaling import ScalingLimits
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engines import Engines, Node
 from sllm_vllm.router.gate import Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.node_watch import NodeWatch
+from sllm_vllm.router.weights_size import weights_nbytes
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-REPORT_S = 5.0
 OUTCOMES_MAX = 256
 _STATUS = {
     Refusal.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
@@ -89,19 +88,19 @@ class Controller:
         self._clock = clock
         self._engines = Engines("local", node, self._tell)
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
-        self._node_report: NodeReport | None = None
-        self._stale = asyncio.Event()
+        self._watch = NodeWatch(self._engines.name, node, self.models, tell=self._tell)
+        self._nbytes: dict[str, int] = {}
+        """Of the weights of models by their source, as the source's own files had it when it was measured last."""
         self._tasks: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------------------------------------------- its life
 
     async def start(self) -> None:
         """Take the node in, and begin to count time."""
-        report = await self._engines.node.report()
-        self._tell(NodeJoined(self._engines.name, len(report.slots), is_warm=report.warm.pid is not None))
-        self._take_report(report)
+        await self._watch.join()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._tick()), loop.create_task(self._keep_reporting())]
+        work = (self._tick(), self._watch.keep_reporting(), self._watch.watch_warm())
+        self._tasks = [loop.create_task(one) for one in work]
         for task in self._tasks:
             task.add_done_callback(_tell_failure)
 
@@ -110,6 +109,7 @@ class Controller:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._watch.close()
         await self._engines.close()
         for future in self._waiting.values():
             if not future.done():
@@ -123,7 +123,7 @@ class Controller:
 
     def is_ready(self) -> bool:
         """As soon as the node is known."""
-        return self._node_report is not None
+        return self._watch.report is not None
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         """See ``Gate``."""
@@ -159,20 +159,37 @@ class Controller:
 
     # ------------------------------------------------------------------------------------------------- as an operator
 
+    async def measure(self, models: Sequence[ModelConfig]) -> None:
+        """Look how large models' sources are, where they are directories: their first start is predicted by it."""
+        for source in dict.fromkeys(model.source for model in models):
+            self._nbytes[source] = await asyncio.to_thread(weights_nbytes, self._directory / source)
+
     def deploy(self, model: ModelConfig) -> None:
         """Serve a model, or serve it otherwise from now on."""
         self.models[model.name] = model
         self._created.setdefault(model.name, int(time.time()))
-        self._tell(ModelDeployed(model.spec(model.generation)))
+        tiers, nbytes = self._watch.what_is_known(model)
+        spec = replace(model.spec(model.generation), nbytes=nbytes or self._nbytes.get(model.source, 0))
+        self._tell(ModelDeployed(spec, tiers))
+        self._watch.refresh()
 
     def delete(self, name: str) -> None:
         """Serve it no more; requests that run are answered."""
+        self._nbytes.pop(self.models[name].source, None)
         del self.models[name], self._created[name]
         self._tell(ModelDeleted(name))
 
     def drain(self, target: str) -> None:
-        """Have a replica, or all of a node, end without harm to a request."""
+        """Have a replica, or all of a node, end without harm to a request; on the node nothing starts any more."""
         self._tell(DrainAsked(target))
+
+    def undrain(self, node: str) -> None:
+        """Have a node take starts again."""
+        self._tell(UndrainAsked(node))
+
+    def set_waiting_max(self, waiting_max: int) -> None:
+        """So many requests may wait from now on."""
+        self.core.queues.set_total_max(waiting_max)
 
     @property
     def engines(self) -> Engines:
@@ -182,7 +199,7 @@ class Controller:
     @property
     def node_report(self) -> NodeReport | None:
         """The node's last one."""
-        return self._node_report
+        return self._watch.report
 
     def now_s(self) -> float:
         """The core's time."""
@@ -201,8 +218,8 @@ class Controller:
         self.counts.note(event, actions, now_s)
         for action in actions:
             self._do(action)
-        if isinstance(event, ReplicaReady):
-            self._refresh_soon()
+        if isinstance(event, ReplicaReady | ReplicaEnded):  # it may have made a checkpoint, or brought one into memory
+            self._watch.refresh()
 
     def _do(self, action: Action) -> None:
         match action:
@@ -218,6 +235,7 @@ class Controller:
                 self._engines.stop(action.replica)
             case PrefetchModel():
                 self._engines.prefetch(self.models[action.model])
+                self._watch.prefetch_ordered(action.model)
 
     def _give_ticket(self, dispatch: Dispatch) -> None:
         report = self._engines.reports[dispatch.replica]
@@ -247,41 +265,8 @@ class Controller:
             await asyncio.sleep(TICK_S)
             self._tell(Ticked())
 
-    async def _keep_reporting(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REPORT_S):
-                    await self._stale.wait()
-            self._stale.clear()
-            try:
-                self._take_report(await self._engines.node.report())
-            except SllmError as error:
-                logger.warning("event=no_report node=%s reason=%s", self._engines.name, error)
-
-    def _take_report(self, report: NodeReport) -> None:
-        self._node_report = report
-        tiers: dict[str, Tier] = {}
-        nbytes: dict[str, int] = {}
-        for model in self.models.values():
-            for checkpoint in report.checkpoints:
-                if checkpoint.model and _is_same(checkpoint.model, model.source):
-                    is_in_memory = checkpoint.nbytes > 0 and checkpoint.resident_nbytes >= checkpoint.nbytes
-                    tiers[model.name] = Tier.HOST if is_in_memory else Tier.DISK
-                    nbytes[model.name] = checkpoint.nbytes
-        is_warm = report.warm.pid is not None
-        self._tell(NodeReported(self._engines.name, is_warm=is_warm, residency=tiers, nbytes=nbytes))
-
-    def _refresh_soon(self) -> None:
-        """A start may have made a checkpoint, or brought one into memory."""
-        self._stale.set()
-
 
 def _tell_failure(task: asyncio.Task[None]) -> None:
-    """Neither task ever ends by itself: without one of them the router stands still, and that must not be silent."""
+    """None of them ever ends by itself: without one the router stands still, and that must not be silent."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.critical("event=controller_failed", exc_info=error)
-
-
-def _is_same(one: str, other: str) -> bool:
-    """Whether two names mean the same model: equal, or paths to the same directory."""
-    return one == other or (os.path.isabs(other) and os.path.normpath(one) == os.path.normpath(other))

@@ -13,6 +13,7 @@ from pathlib import Path
 import uvloop
 
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.file_limit import raise_file_limit
 from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import WORDS
@@ -46,6 +47,7 @@ def serve(path: Path) -> int:
     """
     config = read_router_config(path)
     node = config.node_config()
+    raise_file_limit()  # each request has two descriptors: its client's, and its engine's
     make_private_directory(node.node_dir, WORDS)
     with (
         locked(node.node_dir / "lock", node.socket_path, WORDS),
@@ -136,6 +138,8 @@ class RouterProcess:
             changes.require_live()
             settings = await asyncio.to_thread(self._settings, config)
             digests = await asyncio.to_thread(self._admin_digests, config)
+            await self._running.measure((*changes.added, *changes.restarted))
+            self._running.set_waiting_max(config.server.waiting_max)
             for name in changes.removed:
                 if name in self._running.models:
                     self._running.delete(name)
@@ -164,6 +168,7 @@ class RouterProcess:
             directory=self._path.absolute().parent,
             estimator=await asyncio.to_thread(read_estimates, path),
         )
+        await controller.measure(self._config.models)
         for model in self._config.models:
             controller.deploy(model)
         await controller.start()

@@ -29,6 +29,7 @@ class Node(Protocol):
     async def stop_replica(self, replica_id: str) -> ReplicaReport: ...
     def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]: ...
     async def report(self, *, with_memory: bool = False) -> NodeReport: ...
+    async def wait_warm(self, timeout_s: float) -> bool: ...
     async def prefetch_model(self, arguments: tuple[str, ...]) -> None: ...
 
 
@@ -92,16 +93,19 @@ class Engines:
 
     async def _watch(self, replica: str, model: str) -> None:
         was_ready = False
-        report = self.reports[replica]
-        async for report in self.node.watch(replica):
-            self.reports[replica] = report
-            if report.is_ready and not was_ready:
-                was_ready = True
-                self._tell(ReplicaReady(replica, sample_of(report, model, self.name)))
+        report, reason = self.reports[replica], ""
+        try:
+            async for report in self.node.watch(replica):
+                self.reports[replica] = report
+                if report.is_ready and not was_ready:
+                    was_ready = True
+                    self._tell(ReplicaReady(replica, sample_of(report, model, self.name)))
+        except NodeError as error:  # the agent does not know it (any more): its slots are not to be held for ever
+            reason = error.problem
         self.reports.pop(replica)
         is_fault = replica not in self._called_off
         self._called_off.discard(replica)
-        self._tell(ReplicaEnded(replica, reason_of(report), is_fault=is_fault))
+        self._tell(ReplicaEnded(replica, reason or reason_of(report), is_fault=is_fault))
 
     async def _stop(self, replica: str) -> None:
         try:

@@ -43,7 +43,10 @@ def values_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes
 
 def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     """Its first value; empty if there is none."""
-    return next((value for key, value in headers if key == name), b"")
+    for key, value in headers:
+        if key == name:
+            return value
+    return b""
 
 
 def shown_id(headers: Headers) -> str:

@@ -39,6 +39,7 @@ ENGINE_PATHS = frozenset(
     {
         "/classify",
         "/cohere/v2/chat",
+        "/cohere/v2/chat/render",
         "/detokenize",
         "/generative_scoring",
         "/pooling",
@@ -130,7 +131,7 @@ class Ingress:
             _log(request, report)
 
     async def _answer(self, request: Request, report: Report, *, receive: Receive, send: Send) -> None:
-        if request.method == "OPTIONS":
+        if request.method == "OPTIONS" and self._cors_headers(request):
             await self._preflight(request, report, send=send)
             return
         if request.path in self._local:
@@ -192,8 +193,6 @@ class Ingress:
         return json.dumps(_card(self._names[name])).encode()
 
     async def _preflight(self, request: Request, report: Report, *, send: Send) -> None:
-        if not self._cors_headers(request):
-            raise wrong_method("OPTIONS", ("GET", "HEAD", "POST"))
         asked = value_of(request.headers, b"access-control-request-headers") or b"*"
         allowed: Headers = [
             (b"access-control-allow-methods", b"GET, HEAD, POST"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from sllm_vllm import __version__
+from sllm_vllm.router.admission import MODEL_CHARS_MAX
 
 Schema = dict[str, Any]
 
+_NAME: Schema = {"type": "string", "minLength": 1, "maxLength": MODEL_CHARS_MAX}
 _ERROR: Schema = {
     "type": "object",
     "required": ["error"],
@@ -19,7 +21,7 @@ _ERROR: Schema = {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
+                "code": {"type": ["string", "integer", "null"], "description": "a number in engines' own errors"},
             },
         }
     },
@@ -115,7 +117,7 @@ def _post(properties: Schema) -> Schema:
     body = {
         "type": "object",
         "required": ["model"],
-        "properties": {"model": {"type": "string"}, "stream": {"type": "boolean"}, **properties},
+        "properties": {"model": _NAME, "stream": {"type": "boolean"}, **properties},
     }
     answer = {
         "description": "the engine's answer, unchanged",

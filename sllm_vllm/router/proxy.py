@@ -17,7 +17,7 @@ from typing import Literal
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Gate, How, Outcome, Rejected, Ticket
 from sllm_vllm.router.headers import Headers, for_client, for_engine, value_of
-from sllm_vllm.router.openai_errors import ApiError, engine_failed, rejection, timed_out
+from sllm_vllm.router.openai_errors import SERVER, ApiError, engine_failed, rejection, timed_out
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
 from sllm_vllm.router.watch import Ended, Receive, Send, Watch, send_last
@@ -112,6 +112,8 @@ class Proxy:
             error = rejection(rejected)
         except EngineFailed as failure:
             error = engine_failed(str(failure))
+        except asyncio.CancelledError:  # the server stops, and its time for requests is over: there is time for a word
+            error = rejection(Rejected(503, SERVER, "The router is stopping.", retry_after_s=5.0, code="stopping"))
         except Ended as ended:
             report.how = ended.reason
             if ended.reason == "client_left":
@@ -168,16 +170,20 @@ class Proxy:
     ) -> None:
         piece = await engine.read()
         report.first_byte_s = time.monotonic() - report.begun_s
-        self._gate.first_byte(ticket)
-        watch.begin_step(self._settings.idle_s_max, f"the engine paused for more than {self._settings.idle_s_max:g} s")
         watch.pause()
         await answer.begin(engine)
-        while piece:
-            report.tail_pieces.append(piece)
+        if piece:  # before all else: a client waits for it
+            report.tail_pieces.append(piece[-_TAIL_NBYTES:])
             await answer.write(piece)
+        self._gate.first_byte(ticket)
+        watch.begin_step(self._settings.idle_s_max, f"the engine paused for more than {self._settings.idle_s_max:g} s")
+        while piece:
             watch.resume()
             piece = await engine.read()
             watch.pause()
+            if piece:
+                report.tail_pieces.append(piece[-_TAIL_NBYTES:])
+                await answer.write(piece, is_last=engine.is_at_end)
 
 
 class _Answer:
@@ -189,6 +195,7 @@ class _Answer:
         self._send = send
         self._extra = extra
         self._is_events = False
+        self._last = b""
 
     async def begin(self, engine: EngineConnection) -> None:
         headers = for_client(engine.headers)
@@ -198,11 +205,15 @@ class _Answer:
         self._report.status = engine.status
         await self._send({"type": "http.response.start", "status": engine.status, "headers": [*headers, *self._extra]})
 
-    async def write(self, piece: bytes) -> None:
+    async def write(self, piece: bytes, *, is_last: bool = False) -> None:
+        """A last piece waits for ``end``, which follows at once: one packet instead of two."""
+        if is_last:
+            self._last = piece
+            return
         await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def end(self) -> None:
-        await send_last(self._send, {"type": "http.response.body", "body": b"", "more_body": False})
+        await send_last(self._send, {"type": "http.response.body", "body": self._last, "more_body": False})
 
     async def break_off(self, error: ApiError) -> None:
         """Only a stream of events has a way to say it. Any other body stays unfinished, which closes the connection."""

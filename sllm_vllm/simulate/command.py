@@ -1,9 +1,9 @@
-"""What ``sllm-vllm simulate`` does: runs, tables, JSON, PNG. Prints the seeds of what fails."""
+"""What ``sllm-vllm simulate`` does: runs, tables, JSON (on one line), PNG. Prints the seeds of what fails."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,8 +59,9 @@ def run_simulation(options: Options) -> int:
     summaries = {name: [metrics.figures(run) for run in of_seeds] for name, of_seeds in runs.items()}
     title = f"{cluster.name}: {options.requests} requests, seeds 0 to {options.seeds - 1}"
     if options.json:
-        settings = {"preset": cluster.name, "requests": options.requests, "seeds": options.seeds}
-        typer.echo(json.dumps({**settings, "policies": metrics.record(summaries)}, indent=2))
+        settings: dict[str, object] = {"preset": cluster.name, "requests": options.requests, "seeds": options.seeds}
+        settings["rate"] = cluster.traffic.rate if options.trace is None else options.rate
+        typer.echo(json.dumps({**settings, "policies": metrics.record(summaries)}))
     else:
         _print_tables(title, summaries)
     if options.png is not None:
@@ -71,6 +72,11 @@ def run_simulation(options: Options) -> int:
 def _print_tables(title: str, summaries: Mapping[str, list[metrics.Figures]]) -> None:
     print_table(f"{title}; means, seconds", metrics.table(summaries, metrics.WAITS))
     print_section("least and most over seeds, seconds", metrics.ranges(summaries, metrics.WAITS))
+    rows = metrics.table(summaries, metrics.SLOWEST)
+    print_section("what the slowest hundredth waited for until they were sent", rows)
+    if OURS in summaries and len(summaries) > 1:
+        rows = metrics.ratios(summaries, "startup_p99_s", OURS)
+        print_section("startup P99 over ours, the same seeds", rows)
     print_section("what it cost, means", metrics.table(summaries, metrics.COSTS))
 
 
@@ -140,17 +146,31 @@ def _waits(runs: Mapping[str, list[Run]]) -> dict[str, dict[str, list[float]]]:
 
 
 def _print_decisions(cluster: Cluster, options: Options) -> int:
-    found = decisions.measure(cluster, options.requests, seed=0)
-    grown = decisions.growth(cluster, options.requests, seed=0)
+    loads = {"as it is": cluster, "crowded": decisions.crowded(cluster)}
+    found = {load: decisions.measure(loaded, options.requests, seed=0) for load, loaded in loads.items()}
+    by_models = _grown(cluster, options.requests, sizes=decisions.NUM_MODELS, sized=decisions.with_models)
+    by_nodes = _grown(cluster, options.requests, sizes=decisions.NUM_NODES, sized=decisions.with_nodes)
     if options.json:
-        by_models = {num: one.mean_s for num, one in grown.items()}
-        record = {"preset": cluster.name, "decisions": found.num, "mean_s": found.mean_s, "mean_s_by_models": by_models}
-        typer.echo(json.dumps(record, indent=2))
+        record = {
+            "preset": cluster.name,
+            "requests": options.requests,
+            "loads": {load: one.record() for load, one in found.items()},
+            "by_models": {num: one.record() for num, one in by_models.items()},
+            "by_nodes": {num: one.record() for num, one in by_nodes.items()},
+        }
+        typer.echo(json.dumps(record))
         return 0
-    print_table(f"{cluster.name}: {found.num} decisions, {1 / found.mean_s:.0f} a second", found.rows())
-    rows = [
-        {"models": num, "decisions": one.num, "mean us": f"{one.mean_s * 1e6:.0f}", "a second": f"{1 / one.mean_s:.0f}"}
-        for num, one in grown.items()
-    ]
-    print_section(f"decision time by models, {cluster.num_nodes} nodes", rows)
+    for load, one in found.items():
+        told = f"{one.num} decisions, {1 / one.mean_s:.0f} a second, {one.num_waiting_max} waited at once"
+        print_section(f"{cluster.name}, {load}: {told}", one.rows())
+    rows = decisions.growth_rows(by_models, "models")
+    print_section(f"decision time by models, {cluster.num_nodes} nodes, against the logarithm", rows)
+    rows = decisions.growth_rows(by_nodes, "nodes")
+    print_section("decision time by nodes, as many models and requests for each of them", rows)
     return 0
+
+
+def _grown(
+    cluster: Cluster, num_requests: int, *, sizes: Sequence[int], sized: Callable[[Cluster, int], Cluster]
+) -> dict[int, decisions.Decisions]:
+    return {size: decisions.measure(sized(cluster, size), num_requests, seed=0) for size in sizes}

@@ -1,52 +1,60 @@
-"""How long the router's core thinks: the real core in the simulated world, its time alone by a real clock."""
+"""How long the router's core thinks: the real core in the simulated world, its own time alone."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log
 from statistics import fmean
 
-from sllm_vllm.router.core.events import Event, ModelDeployed, NodeJoined, NodeReported
-from sllm_vllm.router.core.router import RouterCore
+from sllm_vllm.router.core.events import Event, ModelDeployed, NodeJoined, NodeReported, RequestArrived
+from sllm_vllm.router.core.router import RouterCore, RouterLimits
 from sllm_vllm.simulate.hardware import Cluster
 from sllm_vllm.simulate.metrics import percentile
-from sllm_vllm.simulate.policy import Order, Policy
+from sllm_vllm.simulate.policy import Order
 from sllm_vllm.simulate.workload import draw_requests
 from sllm_vllm.simulate.world import World
 
-NUM_MODELS = (10, 100, 1_000, 10_000)
+NUM_MODELS = (100, 1_000, 10_000, 30_000)
+NUM_NODES = (10, 100, 1_000)
 GROWTH_RATE = 200.0
-"""Requests a second while the number of models grows: ten models can serve as many."""
+"""Requests a second while the number of models grows: a hundred models can serve as many."""
 GROWTH_REPLICAS = 16
+CROWDING = 8.0
+"""How many times as much is asked of a crowded cluster: more than its slots can serve at once."""
 SET_UP = {ModelDeployed.__name__, NodeJoined.__name__, NodeReported.__name__}
 """Not counted as decisions."""
 
 
-class Timed:
-    """A policy that notes how long another one takes for each event."""
+class Recorded:
+    """The core as a policy, and all that it was told."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-        """By the kind of event."""
+    def __init__(self, core: RouterCore) -> None:
+        self.core = core
+        self.events: list[tuple[float, Event]] = []
+        self.num_waiting_max = 0
 
     def handle(self, event: Event, now_s: float) -> Sequence[Order]:
         """As ``Policy`` says."""
-        begin_s = time.perf_counter()
-        orders = self.policy.handle(event, now_s)
-        self.seconds[type(event).__name__].append(time.perf_counter() - begin_s)
+        self.events.append((now_s, event))
+        orders = self.core.handle(event, now_s)
+        self.num_waiting_max = max(self.num_waiting_max, len(self.core.queues))
         return orders
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """How long events took, by their kind, in ascending order; those that set up are apart."""
+    """How long events took by the clock, by their kind, in ascending order; those that set up are apart."""
 
     seconds: dict[str, list[float]]
     set_up: dict[str, list[float]]
+    computed_s: float
+    """Processor time of all that came after the first request."""
+    num_waiting_max: int = 0
+    """The most requests that waited at once."""
 
     @property
     def num(self) -> int:
@@ -55,8 +63,8 @@ class Decisions:
 
     @property
     def mean_s(self) -> float:
-        """Of a decision, whatever it was about."""
-        return sum(sum(values) for values in self.seconds.values()) / max(1, self.num)
+        """Of a decision, whatever it was about; reports of nodes are part of it, and are not counted."""
+        return self.computed_s / max(1, self.num)
 
     def rows(self) -> list[dict[str, object]]:
         """A line for each kind of event, for people; microseconds."""
@@ -72,26 +80,60 @@ class Decisions:
             for kind, values in sorted({**self.seconds, **self.set_up}.items())
         ]
 
+    def record(self) -> dict[str, object]:
+        """The same for programs; seconds."""
+        return {
+            "decisions": self.num,
+            "mean_s": self.mean_s,
+            "decisions_per_s": 1 / self.mean_s,
+            "num_waiting_max": self.num_waiting_max,
+            "mean_s_by_event": {kind: fmean(values) for kind, values in sorted(self.seconds.items())},
+        }
+
 
 def measure(cluster: Cluster, num_requests: int, *, seed: int) -> Decisions:
-    """Simulate the router's core alone.
+    """Simulate the router's core alone, and tell another one the same events again; however many wait, none is refused.
 
     The garbage collector is off meanwhile: at the size of ``big`` it pauses for half a second, for the world's objects.
     """
-    timed = Timed(RouterCore())
+    limits = RouterLimits(waiting_max=num_requests)
+    recorded = Recorded(RouterCore(limits))
     requests = draw_requests(cluster.traffic, list(cluster.classes()), num_requests, seed=seed)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        World(cluster, timed, seed=seed).run(requests)
+        World(cluster, recorded, seed=seed).run(requests)
+        return _replay(recorded, RouterCore(limits))
     finally:
         if was_enabled:
             gc.enable()
-    ordered = {kind: sorted(values) for kind, values in timed.seconds.items()}
+
+
+def _replay(recorded: Recorded, core: RouterCore) -> Decisions:
+    """The processor's clock is read twice, as that takes longer than a decision where the machine is a virtual one."""
+    num_before = next((n for n, (_, event) in enumerate(recorded.events) if isinstance(event, RequestArrived)), 0)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    computed_s = 0.0
+    for part in (recorded.events[:num_before], recorded.events[num_before:]):
+        begin_s = time.thread_time()
+        for now_s, event in part:
+            asked_s = time.perf_counter()
+            core.handle(event, now_s)
+            seconds[type(event).__name__].append(time.perf_counter() - asked_s)
+        computed_s = time.thread_time() - begin_s
+    ordered = {kind: sorted(values) for kind, values in seconds.items()}
     return Decisions(
         {kind: values for kind, values in ordered.items() if kind not in SET_UP},
         {kind: values for kind, values in ordered.items() if kind in SET_UP},
+        computed_s,
+        recorded.num_waiting_max,
     )
+
+
+def crowded(cluster: Cluster) -> Cluster:
+    """The same, asked for more than it can serve: queues grow, and models wait for slots."""
+    traffic = replace(cluster.traffic, rate=CROWDING * cluster.traffic.rate)
+    return replace(cluster, traffic=traffic, serving=replace(cluster.serving, queue_s_max=1e6, queue_max=1_000_000))
 
 
 def with_models(cluster: Cluster, num_models: int) -> Cluster:
@@ -104,6 +146,25 @@ def with_models(cluster: Cluster, num_models: int) -> Cluster:
     )
 
 
-def growth(cluster: Cluster, num_requests: int, *, seed: int) -> dict[int, Decisions]:
-    """Decisions by the number of models."""
-    return {num: measure(with_models(cluster, num), num_requests, seed=seed) for num in NUM_MODELS}
+def with_nodes(cluster: Cluster, num_nodes: int) -> Cluster:
+    """So many nodes, with as much asked of each, and as many models for each."""
+    share = num_nodes / cluster.num_nodes
+    models = tuple((kind, max(1, round(count * share))) for kind, count in cluster.models)
+    traffic = replace(cluster.traffic, rate=cluster.traffic.rate * share)
+    return replace(cluster, num_nodes=num_nodes, models=models, traffic=traffic)
+
+
+def growth_rows(grown: Mapping[int, Decisions], what: str) -> list[dict[str, object]]:
+    """A line for each size, for people: how much slower than with the first size, and how much the logarithm grew."""
+    first = min(grown)
+    return [
+        {
+            what: size,
+            "decisions": found.num,
+            "mean us": f"{found.mean_s * 1e6:.0f}",
+            "a second": f"{1 / found.mean_s:.0f}",
+            "slower": f"{found.mean_s / grown[first].mean_s:.2f}",
+            "logarithm": f"{log(size) / log(first):.2f}",
+        }
+        for size, found in grown.items()
+    ]

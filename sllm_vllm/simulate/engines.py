@@ -20,7 +20,7 @@ from sllm_vllm.router.core.events import (
 from sllm_vllm.router.core.facts import StartSample, Tier
 from sllm_vllm.simulate.agenda import Agenda
 from sllm_vllm.simulate.hardware import Cluster
-from sllm_vllm.simulate.machines import SimulatedNode, SimulatedReplica, Stage
+from sllm_vllm.simulate.machines import SimulatedNode, SimulatedReplica, Stage, keep
 from sllm_vllm.simulate.run import Run
 
 NOTICE_S = 0.01
@@ -75,6 +75,8 @@ class Engines:
                 used[node.id] += kind.nbytes
                 if used[node.id] <= node.kind.disk_nbytes:
                     node.disk[model] = kind.nbytes
+                if self.cluster.is_in_memory:
+                    keep(node.host, node.kind.host_nbytes, model, nbytes=kind.nbytes)
 
     def report_changes(self) -> None:
         """What agents say when they are asked."""
@@ -99,6 +101,7 @@ class Engines:
         self._run.num_losses += 1
         node.is_lost = True
         node.host.clear()
+        node.fills = {}
         lost = list(node.replicas.values())
         for replica in lost:
             self._remove(replica)
@@ -208,13 +211,37 @@ class Engines:
         self._run.accelerator_s += replica.kind.accelerators * (self._agenda.now_s - replica.ordered_s)
 
     def prefetch(self, order: PrefetchModel) -> None:
-        """A read that takes its place in the load queue."""
-        node = self.nodes[order.node]
-        if not node.is_lost and node.tier(order.model) is not Tier.HOST:
-            kind = self.classes[order.model]
-            _, _, ends_s = node.queue_load(order.model, kind, now_s=self._agenda.now_s, noise=1.0)
-            self._agenda.at(ends_s, partial(setattr, node, "is_report_due", True))
-            self._run.num_prefetches += 1
+        """A read in the background: loads go before it, whenever they come (the store's I/O schedule)."""
+        node, kind = self.nodes[order.node], self.classes[order.model]
+        tier = node.tier(order.model)
+        if node.is_lost or tier is Tier.HOST or order.model in node.fills:
+            return
+        node.fills[order.model] = kind.nbytes / node.kind.rate_bps(tier, accelerators=node.kind.num_slots)
+        if len(node.fills) == 1:
+            self._fill(node)
+
+    def _fill(self, node: SimulatedNode) -> None:
+        """Go on with the first, once no load runs."""
+        if not node.fills:
+            return
+        if node.load_until_s > self._agenda.now_s:
+            self._agenda.at(node.load_until_s, partial(self._fill, node))
+            return
+        model, left_s = next(iter(node.fills.items()))
+        self._agenda.after(left_s, partial(self._end_fill, node, model, (node.fills, node.loaded_s)))
+
+    def _end_fill(self, node: SimulatedNode, model: str, begun: tuple[dict[str, float], float]) -> None:
+        """It was read, but for the time that loads took meanwhile."""
+        fills, loaded_s = begun
+        if fills is not node.fills:
+            return  # the node was lost meanwhile
+        paused_s = node.loaded_s - loaded_s - max(0.0, node.load_until_s - self._agenda.now_s)
+        if paused_s > 1e-9:
+            node.fills[model] = paused_s
+        else:
+            self._run.num_prefetches += node.end_fill(model, self.classes[model])
+            node.is_report_due = True
+        self._fill(node)
 
     def validate(self) -> None:
         """Assert that no slot is used twice and no replica is where it should not be."""

@@ -113,6 +113,8 @@ class Cluster:
     failures: Failures = SMOOTH
     serving: Serving = Serving()
     on_disk: int = 1_000_000
+    is_in_memory: bool = False
+    """Every node has every model in memory at first."""
 
     def classes(self) -> dict[str, ModelClass]:
         """The class of each model, by its name."""

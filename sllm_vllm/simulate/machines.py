@@ -95,6 +95,10 @@ class SimulatedNode:
     host: OrderedDict[str, int] = field(default_factory=OrderedDict)
     disk: OrderedDict[str, int] = field(default_factory=OrderedDict)
     load_until_s: float = 0.0
+    loaded_s: float = 0.0
+    """All loads there ever were, those under way included."""
+    fills: dict[str, float] = field(default_factory=dict)
+    """Models that are read into memory while no load runs, one after another, and the seconds each still takes."""
     is_report_due: bool = False
     is_lost: bool = False
 
@@ -121,8 +125,18 @@ class SimulatedNode:
         tier = self.tier(model)
         begins_s = max(now_s, self.load_until_s)
         self.load_until_s = begins_s + self.kind.weights_s(kind, tier) * noise
+        self.loaded_s += self.load_until_s - begins_s
         self._keep(model, kind.nbytes)
         return tier, begins_s, self.load_until_s
+
+    def end_fill(self, model: str, kind: ModelClass) -> bool:
+        """It was read: it takes free memory, and drops nothing for it. False if that was too little, or it is there."""
+        del self.fills[model]
+        if model in self.host or sum(self.host.values()) + kind.nbytes > self.kind.host_nbytes:
+            return False
+        self.host[model] = kind.nbytes
+        self.host.move_to_end(model, last=False)  # it was not used yet
+        return True
 
     def _keep(self, model: str, nbytes: int) -> None:
         keep(self.disk, self.kind.disk_nbytes, model, nbytes=nbytes)

@@ -20,6 +20,12 @@ WAITS = {
     "startup": "startup_mean_s",
     "if cold": "startup_cold_mean_s",
 }
+SLOWEST = {
+    "startup P99": "startup_p99_s",
+    "slots": "slowest_slots_s",
+    "start": "slowest_start_s",
+    "room": "slowest_room_s",
+}
 COSTS = {
     "total": "total_mean_s",
     "cold": "cold_share",
@@ -69,6 +75,7 @@ def figures(run: Run) -> Figures:
         "startup_cold_p99_s": percentile(cold_s, 0.99),
         "startup_mean_s": mean(startup_s),
         "startup_p99_s": percentile(startup_s, 0.99),
+        **_slowest(outcomes),
         "total_mean_s": mean([outcome.total_s for outcome in answered if outcome.total_s is not None]),
         "cold_share": len(cold_s) / len(startup_s) if startup_s else nan,
         "accelerator_s": run.accelerator_s,
@@ -86,6 +93,14 @@ def figures(run: Run) -> Figures:
         "num_prefetches": run.num_prefetches,
         "duration_s": run.end_s,
     }
+
+
+def _slowest(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """What the hundredth that waited longest for a ready replica waited for, on average."""
+    sent = sorted((one for one in outcomes if one.startup_s is not None), key=lambda one: -(one.startup_s or 0.0))
+    waits = [one.waits_s for one in sent[: ceil(len(sent) / 100)]]
+    names = ("slowest_slots_s", "slowest_start_s", "slowest_room_s")
+    return {name: mean([wait[place] for wait in waits]) for place, name in enumerate(names)}
 
 
 def _count(outcomes: Sequence[Outcome], end: End | None) -> int:
@@ -110,6 +125,17 @@ def spread(runs: Sequence[Figures]) -> dict[str, Spread]:
 
 def _spread(values: Sequence[float]) -> Spread:
     return Spread(fmean(values), min(values), max(values))
+
+
+def ratios(runs: Mapping[str, Sequence[Figures]], name: str, of: str) -> list[dict[str, object]]:
+    """A row for each policy but ``of``, for people: its metric over that of ``of`` with the same seed."""
+    rows: list[dict[str, object]] = []
+    for policy, of_seeds in runs.items():
+        if policy != of:
+            found = sorted(one[name] / other[name] for one, other in zip(of_seeds, runs[of], strict=True))
+            at = {"least": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "most": 1.0}
+            rows.append({"policy": policy, **{word: f"{percentile(found, share):.2f}" for word, share in at.items()}})
+    return rows
 
 
 def table(runs: Mapping[str, Sequence[Figures]], headings: Mapping[str, str]) -> list[dict[str, object]]:

@@ -30,6 +30,7 @@ def write_cdfs(path: Path, title: str, waits: Mapping[str, Mapping[str, Sequence
             axes.step(ordered, shares, where="post", label=policy)
         axes.set(xlabel=f"{kind}, s", ylabel="share of requests", ylim=(0, 1))
         axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-    figure.axes[-1].legend(loc="lower right")
+    figure.axes[0].legend(loc="upper left")
     figure.savefig(path, dpi=150)

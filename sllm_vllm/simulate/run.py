@@ -31,6 +31,10 @@ class Outcome:
     why: str = ""
     replica: str | None = None
     """Where it is, or was last."""
+    ordered_s: float = 0.0
+    """When the replica that serves it was ordered."""
+    ready_s: float = 0.0
+    """When that was ready."""
     is_cold: bool = False
     """A replica that served it became ready after it arrived."""
     num_dispatches: int = 0
@@ -44,6 +48,15 @@ class Outcome:
     def startup_s(self) -> float | None:
         """Arrival until it was sent to a ready replica for the last time; None if it never was."""
         return None if self.dispatched_s is None else self.dispatched_s - self.request.at_s
+
+    @property
+    def waits_s(self) -> tuple[float, float, float]:
+        """What its startup was made of: until a start was ordered, until that was ready, and until that had room."""
+        at_s, dispatched_s = self.request.at_s, self.dispatched_s
+        assert dispatched_s is not None, f"{self.request.id} was never sent"
+        ordered_s = min(max(at_s, self.ordered_s), dispatched_s)
+        ready_s = min(max(ordered_s, self.ready_s), dispatched_s)
+        return ordered_s - at_s, ready_s - ordered_s, dispatched_s - ready_s
 
     @property
     def total_s(self) -> float | None:

@@ -122,6 +122,7 @@ class World:
         outcome.replica, outcome.dispatched_s = replica.id, self.agenda.now_s
         outcome.num_dispatches += 1
         assert replica.ready_s is not None
+        outcome.ordered_s, outcome.ready_s = replica.ordered_s, replica.ready_s
         outcome.is_cold = outcome.is_cold or replica.ready_s > outcome.request.at_s
         self._begin(replica, outcome)
 

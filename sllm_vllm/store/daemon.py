@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import signal
 import socket
 import threading
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import ConfigError, StoreBusy, StoreError
+from sllm_vllm.file_limit import raise_file_limit
 from sllm_vllm.store.calibrate import read_calibration
 from sllm_vllm.store.orders import Orders
 from sllm_vllm.store.places import Places
@@ -48,7 +48,7 @@ def serve(config: StoreConfig) -> int:
     """
     if config.num_slots == 0:
         raise ConfigError(f"memory_bytes {config.memory_bytes} holds no slot of {config.slot_bytes} bytes")
-    _raise_file_limit()
+    raise_file_limit()  # each partition in use has two descriptors, each client one
     with _private_directory(config), listening(config.socket_path, _WORDS) as listener, _pool(config) as pool:
         asyncio.run(_Daemon(config, pool).run(listener))
     return 0
@@ -163,9 +163,3 @@ def _private_directory(config: StoreConfig) -> Iterator[None]:
         raise StoreError(config.state_dir, problem, _WORDS.directory_mend) from None
     with locked(config.state_dir / "lock", config.socket_path, _WORDS):
         yield
-
-
-def _raise_file_limit() -> None:
-    """Each partition in use has two descriptors, each client one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -190,6 +190,39 @@ def test_an_agent_that_does_not_answer(tmp_path: Path) -> None:
             NodeClient(tmp_path / "node" / "socket", timeout_s=0.2).stop(wait_s=0.1)
 
 
+@pytest.mark.parametrize("kind", ["watch", "logs", "prefetch"])
+def test_what_may_take_for_ever_notices_an_agent_that_stands_still(tmp_path: Path, kind: str) -> None:
+    with agent_process(tmp_path / "node") as (client, process):
+        client.order(ReplicaOrder(model="slow", id="s"))
+        impatient = NodeClient(tmp_path / "node" / "socket", timeout_s=0.2, silent_s=0.05)
+        watch, logs = impatient.watch("s"), impatient.logs("s", follow=True)
+        next(watch)
+        next(logs)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(NodeUnavailable, match="does not answer"):
+            impatient.prefetch("c") if kind == "prefetch" else list(watch if kind == "watch" else logs)
+
+
+def test_a_silent_engine_is_waited_for_while_its_agent_answers(served: ServedAgent) -> None:
+    served.order("slow", id="s")
+    asked = threading.Event()
+    patient = NodeClient(served.client.socket_path, silent_s=0.01)
+    require = patient._require_answer
+
+    def require_and_tell() -> None:
+        require()
+        asked.set()
+
+    patient._require_answer = require_and_tell  # type: ignore[method-assign]
+    states: list[str] = []
+    watching = threading.Thread(target=lambda: states.extend(report.state for report in patient.watch("s")))
+    watching.start()
+    assert asked.wait(60)
+    served.client.stop_replica("s")
+    watching.join(60)
+    assert states[-1] == "stopped"
+
+
 def test_stop_returns_when_the_process_is_gone(tmp_path: Path) -> None:
     with agent_process(tmp_path / "node") as (client, process):
         client.order(ReplicaOrder(model="slow", id="s"))

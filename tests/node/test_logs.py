@@ -79,5 +79,31 @@ async def test_a_log_is_followed_into_the_next_file_until_its_engine_ends(tmp_pa
     assert bytes(found) == b"first\n" + b"".join(f"line {number:02}\n".encode() for number in range(20))
 
 
+@pytest.mark.parametrize("tail_nbytes", [None, 1000, 190, 150, 101, 100, 99, 30, 1, 0])
+async def test_a_tail_reaches_into_the_older_file(tmp_path: Path, tail_nbytes: int | None) -> None:
+    log = BoundedLog(tmp_path / "log", 100)
+    for number in range(30):
+        log.write(f"line {number:03}\n".encode())
+    log.close()
+    kept = (tmp_path / "log.1").read_bytes() + (tmp_path / "log").read_bytes()
+    assert len(kept) > 100
+    found = [data async for data in read_log(tmp_path / "log", tail_nbytes=tail_nbytes, is_over=lambda: True)]
+    expected = kept if tail_nbytes is None else kept[max(0, len(kept) - tail_nbytes) :]
+    assert b"".join(found) == expected
+
+
+async def test_a_log_that_turns_twice_while_it_is_not_looked_at_loses_nothing_that_is_kept(tmp_path: Path) -> None:
+    log, over, found = BoundedLog(tmp_path / "log", 10), asyncio.Event(), bytearray()
+    log.write(b"one\n")
+    reading = read_log(tmp_path / "log", tail_nbytes=None, is_over=over.is_set)
+    found.extend(await anext(reading))
+    for line in (b"two two\n", b"three..\n"):  # each of them turns it
+        log.write(line)
+    over.set()
+    async for data in reading:
+        found.extend(data)
+    assert bytes(found) == b"one\ntwo two\nthree..\n"
+
+
 async def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert [data async for data in read_log(tmp_path / "no", tail_nbytes=None, is_over=lambda: True)] == []

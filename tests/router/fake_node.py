@@ -71,6 +71,8 @@ class FakeNode:
         self.refusal = ""
         self.may_be_ready = asyncio.Event()
         self.may_be_ready.set()
+        self.is_warm = asyncio.Event()
+        self.is_warm.set()
 
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
         assert order.id is not None
@@ -108,7 +110,7 @@ class FakeNode:
             platform="cpu",
             slots=tuple(SlotReport(slot=slot, what=f"cpu {slot}", replica=None) for slot in range(self.num_slots)),
             replicas=tuple(reports),
-            warm=WarmReport(pid=99, problem="", num_forks=3, import_s=9.5),
+            warm=WarmReport(pid=99 if self.is_warm.is_set() else None, problem="", num_forks=3, import_s=9.5),
             checkpoints=self.checkpoints,
             hops={"disk": {"bps": 2e9, "limit_bps": None}},
             store="no daemon answers",
@@ -118,6 +120,12 @@ class FakeNode:
                 if report.is_ready
             ),
         )
+
+    async def wait_warm(self, timeout_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.is_warm.wait()
+        return self.is_warm.is_set()
 
     async def prefetch_model(self, arguments: tuple[str, ...]) -> None:
         self.prefetched.append(arguments)

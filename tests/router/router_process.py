@@ -6,11 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,23 @@ from sllm_vllm.config import child_environment
 from sllm_vllm.node.client import NodeClient
 from tests.waiting import wait_until
 
+_WITH_OTHER_LIMITS = """
+import json, sys
+from pathlib import Path
+from sllm_vllm.cli_store import log_to_stderr
+from sllm_vllm.router.config import RouterConfig
+from sllm_vllm.router.daemon import serve
+
+def change(name, limits):
+    made = getattr(RouterConfig, name)
+    setattr(RouterConfig, name, lambda *args: (one := made(*args)).model_validate(one.model_dump() | limits))
+
+change("node_config", json.loads(sys.argv[2]))
+change("ingress_settings", json.loads(sys.argv[3]))
+log_to_stderr()
+sys.exit(serve(Path(sys.argv[1])))
+"""
+"""`sllm-vllm serve` with limits that its configuration has no keys for: by themselves they are minutes."""
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 ANSWER_MAX_S = 60.0
 _URL = re.compile(r"event=router_serving url=(\S+)")
@@ -35,6 +53,49 @@ class Answer:
     headers: dict[str, str]
 
 
+class Cut(Exception):
+    """A stream ended without its end."""
+
+
+class Stream:
+    """A stream of events that is read one by one, down to the bytes: http.client takes one that was cut for whole."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._file = connection.makefile("rb")
+        self._data = b""
+        self.head = b"".join(iter(self._file.readline, b"\r\n"))
+
+    def event(self) -> Any:
+        """The next one's data; None at the proper end.
+
+        Raises:
+            Cut: there is none, and no end.
+        """
+        while b"\n\n" not in self._data:
+            size = self._file.readline()
+            if not size:
+                raise Cut
+            self._data += self._file.read(int(size, 16))
+            self._file.readline()
+            if size == b"0\r\n":
+                assert not self._data
+                self.close()
+                return None
+        event, _, self._data = self._data.partition(b"\n\n")
+        data = event.removeprefix(b"data: ")
+        return data.decode() if data == b"[DONE]" else json.loads(data)
+
+    def rest(self) -> list[Any]:
+        """All events that are still to come."""
+        return list(iter(self.event, None))
+
+    def close(self) -> None:
+        """Leave."""
+        self._file.close()
+        self._connection.close()
+
+
 @dataclass(slots=True)
 class RouterUnderTest:
     """A router that serves ``directory/router.yaml``."""
@@ -42,6 +103,7 @@ class RouterUnderTest:
     directory: Path
     process: subprocess.Popen[bytes]
     url: str
+    answer_s_max: float = ANSWER_MAX_S
 
     @property
     def log(self) -> str:
@@ -63,8 +125,51 @@ class RouterUnderTest:
         data = None if body is None else json.dumps(body).encode()
         return self._send(urllib.request.Request(f"{self.url}/sllm/v1/{path}", data, headers, method=method))
 
-    def post_later(self, pool: ThreadPoolExecutor, model: str) -> Future[Answer]:
-        return pool.submit(self.post, model)
+    def post_later(self, pool: ThreadPoolExecutor, model: str, **body: Any) -> Future[Answer]:
+        return pool.submit(self.post, model, **body)
+
+    def streaming(self, model: str, **body: Any) -> Stream:
+        """A stream whose head has come."""
+        asked = json.dumps({"model": model, "prompt": "hello", "stream": True, **body}).encode()
+        connection = socket.create_connection(self.address, self.answer_s_max)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+        connection.sendall(f"{head}{len(asked)}\r\n\r\n".encode() + asked)
+        stream = Stream(connection)
+        assert stream.head.startswith(b"HTTP/1.1 200 "), stream.head
+        return stream
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where clients connect to."""
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def num_descriptors(self) -> int:
+        """What the router has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def forget_peak(self) -> None:
+        """From now on ``VmHWM`` of its memory is the peak since then."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def memory_nbytes(self, field: str = "VmRSS") -> int:
+        """Of the router alone, engines not counted."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition(f"\n{field}:")[2].split()[0]) * 1024
+
+    def ask_engine(self, path: str, *, post: bool = False) -> Any:
+        """Past the router, which lets nobody through to such paths. Of the only engine."""
+        (one,) = (one for one in self.node.report().replicas if one.pid)
+        headers = {"Authorization": f"Bearer {one.api_key}"}
+        return self._send(urllib.request.Request(f"{one.url}{path}", b"" if post else None, headers)).body
+
+    def num_ongoing(self) -> int:
+        """Requests that engines have, as the router counts them."""
+        return sum(one["ongoing"] for one in self.admin("replicas").body["replicas"])
+
+    def said_by_engines(self) -> str:
+        """All that engines printed."""
+        return "".join(log.read_text() for log in (self.directory / "node" / "logs").glob("*.log"))
 
     def pids(self, model: str) -> list[int]:
         """Of a model's engines that live."""
@@ -77,7 +182,7 @@ class RouterUnderTest:
 
     def _send(self, request: urllib.request.Request) -> Answer:
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER_MAX_S) as answer:
+            with urllib.request.urlopen(request, timeout=self.answer_s_max) as answer:
                 return Answer(answer.status, json.loads(answer.read() or b"null"), _lower(answer.headers.items()))
         except urllib.error.HTTPError as error:
             return Answer(error.code, json.loads(error.read() or b"null"), _lower(error.headers.items()))
@@ -104,16 +209,26 @@ def write_config(directory: Path, *models: str, slots: int = 2, **sections: Any)
 
 
 @contextmanager
-def running_router(directory: Path) -> Iterator[RouterUnderTest]:
-    """Start one, and end it, if it has not ended."""
+def running_router(
+    directory: Path,
+    *,
+    agent: Mapping[str, Any] | None = None,
+    ingress: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[RouterUnderTest]:
+    """Start one, and end it, if it has not ended. ``agent``, ``ingress``: settings that take the place of its own."""
+    command = [str(Path(sys.executable).with_name("sllm-vllm")), "serve", str(directory / "router.yaml")]
+    if agent or ingress:
+        limits = (json.dumps(agent or {}), json.dumps(ingress or {}))
+        command = [sys.executable, "-c", _WITH_OTHER_LIMITS, str(directory / "router.yaml"), *limits]
     (directory / "store").mkdir(exist_ok=True)
     log = directory / "router.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("sllm-vllm")), "serve", str(directory / "router.yaml")],
+            command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=child_environment(),
+            env=child_environment(**(environment or {})),
             start_new_session=True,
         )
     try:

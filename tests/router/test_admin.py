@@ -30,6 +30,7 @@ ROUTES = [
     ("POST", f"{V1}/replicas/a/drain"),
     ("GET", f"{V1}/nodes"),
     ("POST", f"{V1}/nodes/local/drain"),
+    ("POST", f"{V1}/nodes/local/undrain"),
     ("GET", f"{V1}/store"),
     ("GET", f"{V1}/events"),
     ("GET", f"{V1}/story/{MODEL}"),
@@ -169,6 +170,7 @@ async def test_delete_a_model_with_slashes_and_signs_in_its_name(served: ServedA
         ("GET", f"{V1}/explain/nobody", "model_not_found"),
         ("POST", f"{V1}/replicas/nobody/drain", "replica_not_found"),
         ("POST", f"{V1}/nodes/nobody/drain", "node_not_found"),
+        ("POST", f"{V1}/nodes/nobody/undrain", "node_not_found"),
         ("GET", f"{V1}/story/nobody", "not_found"),
         ("GET", f"{V1}/nothing", "not_found"),
         ("GET", "/sllm/v2/models", "not_found"),
@@ -240,7 +242,14 @@ async def test_nodes_and_draining_one(served: ServedAdmin) -> None:
     assert (node["id"], node["num_slots"], node["num_free"], node["replicas"]) == ("local", 2, 1, [replica])
     assert (node["report"]["version"], node["report"]["warm"]["num_forks"]) == ("1.2.3", 3)
     answer = await served.ask("POST", f"{V1}/nodes/local/drain")
-    assert (answer.status, answer.json) == (202, {"node": "local", "replicas": [replica]})
+    assert (answer.status, answer.json) == (202, {"node": "local", "is_drained": True, "replicas": [replica]})
+    await until(lambda: not served.controller.core.cluster.replicas, "its end")
+    (node,) = (await served.get(f"{V1}/nodes"))["nodes"]
+    assert (node["is_drained"], node["num_free"]) == (True, 2)
+    assert "no node that takes starts" in (await served.get(f"{V1}/explain/{MODEL}"))["request"]["why"]
+    answer = await served.ask("POST", f"{V1}/nodes/local/undrain")
+    assert (answer.status, answer.json) == (200, {"node": "local", "is_drained": False})
+    assert await served.replica(MODEL) != replica
 
 
 async def test_store(served: ServedAdmin) -> None:

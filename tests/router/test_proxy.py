@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from sllm_vllm.router.gate import Rejected
+from sllm_vllm.router.proxy import Report
 from sllm_vllm.router.settings import IngressSettings
 from tests.router.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
 
@@ -142,6 +143,16 @@ async def test_outcome_tells_tokens_and_times(gate: FakeGate, is_stream: bool, t
     assert outcome.first_byte_s is not None
     assert 0 < outcome.first_byte_s <= outcome.seconds
     assert gate.num_first_bytes == 1
+
+
+async def test_no_more_is_kept_of_an_answer_than_its_end(gate: FakeGate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pieces of it, whole, were a megabyte for each client that reads slowly."""
+    report = Report()
+    monkeypatch.setattr("sllm_vllm.router.ingress.Report", lambda: report)
+    async with serving(gate) as served:
+        status, text = await post(served, chat(nbytes=4_000_000))
+    assert (status, len(text)) == (200, 4_000_000)
+    assert 0 < sum(map(len, report.tail_pieces)) <= 4 * 4096
 
 
 async def test_200_streams_at_once_are_not_mixed_up(gate: FakeGate) -> None:

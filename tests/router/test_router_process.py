@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,11 +73,12 @@ def test_an_engine_killed_while_starting_is_started_again_for_the_request_that_w
 
 def test_an_engine_that_does_not_start_is_told_with_its_last_line_and_not_tried_for_ever(tmp_path: Path) -> None:
     write_config(tmp_path, "exits-3", "fine")
-    with running_router(tmp_path) as router:
-        answer = router.post("exits-3")
-        assert answer.status == 503
-        assert "exited with status 3" in answer.body["error"]["message"]
-        assert int(answer.headers["retry-after"]) >= 1
+    with running_router(tmp_path) as router, ThreadPoolExecutor(20) as pool:
+        for answer in pool.map(lambda _: router.post("exits-3"), range(20)):
+            assert answer.status == 503
+            assert "exited with status 3" in answer.body["error"]["message"]
+            assert "RuntimeError: Engine core initialization failed" in answer.body["error"]["message"]
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
         num_starts = router.log.count("event=start ")
         assert num_starts == 3
         assert router.post("exits-3").status == 503  # at once, without another start
@@ -154,3 +156,15 @@ def test_what_a_router_learned_is_there_after_a_restart(tmp_path: Path) -> None:
     with running_router(tmp_path) as router:
         plans = router.admin("explain/fine").body["plans"]
         assert plans[0]["terms"]["process"] < 5.0  # a default is more
+
+
+def test_a_low_soft_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        with running_router(tmp_path) as router:
+            found, _ = resource.prlimit(router.process.pid, resource.RLIMIT_NOFILE)
+            assert found == min(hard, 1 << 18)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ import pytest
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.simulate import command
 from sllm_vllm.simulate.command import OURS, Options, run_simulation
-from sllm_vllm.simulate.decisions import measure, with_models
+from sllm_vllm.simulate.decisions import Decisions, crowded, growth_rows, measure, with_models, with_nodes
 from sllm_vllm.simulate.hardware import ModelClass
 from sllm_vllm.simulate.policy import Policy
-from sllm_vllm.simulate.presets import HERE
+from sllm_vllm.simulate.presets import BIG, HERE
 from tests.simulate.scripted import Scripted
 
 SHORT = Options(preset="here", seeds=2, requests=20, validate=True)
@@ -33,6 +34,12 @@ def test_table_has_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_simulation(SHORT) == 0
     told = capsys.readouterr().out
     assert [name for name in command.policies(HERE.classes(), 0) if name not in told] == []
+
+
+def test_others_are_held_against_ours_if_it_is_among_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for policies, is_told in (((OURS, "shepherd"), True), (("shepherd",), False)):
+        run_simulation(Options(preset="here", policies=policies, seeds=2, requests=20))
+        assert ("over ours" in capsys.readouterr().out) is is_told
 
 
 def test_json_has_the_seeds_and_their_spread(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +101,7 @@ def test_decisions_are_counted_by_their_kind() -> None:
     assert len(found.seconds["RequestArrived"]) == 20
     assert len(found.set_up["ModelDeployed"]) == 3
     assert found.num == sum(len(values) for values in found.seconds.values())
-    assert found.mean_s > 0
+    assert found.mean_s == found.computed_s / found.num > 0
 
 
 def test_number_of_models_grows_and_the_nodes_do_not() -> None:
@@ -102,9 +109,35 @@ def test_number_of_models_grows_and_the_nodes_do_not() -> None:
     assert (len(grown.classes()), grown.num_nodes) == (50, HERE.num_nodes)
 
 
+def test_each_node_has_as_much_however_many_there_are() -> None:
+    fewer = with_nodes(BIG, 10)
+    assert (fewer.num_nodes, len(fewer.classes())) == (10, 100)
+    assert fewer.traffic.rate == pytest.approx(10.0)
+
+
+def test_crowded_cluster_refuses_nobody_and_everybody_waits() -> None:
+    found = measure(crowded(replace(HERE, traffic=replace(HERE.traffic, rate=10.0))), 60, seed=1)
+    assert found.num_waiting_max > 30
+    assert len(found.seconds["FirstByte"]) == 60
+
+
+def test_growth_is_held_against_the_logarithm() -> None:
+    grown = {size: Decisions({"Ticked": [us / 1e6]}, {}, us / 1e6) for size, us in ((100, 20.0), (10_000, 30.0))}
+    assert [(row["slower"], row["logarithm"]) for row in growth_rows(grown, "models")] == [
+        ("1.00", "1.00"),
+        ("1.50", "2.00"),
+    ]
+
+
 def test_decisions_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sllm_vllm.simulate.decisions.NUM_MODELS", (2, 4))
+    monkeypatch.setattr("sllm_vllm.simulate.decisions.NUM_NODES", (2, 3))
     assert run_simulation(Options(preset="here", requests=20, decisions=True)) == 0
     assert "RequestArrived" in capsys.readouterr().out
     assert run_simulation(Options(preset="here", requests=20, decisions=True, json=True)) == 0
-    assert list(json.loads(capsys.readouterr().out)["mean_s_by_models"]) == ["2", "4"]
+    told = json.loads(capsys.readouterr().out)
+    assert [list(told[part]) for part in ("loads", "by_models", "by_nodes")] == [
+        ["as it is", "crowded"],
+        ["2", "4"],
+        ["2", "3"],
+    ]

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.simulate.metrics import COSTS, WAITS, Spread, figures, percentile, ranges, record, shown, spread, table
+from sllm_vllm.simulate.metrics import (
+    COSTS,
+    WAITS,
+    Spread,
+    figures,
+    percentile,
+    ranges,
+    ratios,
+    record,
+    shown,
+    spread,
+    table,
+)
 from sllm_vllm.simulate.plot import write_cdfs
 from sllm_vllm.simulate.run import End, Outcome, Run
 from tests.simulate.scripted import asked
@@ -83,6 +95,21 @@ def test_table_has_a_row_a_policy_and_every_shown_metric() -> None:
     assert list(rows[0]) == ["policy", *WAITS]
     assert list(table(runs, COSTS)[0]) == ["policy", *COSTS]
     assert rows[0]["TTFT mean"] == "3"
+
+
+def test_ratios_are_of_the_same_seeds() -> None:
+    ours = [figures(run_of(outcome(0, dispatched_s=at_s))) for at_s in (11.0, 12.0, 14.0)]
+    other = [figures(run_of(outcome(0, dispatched_s=at_s))) for at_s in (14.0, 12.0, 12.0)]
+    (row,) = ratios({"ours": ours, "other": other}, "startup_p99_s", "ours")
+    assert row == {"policy": "other", "least": "0.50", "25 %": "0.50", "median": "1.00", "75 %": "4.00", "most": "4.00"}
+
+
+def test_slowest_hundredth_tells_what_it_waited_for() -> None:
+    slow = replace(outcome(0, dispatched_s=40.0), ordered_s=15.0, ready_s=35.0)
+    early = replace(outcome(1, dispatched_s=12.0), ordered_s=3.0, ready_s=5.0)
+    found = figures(run_of(early, slow))
+    assert [found[f"slowest_{part}_s"] for part in ("slots", "start", "room")] == [5.0, 20.0, 5.0]
+    assert early.waits_s == (0.0, 0.0, 2.0)
 
 
 def test_record_is_json() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.router.core.events import NodeReported
 from sllm_vllm.router.core.facts import Tier
 from sllm_vllm.simulate.presets import A40_NODE, OPT_30, OPT_67, PRESETS, preset
+from sllm_vllm.simulate.world import World
+from tests.simulate.scripted import Scripted
 
 NAMES = sorted(PRESETS)
 
@@ -35,6 +38,17 @@ def test_paper_s_models_fit_one_disk_and_not_its_memory() -> None:
     cluster = preset("paper")
     total = sum(kind.nbytes * count for kind, count in cluster.models)
     assert cluster.node.host_nbytes < total <= cluster.node.disk_nbytes
+
+
+def test_bound_never_reads_a_disk() -> None:
+    cluster = preset("paper-in-memory")
+    models = list(cluster.classes())
+    policy = Scripted(lambda event, now_s: [])
+    World(cluster, policy, seed=0).run([])
+    for report in policy.all_of(NodeReported):
+        assert isinstance(report, NodeReported)
+        assert report.residency == dict.fromkeys(models, Tier.HOST)
+    assert cluster.models == preset("paper").models
 
 
 def test_load_takes_bytes_over_the_slowest_hop() -> None:

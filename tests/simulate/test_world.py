@@ -184,6 +184,63 @@ def test_prefetch_makes_the_start_read_memory() -> None:
     assert policy.times_of(ReplicaReady) == [10.0 + 1.0 + 1.0 + 2.0]
 
 
+def fetching(*models: str, inner: Answer) -> Answer:
+    """Have these models read ahead when the node joins."""
+
+    def answer(event: Event, now_s: float) -> Sequence[Order]:
+        fetched = [PrefetchModel(model, "n0000") for model in models] if isinstance(event, NodeJoined) else []
+        return [*fetched, *inner(event, now_s)]
+
+    return answer
+
+
+def fetched_at(policy: Scripted) -> dict[str, float]:
+    """When a model was reported to be in memory first."""
+    found: dict[str, float] = {}
+    for at_s, event in policy.story:
+        for model, tier in event.residency.items() if isinstance(event, NodeReported) else ():
+            if tier is Tier.HOST:
+                found.setdefault(model, at_s)
+    return found
+
+
+def test_loads_go_before_a_prefetch_that_is_under_way() -> None:
+    """It would be read at 5. The load begins at 4 and takes 5 s, so a second of it is left at 9."""
+    policy = Scripted(fetching("m-1", inner=serving(start("a"))))
+    World(ONE, policy, seed=1).run([asked(0, at_s=3.0)])
+    assert policy.times_of(ReplicaReady) == [3.0 + 1.0 + 5.0 + 2.0]
+    assert fetched_at(policy) == {"m-0": 9.0, "m-1": 10.0}
+
+
+def test_prefetches_are_read_one_after_another() -> None:
+    policy = Scripted(fetching("m-0", "m-1", "m-0", inner=serving(start("a"))))
+    run = World(ONE, policy, seed=1).run([asked(0, at_s=20.0)])
+    assert fetched_at(policy) == {"m-0": 5.0, "m-1": 10.0}
+    assert run.num_prefetches == 2
+
+
+def test_prefetch_drops_nothing_from_memory() -> None:
+    policy = Scripted(fetching("m-0", "m-1", "m-2", inner=serving(start("a"))))
+    run = World(ONE, policy, seed=1).run([asked(0, at_s=20.0)])
+    assert set(fetched_at(policy)) == {"m-0", "m-1"}
+    assert run.num_prefetches == 2
+
+
+def test_node_that_is_lost_forgets_its_prefetches() -> None:
+    failing = replace(ONE, failures=Failures(losses_per_hour=3600 * 2.0, node_back_s=100.0, noise_sigma=0.0))
+    policy = Scripted(fetching("m-0", inner=lambda event, now_s: [GIVEN_UP] if isinstance(event, NodeLost) else []))
+    run = World(failing, policy, seed=1).run([asked(0)])
+    assert run.num_losses == 1
+    assert (fetched_at(policy), run.num_prefetches) == ({}, 0)
+
+
+def test_wait_is_made_of_slots_start_and_room() -> None:
+    """The only slot of a busy replica: the second request waits for its start first, and then for its room."""
+    run = World(ONE, Scripted(serving(start("a"))), seed=1).run([asked(0), asked(1, at_s=1.0)])
+    assert run.outcomes["r0"].waits_s == (0.0, 8.0, 0.0)
+    assert run.outcomes["r1"].waits_s == (0.0, 7.0, 0.0)
+
+
 def test_moved_request_goes_on_where_it_was() -> None:
     """The order comes at 9 with the first token. In the second of recomputing, the source makes 10 tokens."""
     inner = serving(start("a"), start("b", "m-0", "n0001"))

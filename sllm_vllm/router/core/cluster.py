@@ -9,11 +9,9 @@ from math import inf
 from types import MappingProxyType
 
 from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.router.core.prefixes import PREFIXES_MAX, note_prefix
 from sllm_vllm.router.core.ranking import Ranking
 from sllm_vllm.router.core.shortlist import Holding, Shortlist
-
-PREFIXES_MAX = 32
-"""Prefixes remembered about one replica."""
 
 
 class ReplicaState(Enum):
@@ -77,11 +75,18 @@ class Node:
     replicas: dict[str, Replica] = field(default_factory=dict)
     num_free: int = 0
     num_evictable: int = 0
-    """Slots of replicas that are idle and not pinned."""
+    """Slots of replicas that are idle and not pinned; 0 where nothing may start."""
     num_busy: int = 0
-    """Slots of replicas that are READY, have requests and are not pinned."""
+    """Slots of replicas that are READY, have requests and are not pinned; 0 where nothing may start."""
     idle_since_s: float = inf
     """Of the evictable replica that has been idle the longest."""
+    is_cordoned: bool = False
+    """Nothing new may start there."""
+
+    @property
+    def num_open(self) -> int:
+        """Free slots that a start may have; less than none where nothing may start."""
+        return -1 if self.is_cordoned else self.num_free
 
 
 class Cluster:
@@ -130,6 +135,11 @@ class Cluster:
     def set_warm(self, node_id: str, is_warm: bool) -> None:
         """Whether its next start finds a warm parent process."""
         self._nodes[node_id].is_warm = is_warm
+
+    def set_cordoned(self, node_id: str, is_cordoned: bool) -> None:
+        """Whether nothing new may start there; what runs there stays."""
+        self._nodes[node_id].is_cordoned = is_cordoned
+        self._refresh(self._nodes[node_id])
 
     def num_slots(self, node_id: str) -> int:
         """All it has."""
@@ -180,7 +190,7 @@ class Cluster:
         node = self._nodes[node_id]
         is_sooner = until_s < node.load_until_s
         node.load_until_s = until_s
-        self._free.put(node_id, node.num_free, until_s)
+        self._free.put(node_id, node.num_open, until_s)
         if is_sooner:
             for holding in node.tiers.items():
                 for shortlist in self._shortlists:
@@ -252,7 +262,7 @@ class Cluster:
         replica.ongoing.add(request_id)
         self._least_busy.put(replica_id, replica.model, len(replica.ongoing))
         if prefix:
-            _note_prefix(replica.prefixes, prefix, now_s)
+            note_prefix(replica.prefixes, prefix, now_s)
         if replica.idle_since_s is not None:
             replica.idle_since_s = None
             self._refresh(self._nodes[replica.node])
@@ -311,7 +321,7 @@ class Cluster:
         nodes, replicas = self._nodes.values(), self._replicas.values()
         ready = [replica for replica in replicas if replica.state is ReplicaState.READY]
         self._least_busy.validate({one.id: (one.model, len(one.ongoing)) for one in ready})
-        self._free.validate({node.id: (node.num_free, node.load_until_s) for node in nodes})
+        self._free.validate({node.id: (node.num_open, node.load_until_s) for node in nodes})
         idle = [node for node in nodes if node.num_evictable]
         self._idle.validate({n.id: ((n.num_free, n.num_free + n.num_evictable), n.idle_since_s) for n in idle})
         held = {(*holding, node.id) for node in nodes for holding in node.tiers.items()}
@@ -325,7 +335,7 @@ class Cluster:
     def _refresh(self, node: Node) -> None:
         """Count it again and put it where it belongs; its few replicas are looked at, nobody else's."""
         node.num_free, node.num_evictable, node.num_busy, node.idle_since_s = _count(node)
-        self._free.put(node.id, node.num_free, node.load_until_s)
+        self._free.put(node.id, node.num_open, node.load_until_s)
         if node.num_evictable:
             self._idle.put(node.id, (node.num_free, node.num_free + node.num_evictable), node.idle_since_s)
         else:
@@ -359,7 +369,7 @@ class Cluster:
                 shortlist.add(new, node_id)
 
     def _fits_free(self, node_id: str, num_slots: int) -> bool:
-        return self._nodes[node_id].num_free >= num_slots
+        return self._nodes[node_id].num_open >= num_slots
 
     def _fits_idle(self, node_id: str, num_slots: int) -> bool:
         node = self._nodes[node_id]
@@ -384,11 +394,5 @@ def _count(node: Node) -> tuple[int, int, int, float]:
         else:
             evictable += replica.num_slots
             since_s = min(since_s, replica.idle_since_s)
-    return node.num_slots - used, evictable, busy, since_s
-
-
-def _note_prefix(prefixes: dict[str, float], prefix: str, now_s: float) -> None:
-    prefixes.pop(prefix, None)
-    prefixes[prefix] = now_s
-    if len(prefixes) > PREFIXES_MAX:
-        del prefixes[next(iter(prefixes))]
+    free = node.num_slots - used
+    return (free, 0, 0, inf) if node.is_cordoned else (free, evictable, busy, since_s)

@@ -44,6 +44,9 @@ Key = tuple[str | None, str | None]
 Point = tuple[int, float]
 """Tokens or bytes, and the seconds they took."""
 
+Line = tuple[float, float]
+"""Slope, in seconds a token or byte, and offset, in seconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class StartDefaults:
@@ -81,10 +84,11 @@ def _median(values: list[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2]
 
 
-def fit_line(points: Sequence[Point], *, fixed: float) -> tuple[float, float]:
+def fit_line(points: Sequence[Point], *, guess: Line) -> Line:
     """Slope and offset of y over x, neither negative, after Theil and Sen: the median of the slopes of all pairs.
 
-    If the points are too near to each other for a slope, ``fixed`` is taken as the offset.
+    If the points are too near to each other for a slope, the offset guessed is taken for theirs; and where that
+    explains all they took, they say nothing of a slope: then the one guessed is taken.
     """
     apart = SPREAD_MIN * max(x for x, _ in points)
     slopes = [
@@ -94,7 +98,8 @@ def fit_line(points: Sequence[Point], *, fixed: float) -> tuple[float, float]:
         if abs(other_x - x) > apart
     ]
     if len(slopes) < SLOPES_MIN:
-        slopes = [(y - fixed) / x for x, y in points if x > 0] or [0.0]
+        slope, offset = guess
+        slopes = [(y - offset) / x if y > offset else slope for x, y in points if x > 0] or [slope]
     slope = max(0.0, _median(slopes))
     offset = _median([y - slope * x for x, y in points])
     if offset < 0:  # then it goes through the origin
@@ -127,12 +132,12 @@ class _Track:
 class _Line:
     """The last points of one line. It is fitted when it is asked for, as prefills are told more often than asked."""
 
-    __slots__ = ("_fit", "_fixed", "samples")
+    __slots__ = ("_fit", "_guess", "samples")
 
-    def __init__(self, fixed: float) -> None:
+    def __init__(self, guess: Line) -> None:
         self.samples: tuple[Point, ...] = ()
-        self._fixed = fixed
-        self._fit: tuple[float, float] | None = None
+        self._guess = guess
+        self._fit: Line | None = None
 
     def note(self, sample: Point) -> None:
         self.samples = (*self.samples, sample)[-POINTS_MAX:]
@@ -140,7 +145,7 @@ class _Line:
 
     def at(self, x: float) -> float:
         if self._fit is None:
-            self._fit = fit_line(self.samples, fixed=self._fixed)
+            self._fit = fit_line(self.samples, guess=self._guess)
         slope, offset = self._fit
         return slope * x + offset
 
@@ -215,8 +220,9 @@ class Estimator:
         self._nbytes = self._tracks()
         self._hops = tuple(self._tracks() for _ in Tier)  # by tier: quicker than a dict, as an Enum's hash is slow
         self._weights = tuple(self._tracks() for _ in Tier)
-        self._weights_lines = tuple(self._lines(defaults.weights_fixed_s) for _ in Tier)
-        self._prefill = self._lines(defaults.prefill_fixed_s)
+        fixed_s = defaults.weights_fixed_s
+        self._weights_lines = tuple(self._lines((1 / defaults.tier_bps[tier], fixed_s)) for tier in Tier)
+        self._prefill = self._lines((defaults.prefill_token_s, defaults.prefill_fixed_s))
 
     def observe_start(self, sample: StartSample) -> None:
         """Learn from a start that came to its end."""
@@ -342,8 +348,8 @@ class Estimator:
     def _tracks(self) -> _Table[_Track]:
         return _Table(_Track, self._keys_max)
 
-    def _lines(self, fixed_s: float) -> _Table[_Line]:
-        return _Table(lambda: _Line(fixed_s), self._keys_max)
+    def _lines(self, guess: Line) -> _Table[_Line]:
+        return _Table(lambda: _Line(guess), self._keys_max)
 
     def _nbytes_of(self, spec: ModelSpec) -> float | None:
         """As it was deployed, or as its starts said."""

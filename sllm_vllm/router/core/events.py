@@ -16,6 +16,8 @@ class ModelDeployed:
     """A model is to be served, or is now to be served otherwise."""
 
     spec: ModelSpec
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
+    """Where its weights are, by node, as far as that is known already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +25,6 @@ class ModelDeleted:
     """It is not to be served any more."""
 
     model: str
-
-
-@dataclass(frozen=True, slots=True)
-class NodeJoined:
-    """A node has slots for engines."""
-
-    node: str
-    num_slots: int
-    is_warm: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +38,17 @@ class NodeReported:
     """Of models' weights, where the node knows them."""
     hops: Mapping[Tier, float] = field(default_factory=dict)
     """Bytes a second from a tier to the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node has slots for engines."""
+
+    node: str
+    num_slots: int
+    is_warm: bool = True
+    report: NodeReported | None = None
+    """Its first one, if it came with it: so that the first start knows where the weights are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +113,16 @@ class ReplicaEnded:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
-    """An operator wants a replica, or all of a node, to end without harm to a request."""
+    """An operator wants a replica, or all of a node, to end without harm to a request; nothing more starts there."""
 
     target: str
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainAsked:
+    """A node that was drained is to take starts again."""
+
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,7 @@ Event = (
     | ReplicaReady
     | ReplicaEnded
     | DrainAsked
+    | UndrainAsked
     | Ticked
 )
 

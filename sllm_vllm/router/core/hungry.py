@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import math
 
 from sllm_vllm.router.core.facts import ModelSpec
 from sllm_vllm.router.core.queues import ModelQueues
 
-Key = tuple[float, float]
+Key = tuple[bool, int, float]
+"""Whether nobody waits, the priority negated, and since when somebody waits."""
 
 
 class Hungry:
@@ -61,4 +61,4 @@ class Hungry:
 
     def _key(self, model: str) -> Key:
         oldest_s = self._queues.oldest_s(model)
-        return (-float(self._specs[model].priority), math.inf if oldest_s is None else oldest_s)
+        return oldest_s is None, -self._specs[model].priority, oldest_s or 0.0

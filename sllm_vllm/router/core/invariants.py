@@ -18,6 +18,7 @@ def validate(core: RouterCore) -> None:
     _validate_requests(core)
     _validate_models(core)
     _validate_pending(core)
+    _validate_nodes(core)
 
 
 def _validate_requests(core: RouterCore) -> None:
@@ -25,7 +26,7 @@ def _validate_requests(core: RouterCore) -> None:
     waiting = Counter(request.facts.model for request in core.requests.values() if request.replica is None)
     for model, state in core.models.items():
         assert core.queues.waiting(model) == waiting[model], f"{model}: {waiting[model]} requests wait"
-        assert waiting[model] <= state.spec.queue_max
+        assert waiting[model] <= max(state.spec.queue_max, state.num_kept)
         ready = core.cluster.replicas_of(model, ReplicaState.READY)
         if waiting[model]:
             fit = [one for one in ready if one.id not in core.suspects]
@@ -55,4 +56,14 @@ def _validate_pending(core: RouterCore) -> None:
     for pending in core.scaling.pending.all():
         assert pending.victims, f"{pending.replica} waits for nobody"
         for victim in pending.victims:
-            assert core.cluster.replicas[victim].state is ReplicaState.STOPPING
+            assert core.cluster.replicas[victim].state in (ReplicaState.DRAINING, ReplicaState.STOPPING)
+
+
+def _validate_nodes(core: RouterCore) -> None:
+    """Nothing starts, and nothing is freed for a start, where an operator has drained; nobody gets requests there."""
+    for node in core.cluster.nodes.values():
+        assert node.is_cordoned == (node.id in core.membership.cordoned), f"{node.id} is wrong about its cordon"
+        if node.is_cordoned:
+            leaving = (ReplicaState.DRAINING, ReplicaState.STOPPING)
+            assert all(one.state in leaving for one in node.replicas.values()), f"{node.id} is drained"
+            assert not core.scaling.pending.of_node(node.id), f"{node.id} is drained, and a start waits for it"

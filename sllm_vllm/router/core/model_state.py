@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sllm_vllm.router.core.autoscale import AutoscaleState
-from sllm_vllm.router.core.facts import Estimate, ModelSpec, RequestFacts
+from sllm_vllm.router.core.facts import Estimate, ModelSpec, RequestFacts, StartSample, Term
 from sllm_vllm.router.core.keep_alive import Arrivals
 
 BACK_OFF_S = 1.0
 BACK_OFF_S_MAX = 60.0
+_DOUBLINGS_MAX = 16
+"""More would pass the maximum anyway, and after a thousand the range of a float."""
 FAILURES_MAX = 3
 """Failed starts in a row after which waiting requests are told, and new ones refused until the next attempt."""
 SERVICE_SHARE = 0.2
@@ -25,10 +27,12 @@ class BackOff:
     reason: str = ""
 
     def failed(self, reason: str, now_s: float) -> None:
-        """One more."""
-        self.num_failures += 1
-        self.until_s = now_s + min(BACK_OFF_S_MAX, BACK_OFF_S * 2.0 ** (self.num_failures - 1))
+        """One more; starts that fail beside it, in the pause that it makes, are the same failure."""
         self.reason = reason
+        if self.is_resting(now_s):
+            return
+        self.num_failures += 1
+        self.until_s = now_s + min(BACK_OFF_S_MAX, BACK_OFF_S * 2.0 ** min(self.num_failures - 1, _DOUBLINGS_MAX))
 
     def succeeded(self) -> None:
         """It starts after all."""
@@ -54,6 +58,8 @@ class ModelState:
     back_off: BackOff = field(default_factory=BackOff)
     num_ongoing: int = 0
     """Requests that replicas have now."""
+    num_kept: int = 0
+    """Requests that waited when it was deployed again: its ``queue_max`` may be less now, and they go on."""
     service_s: float = 0.0
     """Running mean of how long a request keeps its place; 0 as long as none ended."""
 
@@ -71,6 +77,8 @@ class Request:
     arrived_s: float
     replica: str | None = None
     dispatched_s: float = 0.0
+    away_s: float = 0.0
+    """That it was with replicas that failed it; no time of waiting."""
     attempt: int = 0
     was_alone: bool = False
     """Nobody else was on its replica when it was sent there, so its first token tells of the prefill."""
@@ -92,3 +100,13 @@ class Prediction:
     expected: Estimate
     actual: Estimate | None = None
     """None until its first answer began."""
+
+    def come_true(self, sample: StartSample, prefill_s: float, *, ready_s: float) -> Prediction:
+        """It, with what its start took; what no phase accounts for was waiting."""
+        took = {
+            Term.PROCESS: sample.process_s,
+            Term.INIT: sample.init_s,
+            Term.WEIGHTS: sample.weights_s,
+        }
+        queue_s = max(0.0, ready_s - self.decided_s - sum(took.values()))
+        return replace(self, actual=Estimate({Term.QUEUE: queue_s, **took, Term.PREFILL: prefill_s}))

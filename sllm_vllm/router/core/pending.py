@@ -17,8 +17,13 @@ class PendingStart:
     replica: str
     model: str
     generation: int
+    num_slots: int
+    """All that it needs, as it was when it was decided."""
     plan: Plan
     victims: set[str]
+    """That have not ended."""
+    drained: set[str] = field(default_factory=set)
+    """Victims that had requests, and take some again if it does not start."""
     holds: list[str] = field(default_factory=list)
 
 
@@ -39,14 +44,14 @@ class PendingStarts:
         self._by_model: dict[str, dict[str, PendingStart]] = {}
         self._num_holds = 0
 
-    def add(self, pending: PendingStart, num_slots: int, now_s: float) -> None:
-        """It waits for its victims, which are about to be stopped. ``num_slots``: all that it needs."""
+    def add(self, pending: PendingStart, now_s: float) -> None:
+        """It waits for its victims, which are about to be stopped or drained."""
         self._by_model.setdefault(pending.model, {})[pending.replica] = pending
         for victim in pending.victims:
             self._by_victim[victim] = pending
         num_freed = sum(self._cluster.replicas[victim].num_slots for victim in pending.victims)
-        if num_freed < num_slots:
-            self._hold(pending, num_slots - num_freed, now_s)
+        if num_freed < pending.num_slots:
+            self._hold(pending, pending.num_slots - num_freed, now_s)
 
     def victim_ended(self, victim: Replica, now_s: float) -> PendingStart | None:
         """A replica was removed. Returns the start whose slots are all free now, if there is one; it is forgotten."""
@@ -76,6 +81,17 @@ class PendingStarts:
     def of_model(self, model: str) -> list[PendingStart]:
         """Those of a model, oldest first."""
         return list(self._by_model.get(model, {}).values())
+
+    def draining(self) -> PendingStart | None:
+        """One that waits for replicas that still have requests, if there is one."""
+        replicas = self._cluster.replicas
+        waiting = (one for name, one in self._by_victim.items() if replicas[name].state is ReplicaState.DRAINING)
+        return next(waiting, None)
+
+    def let_end(self, victim: str) -> None:
+        """It is to end, whatever becomes of the start that it was to end for."""
+        if (pending := self._by_victim.get(victim)) is not None:
+            pending.drained.discard(victim)
 
     def of_node(self, node: str) -> list[PendingStart]:
         """Those on a node. Looks at all."""

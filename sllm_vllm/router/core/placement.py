@@ -14,7 +14,8 @@ from sllm_vllm.router.core.victims import Victim, choose_victims
 
 SLACK_S = 0.1
 SLACK_SHARE = 0.05
-"""Of the best plan's time; how much later than it a plan may be that stops nobody, if that is more than the slack."""
+"""Of the soonest plan's time: how much later than it one may be that costs others less, if that is more than the slack.
+"""
 EVICTABLE_TIMES_MAX = 16
 """How many times as many nodes are looked at for victims if none of the first has one that may go."""
 ROOM_REPLICAS_MAX = 64
@@ -69,6 +70,8 @@ class Plan:
     """Replicas to stop."""
     moved: tuple[str, ...] = ()
     """Requests to migrate before that."""
+    loss_s: float = 0.0
+    """Startup that its victims are expected to cost later."""
 
 
 def _always(replica: Replica) -> bool:
@@ -85,7 +88,7 @@ class Rules:
 
     ``keep_value``: seconds that stopping an idle replica is expected to cost later. ``resume_s``: until a request that
     is moved goes on elsewhere; None: none is moved. ``room``: how many more requests a replica could take. ``k``: nodes
-    looked at for a kind of plan.
+    looked at for a kind of plan. ``slack_s``: as ``best_plan`` has it.
     """
 
     keep_value: Callable[[Replica], float]
@@ -93,6 +96,7 @@ class Rules:
     resume_s: Callable[[str], float] | None = None
     room: Callable[[Replica], int] = _no_room
     k: int = 8
+    slack_s: float = SLACK_S
 
 
 def plan_starts(
@@ -101,7 +105,7 @@ def plan_starts(
     """Plans for one more replica, the soonest first; at most one of a kind for a node.
 
     A plan that stops or moves something is there only if it is sooner than all that stop and move nothing. Of those
-    that stop something some may be missing that are certainly later than another that is there.
+    that stop something some may be missing that are later than another that is there by more than the slack.
     """
     planner = _Planner(cluster, estimator, spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules)
     plans = planner.starts()
@@ -113,13 +117,19 @@ def plan_starts(
 
 
 def best_plan(plans: Sequence[Plan], *, slack_s: float = SLACK_S) -> Plan | None:
-    """The first of a sorted list; or one without victims that is at most ``slack_s``, or 5 %, later."""
+    """Of a sorted list the one that costs others least, among those at most ``slack_s``, or 5 %, after the first.
+
+    A plan without victims costs nobody anything; equal ones keep their order.
+    """
     if not plans:
         return None
-    first_s = plans[0].estimate.total_s
-    latest_s = first_s + max(slack_s, SLACK_SHARE * first_s)
-    gentle = (plan for plan in plans if not plan.victims and plan.estimate.total_s <= latest_s)
-    return next(gentle, plans[0])
+    latest_s = _latest_s(plans[0].estimate.total_s, slack_s)
+    near = [plan for plan in plans if plan.estimate.total_s <= latest_s]
+    return min(near, key=lambda plan: (bool(plan.victims), plan.loss_s))
+
+
+def _latest_s(first_s: float, slack_s: float) -> float:
+    return first_s + max(slack_s, SLACK_SHARE * first_s)
 
 
 def _soonest_s(plans: Iterable[Plan]) -> float:
@@ -167,7 +177,7 @@ class _Planner:
         soonest_s = sooner_than_s
         estimates = [(node, self._estimate(node)) for node in nodes]  # nodes differ, so estimates are never compared
         for at_best_s, node, estimate in sorted((one.total_s, node, one) for node, one in estimates):
-            if at_best_s > soonest_s:  # not equal ones: among those the node decides
+            if at_best_s > _latest_s(soonest_s, self._rules.slack_s):
                 break
             plan = self._eviction(node, estimate)
             if plan is not None and (total_s := plan.estimate.total_s) < sooner_than_s:
@@ -264,7 +274,8 @@ class _Planner:
     ) -> Plan:
         node = self._cluster.nodes[node_id]
         tier = node.tiers.get(self._spec.name, Tier.REMOTE)
-        return Plan(kind, node_id, tier, is_warm=node.is_warm, estimate=estimate, victims=victims, moved=moved)
+        loss_s = sum(self._rules.keep_value(self._cluster.replicas[victim]) for victim in victims)
+        return Plan(kind, node_id, tier, node.is_warm, estimate=estimate, victims=victims, moved=moved, loss_s=loss_s)
 
 
 def _queued(estimate: Estimate, seconds: float) -> Estimate:

@@ -61,6 +61,8 @@ class ModelQueues:
 
     def __init__(self, total_max: int) -> None:
         self.total_max = total_max
+        self._num_kept = 0
+        """Those that waited when ``total_max`` became less."""
         self._entries: dict[str, _Entry] = {}
         self._queues: dict[str, _Queue] = {}
         self._heads: list[tuple[Rank, str]] = []
@@ -73,17 +75,22 @@ class ModelQueues:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._entries
 
-    def push(self, facts: RequestFacts, now_s: float, *, spec: ModelSpec) -> None:
+    def set_total_max(self, total_max: int) -> None:
+        """So many may wait from now on; those that wait already may go on."""
+        self.total_max = total_max
+        self._num_kept = len(self)
+
+    def push(self, facts: RequestFacts, now_s: float, *, spec: ModelSpec, away_s: float = 0.0) -> None:
         """Let it wait since ``now_s``; one that comes back is pushed with its first arrival and gets its old place.
 
-        Raises QueueFull.
+        ``away_s``: of the time since then it did not wait, but was with a replica. Raises QueueFull.
         """
         assert facts.id not in self._entries, f"{facts.id} waits already"
         assert facts.model == spec.name, f"{facts.id} is for {facts.model}"
         self._check_room(spec)
         self._num_pushed += 1
         rank = (-(spec.priority + facts.priority), now_s, self._num_pushed)
-        deadline_s = now_s + spec.queue_s_max if facts.deadline_s is None else facts.deadline_s
+        deadline_s = now_s + away_s + spec.queue_s_max if facts.deadline_s is None else facts.deadline_s
         entry = self._entries[facts.id] = _Entry(facts, rank, deadline_s)
         queue = self._queues.setdefault(facts.model, _Queue())
         insort(queue.ranks, (rank, facts.id))
@@ -149,7 +156,7 @@ class ModelQueues:
         """Assert what always holds. Looks at everything."""
         ids = [request_id for queue in self._queues.values() for _, request_id in queue.ranks]
         assert sorted(ids) == sorted(self._entries), "a request is in two queues or none"
-        assert len(ids) <= self.total_max
+        assert len(ids) <= max(self.total_max, self._num_kept)
         for model, queue in self._queues.items():
             entries = [self._entries[request_id] for _, request_id in queue.ranks]
             assert entries, f"{model}'s queue is empty"

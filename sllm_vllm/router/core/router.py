@@ -6,9 +6,10 @@ This half is about requests: admit, dispatch, retry, refuse. ``Scaling`` is the 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from sllm_vllm.router.core.cluster import Replica, ReplicaState
+from sllm_vllm.router.core.deployments import Deployments
 from sllm_vllm.router.core.dispatch import choose_replica
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import (
@@ -31,12 +32,15 @@ from sllm_vllm.router.core.events import (
     RequestFailed,
     RequestGone,
     Ticked,
+    UndrainAsked,
 )
 from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, RequestFacts, StartSample
 from sllm_vllm.router.core.invariants import validate
+from sllm_vllm.router.core.membership import Membership
 from sllm_vllm.router.core.model_state import ModelState, Request
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.scaling import Scaling, ScalingLimits
+from sllm_vllm.router.core.starving import fits_somewhere
 from sllm_vllm.router.core.story import is_about
 from sllm_vllm.router.core.suspects import Suspects
 
@@ -77,6 +81,10 @@ class RouterCore:
         self.suspects = Suspects()
         self._touched: dict[str, None] = {}
         """Models whose queues or replicas changed in this event."""
+        self.membership = Membership(self.scaling, self.models, self.queues, touched=self._touched)
+        self.deployments = Deployments(
+            self.scaling, self.models, self.queues, requests=self.requests, reject_deleted=self._reject_deleted
+        )
         self._has_new_room = False
         """Slots, or idle replicas, that others could use."""
         self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
@@ -89,13 +97,17 @@ class RouterCore:
         if not isinstance(event, Ticked):
             self.events.append((now_s, event))
         self._record(event, now_s)
-        while self._touched:
-            model, _ = self._touched.popitem()
+        touched = list(self._touched)
+        self._touched.clear()
+        for model in touched:
             self._serve(model, now_s)
-            self.scaling.consider(model, now_s)
-        if self._has_new_room:
+        if self._has_new_room:  # those that wait for room come before whoever gave it
             self._has_new_room = False
             self.scaling.feed_hungry(now_s)
+        for model in touched:
+            self.scaling.consider(model, now_s)
+        while self.scaling.resumed:
+            self._serve(self.scaling.resumed.pop(), now_s)
         self.events.extend((now_s, action) for action in actions)
         return actions
 
@@ -132,20 +144,24 @@ class RouterCore:
         """What operators and nodes do."""
         match event:
             case ModelDeployed():
-                self._model_deployed(event.spec, now_s)
+                self.deployments.deployed(event, now_s)
+                self._touched[event.spec.name] = None
             case ModelDeleted():
-                self._model_deleted(event.model, now_s)
+                self.deployments.deleted(event.model, now_s)
             case NodeJoined():
-                self.cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
+                self.membership.joined(event)
                 self._has_new_room = True
-                kept = [name for name, one in self.models.items() if one.spec.min_replicas]
-                self._touched.update(dict.fromkeys(kept))
             case NodeReported():
-                self._node_reported(event)
+                self.membership.reported(event)
             case NodeLost():
-                self._node_lost(event.node, now_s)
+                for replica in self.membership.lost(event.node, now_s):
+                    self._samples.pop(replica.id, None)
+                    self.suspects.discard(replica.id)
             case DrainAsked():
                 self._drain_asked(event.target, now_s)
+            case UndrainAsked():
+                self.membership.undrain(event.node)
+                self._has_new_room = True
             case _:
                 raise AssertionError(event)
 
@@ -158,7 +174,7 @@ class RouterCore:
             self._reject(facts.id, Refusal.UNKNOWN_MODEL, f"no model {facts.model!r}")
             return
         state.arrivals.note(now_s)
-        self.scaling.arrived(state, now_s)
+        self.scaling.foresight.arrived(state, now_s)
         if state.back_off.is_hopeless and state.back_off.is_resting(now_s) and not self._has_replica(facts.model):
             self._reject_no_start(facts.id, state, now_s)
             return
@@ -169,11 +185,12 @@ class RouterCore:
             if replica is not None:
                 self._dispatch(facts.id, replica, now_s)
                 return
-        self._enqueue(facts, now_s, state)
+        self._enqueue(self.requests[facts.id], state)
 
-    def _enqueue(self, facts: RequestFacts, arrived_s: float, state: ModelState) -> None:
+    def _enqueue(self, request: Request, state: ModelState) -> None:
+        facts = request.facts
         try:
-            self.queues.push(facts, arrived_s, spec=state.spec)
+            self.queues.push(facts, request.arrived_s, spec=state.spec, away_s=request.away_s)
         except QueueFull as error:
             del self.requests[facts.id]
             retry_s = self.estimator.startup_s(state.spec)
@@ -253,6 +270,7 @@ class RouterCore:
             return
         facts, state = request.facts, self.models.get(request.facts.model)
         self.suspects.add(request.replica, now_s)
+        request.away_s += now_s - request.dispatched_s
         self._leave_replica(event.request, request, now_s)
         self._touched[facts.model] = None
         if state is None or request.attempt >= self.limits.attempts_max:
@@ -260,7 +278,7 @@ class RouterCore:
             why = Refusal.ENGINE_FAILED if state is not None else Refusal.DELETED
             self._reject(event.request, why, event.reason)
             return
-        self._enqueue(facts, request.arrived_s, state)
+        self._enqueue(request, state)
 
     def _replica_ready(self, event: ReplicaReady, now_s: float) -> None:
         replica = self.cluster.replicas.get(event.replica)
@@ -320,63 +338,13 @@ class RouterCore:
             if old.generation != state.spec.generation:
                 self.scaling.drain(old.id, now_s)
 
-    def _model_deployed(self, spec: ModelSpec, now_s: float) -> None:
-        known = self.models.get(spec.name)
-        if known is None:
-            left = sum(one.replica is not None and one.facts.model == spec.name for one in self.requests.values())
-            self.models[spec.name] = ModelState(spec, num_ongoing=left)  # of one that was deleted
-        else:
-            is_changed = spec.generation != known.spec.generation
-            known.spec = replace(spec, nbytes=spec.nbytes or known.spec.nbytes)
-            if is_changed:
-                known.back_off.succeeded()
-                self.scaling.replace_generation(known, now_s)
-        self.scaling.pin(spec.name)
-        self._touched[spec.name] = None
-
-    def _model_deleted(self, model: str, now_s: float) -> None:
-        state = self.models.get(model)
-        if state is None:
-            return
-        while (facts := self.queues.pop(model)) is not None:
-            del self.requests[facts.id]
-            self._reject(facts.id, Refusal.DELETED, f"model {model!r} was deleted")
-        for pending in self.scaling.pending.of_model(model):
-            self.scaling.call_off(pending, now_s)
-        del self.models[model]
-        for replica in self.cluster.replicas_of(model):
-            if replica.state is ReplicaState.ORDERED:
-                self.scaling.stop(replica.id, "its model was deleted", now_s)
-            self.scaling.drain(replica.id, now_s)
-
-    def _node_reported(self, event: NodeReported) -> None:
-        if event.node not in self.cluster.nodes:
-            return
-        self.cluster.set_warm(event.node, event.is_warm)
-        self.cluster.set_residency(event.node, event.residency)
-        self.estimator.observe_hops(event.node, event.hops)
-        for model, nbytes in event.nbytes.items():
-            state = self.models.get(model)
-            if state is not None and state.spec.nbytes != nbytes:
-                state.spec = replace(state.spec, nbytes=nbytes)
-
-    def _node_lost(self, node: str, now_s: float) -> None:
-        if node not in self.cluster.nodes:
-            return
-        for pending in self.scaling.pending.of_node(node):
-            self.scaling.call_off(pending, now_s)
-            self._touched[pending.model] = None
-        gone = list(self.cluster.nodes[node].replicas.values())
-        self.cluster.remove_node(node)
-        for replica in gone:
-            self._samples.pop(replica.id, None)
-            self.scaling.predictions.pop(replica.id, None)
-            self._touched[replica.model] = None
-
     def _drain_asked(self, target: str, now_s: float) -> None:
-        for replica in list(self.cluster.replicas.values()):
-            if target in (replica.id, replica.node):
-                self.scaling.drain(replica.id, now_s)
+        if target in self.cluster.nodes:
+            self.membership.drain(target, now_s)
+        elif (replica := self.cluster.replicas.get(target)) is not None:
+            self.scaling.drain(target, now_s)
+            self.scaling.pin(replica.model)
+            self._touched[replica.model] = None
 
     def _ticked(self, now_s: float) -> None:
         for facts in self.queues.expire(now_s):
@@ -385,15 +353,23 @@ class RouterCore:
             if state.back_off.reason:
                 self._reject_no_start(facts.id, state, now_s)
             else:
-                self._reject(facts.id, Refusal.TOO_LATE, "no replica had room in time", retry_after_s=1.0)
+                self._reject(facts.id, Refusal.TOO_LATE, self._why_too_late(state.spec), retry_after_s=1.0)
         for replica_id in self.suspects.cleared(now_s):
             if (replica := self.cluster.replicas.get(replica_id)) is not None:
                 self._touched[replica.model] = None
         self.scaling.end_idle(now_s)
-        self.scaling.prefetch(now_s)
+        self.scaling.actions.extend(self.scaling.foresight.prefetches(now_s))
         self.scaling.drain_for_starving(now_s)
         self._touched.update(dict.fromkeys(self.scaling.rested(now_s)))
         self._has_new_room = True
+
+    def _reject_deleted(self, request: str, model: str) -> None:
+        self._reject(request, Refusal.DELETED, f"model {model!r} was deleted")
+
+    def _why_too_late(self, spec: ModelSpec) -> str:
+        if self._has_replica(spec.name) or fits_somewhere(self.cluster, spec.accelerators):
+            return "no replica had room in time"
+        return f"it takes {spec.accelerators} slots, and no node that takes starts has so many"
 
     def _reject(self, request: str, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:
         self.scaling.actions.append(RejectRequest(request, why, reason, retry_after_s))

@@ -7,26 +7,28 @@ slot; when the last one has ended, its own replica is started. So no slot is eve
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.autoscale import desired_replicas
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
-from sllm_vllm.router.core.events import Action, PrefetchModel, StartReplica, StopReplica
-from sllm_vllm.router.core.facts import Estimate, ModelSpec, StartSample, Term, Tier
+from sllm_vllm.router.core.events import Action, StartReplica, StopReplica
+from sllm_vllm.router.core.facts import ModelSpec, StartSample
+from sllm_vllm.router.core.foresight import Foresight
 from sllm_vllm.router.core.hungry import Hungry
-from sllm_vllm.router.core.keep_alive import keep_alive_s, keep_value_s
+from sllm_vllm.router.core.keep_alive import keep_value_s
 from sllm_vllm.router.core.model_state import ModelState, Prediction
 from sllm_vllm.router.core.pending import PendingStart, PendingStarts, slug_of
 from sllm_vllm.router.core.placement import Plan, Rules, best_plan, plan_starts
 from sllm_vllm.router.core.queues import ModelQueues
+from sllm_vllm.router.core.starving import find_room, fits_somewhere, plan_in
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingLimits:
     """How many nodes are looked at for a start (``plans_max``), how many models that lack slots are tried after each
-    event (``hungry_max``); how long the oldest request waits before nobody may overtake it and a busy replica is
+    event (``hungry_max``); how long the oldest request waits before nobody may overtake it and busy replicas are
     drained for it (``starve_s``); how long before its likely arrival a model is prefetched (``prefetch_s``). What names
     of replicas end with (``name_suffix``), so that no two routers of a cluster give one twice."""
 
@@ -55,14 +57,15 @@ class Scaling:
         self._models = models
         self._queues = queues
         self._hungry = Hungry(queues)
-        self._idle: Alarms[tuple[str, float]] = Alarms()
-        """The end of a keep-alive: replica, and since when it was idle."""
-        self._prefetches: Alarms[tuple[str, float]] = Alarms()
-        """Model, and its last arrival then."""
-        self._resting: Alarms[str] = Alarms()
+        self._blocking: str | None = None
+        """Who has waited too long, and whose turn for a drain comes next: nobody may overtake it."""
+        self.foresight = Foresight(self.cluster, estimator, models, lead_s=limits.prefetch_s)
+        self._resting = Alarms()
         """The end of a model's back-off."""
         self._num_started = 0
         self.actions: list[Action] = []
+        self.resumed: list[str] = []
+        """Models whose replicas take requests again, for whoever dispatches."""
 
     # ---------------------------------------------------------------------------------------------------- wanting
 
@@ -83,7 +86,10 @@ class Scaling:
             if state.back_off.is_resting(now_s) or (num_now and not self._pays(state, waiting, num_now)):
                 break
             if not self._start_one(state, now_s, may_evict=waiting > 0):
-                self._hungry.add(spec)
+                if fits_somewhere(self.cluster, spec.accelerators):
+                    self._hungry.add(spec)
+                else:  # it would only stand in the way of others until a node comes that is large enough
+                    self._hungry.discard(model)
                 return False
             num_now += 1
         self._hungry.discard(model)
@@ -109,6 +115,7 @@ class Scaling:
 
         A model that finds no place spares the others the search that want as much.
         """
+        self._start_sooner(now_s)
         num_slots_in_vain = math.inf
         for model in self._hungry.first(self.limits.hungry_max):
             state = self._models.get(model)
@@ -116,22 +123,37 @@ class Scaling:
                 continue
             if not self.consider(model, now_s):
                 num_slots_in_vain = min(num_slots_in_vain, state.spec.accelerators)
-                if self._is_starving(model, now_s):
+                if model == self._blocking:
                     return
 
     def drain_for_starving(self, now_s: float) -> None:
-        """If somebody has waited too long for slots, let the busy replica end that has the fewest requests."""
+        """If somebody has waited too long for slots, free those of the fewest requests for it, and for nobody else.
+
+        One at a time: the next one's turn comes when what drains for this one has ended.
+        """
+        self._blocking = None
         model = next(iter(self._hungry.first(1)), None)
-        if model is None or not self._is_starving(model, now_s):
+        state = None if model is None else self._models.get(model)
+        if state is None or not self._is_starving(state.spec.name, now_s) or state.back_off.is_resting(now_s):
             return
-        busy = [
-            replica
-            for replica in self.cluster.replicas.values()
-            if replica.state is ReplicaState.READY and replica.model != model and self._is_spare(replica)
-        ]
-        if busy and not any(r.state is ReplicaState.DRAINING for r in self.cluster.replicas.values()):
-            victim = min(busy, key=lambda replica: (len(replica.ongoing), replica.ready_s or 0.0, replica.id))
-            self.drain(victim.id, now_s)
+        spec = state.spec
+        room = find_room(self.cluster, spec.name, spec.accelerators, may_end=self._is_spare)
+        if room is None:  # nothing that drains would help it
+            return
+        if self.pending.draining() is not None:
+            self._blocking = spec.name
+            return
+        head = self._queues.peek(spec.name)
+        plan = plan_in(room, spec, self.cluster, estimator=self.estimator, models=self._models, head=head)
+        self._carry_out(plan, state, now_s)
+        self.consider(spec.name, now_s)
+
+    def _start_sooner(self, now_s: float) -> None:
+        """Slots may have come free before those that are drained for a model: then it takes them."""
+        pending = self.pending.draining()
+        state = None if pending is None else self._models.get(pending.model)
+        if pending is not None and state is not None and self._start_one(state, now_s, may_evict=True):
+            self.call_off(pending, now_s)
 
     def _is_starving(self, model: str, now_s: float) -> bool:
         oldest_s = self._queues.oldest_s(model)
@@ -173,7 +195,7 @@ class Scaling:
         head = self._queues.peek(state.spec.name)
         rules = Rules(
             keep_value=lambda replica: self._keep_value(replica, now_s),
-            may_evict=self._is_spare if may_evict else _never,
+            may_evict=lambda replica: may_evict and self._is_spare(replica),
             k=self.limits.plans_max,
         )
         prompt_tokens = head.prompt_tokens if head is not None else 0
@@ -198,16 +220,21 @@ class Scaling:
         load_s = self.estimator.weights_s(spec, plan.node, plan.tier)
         self.cluster.extend_load(plan.node, now_s, load_s)
         self._loads.setdefault(plan.node, {})[replica] = load_s
-        pending = PendingStart(replica, spec.name, spec.generation, plan, set(plan.victims))
+        pending = PendingStart(
+            replica, spec.name, spec.generation, spec.accelerators, plan=plan, victims=set(plan.victims)
+        )
         if not plan.victims:
             self._start(pending, now_s)
             return
-        self.pending.add(pending, spec.accelerators, now_s)
+        self.pending.add(pending, now_s)
         for victim in plan.victims:
-            self.stop(victim, f"its slots are for {spec.name}", now_s)
+            if self.cluster.replicas[victim].ongoing:
+                self.drain(victim, now_s)
+                pending.drained.add(victim)
+            else:
+                self.stop(victim, f"its slots are for {spec.name}", now_s)
 
     def _start(self, pending: PendingStart, now_s: float) -> None:
-        spec = self._models[pending.model].spec
         estimate = pending.plan.estimate
         self.cluster.add_replica(
             Replica(
@@ -215,7 +242,7 @@ class Scaling:
                 model=pending.model,
                 generation=pending.generation,
                 node=pending.plan.node,
-                num_slots=spec.accelerators,
+                num_slots=pending.num_slots,
                 state_since_s=now_s,
                 ordered_s=now_s,
                 ready_at_s=now_s + estimate.total_s,
@@ -224,17 +251,39 @@ class Scaling:
         self.actions.append(StartReplica(pending.replica, pending.model, pending.generation, pending.plan.node))
 
     def call_off(self, pending: PendingStart, now_s: float) -> None:
-        """It will not start; its victims end all the same."""
+        """It will not start. Victims that are stopped end all the same; those that drain take requests again."""
         if pending.victims:
             self.pending.forget(pending)
+        for victim in sorted(pending.drained & pending.victims):
+            self._resume(victim, now_s)
         self.predictions.pop(pending.replica, None)
         self.load_over(pending.plan.node, pending.replica, now_s)
+
+    def _resume(self, replica_id: str, now_s: float) -> None:
+        replica = self.cluster.replicas[replica_id]
+        state = self._models.get(replica.model)
+        is_current = state is not None and state.spec.generation == replica.generation
+        if replica.state is ReplicaState.DRAINING and is_current and not self.cluster.nodes[replica.node].is_cordoned:
+            self.cluster.set_state(replica_id, ReplicaState.READY, now_s)
+            self.pin(replica.model)
+            self.resumed.append(replica.model)
 
     def load_over(self, node: str, replica_id: str, now_s: float) -> None:
         """A load ended, sooner or later than was expected: the queue of its node is what the others need."""
         loads = self._loads.get(node, {})
         if loads.pop(replica_id, None) is not None and node in self.cluster.nodes:
             self.cluster.set_load_until(node, now_s + sum(loads.values()))
+
+    def forget_node(self, node: str) -> None:
+        """It is gone, and its loads with it; one of the same name begins anew."""
+        self._loads.pop(node, None)
+
+    def forget_model(self, model: str) -> None:
+        """It was deleted; its replicas end in their own time."""
+        self._hungry.discard(model)
+        self.predictions.pop(model, None)
+        self._resting.discard(model)
+        self.foresight.forget_model(model)
 
     # --------------------------------------------------------------------------------------------------- stopping
 
@@ -248,6 +297,7 @@ class Scaling:
     def drain(self, replica_id: str, now_s: float) -> None:
         """Send it nothing more, and end it when its last request has ended."""
         replica = self.cluster.replicas[replica_id]
+        self.pending.let_end(replica_id)
         if replica.state is not ReplicaState.READY:
             return
         self.cluster.set_state(replica_id, ReplicaState.DRAINING, now_s)
@@ -275,27 +325,20 @@ class Scaling:
             self.stop(replica.id, "drained", now_s)
             return
         state = self._models.get(replica.model)
-        if replica.state is not ReplicaState.READY or state is None:
-            return
-        assert replica.idle_since_s is not None
-        ttl_s = state.spec.keep_alive_s
-        if ttl_s is None:
-            ttl_s = keep_alive_s(
-                state.arrivals,
-                startup_s=self.estimator.startup_s(state.spec),
-                share=self._share(replica),
-                now_s=now_s,
-            )
-        self._idle.set(now_s + ttl_s, (replica.id, replica.idle_since_s))
+        if replica.state is ReplicaState.READY and state is not None:
+            self.foresight.became_idle(replica, state, now_s)
 
     def end_idle(self, now_s: float) -> None:
         """Stop replicas whose keep-alive is over."""
-        for replica_id, since_s in self._idle.due(now_s):
-            replica = self.cluster.replicas.get(replica_id)
-            if replica is None or replica.state is not ReplicaState.READY or replica.idle_since_s != since_s:
-                continue
+        for replica in self.foresight.idle_too_long(now_s):
             if self._is_spare(replica):
-                self.stop(replica_id, "its keep-alive is over", now_s)
+                self.stop(replica.id, "its keep-alive is over", now_s)
+
+    def reset_idle(self, model: str, now_s: float) -> None:
+        """It was deployed again: how long idle replicas stay, and how many, may be different now."""
+        for replica in self.cluster.replicas_of(model, ReplicaState.READY):
+            if replica.idle_since_s is not None:
+                self.became_idle(replica, now_s)
 
     def ended(self, replica_id: str, now_s: float) -> Replica | None:
         """A replica is gone; its slots are free, or held for the start that they were freed for."""
@@ -317,31 +360,12 @@ class Scaling:
                 self.call_off(pending, now_s)
         return replica
 
-    # ------------------------------------------------------------------------------------------------- prefetching
-
-    def arrived(self, state: ModelState, now_s: float) -> None:
-        """A request of a model came: it may be time to think of the next one."""
-        lead_s = self.limits.prefetch_s
-        next_s = state.arrivals.next_after_s(now_s, 0.5)
-        if next_s is not None and next_s > lead_s:
-            self._prefetches.set(now_s + next_s - lead_s, (state.spec.name, now_s))
-
-    def prefetch(self, now_s: float) -> None:
-        """Have checkpoints read whose models are likely next and have no replica."""
-        for model, last_s in self._prefetches.due(now_s):
-            state = self._models.get(model)
-            if state is None or state.arrivals.last_s != last_s or self.cluster.replicas_of(model):
-                continue
-            for node in self.cluster.candidates(model, 0, 1):
-                if self.cluster.tier(node, model) is not Tier.HOST:
-                    self.actions.append(PrefetchModel(model, node))
-
     # ---------------------------------------------------------------------------------------------------- back-off
 
     def failed(self, state: ModelState, reason: str, now_s: float) -> None:
         """A start of a model failed."""
         state.back_off.failed(reason, now_s)
-        self._resting.set(state.back_off.until_s, state.spec.name)
+        self._resting.set(state.spec.name, state.back_off.until_s)
 
     def rested(self, now_s: float) -> list[str]:
         """Models whose back-off is over."""
@@ -368,24 +392,8 @@ class Scaling:
             return 0.0
         return keep_value_s(state.arrivals, startup_s=self.estimator.startup_s(state.spec), now_s=now_s)
 
-    def _share(self, replica: Replica) -> float:
-        return replica.num_slots / max(1, self.cluster.num_slots(replica.node))
-
     def came_true(self, replica_id: str, sample: StartSample, prefill_s: float, *, ready_s: float) -> None:
         """A start has come down to its first answer: hold it against what was predicted."""
         prediction = self.predictions.pop(replica_id, None)
-        if prediction is None:
-            return
-        took = {
-            Term.PROCESS: sample.process_s,
-            Term.INIT: sample.init_s,
-            Term.WEIGHTS: sample.weights_s,
-            Term.PREFILL: prefill_s,
-        }
-        queue_s = max(0.0, ready_s - prediction.decided_s - sum(took.values()) + prefill_s)
-        actual = Estimate({Term.QUEUE: queue_s, **took})
-        self.predictions[prediction.model] = replace(prediction, actual=actual)
-
-
-def _never(replica: Replica) -> bool:
-    return False
+        if prediction is not None and prediction.model in self._models:
+            self.predictions[prediction.model] = prediction.come_true(sample, prefill_s, ready_s=ready_s)

@@ -11,6 +11,7 @@ from sllm_vllm.router.core.cluster import ReplicaState
 from sllm_vllm.router.core.events import (
     Action,
     Dispatch,
+    DrainAsked,
     Event,
     FirstByte,
     ModelDeleted,
@@ -29,6 +30,7 @@ from sllm_vllm.router.core.events import (
     StartReplica,
     StopReplica,
     Ticked,
+    UndrainAsked,
 )
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, StartSample, Tier
 from sllm_vllm.router.core.router import RouterCore, RouterLimits
@@ -58,6 +60,8 @@ class RouterBench:
         self.stopping: dict[str, str] = {}
         self.lost: dict[str, None] = {}
         """Requests on a replica that is gone, whose ingress has not noticed."""
+        self.drained: set[str] = set()
+        """Nodes that take no starts."""
         self.dispatched: deque[str] = deque(maxlen=1000)
         self.num_requests = 0
 
@@ -83,6 +87,9 @@ class RouterBench:
         spec = ModelSpec(name, **fields)  # type: ignore[arg-type]
         self.tell(ModelDeployed(spec))
         return spec
+
+    def delete(self, model: str) -> None:
+        self.tell(ModelDeleted(model))
 
     def ask(self, model: str, **fields: object) -> str:
         """A request; its id."""
@@ -119,6 +126,15 @@ class RouterBench:
         self.lost.update(dict.fromkeys(name for name, where in self.books.running.items() if where == replica))
         self.tell(ReplicaEnded(replica, "ended by signal 9", is_fault=True))
 
+    def drain(self, node: str) -> None:
+        """An operator drains a node."""
+        self.drained.add(node)
+        self.tell(DrainAsked(node))
+
+    def undrain(self, node: str) -> None:
+        self.drained.discard(node)
+        self.tell(UndrainAsked(node))
+
     def answer(self, request: str) -> None:
         self.tell(FirstByte(request))
 
@@ -147,6 +163,7 @@ class RouterBench:
         match action:
             case StartReplica():
                 assert action.replica not in self.starting
+                assert action.node not in self.drained, f"{action.replica} is to start on {action.node}"
                 self.starting[action.replica] = action
             case StopReplica():
                 self.starting.pop(action.replica, None)
@@ -157,6 +174,7 @@ class RouterBench:
             case Dispatch():
                 del self.books.waiting[action.request]
                 assert action.replica in self.ready, f"{action.request} goes to {action.replica}, which is not ready"
+                assert self.ready[action.replica] not in self.drained, f"{action.request} goes to a drained node"
                 self.books.running[action.request] = action.replica
                 self.dispatched.append(action.request)
             case RejectRequest():
@@ -164,7 +182,7 @@ class RouterBench:
                 assert action.reason
                 self.books.rejected[action.request] = action
             case PrefetchModel():
-                pass
+                assert action.node not in self.drained, f"{action.model} is to be read on {action.node}"
 
     def _compare(self) -> None:
         """The core knows the same requests as whoever sent them."""
@@ -221,6 +239,7 @@ WEIGHTS = {
     "crash": 1,
     "notice": 6,
     "node": 0.5,
+    "drain": 0.5,
     "deploy": 0.5,
 }
 
@@ -232,6 +251,8 @@ def step(bench: RouterBench, models: list[str], chance: random.Random) -> None:
         bench.ask(chance.choice(models), prefix=chance.choice(("", "a", "b")), prompt_tokens=chance.randint(1, 999))
     elif kind == "node":
         change_nodes(bench, chance)
+    elif kind == "drain":
+        drain_or_undrain(bench, chance)
     elif kind == "deploy":
         model = chance.choice(models)
         if chance.random() < 0.3:
@@ -272,6 +293,11 @@ def change_nodes(bench: RouterBench, chance: random.Random) -> None:
         lose(bench, chance.choice(nodes))
     else:
         bench.node(f"n{len(nodes)}-{bench.num_requests}", chance.choice((1, 2, 4)))
+
+
+def drain_or_undrain(bench: RouterBench, chance: random.Random) -> None:
+    node = chance.choice(list(bench.core.cluster.nodes))
+    (bench.undrain if node in bench.drained else bench.drain)(node)
 
 
 def lose(bench: RouterBench, node: str) -> None:

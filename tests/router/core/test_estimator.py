@@ -96,7 +96,7 @@ def test_line_is_found_although_four_of_sixteen_points_lie(
 ) -> None:
     xs = [2000 * (index + 1) for index in range(POINTS_MAX)]  # neighbours are too near to each other to count
     points = [(x, strange.get(index, slope * x + offset)) for index, x in enumerate(xs)]
-    found_slope, found_offset = fit_line(points, fixed=0.0)
+    found_slope, found_offset = fit_line(points, guess=(0.0, 0.0))
     assert found_slope == pytest.approx(slope, abs=1e-9)
     assert found_offset == pytest.approx(offset, abs=1e-4)
 
@@ -104,21 +104,31 @@ def test_line_is_found_although_four_of_sixteen_points_lie(
 @on_any_machine
 @given(st.lists(st.tuples(st.integers(0, 10**6), SECONDS), min_size=1, max_size=POINTS_MAX), st.floats(0, 10))
 def test_line_never_falls_and_is_never_negative(points: list[tuple[int, float]], fixed: float) -> None:
-    slope, offset = fit_line(points, fixed=fixed)
+    slope, offset = fit_line(points, guess=(0.0, fixed))
     assert slope >= 0
     assert offset >= 0
 
 
 def test_points_at_one_place_are_taken_as_proportional_above_the_fixed_part() -> None:
-    assert fit_line([(1000, 1.5), (1001, 1.5), (1000, 9.0)], fixed=0.5) == pytest.approx((0.001, 0.5), rel=1e-2)
+    assert fit_line([(1000, 1.5), (1001, 1.5), (1000, 9.0)], guess=(7.0, 0.5)) == pytest.approx((0.001, 0.5), rel=1e-2)
+
+
+def test_points_that_the_fixed_part_explains_say_nothing_of_the_slope() -> None:
+    assert fit_line([(1000, 0.2), (1001, 0.3), (1000, 0.2)], guess=(1e-5, 0.5)) == pytest.approx((1e-5, 0.19))
+
+
+def test_loads_of_small_models_do_not_make_a_large_one_look_as_quick() -> None:
+    estimator = taught([start(model="small", seconds=0.14, nbytes=4_000_000)] * 8)
+    guessed_s = estimator.weights_s(ModelSpec("large", nbytes=14_000_000_000), "n", Tier.DISK)
+    assert guessed_s == pytest.approx(7.1, abs=0.1)  # at the default's 2 GB/s
 
 
 def test_points_at_nought_are_an_offset() -> None:
-    assert fit_line([(0, 1.0), (0, 2.0), (0, 9.0)], fixed=0.5) == (0.0, 2.0)
+    assert fit_line([(0, 1.0), (0, 2.0), (0, 9.0)], guess=(0.25, 0.5)) == (0.25, 2.0)
 
 
 def test_line_that_would_begin_below_nought_goes_through_it() -> None:
-    assert fit_line([(1000, 0.0), (2000, 1.0), (3000, 2.0)], fixed=0.0) == (0.0005, 0.0)
+    assert fit_line([(1000, 0.0), (2000, 1.0), (3000, 2.0)], guess=(0.0, 0.0)) == (0.0005, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ starts

@@ -34,10 +34,10 @@ def test_the_order_is_that_of_sorting(seed: int) -> None:
                 hungry.discard(spec.name)
                 inside.discard(spec.name)
         expected = sorted(
-            (-one.priority, float("inf") if (oldest := queues.oldest_s(one.name)) is None else oldest, one.name)
+            ((oldest := queues.oldest_s(one.name)) is None, -one.priority, oldest or 0.0, one.name)
             for one in specs
             if one.name in inside
         )
         num_max = chance.randint(1, 6)
-        assert hungry.first(num_max) == [name for _, _, name in expected][:num_max]
+        assert hungry.first(num_max) == [name for *_, name in expected][:num_max]
         assert all((spec.name in hungry) == (spec.name in inside) for spec in specs)

@@ -314,6 +314,27 @@ def test_plan_that_stops_nobody_is_taken_if_it_is_hardly_later(
     assert best.kind is kind
 
 
+def test_of_evictions_that_are_nearly_as_soon_the_cheapest_is_taken() -> None:
+    """At most slack later than the soonest; so all must be listed that are."""
+    cluster = cluster_of(n1=1, n2=1, n3=1)
+    for node in cluster.nodes:
+        add_ready(cluster, Replica(f"r-{node}", f"old-{node}", node))
+        cluster.set_tier(node, "new", Tier.HOST)
+    estimator = FakeEstimator(slow={"n2": 0.03125, "n3": 0.5})
+    values = value_of({"r-n1": 3.0, "r-n2": 2.0, "r-n3": 1.0})
+    best = best_plan(plans_for(cluster, estimator, rules=values))
+    assert best is not None
+    assert (best.node, best.victims, best.loss_s) == ("n2", ("r-n2",), 2.0)
+
+
+def test_loss_is_that_of_all_victims() -> None:
+    cluster = cluster_of(n=2)
+    for name in ("a", "b"):
+        add_ready(cluster, Replica(name, f"model-{name}", "n"))
+    (plan,) = plans_for(cluster, num_slots=2, rules=value_of({"a": 3.0, "b": 1.0}))
+    assert plan.loss_s == 4.0
+
+
 def test_first_plan_is_taken_if_all_stop_somebody() -> None:
     plans = [plan_of(EVICT, 1.0), plan_of(EVICT, 1.0)]
     assert best_plan(plans) is plans[0]

@@ -1,0 +1,76 @@
+"""Models that are deployed, changed and deleted. Pure; ``RouterCore``'s part about what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from sllm_vllm.router.core.cluster import ReplicaState
+from sllm_vllm.router.core.events import ModelDeployed
+from sllm_vllm.router.core.facts import ModelSpec
+from sllm_vllm.router.core.model_state import ModelState, Request
+from sllm_vllm.router.core.queues import ModelQueues
+from sllm_vllm.router.core.scaling import Scaling
+
+
+class Deployments:
+    """What is served, and how. ``requests`` is read, and loses those that a deleted model leaves behind.
+
+    ``reject_deleted``: tells a request that waited that its model is gone.
+    """
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        models: dict[str, ModelState],
+        queues: ModelQueues,
+        *,
+        requests: dict[str, Request],
+        reject_deleted: Callable[[str, str], None],
+    ) -> None:
+        self._scaling = scaling
+        self._models = models
+        self._queues = queues
+        self._requests = requests
+        self._reject_deleted = reject_deleted
+
+    def deployed(self, event: ModelDeployed, now_s: float) -> None:
+        """A model is to be served, or otherwise than before."""
+        spec = event.spec
+        for node, tier in event.tiers.items():
+            if node in self._scaling.cluster.nodes:
+                self._scaling.cluster.set_tier(node, spec.name, tier)
+        known = self._models.get(spec.name)
+        if known is None:
+            left = sum(one.replica is not None and one.facts.model == spec.name for one in self._requests.values())
+            self._models[spec.name] = ModelState(spec, num_ongoing=left)  # of one that was deleted
+        else:
+            self._change(known, spec, now_s)
+        self._scaling.pin(spec.name)
+
+    def _change(self, known: ModelState, spec: ModelSpec, now_s: float) -> None:
+        is_changed = spec.generation != known.spec.generation
+        old_nbytes, nbytes = known.spec.nbytes, spec.nbytes
+        nbytes = (nbytes or old_nbytes) if is_changed else (old_nbytes or nbytes)  # a checkpoint knew it better
+        known.spec = replace(spec, nbytes=nbytes)
+        known.num_kept = self._queues.waiting(spec.name)
+        known.back_off.succeeded()  # whatever was wrong may have been mended outside of what is told here
+        if is_changed:
+            self._scaling.replace_generation(known, now_s)
+        self._scaling.reset_idle(spec.name, now_s)
+
+    def deleted(self, model: str, now_s: float) -> None:
+        """Who waits for it is told, what starts is called off, and what runs ends with its last request."""
+        if model not in self._models:
+            return
+        while (facts := self._queues.pop(model)) is not None:
+            del self._requests[facts.id]
+            self._reject_deleted(facts.id, model)
+        for pending in self._scaling.pending.of_model(model):
+            self._scaling.call_off(pending, now_s)
+        del self._models[model]
+        self._scaling.forget_model(model)
+        for replica in self._scaling.cluster.replicas_of(model):
+            if replica.state is ReplicaState.ORDERED:
+                self._scaling.stop(replica.id, "its model was deleted", now_s)
+            self._scaling.drain(replica.id, now_s)

@@ -1,0 +1,66 @@
+"""What is done for requests that are likely: how long an idle replica stays, which checkpoint is read ahead. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sllm_vllm.router.core.alarms import Alarms
+from sllm_vllm.router.core.cluster import Cluster, Replica
+from sllm_vllm.router.core.estimator import Estimator
+from sllm_vllm.router.core.events import PrefetchModel
+from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.router.core.keep_alive import keep_alive_s
+from sllm_vllm.router.core.model_state import ModelState
+
+
+class Foresight:
+    """When to look at an idle replica, or a sleeping model, again. Owned by ``Scaling``, which acts on it.
+
+    ``lead_s``: how long before its likely arrival a model is prefetched.
+    """
+
+    def __init__(
+        self, cluster: Cluster, estimator: Estimator, models: Mapping[str, ModelState], *, lead_s: float
+    ) -> None:
+        self._cluster = cluster
+        self._estimator = estimator
+        self._models = models
+        self._lead_s = lead_s
+        self._idle = Alarms()
+        """The end of a replica's keep-alive."""
+        self._prefetches = Alarms()
+        """When a model's next request is likely soon."""
+
+    def became_idle(self, replica: Replica, state: ModelState, now_s: float) -> None:
+        """It may stay as long as its model says, or as long as it is worth its slots."""
+        assert replica.idle_since_s is not None
+        ttl_s = state.spec.keep_alive_s
+        if ttl_s is None:
+            share = replica.num_slots / max(1, self._cluster.num_slots(replica.node))
+            startup_s = self._estimator.startup_s(state.spec)
+            ttl_s = keep_alive_s(state.arrivals, startup_s=startup_s, share=share, now_s=now_s)
+        self._idle.set(replica.id, replica.idle_since_s + ttl_s)
+
+    def idle_too_long(self, now_s: float) -> list[Replica]:
+        """Replicas whose keep-alive is over; each once."""
+        found = [self._cluster.replicas.get(name) for name in self._idle.due(now_s)]
+        return [replica for replica in found if replica is not None and replica.idle_since_s is not None]
+
+    def arrived(self, state: ModelState, now_s: float) -> None:
+        """A request of a model came: it may be time to think of the next one."""
+        next_s = state.arrivals.next_after_s(now_s, 0.5)
+        if next_s is not None and next_s > self._lead_s:
+            self._prefetches.set(state.spec.name, now_s + next_s - self._lead_s)
+        else:
+            self._prefetches.discard(state.spec.name)
+
+    def prefetches(self, now_s: float) -> list[PrefetchModel]:
+        """Checkpoints to read: their models are likely next and have no replica."""
+        models = [one for one in self._prefetches.due(now_s) if one in self._models]
+        sleeping = [model for model in models if not self._cluster.replicas_of(model)]
+        places = [(model, node) for model in sleeping for node in self._cluster.candidates(model, 0, 1)]
+        return [PrefetchModel(*place) for place in places if self._cluster.tier(place[1], place[0]) is not Tier.HOST]
+
+    def forget_model(self, model: str) -> None:
+        """It was deleted."""
+        self._prefetches.discard(model)

@@ -1,0 +1,96 @@
+"""Nodes that come, report, go, and are drained. Pure; ``RouterCore``'s part about machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sllm_vllm.router.core.cluster import Replica, ReplicaState
+from sllm_vllm.router.core.events import NodeJoined, NodeReported
+from sllm_vllm.router.core.model_state import ModelState
+from sllm_vllm.router.core.queues import ModelQueues
+from sllm_vllm.router.core.scaling import Scaling
+
+
+class Membership:
+    """Who is there and takes starts.
+
+    A cordon is a name's: a node that goes and comes back is still drained. ``touched`` gets the models whose replicas
+    have changed, or that may find a place now.
+    """
+
+    def __init__(
+        self, scaling: Scaling, models: Mapping[str, ModelState], queues: ModelQueues, *, touched: dict[str, None]
+    ) -> None:
+        self._scaling = scaling
+        self._cluster = scaling.cluster
+        self._models = models
+        self._queues = queues
+        self._touched = touched
+        self.cordoned: set[str] = set()
+        """Names of nodes, whether they are there or not."""
+
+    def joined(self, event: NodeJoined) -> None:
+        """A node is there."""
+        self._cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
+        if event.node in self.cordoned:
+            self._cluster.set_cordoned(event.node, True)
+        if event.report is not None:
+            self.reported(event.report)
+        self._touch_wanting()
+
+    def reported(self, event: NodeReported) -> None:
+        """What one has; of a node that is not there it is not heard."""
+        if event.node not in self._cluster.nodes:
+            return
+        self._cluster.set_warm(event.node, event.is_warm)
+        self._cluster.set_residency(event.node, event.residency)
+        self._scaling.estimator.observe_hops(event.node, event.hops)
+        for model, nbytes in event.nbytes.items():
+            state = self._models.get(model)
+            if state is not None and state.spec.nbytes != nbytes:
+                state.spec = replace(state.spec, nbytes=nbytes)
+
+    def lost(self, node: str, now_s: float) -> list[Replica]:
+        """A node is gone. Returns the replicas that are gone with it."""
+        if node not in self._cluster.nodes:
+            return []
+        self._call_off_starts(node, now_s)
+        gone = list(self._cluster.nodes[node].replicas.values())
+        self._cluster.remove_node(node)
+        self._scaling.forget_node(node)
+        for replica in gone:
+            self._scaling.predictions.pop(replica.id, None)
+            self._scaling.pin(replica.model)
+            self._touched[replica.model] = None
+        return gone
+
+    def drain(self, node: str, now_s: float) -> None:
+        """Nothing new starts there; what starts is called off, what is idle ends, what is busy ends when it is idle."""
+        self.cordoned.add(node)
+        self._cluster.set_cordoned(node, True)
+        self._call_off_starts(node, now_s)
+        for replica in list(self._cluster.nodes[node].replicas.values()):
+            if replica.state is ReplicaState.ORDERED:
+                self._scaling.stop(replica.id, "its node is drained", now_s)
+            self._scaling.drain(replica.id, now_s)
+            if replica.model:  # else its slots are held for a start
+                self._scaling.pin(replica.model)
+                self._touched[replica.model] = None
+
+    def undrain(self, node: str) -> None:
+        """It takes starts again; what is draining there still ends."""
+        self.cordoned.discard(node)
+        if node in self._cluster.nodes:
+            self._cluster.set_cordoned(node, False)
+            self._touch_wanting()
+
+    def _call_off_starts(self, node: str, now_s: float) -> None:
+        for pending in self._scaling.pending.of_node(node):
+            self._scaling.call_off(pending, now_s)
+            self._touched[pending.model] = None
+
+    def _touch_wanting(self) -> None:
+        """Those that may have found no place before: they are kept, or somebody waits for them."""
+        kept = [name for name, state in self._models.items() if state.spec.min_replicas]
+        self._touched.update(dict.fromkeys([*kept, *self._queues.models()]))

@@ -1,0 +1,152 @@
+"""The controller's view of its node: reads its report now and then, and at once when something may have changed it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+
+from sllm_vllm.errors import SllmError
+from sllm_vllm.node.protocol import CheckpointReport, NodeReport
+from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.core.events import Event, NodeJoined, NodeReported
+from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.router.engines import Node
+
+logger = logging.getLogger(__name__)
+
+REPORT_S = 5.0
+WARM_S = 60.0
+"""Longest wait for a warm parent before it is asked for again."""
+PREFETCH_S_MAX = 600.0
+_PREFETCH_PAUSE_S = 0.1
+_PREFETCH_PAUSE_S_MAX = 2.0
+
+
+class NodeWatch:
+    """One node's reports, as events of the core. Lives on the controller's loop.
+
+    Args:
+        models: those that are served; read at every report.
+        tell: gets the events.
+    """
+
+    def __init__(
+        self, name: str, node: Node, models: Mapping[str, ModelConfig], *, tell: Callable[[Event], None]
+    ) -> None:
+        self.report: NodeReport | None = None
+        self._name = name
+        self._node = node
+        self._models = models
+        self._tell = tell
+        self._stale = asyncio.Event()
+        self._checkpoints: dict[str, CheckpointReport] = {}
+        """Of the last report, by model."""
+        self._tiers: dict[str, Tier] = {}
+        self._prefetches: dict[str, asyncio.Task[None]] = {}
+
+    async def join(self) -> None:
+        """Ask for the first report, and take the node in with it."""
+        report = await self._node.report()
+        first = self._taken(report)
+        self._tell(NodeJoined(self._name, len(report.slots), is_warm=first.is_warm, report=first))
+        self._tell(first)
+
+    async def keep_reporting(self) -> None:
+        """Until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_S):
+                    await self._stale.wait()
+            self._stale.clear()
+            try:
+                report = await self._node.report()
+            except SllmError as error:
+                logger.warning("event=no_report node=%s reason=%s", self._name, error)
+            else:
+                self._tell(self._taken(report))
+
+    async def watch_warm(self) -> None:
+        """Until cancelled: tell of a warm parent as soon as it has imported, and not with the next report."""
+        while True:
+            is_warm = await self._node.wait_warm(WARM_S)
+            if is_warm and self.report is not None and self.report.warm.pid is None:
+                self.refresh()
+            await asyncio.sleep(REPORT_S)  # one that is there is asked for again, and one that never comes, too
+
+    def what_is_known(self, model: ModelConfig) -> tuple[Mapping[str, Tier], int]:
+        """Where a model's weights are by node, and their bytes, as the last report has it; nothing and 0 if not."""
+        checkpoint = _checkpoint_of(model, self._checkpoints)
+        return ({}, 0) if checkpoint is None else ({self._name: _tier_of(checkpoint)}, checkpoint.nbytes)
+
+    def refresh(self) -> None:
+        """A start, an end or a prefetch may have moved a checkpoint: read the report now."""
+        self._stale.set()
+
+    def prefetch_ordered(self, model: str) -> None:
+        """A model's checkpoint is on its way into memory: look often until it is there, as the store does not tell."""
+        if model not in self._prefetches:
+            task = asyncio.get_running_loop().create_task(self._follow_prefetch(model))
+            self._prefetches[model] = task
+            task.add_done_callback(lambda _: self._prefetches.pop(model, None))
+
+    async def close(self) -> None:
+        """Follow no prefetch any more."""
+        tasks = list(self._prefetches.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow_prefetch(self, model: str) -> None:
+        pause_s = _PREFETCH_PAUSE_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PREFETCH_S_MAX):
+                while self._tiers.get(model, Tier.REMOTE) is Tier.DISK:  # elsewhere there is nothing to be read
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _PREFETCH_PAUSE_S_MAX)
+                    self.refresh()
+
+    def _taken(self, report: NodeReport) -> NodeReported:
+        self.report = report
+        self._checkpoints = _by_model(report.checkpoints)
+        found = {name: _checkpoint_of(model, self._checkpoints) for name, model in self._models.items()}
+        known = {name: checkpoint for name, checkpoint in found.items() if checkpoint is not None}
+        self._tiers = {name: _tier_of(checkpoint) for name, checkpoint in known.items()}
+        return NodeReported(
+            self._name,
+            is_warm=report.warm.pid is not None,
+            residency=self._tiers,
+            nbytes={name: checkpoint.nbytes for name, checkpoint in known.items()},
+            hops=_hops_of(report),
+        )
+
+
+def _by_model(checkpoints: tuple[CheckpointReport, ...]) -> dict[str, CheckpointReport]:
+    """By the name that the model had, and by its plain path if that was a path; thousands need one look each."""
+    found: dict[str, CheckpointReport] = {}
+    for checkpoint in checkpoints:
+        if checkpoint.model:
+            found[checkpoint.model] = checkpoint
+            if os.path.isabs(checkpoint.model):
+                found[os.path.normpath(checkpoint.model)] = checkpoint
+    return found
+
+
+def _checkpoint_of(model: ModelConfig, checkpoints: Mapping[str, CheckpointReport]) -> CheckpointReport | None:
+    found = checkpoints.get(model.source)
+    if found is None and os.path.isabs(model.source):
+        return checkpoints.get(os.path.normpath(model.source))
+    return found
+
+
+def _tier_of(checkpoint: CheckpointReport) -> Tier:
+    is_in_memory = checkpoint.nbytes > 0 and checkpoint.resident_nbytes >= checkpoint.nbytes
+    return Tier.HOST if is_in_memory else Tier.DISK
+
+
+def _hops_of(report: NodeReport) -> dict[Tier, float]:
+    """What the store measured of its disk; a load from there can't be faster."""
+    bps = report.hops.get("disk", {}).get("bps")
+    return {Tier.DISK: bps} if isinstance(bps, int | float) and bps > 0 else {}

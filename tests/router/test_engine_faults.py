@@ -1,0 +1,151 @@
+"""Engines that die, hang or freeze while the whole router serves: what clients see, and that capacity comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.router.router_process import RouterUnderTest, is_alive, running_router, write_config
+from tests.store.builders import make_checkpoint
+from tests.store.store_daemon import store_daemon
+from tests.waiting import wait_until
+
+SOON = {"start_s": 5.5, "stop_s": 5.5, "health_s": 0.6}
+"""Of an agent: as short as it takes them; an engine on a busy machine may still miss two answers."""
+CAPACITY = 4
+"""Requests at once."""
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2 * CAPACITY) as threads:
+        yield threads
+
+
+def assert_all_places_are_free(router: RouterUnderTest) -> None:
+    wait_until(lambda: router.num_ongoing() == 0, "the places to be free")
+
+
+def assert_all_capacity_is_back(router: RouterUnderTest, model: str, pool: ThreadPoolExecutor) -> None:
+    """As many streams as may be at once all begin: a place that was lost would leave one of them in the queue."""
+    assert_all_places_are_free(router)
+    stuck = {"fake": {"stalls_after": 1}, "user": "full"}
+    streams = list(pool.map(lambda _: router.streaming(model, **stuck), range(CAPACITY)))
+    assert [stream.event()["choices"][0]["text"] for stream in streams] == ["full/0 "] * CAPACITY
+    assert router.num_ongoing() == CAPACITY
+    for stream in streams:
+        stream.close()
+
+
+def test_of_an_engine_that_is_killed_streams_are_told_and_the_unanswered_get_another(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    go = tmp_path / "go"
+    write_config(tmp_path, "fine", defaults={"ongoing_max": CAPACITY, "target_ongoing": CAPACITY})
+    with running_router(tmp_path) as router:
+        stream = router.streaming("fine", user="me", fake={"stalls_after": 2})
+        begun = [stream.event() for _ in range(2)]
+        wish = {"user": "plain", "fake": {"waits_for": str(go)}}
+        plain = [router.post_later(pool, "fine", **wish) for _ in range(CAPACITY - 1)]
+        wait_until(lambda: router.said_by_engines().count("waits plain") == len(plain), "all to be in the engine")
+        os.kill(begun[0]["pid"], signal.SIGKILL)
+        go.touch()
+
+        (last,) = stream.rest()
+        assert [event["choices"][0]["text"] for event in begun] == ["me/0 ", "me/1 "]
+        assert last["error"].keys() == {"message", "type", "param", "code"}
+        assert last["error"]["code"] == "engine_failed"
+        answers = [one.result() for one in plain]
+        assert [answer.status for answer in answers] == [200] * len(plain)
+        assert begun[0]["pid"] not in {answer.body["pid"] for answer in answers}
+        assert router.log.count("event=start ") == 2
+        wait_until(lambda: router.log.count("status=200 outcome=done") == len(plain), "the lines of the requests")
+        assert router.log.count("attempts=2") == len(plain)
+        assert_all_capacity_is_back(router, "fine", pool)
+
+
+def test_an_engine_that_dies_of_every_request_costs_a_request_two_and_no_more(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    write_config(tmp_path, "fine")
+    with running_router(tmp_path) as router:
+        dying = router.post_later(pool, "fine", user="poison", fake={"waits_for": "/nowhere"})
+        for num in (1, 2):
+            kill_who_has(router, "waits poison", num)
+        answer = dying.result()
+        assert (answer.status, answer.body["error"]["code"]) == (502, "engine_failed")
+        assert router.post("fine").status == 200
+        assert router.log.count("event=start ") <= 3
+
+
+def test_a_start_that_hangs_is_ended_and_made_again_for_who_waits(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    go = tmp_path / "go"
+    write_config(tmp_path, "late", defaults={"environment": {"FAKE_ENGINE_GO": str(go)}})
+    with running_router(tmp_path, agent=SOON) as router:
+        waiting = router.post_later(pool, "late")
+        wait_until(lambda: router.pids("late"), "it to start")
+        (first,) = router.pids("late")
+        wait_until(lambda: "not healthy within 5.5 s" in router.log, "its time to be over")
+        wait_until(lambda: not is_alive(first), "its end")
+        go.touch()
+        answer = waiting.result()
+        assert (answer.status, answer.body["pid"] == first) == (200, False)
+        assert_all_places_are_free(router)
+
+
+@pytest.mark.parametrize("how", ["stopped", "freezes"])
+def test_an_engine_that_freezes_is_replaced_and_who_waited_is_answered(
+    tmp_path: Path, pool: ThreadPoolExecutor, how: str
+) -> None:
+    """Stopped by a signal it does not heed SIGTERM either; one that accepts nothing more does."""
+    go = tmp_path / "go"
+    write_config(tmp_path, "freezes", defaults={"ongoing_max": CAPACITY, "target_ongoing": CAPACITY})
+    with running_router(tmp_path, agent=SOON) as router:
+        stream = router.streaming("freezes", user="me", fake={"stalls_after": 1})
+        begun = stream.event()
+        wish = {"user": "plain", "fake": {"waits_for": str(go)}}
+        plain = [router.post_later(pool, "freezes", **wish) for _ in range(CAPACITY - 1)]
+        wait_until(lambda: router.said_by_engines().count("waits plain") == len(plain), "all to be in the engine")
+        queued = [router.post_later(pool, "freezes") for _ in range(CAPACITY)]
+        if how == "stopped":
+            os.kill(begun["pid"], signal.SIGSTOP)
+        else:
+            router.ask_engine("/freeze", post=True)
+        wait_until(lambda: "hung: 3 health answers missed" in router.log, "it to be found hung")
+        go.touch()
+        (last,) = stream.rest()
+        assert last["error"]["code"] == "engine_failed"
+        answers = [one.result() for one in (*plain, *queued)]
+        assert [answer.status for answer in answers] == [200] * len(answers)
+        assert begun["pid"] not in {answer.body["pid"] for answer in answers}
+        assert not is_alive(begun["pid"])
+        assert_all_capacity_is_back(router, "freezes", pool)
+
+
+def test_without_its_store_the_router_serves_and_says_so(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    """First the store's daemon stands still, which nobody may wait for; then it is gone."""
+    make_checkpoint(tmp_path / "store", "/models/fine")
+    with store_daemon(tmp_path / "store", log_dir=tmp_path) as store:
+        write_config(tmp_path, "fine", "family", "turns-ill", slots=3)
+        with running_router(tmp_path) as router:
+            assert router.admin("store").body["problem"] == ""
+            os.kill(store.process.pid, signal.SIGSTOP)
+            assert router.post("fine").status == 200
+            store.kill()
+            wait_until(lambda: router.admin("store").body["problem"], "the loss to be known")
+            names = [one["name"] for one in router.admin("store").body["checkpoints"]]
+            assert len(names) == 1  # it lies on the disk
+            assert [router.post(model).status for model in ("fine", "family", "turns-ill")] == [200] * 3
+            assert "Traceback" not in router.log
+
+
+def kill_who_has(router: RouterUnderTest, said: str, num: int) -> None:
+    """Kill the only engine once its kind has said something so many times."""
+    wait_until(lambda: router.said_by_engines().count(said) == num, "an engine to have it")
+    (pid,) = router.pids("fine")
+    os.kill(pid, signal.SIGKILL)
