@@ -26,7 +26,7 @@ async def why_unable(engine: Any) -> str:
     """What keeps this engine from resuming requests; empty if it can."""
     points = getattr(engine, "sllm_points", None)
     if points is None:
-        return "the front end is not hooked"
+        return "nothing is hooked: SLLM_MIGRATION is not 1, or the plugin is not loaded"
     if points.problems:
         return str(points.problems[0])
     if engine._client_count > 1:

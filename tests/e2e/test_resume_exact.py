@@ -39,7 +39,7 @@ ARGUMENTS = (
     *("--reasoning-parser", "deepseek_r1", "--tool-call-parser", "hermes", "--enable-auto-tool-choice"),
     *("--enable-prompt-tokens-details", "--api-key", KEY),
 )
-ENVIRONMENT = {"VLLM_PLUGINS": "sllm", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+ENVIRONMENT = {"VLLM_PLUGINS": "sllm", "SLLM_MIGRATION": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 OWNED = (1, 2, 17, 50, -1)
 AS_LONG_AS = 20
 LONGEST = 10_000
