@@ -12,19 +12,20 @@ from types import ModuleType
 from typing import Any
 
 from sllm_vllm.engine.hook_points import HookPoints, require, require_type
-from sllm_vllm.engine.resume import owned_tokens
+from sllm_vllm.engine.movable import why_engine_unable
+from sllm_vllm.engine.resume import RESUME_KEY, ResumeRefused, owned_tokens
 
 
 def core_installs(points: HookPoints) -> dict[str, Any]:
     """What to install into which module of vLLM."""
     return {
-        "vllm.v1.request": hook_requests,
+        "vllm.v1.request": lambda module: hook_requests(module, points),
         "vllm.v1.structured_output": hook_grammars,
         "vllm.v1.engine.core": lambda module: hook_core(module, points),
     }
 
 
-def hook_requests(module: ModuleType) -> None:
+def hook_requests(module: ModuleType, points: HookPoints) -> None:
     """Let ``Request.from_engine_core_request`` append what the request owns."""
     requests: Any = require_type(module, "Request")
     require(requests, "append_output_token_ids", "token_ids")
@@ -33,6 +34,8 @@ def hook_requests(module: ModuleType) -> None:
     def from_engine_core_request(cls: type, request: Any, block_hasher: Any) -> Any:
         made: Any = stock(request, block_hasher)
         if owned := owned_tokens(getattr(request.sampling_params, "extra_args", None)):
+            if points.problems:  # nobody may have checked the tokens
+                raise ResumeRefused(f"this core can't resume: {points.problems[0]}")
             made.append_output_token_ids(owned)
             # As after a preemption: the first prefill of a new request asserts that it found no more in the prefix
             # cache than its prompt.
@@ -58,9 +61,43 @@ def hook_grammars(module: ModuleType) -> None:
 
 
 def hook_core(module: ModuleType, points: HookPoints) -> None:
-    """Add a method that the front end's self-test calls."""
+    """Check what a request owns before anything is made of it, and add a method that the front end's self-test calls.
+
+    vLLM fails the one request whose preprocessing raises; a worker that got too many tokens would die of them.
+    """
     cores: Any = require_type(module, "EngineCore")
+    stock = require(cores, "preprocess_add_request", "request")
+
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        _check_owned(self.vllm_config, request)
+        return stock(self, request)
+
+    cores.preprocess_add_request = preprocess_add_request
     cores.sllm_hook_problems = lambda self: list(points.problems)
+
+
+def _check_owned(config: Any, request: Any) -> None:
+    """Trust no front end: it may not be hooked, and a body then comes through as it is.
+
+    Raises:
+        ResumeRefused: the request must not be resumed with what it carries.
+    """
+    params = request.sampling_params
+    extra_args = getattr(params, "extra_args", None) or {}
+    if RESUME_KEY not in extra_args:
+        return
+    if reason := why_engine_unable(config):
+        raise ResumeRefused(reason)
+    model, owned = config.model_config, owned_tokens(extra_args)
+    if not owned or request.prompt_token_ids is None:
+        raise ResumeRefused(f"{RESUME_KEY} is not what a front end of ours hands over")
+    if not 0 <= min(owned) <= max(owned) < model.get_vocab_size():
+        raise ResumeRefused("it owns tokens outside the vocabulary")
+    room = model.max_model_len - len(request.prompt_token_ids)
+    if params.max_tokens is not None:
+        room = min(room, params.max_tokens)
+    if len(owned) >= room:
+        raise ResumeRefused(f"it owns {len(owned)} tokens, and must have fewer than {room}")
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from prometheus_client import Gauge
 
-from sllm_vllm.engine.in_flight import find_in_flight, list_in_flight
+from sllm_vllm.engine.in_flight import IdAmbiguous, find_in_flight, list_in_flight
 from sllm_vllm.engine.resume import RESUME_KEY
 from sllm_vllm.engine.self_test import why_unable
 from sllm_vllm.metrics import EngineMetric
@@ -104,7 +104,10 @@ class SllmEndpoints:
 
     async def _tokens(self, request: Any) -> tuple[dict[str, Any], int]:
         id_ = request.path_params["id"]
-        found = find_in_flight(self._engine, id_)
+        try:
+            found = find_in_flight(self._engine, id_)
+        except IdAmbiguous as problem:
+            return {"error": str(problem)}, 409
         if found is None:
             return {"error": f"there is no request {id_} in flight"}, 404
         return found, 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -54,6 +55,7 @@ def hook_outputs(module: ModuleType) -> None:
     processors: Any = require_type(module, "OutputProcessor")
     collectors: Any = require_type(module, "RequestOutputCollector")
     require(collectors, "get_nowait")
+    require(collectors, "get")
     require(processors, "process_outputs", "engine_core_outputs")
     require(processors, "has_request", "request_id")
     stock = require(processors, "add_request", "request", "prompt", "parent_req", "request_index", "queue")
@@ -131,21 +133,27 @@ def _limits(engine: Any, prompt: list[int], params: Any) -> ResumeLimits:
 
 
 def _added(processor: Any, request: Any, state: Any) -> None:
-    """A request was added whose state is ``state``."""
+    """A request was added whose state is ``state``; whatever fails here leaves nothing of it."""
     carried = (request.sampling_params.extra_args or {}).get(RESUME_KEY)
-    if carried is None:
-        state.sllm_request = request
-    elif isinstance(carried, Resume):
-        _resume(processor, request, carried)
-    else:  # it came by another way than `generate`, unchecked
-        processor.abort_requests([request.request_id], internal=True)
-        raise _refusal(f"{RESUME_KEY} is understood in requests over HTTP alone")
+    if carried is not None:
+        with ExitStack() as undo:
+            undo.callback(processor.abort_requests, [request.request_id], internal=True)
+            _resume(processor, request, carried)
+            undo.pop_all()
+    state.sllm_request = request
     parent = state.parent_req
     if parent is not None:
         parent.__dict__.setdefault("sllm_states", {})[state.request_index] = state
 
 
-def _resume(processor: Any, request: Any, resume: Resume) -> None:
+def _resume(processor: Any, request: Any, resume: object) -> None:
+    """Replay what a request owns, and hand it to the core.
+
+    Raises:
+        VLLMValidationError: it came by another way than `generate`, unchecked, or is not what it is said to be.
+    """
+    if not isinstance(resume, Resume):
+        raise _refusal(f"{RESUME_KEY} is understood in requests over HTTP alone")
     state = processor.request_states[request.request_id]
     choice = resume.choices[state.request_index]
     if resume.num_cached_tokens is not None:
@@ -154,9 +162,11 @@ def _resume(processor: Any, request: Any, resume: Resume) -> None:
     if state.queue is not None:
         held = state.queue.__dict__.setdefault("sllm_held", None) or HeldOutputs(state.queue, resume.step)
         state.queue.sllm_held = held
-    replay(processor, state, choice, held=held)
+    try:
+        replay(processor, state, choice, held=held)
+    except ResumeRefused as problem:
+        raise _refusal(str(problem)) from None
     hand_to_core(request, choice, is_open=processor.has_request(request.request_id))
-    state.sllm_request = request
 
 
 def _refusal(reason: str) -> Exception:

@@ -14,45 +14,56 @@ from sllm_vllm.engine.resume import FINISH_REASONS, OwnedChoice, Resume, TokenLo
 _NOT_SEEN = "it came before this was watched, or it generates nothing"
 
 
+class IdAmbiguous(LookupError):
+    """Several requests came with this id: clients choose theirs. None of them can be told by it."""
+
+
 def list_in_flight(engine: Any) -> list[dict[str, Any]]:
     """All requests in flight, in short."""
-    found = _by_external_id(engine)
-    return [_summary(engine, id_, states) for id_, states in found.items()]
+    return [_summary(engine, states) for states in _by_request(engine)]
 
 
 def find_in_flight(engine: Any, id_: str) -> dict[str, Any] | None:
     """One request with its tokens, by vLLM's id or by the X-Request-Id it came with; None if there is none (any more).
 
     The field ``resume`` is what a target needs, as an object; it is absent where the request can't be moved.
+
+    Raises:
+        IdAmbiguous: there are several.
     """
-    found = _by_external_id(engine)
-    for name in (id_, f"chatcmpl-{id_}", f"cmpl-{id_}-0"):
-        if states := found.get(name):
-            return _described(engine, name, states)
-    return None
+    names = (id_, f"chatcmpl-{id_}", f"cmpl-{id_}-0")
+    found = [states for states in _by_request(engine) if states[0].external_req_id in names]
+    if len(found) > 1:
+        raise IdAmbiguous(f"{len(found)} requests in flight have the id {id_}")
+    return _described(engine, found[0]) if found else None
 
 
-def _by_external_id(engine: Any) -> dict[str, list[Any]]:
+def _by_request(engine: Any) -> list[list[Any]]:
+    """States of each request, together by vLLM's own id of it.
+
+    Not by the external one, which a client may give to several requests.
+    """
     found: dict[str, list[Any]] = defaultdict(list)
     for state in engine.output_processor.request_states.values():
-        found[state.external_req_id].append(state)
-    return found
+        owner = state if state.parent_req is None else state.parent_req
+        found[owner.request_id].append(state)
+    return list(found.values())
 
 
-def _summary(engine: Any, id_: str, states: list[Any]) -> dict[str, Any]:
+def _summary(engine: Any, states: list[Any]) -> dict[str, Any]:
     everything = _all_choices(states)
     return {
-        "id": id_,
+        "id": states[0].external_req_id,
         "num_prompt_tokens": states[0].prompt_len,
         "num_output_tokens": [_num_tokens(state) for state in everything],
         "immovable": _why_immovable(engine, states[0], everything),
     }
 
 
-def _described(engine: Any, id_: str, states: list[Any]) -> dict[str, Any]:
+def _described(engine: Any, states: list[Any]) -> dict[str, Any]:
     everything = _all_choices(states)
     request = getattr(states[0], "sllm_request", None)
-    told = _summary(engine, id_, states)
+    told = _summary(engine, states)
     told["prompt_token_ids"] = states[0].prompt_token_ids
     told["sampling_params"] = _as_json(request.sampling_params) if request is not None else None
     if not told["immovable"]:

@@ -16,7 +16,7 @@ def why_immovable(config: Any, prompt: Any, params: Any) -> str:
     kind = prompt.get("type") if isinstance(prompt, dict) else None
     if kind != "token":
         return f"a prompt of {kind or 'another kind than tokens'} can't be resumed exactly"
-    return _of_engine(config) or _of_params(config, params)
+    return why_engine_unable(config) or _of_params(config, params)
 
 
 def why_immovable_in_flight(config: Any, request: Any, params: Any) -> str:
@@ -27,21 +27,24 @@ def why_immovable_in_flight(config: Any, request: Any, params: Any) -> str:
         return "its prompt has media"
     if request.resumable:
         return "its input is a stream"
-    return _of_engine(config) or _of_params(config, params)
+    return why_engine_unable(config) or _of_params(config, params)
 
 
-def _of_engine(config: Any) -> str:
+def why_engine_unable(config: Any) -> str:
+    """Why an engine resumes no request at all, by its ``VllmConfig``; empty if nothing there keeps it from that."""
     model = config.model_config
     if getattr(model, "return_sampling_mask", False) or getattr(model, "enable_return_routed_experts", False):
         return "this engine returns sampling masks or routed experts, which are not carried along"
     if getattr(config, "watermark_config", None) is not None:
         return "this engine marks its output, and nobody has looked how that goes on"
+    if config.speculative_config is not None:
+        return "this engine speculates: the draws of a step depend on where it began"
+    if config.kv_transfer_config is not None:  # a request that counts as preempted is a KeyError to runner V1 then
+        return "this engine has a KV connector, which may load the KV of what a request has not computed here"
     return ""
 
 
 def _of_params(config: Any, params: Any) -> str:
-    if params.seed is not None and config.speculative_config is not None:
-        return "it has a seed, and this engine speculates: its draws depend on where its steps began"
     if params.prompt_logprobs is not None and params.output_kind.name == "DELTA":
         return "it streams the prompt's logprobs"
     if params.prompt_logprobs is not None and getattr(config, "use_v2_model_runner", False):

@@ -30,20 +30,30 @@ def _mix(value: int) -> int:
 
 
 class PositionGenerator(torch.Generator):
-    """A generator that its owner seeds before each step.
+    """A generator that its owner seeds before each step; until it does, a stock one.
 
     vLLM takes back the draw of a step whose token it discards (a chunk of a prefill) by setting the offset, which a
     generator of the CPU refuses: the engine dies. Nothing has to be taken back here.
     """
 
+    _is_seeded_by_step = False
+
+    @classmethod
+    def replacing(cls, stock: torch.Generator) -> PositionGenerator:
+        """One that draws what ``stock``, not drawn from yet, would draw."""
+        made = cls(device=stock.device)
+        made.manual_seed(stock.initial_seed())
+        return made
+
     def get_offset(self) -> int:
         """No draw is counted."""
-        return 0
+        return 0 if self._is_seeded_by_step else super().get_offset()
 
     def set_offset(self, offset: int) -> torch.Generator:
         """Take back nothing."""
-        return self
+        return self if self._is_seeded_by_step else super().set_offset(offset)
 
     def seed_step(self, seed: int, position: int) -> None:
         """Get ready to sample the token at ``position``."""
+        self._is_seeded_by_step = True
         self.manual_seed(step_seed(seed, position))

@@ -7,13 +7,14 @@ what the client has already got.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, ResumeRefused, handed_over
 
 
 class HeldOutputs:
@@ -51,19 +52,29 @@ class HeldOutputs:
             self._held[-1].add(output, aggregate=self._collector.aggregate)
 
     def _get_nowait(self) -> Any:
-        return self._held.popleft() if self._held else self._stock_nowait()
+        return None if self._held else self._stock_nowait()  # whoever gets nothing calls `get`
 
     async def _get(self) -> Any:
-        return self._held.popleft() if self._held else await self._stock_get()
+        if not self._held:
+            return await self._stock_get()
+        await asyncio.sleep(0)  # others have their turn: a long replay is many outputs
+        return self._held.popleft()
 
 
 def replay(processor: Any, state: Any, choice: OwnedChoice, *, held: HeldOutputs | None) -> None:
-    """Work through a choice's tokens; afterwards ``state`` is what it was at the source, or has ended as it did."""
+    """Work through a choice's tokens; afterwards ``state`` is what it was at the source, or has ended as it did.
+
+    Raises:
+        ResumeRefused: it was said to have ended, and has not: the core would be given more tokens than it can take.
+    """
     if held is None:
         _process(processor, state, choice)
-        return
-    with held.collecting():
-        _process(processor, state, choice)
+    else:
+        with held.collecting():
+            _process(processor, state, choice)
+    if choice.finish_reason is not None and processor.has_request(state.request_id):
+        stop = f"its stop string {choice.stop_reason!r} is not in its text"
+        raise ResumeRefused(f"choice {state.request_index} is said to have ended, and {stop}")
 
 
 def hand_to_core(request: Any, choice: OwnedChoice, *, is_open: bool) -> None:
@@ -74,7 +85,7 @@ def hand_to_core(request: Any, choice: OwnedChoice, *, is_open: bool) -> None:
     request.sampling_params = params = copy.copy(request.sampling_params)
     rest = {key: value for key, value in (params.extra_args or {}).items() if key != RESUME_KEY}
     if is_open:
-        params.extra_args = {**rest, RESUME_KEY: list(choice.token_ids)} if choice.token_ids else rest or None
+        params.extra_args = {**rest, RESUME_KEY: handed_over(choice.token_ids)} if choice.token_ids else rest or None
         return
     params.extra_args = rest or None
     params.max_tokens, params.min_tokens = 1, 0

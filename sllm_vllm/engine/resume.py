@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +16,16 @@ from typing import Any
 
 RESUME_KEY = "sllm_resume"
 """In ``vllm_xargs`` of a body, or ``extra_args`` of sampling parameters."""
-RESUME_NBYTES_MAX = 256 << 20
+RESUME_NBYTES_MAX = 32 << 20
+"""Two million tokens, or some 20,000 with 20 top logprobs each."""
+TOKENS_MAX_FACTOR = 2
+"""All choices together own at most so many times the model's length: the replay holds up the front end."""
 FINISH_REASONS = ("stop", "length", "repetition")
 """With which a choice may have ended before the others did."""
 _VERSION = 1
 _FIELDS = frozenset({"version", "prompt_digest", "num_cached_tokens", "step", "choices"})
 _CHOICE_FIELDS = frozenset({"token_ids", "logprobs", "finish_reason", "stop_reason"})
+_OWNED = "tokens"
 
 TokenLogprob = tuple[int, float, int | None, str | None]
 """Token, its logprob, its rank and its text."""
@@ -58,6 +63,11 @@ class Resume:
     """What the first engine found in its prefix cache: the client's usage names this. None if it has not looked yet."""
     step: int = 1
     """Tokens in one output of the replay, 0 for all: parsers of tool calls want the steps the source made."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices together."""
+        return sum(len(choice.token_ids) for choice in self.choices)
 
     def first(self, num_tokens: Sequence[int]) -> Resume:
         """The same with no more than so many tokens of each choice."""
@@ -125,25 +135,34 @@ def check_resume(resume: Resume, limits: ResumeLimits) -> None:
         raise ResumeRefused(f"there are {len(resume.choices)} choices, and the request has n={limits.num_choices}")
     if all(choice.finish_reason is not None for choice in resume.choices):
         raise ResumeRefused("every choice has ended: there is nothing to resume")
+    num_tokens, tokens_max = resume.num_tokens, TOKENS_MAX_FACTOR * limits.model_len_max
+    if num_tokens > tokens_max:
+        raise ResumeRefused(f"there are {num_tokens} tokens in all choices together, more than {tokens_max}")
     for choice in resume.choices:
         _check_choice(choice, limits)
 
 
+def handed_over(token_ids: Iterable[int]) -> dict[str, list[int]]:
+    """What a front end gives its engine core under ``RESUME_KEY``; no ``vllm_xargs`` of a body can have this shape."""
+    return {_OWNED: list(token_ids)}
+
+
 def owned_tokens(extra_args: object) -> list[int]:
-    """Tokens that a front end handed to its engine core with a request; none if it handed none."""
+    """What is in ``handed_over``; nothing where anything else is."""
     found = extra_args.get(RESUME_KEY) if isinstance(extra_args, dict) else None
-    if isinstance(found, list) and all(type(token) is int for token in found):
-        return found
+    tokens = found.get(_OWNED) if isinstance(found, dict) else None
+    if isinstance(tokens, list) and all(type(token) is int for token in tokens):
+        return tokens
     return []
 
 
 def _check_choice(choice: OwnedChoice, limits: ResumeLimits) -> None:
-    num_tokens = len(choice.token_ids)
+    num_tokens, has_ended = len(choice.token_ids), choice.finish_reason is not None
     if choice.token_ids and max(choice.token_ids) >= limits.vocab_size:
         raise ResumeRefused(f"token {max(choice.token_ids)} is outside the vocabulary of {limits.vocab_size}")
-    if choice.finish_reason is None and num_tokens >= limits.tokens_max:
+    if num_tokens >= limits.tokens_max + has_ended:
         raise ResumeRefused(f"there are {num_tokens} tokens, and max_tokens={limits.tokens_max}")
-    if limits.num_prompt_tokens + num_tokens >= limits.model_len_max + (choice.finish_reason is not None):
+    if limits.num_prompt_tokens + num_tokens >= limits.model_len_max + has_ended:
         raise ResumeRefused(f"prompt and {num_tokens} tokens fill the model's length of {limits.model_len_max}")
     if limits.wants_logprobs and num_tokens and choice.logprobs is None:
         raise ResumeRefused("logprobs are asked for, and those of the first tokens were not carried along")
@@ -176,8 +195,17 @@ def _is_logprob(found: Any) -> bool:
     if not isinstance(found, list) or len(found) != 4:
         return False
     token, logprob, rank, text = found
-    is_number = type(token) is int and type(logprob) in {int, float}
-    return is_number and (rank is None or type(rank) is int) and (text is None or isinstance(text, str))
+    return (
+        _is_small(token) and _is_value(logprob) and (rank is None or _is_small(rank)) and isinstance(text, str | None)
+    )
+
+
+def _is_value(found: Any) -> bool:
+    return _is_small(found) or (type(found) is float and not math.isnan(found))
+
+
+def _is_small(found: Any) -> bool:
+    return type(found) is int and abs(found) < 1 << 31
 
 
 def _count(found: Any, name: str) -> int:

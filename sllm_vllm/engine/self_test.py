@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from sllm_vllm.engine.movable import why_engine_unable
 from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens
 
 TEST_MAX_S = 120.0
@@ -31,6 +32,8 @@ async def why_unable(engine: Any) -> str:
         return str(points.problems[0])
     if engine._client_count > 1:
         return "there are several API servers, and each knows of its own requests alone"
+    if reason := why_engine_unable(engine.vllm_config):
+        return reason
     try:
         async with asyncio.timeout(TEST_MAX_S):
             return await _try_all(engine)

@@ -31,7 +31,7 @@ def hook_request_states(module: ModuleType) -> None:
 
         stock(self)
         if self.generator is not None:
-            self.generator = PositionGenerator(device=self.generator.device)
+            self.generator = PositionGenerator.replacing(self.generator)
         if not self.output_token_ids:
             self.output_token_ids.extend(owned_tokens(getattr(self.sampling_params, "extra_args", None)))
 
@@ -42,9 +42,12 @@ def hook_runner(module: ModuleType) -> None:
     """Seed each seeded request's generator for the position that the step at hand samples."""
     runners: Any = require_type(module, "GPUModelRunner")
     stock = require(runners, "_update_states", "scheduler_output")
+    hold = _prompt_logprobs_held(runners)
 
     def update_states(self: Any, scheduler_output: Any) -> Any:
         result = stock(self, scheduler_output)
+        if self.speculative_config is not None:
+            return result  # nothing is resumed there, and a step may sample several positions
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             state = self.requests[request_id]
             if state.generator is not None:
@@ -52,10 +55,10 @@ def hook_runner(module: ModuleType) -> None:
         return result
 
     runners._update_states = update_states
-    _hold_prompt_logprobs(runners)
+    runners._get_prompt_logprobs_dict = hold
 
 
-def _hold_prompt_logprobs(runners: Any) -> None:
+def _prompt_logprobs_held(runners: Any) -> Any:
     """Keep a prompt's logprobs until the step that samples, as the scheduler expects of every output.
 
     Stock, they come with the step that ends the prompt. A resumed prefill may go on for steps after that, and the
@@ -69,11 +72,11 @@ def _hold_prompt_logprobs(runners: Any) -> None:
     def get_prompt_logprobs_dict(self: Any, hidden_states: Any, num_scheduled_tokens: Any) -> Any:
         found: Any = stock(self, hidden_states, num_scheduled_tokens)
         held = self.__dict__.get("sllm_prompt_logprobs")
-        if not found and not held:
+        if self.speculative_config is not None or (not found and not held):
             return found
         waiting = {id_: one for id_, one in {**(held or {}), **found}.items() if id_ in self.requests}
         ready = {id_: one for id_, one in waiting.items() if id_ in num_scheduled_tokens and samples(self, id_)}
         self.sllm_prompt_logprobs = {id_: one for id_, one in waiting.items() if id_ not in ready}
         return ready
 
-    runners._get_prompt_logprobs_dict = get_prompt_logprobs_dict
+    return get_prompt_logprobs_dict

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sllm_vllm.engine.resume import OwnedChoice
+from sllm_vllm.engine.resume import OwnedChoice, Resume
 from tests.conftest import ModelDir
 from tests.e2e.resume_cases import (
     CARRYING,
@@ -254,6 +254,20 @@ def test_what_cant_be_resumed_is_refused_before_it_streams(client: Client) -> No
             status, message = client.refusal(path, {**body, **more, "stream": stream}, value)
             assert status == 400, message
             assert reason in message
+
+
+@pytest.mark.e2e_long
+def test_a_choice_that_only_claims_to_have_ended_never_reaches_the_core(client: Client) -> None:
+    """Its tokens have other bounds than an open one's; the worker would die of them."""
+    path, body = completion(n=2, **SEEDED)
+    open_ = OwnedChoice((1, 2))
+    ended = OwnedChoice((3,) * body["max_tokens"], None, "stop", "a string that is not there")
+    prompt = client.ask(path, body).resume(2).prompt_digest
+    for choices in ((open_, ended), (ended, open_)):
+        status, message = client.refusal(path, body, Resume(prompt, choices).to_json())
+        assert (status, "stop string" in message) == (400, True)
+    compare(client.ask(*CASES["greedy"]), client.ask(*CASES["greedy"]))
+    assert client.get("/sllm/requests") == {"requests": []}
 
 
 @pytest.mark.e2e_long

@@ -36,7 +36,12 @@ class Engine:
         self.sllm_points = HookPoints()
         self.output_processor = SimpleNamespace(request_states={})
         cache, model = SimpleNamespace(block_size=16), SimpleNamespace(max_model_len=64, model="m")
-        self.vllm_config = SimpleNamespace(cache_config=cache, model_config=model)
+        self.vllm_config = SimpleNamespace(
+            cache_config=cache,
+            model_config=model,
+            speculative_config=None,
+            kv_transfer_config=None,
+        )
         self.engine_core = SimpleNamespace(call_utility_async=self._call)
 
     async def _call(self, name: str) -> list[str]:
@@ -107,6 +112,21 @@ async def test_several_api_servers_are_the_reason() -> None:
     engine = Engine()
     engine._client_count = 2
     assert "several API servers" in await why_unable(engine)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("speculative_config", "speculates"), ("kv_transfer_config", "KV")])
+async def test_a_kind_of_engine_that_resumes_nothing_is_the_reason(name: str, reason: str) -> None:
+    engine = Engine()
+    setattr(engine.vllm_config, name, "set")
+    assert reason in await why_unable(engine)
+
+
+async def test_an_id_of_several_requests_is_a_conflict(endpoints: SllmEndpoints) -> None:
+    await started(endpoints)
+    states = [SimpleNamespace(request_id=id_, external_req_id="cmpl-a-0", parent_req=None) for id_ in "xy"]
+    endpoints._engine.output_processor.request_states = {one.request_id: one for one in states}
+    status, told = await ask(endpoints, "/sllm/requests/{id}/tokens", id="a")
+    assert (status, told) == (409, {"error": "2 requests in flight have the id a"})
 
 
 def test_infinities_go_through() -> None:

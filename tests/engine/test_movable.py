@@ -14,7 +14,8 @@ TOKENS = {"type": "token", "prompt_token_ids": [1]}
 
 def config(**more: Any) -> SimpleNamespace:
     model = SimpleNamespace(**more.pop("model", {}))
-    return SimpleNamespace(**{"model_config": model, "speculative_config": None, **more})
+    plain = {"model_config": model, "speculative_config": None, "kv_transfer_config": None}
+    return SimpleNamespace(**{**plain, **more})
 
 
 def params(**more: Any) -> SimpleNamespace:
@@ -29,7 +30,6 @@ def in_flight(**more: Any) -> SimpleNamespace:
 
 def test_plain_requests_are_moved() -> None:
     assert why_immovable(config(), TOKENS, params(seed=5)) == ""
-    assert why_immovable(config(speculative_config=1), TOKENS, params()) == ""
     assert why_immovable_in_flight(config(), in_flight(), params(seed=5)) == ""
 
 
@@ -41,7 +41,8 @@ def test_prompts_of_another_kind_than_tokens_are_not(prompt: object) -> None:
 @pytest.mark.parametrize(
     ("engine", "sampling", "reason"),
     [
-        ({"speculative_config": 1}, {"seed": 5}, "speculates"),
+        ({"speculative_config": 1}, {}, "speculates"),
+        ({"kv_transfer_config": 1}, {}, "KV connector"),
         ({"model": {"return_sampling_mask": True}}, {}, "sampling masks"),
         ({"model": {"enable_return_routed_experts": True}}, {}, "routed experts"),
         ({"watermark_config": 1}, {}, "marks its output"),

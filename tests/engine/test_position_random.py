@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,3 +42,13 @@ def test_taking_back_a_draw_does_not_fail() -> None:
     drawn = torch.rand(2, generator=generator)
     generator.seed_step(3, 1)
     assert torch.equal(torch.rand(2, generator=generator), drawn)
+
+
+@pytest.mark.parametrize("seed", [0, 3, -1, 2**63 - 1])
+def test_until_its_first_step_it_is_the_generator_it_replaced(seed: int) -> None:
+    """Nobody seeds it where the runner's hook is refused, or the engine speculates."""
+    stock = torch.Generator().manual_seed(seed)
+    generator = PositionGenerator.replacing(stock)
+    assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=stock))
+    with pytest.raises(RuntimeError):  # as the stock one's on the CPU
+        generator.get_offset()

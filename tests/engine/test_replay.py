@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from sllm_vllm.engine.replay import HeldOutputs, hand_to_core
-from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, handed_over
 
 
 @dataclass
@@ -77,6 +78,26 @@ async def test_choices_are_replayed_one_after_the_other() -> None:
     assert [output.tokens for output in found] == [[0, 1], [2], [10, 11], [12]]
 
 
+async def test_others_have_their_turn_between_replayed_outputs() -> None:
+    collector, turns = Collector(), 0
+    held = HeldOutputs(collector, 1)
+    with held.collecting():
+        for token in range(5):
+            collector.put(Output([token]))
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        other = group.create_task(take_turns())
+        seen = [(collector.get_nowait() or await collector.get(), turns) for _ in range(5)]
+        other.cancel()
+    assert [before for _, before in seen] == [1, 2, 3, 4, 5]
+
+
 @dataclass
 class Params:
     """Stands in for SamplingParams."""
@@ -91,7 +112,7 @@ def test_the_core_gets_the_tokens_and_nothing_else() -> None:
     shared = Params({RESUME_KEY: "all of it", "mine": 1})
     request = SimpleNamespace(sampling_params=shared)
     hand_to_core(request, OwnedChoice((5, 6), (((5, -1.0, 1, "a"),), ((6, -1.0, 1, "b"),))), is_open=True)
-    assert request.sampling_params.extra_args == {RESUME_KEY: [5, 6], "mine": 1}
+    assert request.sampling_params.extra_args == {RESUME_KEY: handed_over([5, 6]), "mine": 1}
     assert request.sampling_params.max_tokens == 50
     assert shared.extra_args == {RESUME_KEY: "all of it", "mine": 1}  # other choices of the request have it, too
 

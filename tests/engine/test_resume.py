@@ -19,6 +19,7 @@ from sllm_vllm.engine.resume import (
     ResumeRefused,
     check_resume,
     digest_tokens,
+    handed_over,
     owned_tokens,
     parse_resume,
 )
@@ -56,6 +57,10 @@ WRONG: list[dict[str, Any]] = [
     {"choices": [{"token_ids": [5], "logprobs": [[[6, 0.0, 1, "a"]]]}]},
     {"choices": [{"token_ids": [5], "logprobs": [[[5, "0", 1, "a"]]]}]},
     {"choices": [{"token_ids": [5], "logprobs": [[[5, 0.0, 1]]]}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[[5, 10**400, 1, "a"]]]}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[[5, math.nan, 1, "a"]]]}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[[5, 0.0, 10**400, "a"]]]}]},
+    {"choices": [{"token_ids": [5], "logprobs": [[[5, 0.0, 1, "a"], [10**400, 0.0, 1, "a"]]]}]},
     {"num_cached_tokens": -1},
     {"step": 0.5},
 ]
@@ -139,6 +144,10 @@ def test_what_fits_its_request_is_taken() -> None:
     check_resume(ended, replace(LIMITS, num_choices=2))
 
 
+def two(num_open: int, num_ended: int) -> Resume:
+    return Resume(LIMITS.prompt_digest, (OwnedChoice((5,) * num_open), OwnedChoice((5,) * num_ended, None, "stop")))
+
+
 @pytest.mark.parametrize(
     ("resume", "limits", "reason"),
     [
@@ -149,6 +158,9 @@ def test_what_fits_its_request_is_taken() -> None:
         (owning(*range(17)), replace(LIMITS, tokens_max=99), "length"),
         (owning(5), replace(LIMITS, wants_logprobs=True), "logprobs"),
         (owning(5, finish_reason="stop"), LIMITS, "nothing to resume"),
+        (two(1, 11), replace(LIMITS, num_choices=2), "max_tokens"),
+        (two(1, 18), replace(LIMITS, num_choices=2, tokens_max=99), "length"),
+        (two(21, 20), replace(LIMITS, num_choices=2), "together, more than 40"),
     ],
 )
 def test_what_does_not_fit_its_request_is_refused(resume: Resume, limits: ResumeLimits, reason: str) -> None:
@@ -168,7 +180,20 @@ def test_prompts_have_names_of_their_own() -> None:
     assert len({digest_tokens(ids) for ids in ([], [0], [0, 0], [1, 2], [2, 1], [258])}) == 6
 
 
-@pytest.mark.parametrize("extra_args", [None, {}, {RESUME_KEY: "5"}, {RESUME_KEY: [5.0]}, {RESUME_KEY: [True]}, "text"])
+@pytest.mark.parametrize(
+    "extra_args",
+    [
+        None,
+        {},
+        {RESUME_KEY: "5"},
+        {RESUME_KEY: [5]},
+        {RESUME_KEY: {}},
+        {RESUME_KEY: handed_over([True])},
+        {RESUME_KEY: {"tokens": "5"}},
+        "text",
+    ],
+)
 def test_a_core_takes_tokens_from_a_front_end_alone(extra_args: object) -> None:
+    """A body's `vllm_xargs` may hold a list of numbers."""
     assert owned_tokens(extra_args) == []
-    assert owned_tokens({RESUME_KEY: [5, 6]}) == [5, 6]
+    assert owned_tokens({RESUME_KEY: handed_over((5, 6))}) == [5, 6]
