@@ -37,10 +37,10 @@ class Router:
     key_file: Path
     log: Path
 
-    def admin(self, path: str) -> dict[str, Any]:
+    def admin(self, path: str, *, method: str = "GET") -> dict[str, Any]:
         """What its admin API says."""
         headers = {"Authorization": f"Bearer {self.key_file.read_text().strip()}"}
-        request = urllib.request.Request(f"{self.url}/sllm/v1/{path}", headers=headers)
+        request = urllib.request.Request(f"{self.url}/sllm/v1/{path}", headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=ANSWER_S_MAX) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found
@@ -48,6 +48,21 @@ class Router:
     def running(self) -> set[str]:
         """Models that have a ready replica."""
         return {one["model"] for one in self.admin("replicas")["replicas"] if one["state"] == "ready"}
+
+    def end_replicas(self, model: str) -> None:
+        """Have a model's replicas end, and wait until they have.
+
+        Raises:
+            RouterFailed: they do not.
+        """
+        deadline_s = time.monotonic() + ANSWER_S_MAX
+        while found := [one for one in self.admin("replicas")["replicas"] if one["model"] == model]:
+            for replica in found:
+                if replica["state"] == "ready":
+                    self.admin(f"replicas/{replica['id']}/drain", method="POST")
+            if time.monotonic() > deadline_s:
+                raise RouterFailed(f"{model} keeps its replica\n{self.log_tail()}")
+            time.sleep(0.05)
 
     def complete(self, model: str) -> None:
         """Have a model answer a few tokens.

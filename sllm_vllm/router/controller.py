@@ -38,8 +38,8 @@ from sllm_vllm.router.core.events import (
     UndrainAsked,
 )
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.core.router import RouterCore, RouterLimits
-from sllm_vllm.router.core.scaling import ScalingLimits
+from sllm_vllm.router.core.limits import RouterLimits, ScalingLimits
+from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engines import Engines, Node
 from sllm_vllm.router.gate import Outcome, Rejected, ServedModel, Ticket
@@ -84,6 +84,7 @@ class Controller:
         self.outcomes: deque[tuple[Ticket, Outcome]] = deque(maxlen=OUTCOMES_MAX)
         self.counts = Counts()
         self._created: dict[str, int] = {}
+        self._served: tuple[ServedModel, ...] = ()
         self._directory = directory
         self._clock = clock
         self._engines = Engines("local", node, self._tell)
@@ -119,11 +120,11 @@ class Controller:
 
     def served(self) -> Sequence[ServedModel]:
         """The models that were deployed, in that order."""
-        return [ServedModel(name, self._created[name], model.source) for name, model in self.models.items()]
+        return self._served
 
     def is_ready(self) -> bool:
-        """As soon as the node is known."""
-        return self._watch.report is not None
+        """As soon as the node is known, and as long as nothing that has to run for ever has ended."""
+        return self._watch.report is not None and not any(task.done() for task in self._tasks)
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         """See ``Gate``."""
@@ -168,6 +169,7 @@ class Controller:
         """Serve a model, or serve it otherwise from now on."""
         self.models[model.name] = model
         self._created.setdefault(model.name, int(time.time()))
+        self._list_served()
         tiers, nbytes = self._watch.what_is_known(model)
         spec = replace(model.spec(model.generation), nbytes=nbytes or self._nbytes.get(model.source, 0))
         self._tell(ModelDeployed(spec, tiers))
@@ -177,7 +179,12 @@ class Controller:
         """Serve it no more; requests that run are answered."""
         self._nbytes.pop(self.models[name].source, None)
         del self.models[name], self._created[name]
+        self._list_served()
         self._tell(ModelDeleted(name))
+
+    def _list_served(self) -> None:
+        """Once a change, and not once a request."""
+        self._served = tuple(ServedModel(name, self._created[name], one.source) for name, one in self.models.items())
 
     def drain(self, target: str) -> None:
         """Have a replica, or all of a node, end without harm to a request; on the node nothing starts any more."""

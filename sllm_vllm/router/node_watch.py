@@ -18,9 +18,12 @@ from sllm_vllm.router.engines import Node
 logger = logging.getLogger(__name__)
 
 REPORT_S = 5.0
+PAUSE_S = 0.1
+"""Least time between two reports, however much happens."""
 WARM_S = 60.0
 """Longest wait for a warm parent before it is asked for again."""
-PREFETCH_S_MAX = 600.0
+PREFETCH_IN_VAIN_MAX = 8
+"""Looks at one that does not grow: some ten seconds."""
 _PREFETCH_PAUSE_S = 0.1
 _PREFETCH_PAUSE_S_MAX = 2.0
 
@@ -67,6 +70,7 @@ class NodeWatch:
                 logger.warning("event=no_report node=%s reason=%s", self._name, error)
             else:
                 self._tell(self._taken(report))
+            await asyncio.sleep(PAUSE_S)
 
     async def watch_warm(self) -> None:
         """Until cancelled: tell of a warm parent as soon as it has imported, and not with the next report."""
@@ -100,13 +104,20 @@ class NodeWatch:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow_prefetch(self, model: str) -> None:
-        pause_s = _PREFETCH_PAUSE_S
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PREFETCH_S_MAX):
-                while self._tiers.get(model, Tier.REMOTE) is Tier.DISK:  # elsewhere there is nothing to be read
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _PREFETCH_PAUSE_S_MAX)
-                    self.refresh()
+        pause_s, num_in_vain, resident = _PREFETCH_PAUSE_S, 0, -1
+        while self._tiers.get(model, Tier.REMOTE) is Tier.DISK:  # elsewhere there is nothing to be read
+            if self.report is None or self.report.store or num_in_vain > PREFETCH_IN_VAIN_MAX:
+                return  # there is no store, or it has other things to do
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PREFETCH_PAUSE_S_MAX)
+            self.refresh()
+            before, resident = resident, self._resident_nbytes(model)
+            num_in_vain = 0 if resident > before else num_in_vain + 1
+
+    def _resident_nbytes(self, model: str) -> int:
+        config = self._models.get(model)
+        checkpoint = None if config is None else _checkpoint_of(config, self._checkpoints)
+        return 0 if checkpoint is None else checkpoint.resident_nbytes
 
     def _taken(self, report: NodeReport) -> NodeReported:
         self.report = report

@@ -69,6 +69,8 @@ class FakeNode:
         self.prefetched: list[tuple[str, ...]] = []
         self.checkpoints: tuple[CheckpointReport, ...] = ()
         self.refusal = ""
+        self.store = "no daemon answers"
+        self.num_reports = 0
         self.may_be_ready = asyncio.Event()
         self.may_be_ready.set()
         self.is_warm = asyncio.Event()
@@ -101,6 +103,7 @@ class FakeNode:
             waiting.cancel()
 
     async def report(self, *, with_memory: bool = False) -> NodeReport:
+        self.num_reports += 1
         reports = [life.report for life in self.lives.values()]
         start = _start("ready")
         return NodeReport(
@@ -113,7 +116,7 @@ class FakeNode:
             warm=WarmReport(pid=99 if self.is_warm.is_set() else None, problem="", num_forks=3, import_s=9.5),
             checkpoints=self.checkpoints,
             hops={"disk": {"bps": 2e9, "limit_bps": None}},
-            store="no daemon answers",
+            store=self.store,
             timings=tuple(
                 EngineTiming(replica=report.id, model=report.model, ended_unix_s=1e9, start=start)
                 for report in reports

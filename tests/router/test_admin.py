@@ -272,7 +272,8 @@ async def test_events_are_the_last_ones(served: ServedAdmin) -> None:
     await served.deploy(MODEL, min_replicas=1)
     await served.replica(MODEL)
     found = await served.get(f"{V1}/events")
-    assert kinds(found)[:2] == ["NodeJoined", "NodeReported"]
+    assert kinds(found)[0] == "NodeJoined"
+    assert "NodeReported" not in kinds(found)  # it comes all the time
     assert {"ModelDeployed", "StartReplica", "ReplicaReady"} <= set(kinds(found))
     last = await served.get(f"{V1}/events?last=1")
     assert len(last["events"]) == 1

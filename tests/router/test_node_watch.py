@@ -91,6 +91,7 @@ async def test_a_warm_parent_that_has_imported_is_known_at_once(tmp_path: Path) 
 
 async def test_a_prefetch_is_followed_to_its_end(tmp_path: Path) -> None:
     node = FakeNode()
+    node.store = ""
     node.checkpoints = (checkpoint(resident=10),)
     async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
         controller._do(PrefetchModel(MODEL, "local"))
@@ -98,6 +99,18 @@ async def test_a_prefetch_is_followed_to_its_end(tmp_path: Path) -> None:
         assert tier_of(controller) is Tier.DISK
         node.checkpoints = (checkpoint(resident=100),)
         await until(lambda: tier_of(controller) is Tier.HOST, "the new tier")
+
+
+@pytest.mark.parametrize("store", ["", "no daemon answers"])
+async def test_a_prefetch_that_comes_to_nothing_is_not_followed_for_ever(tmp_path: Path, store: str) -> None:
+    node = FakeNode()
+    node.store = store
+    node.checkpoints = (checkpoint(resident=10),)
+    async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
+        controller._do(PrefetchModel(MODEL, "local"))
+        await until(lambda: not controller._watch._prefetches, "nobody to look for it")
+        assert tier_of(controller) is Tier.DISK
+        assert (node.num_reports < 4) == bool(store)
 
 
 async def test_the_very_first_start_is_planned_with_what_the_node_has(tmp_path: Path) -> None:
@@ -173,3 +186,10 @@ def test_weights_are_measured_by_the_files_that_are_read(tmp_path: Path, files: 
 def test_what_is_no_directory_has_no_weights(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     assert [weights_nbytes(path) for path in (tmp_path / "none", tmp_path / "file", tmp_path / ("x" * 5000))] == [0] * 3
+
+
+async def test_a_router_is_not_ready_when_what_must_run_for_ever_has_ended(tmp_path: Path) -> None:
+    async with running(FakeNode(), tmp_path, ModelConfig(name=MODEL)) as controller:
+        assert controller.is_ready()
+        controller._tasks[0].cancel()
+        await until(lambda: not controller.is_ready(), "it to be told")

@@ -10,6 +10,9 @@ from sllm_vllm.router.core.queues import ModelQueues
 Key = tuple[bool, int, float]
 """Whether nobody waits, the priority negated, and since when somebody waits."""
 
+SPARE = 64
+"""Stale entries that are not worth a tidying."""
+
 
 class Hungry:
     """Higher priority first, then whose oldest request has waited longest; those nobody waits for come last.
@@ -58,6 +61,9 @@ class Hungry:
         if self._keys.get(model) != key:
             self._keys[model] = key
             heapq.heappush(self._heap, (key, model))
+            if len(self._heap) > 2 * len(self._keys) + SPARE:  # others may hide what is stale for ever
+                self._heap = [(key, model) for model, key in self._keys.items()]
+                heapq.heapify(self._heap)
 
     def _key(self, model: str) -> Key:
         oldest_s = self._queues.oldest_s(model)

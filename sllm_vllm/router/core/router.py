@@ -6,7 +6,7 @@ This half is about requests: admit, dispatch, retry, refuse. ``Scaling`` is the 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from sllm_vllm.router.core.cluster import Replica, ReplicaState
 from sllm_vllm.router.core.deployments import Deployments
@@ -36,10 +36,11 @@ from sllm_vllm.router.core.events import (
 )
 from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, RequestFacts, StartSample
 from sllm_vllm.router.core.invariants import validate
+from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.membership import Membership
 from sllm_vllm.router.core.model_state import ModelState, Request
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
-from sllm_vllm.router.core.scaling import Scaling, ScalingLimits
+from sllm_vllm.router.core.scaling import Scaling
 from sllm_vllm.router.core.starving import fits_somewhere
 from sllm_vllm.router.core.story import is_about
 from sllm_vllm.router.core.suspects import Suspects
@@ -48,17 +49,6 @@ CHOICES_MAX = 8
 """Replicas that are looked at for a request, those with the fewest first."""
 YOUNG_S = 30.0
 """A replica that ends by its own fault so soon after it was ready counts as a failed start."""
-
-
-@dataclass(frozen=True, slots=True)
-class RouterLimits:
-    """``waiting_max``: requests that wait, of all models. ``attempts_max``: replicas a request is sent to.
-    ``story_max``: events and actions that are remembered."""
-
-    waiting_max: int = 4096
-    attempts_max: int = 2
-    story_max: int = 20_000
-    scaling: ScalingLimits = field(default_factory=ScalingLimits)
 
 
 class RouterCore:
@@ -94,8 +84,7 @@ class RouterCore:
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take note of what happened; returns what must be done, in this order."""
         actions = self.scaling.actions = list[Action]()
-        if not isinstance(event, Ticked):
-            self.events.append((now_s, event))
+        self._note(event, now_s)
         self._record(event, now_s)
         touched = list(self._touched)
         self._touched.clear()
@@ -110,6 +99,13 @@ class RouterCore:
             self._serve(self.scaling.resumed.pop(), now_s)
         self.events.extend((now_s, action) for action in actions)
         return actions
+
+    def _note(self, event: Event, now_s: float) -> None:
+        """Into the story, but for what comes all the time, and without what it says of each model."""
+        if isinstance(event, NodeJoined):
+            self.events.append((now_s, replace(event, report=None)))
+        elif not isinstance(event, Ticked | NodeReported):
+            self.events.append((now_s, event))
 
     def validate(self) -> None:
         """Assert every invariant. Looks at everything: for tests and the simulator."""

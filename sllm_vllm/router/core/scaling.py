@@ -7,7 +7,6 @@ slot; when the last one has ended, its own replica is started. So no slot is eve
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.autoscale import desired_replicas
@@ -18,26 +17,12 @@ from sllm_vllm.router.core.facts import ModelSpec, StartSample
 from sllm_vllm.router.core.foresight import Foresight
 from sllm_vllm.router.core.hungry import Hungry
 from sllm_vllm.router.core.keep_alive import keep_value_s
+from sllm_vllm.router.core.limits import ScalingLimits
 from sllm_vllm.router.core.model_state import ModelState, Prediction
 from sllm_vllm.router.core.pending import PendingStart, PendingStarts, slug_of
 from sllm_vllm.router.core.placement import Plan, Rules, best_plan, plan_starts
 from sllm_vllm.router.core.queues import ModelQueues
 from sllm_vllm.router.core.starving import find_room, fits_somewhere, plan_in
-
-
-@dataclass(frozen=True, slots=True)
-class ScalingLimits:
-    """How many nodes are looked at for a start (``plans_max``), how many models that lack slots are tried after each
-    event (``hungry_max``); how long the oldest request waits before nobody may overtake it and busy replicas are
-    drained for it (``starve_s``); how long before its likely arrival a model is prefetched (``prefetch_s``). What names
-    of replicas end with (``name_suffix``), so that no two routers of a cluster give one twice."""
-
-    plans_max: int = 8
-    hungry_max: int = 4
-    starve_s: float = 30.0
-    prefetch_s: float = 30.0
-    slack_s: float = 0.1
-    name_suffix: str = ""
 
 
 class Scaling:
@@ -58,7 +43,7 @@ class Scaling:
         self._queues = queues
         self._hungry = Hungry(queues)
         self._blocking: str | None = None
-        """Who has waited too long, and whose turn for a drain comes next: nobody may overtake it."""
+        """Who has waited too long, and whose turn for a drain comes next: nobody who waits may overtake it."""
         self.foresight = Foresight(self.cluster, estimator, models, lead_s=limits.prefetch_s)
         self._resting = Alarms()
         """The end of a model's back-off."""
@@ -132,6 +117,7 @@ class Scaling:
         One at a time: the next one's turn comes when what drains for this one has ended.
         """
         self._blocking = None
+        self._call_off_vain_drain(now_s)
         model = next(iter(self._hungry.first(1)), None)
         state = None if model is None else self._models.get(model)
         if state is None or not self._is_starving(state.spec.name, now_s) or state.back_off.is_resting(now_s):
@@ -148,11 +134,22 @@ class Scaling:
         self._carry_out(plan, state, now_s)
         self.consider(spec.name, now_s)
 
+    def _call_off_vain_drain(self, now_s: float) -> None:
+        """Those that a drain was made for may have left, or found another replica."""
+        pending = self.pending.draining()
+        state = None if pending is None else self._models.get(pending.model)
+        if pending is None or state is None or self._queues.waiting(pending.model):
+            return
+        if self.num_coming(pending.model) + len(self._ready(pending.model)) > state.spec.min_replicas:
+            self.call_off(pending, now_s)
+
     def _start_sooner(self, now_s: float) -> None:
         """Slots may have come free before those that are drained for a model: then it takes them."""
         pending = self.pending.draining()
         state = None if pending is None else self._models.get(pending.model)
-        if pending is not None and state is not None and self._start_one(state, now_s, may_evict=True):
+        if pending is None or state is None or state.back_off.is_resting(now_s):
+            return
+        if self._start_one(state, now_s, may_evict=True):
             self.call_off(pending, now_s)
 
     def _is_starving(self, model: str, now_s: float) -> bool:

@@ -33,7 +33,8 @@ from sllm_vllm.router.core.events import (
     UndrainAsked,
 )
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, StartSample, Tier
-from sllm_vllm.router.core.router import RouterCore, RouterLimits
+from sllm_vllm.router.core.limits import RouterLimits
+from sllm_vllm.router.core.router import RouterCore
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
-from sllm_vllm.router.core.hungry import Hungry
+from sllm_vllm.router.core.hungry import SPARE, Hungry
 from sllm_vllm.router.core.queues import ModelQueues
 
 
@@ -41,3 +41,20 @@ def test_the_order_is_that_of_sorting(seed: int) -> None:
         num_max = chance.randint(1, 6)
         assert hungry.first(num_max) == [name for *_, name in expected][:num_max]
         assert all((spec.name in hungry) == (spec.name in inside) for spec in specs)
+
+
+def test_what_is_stale_behind_others_is_forgotten() -> None:
+    queues = ModelQueues(100)
+    hungry = Hungry(queues)
+    for index in range(4):
+        first = ModelSpec(f"first{index}", priority=10)
+        queues.push(RequestFacts(f"f{index}", first.name), 0.0, spec=first)
+        hungry.add(first)
+    last = ModelSpec("last")
+    for moment in range(2000):
+        queues.push(RequestFacts(f"r{moment}", last.name), float(moment), spec=last)
+        hungry.add(last)
+        hungry.first(4)
+        queues.pop(last.name)
+    assert len(hungry._heap) <= 2 * 5 + SPARE
+    assert hungry.first(5)[-1] == "last"

@@ -6,8 +6,7 @@ import pytest
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.events import DrainAsked
-from sllm_vllm.router.core.router import RouterLimits
-from sllm_vllm.router.core.scaling import ScalingLimits
+from sllm_vllm.router.core.limits import RouterLimits, ScalingLimits
 from sllm_vllm.router.core.starving import Room, find_room
 from tests.router.core.router_bench import RouterBench
 
@@ -164,6 +163,27 @@ def test_what_drained_for_a_deleted_model_goes_on_unless_an_operator_drains_it(i
         bench.tell(DrainAsked(drained))
     bench.delete("late")
     assert draining(bench) == ([drained] if is_asked else [])
+
+
+@pytest.mark.parametrize("how", ["gone", "late"])
+def test_what_drains_for_nobody_any_more_goes_on(how: str) -> None:
+    bench = bench_of(1)
+    bench.deploy("busy", queue_s_max=1000.0, ongoing_max=2)
+    bench.ask("busy")
+    bench.start()
+    bench.deploy("late", queue_s_max=STARVE_S + 10.0)
+    late = bench.ask("late")
+    bench.wait(STARVE_S + 1)
+    assert len(draining(bench)) == 1
+    if how == "gone":
+        bench.leave(late)
+    else:
+        bench.wait(STARVE_S)
+    bench.wait(1.0)
+    assert draining(bench) == []
+    assert bench.core.scaling.pending.all() == []
+    second = bench.ask("busy")
+    assert bench.core.requests[second].replica is not None
 
 
 def test_deleted_models_do_not_stand_in_the_way_of_those_that_wait() -> None:

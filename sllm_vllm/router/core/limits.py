@@ -1,0 +1,32 @@
+"""Bounds of the core's work and memory, and the times it keeps. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingLimits:
+    """How many nodes are looked at for a start (``plans_max``), how many models that lack slots are tried after each
+    event (``hungry_max``); how long the oldest request waits before nobody who waits may overtake it and busy
+    replicas are drained for it (``starve_s``); how long before its likely arrival a model is prefetched
+    (``prefetch_s``). What names of replicas end with (``name_suffix``), so that no two routers of a cluster give one
+    twice."""
+
+    plans_max: int = 8
+    hungry_max: int = 4
+    starve_s: float = 30.0
+    prefetch_s: float = 30.0
+    slack_s: float = 0.1
+    name_suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """``waiting_max``: requests that wait, of all models. ``attempts_max``: replicas a request is sent to.
+    ``story_max``: events and actions that are remembered."""
+
+    waiting_max: int = 4096
+    attempts_max: int = 2
+    story_max: int = 20_000
+    scaling: ScalingLimits = field(default_factory=ScalingLimits)
