@@ -51,6 +51,11 @@ def visible_gpus() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+def is_migration_wanted() -> bool:
+    """Whether ``SLLM_MIGRATION`` is 1: hooks into vLLM, and other random numbers for seeded requests than stock has."""
+    return os.environ.get("SLLM_MIGRATION") == "1"
+
+
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with some variables set."""
     return {**os.environ, **overrides}

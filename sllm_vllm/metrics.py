@@ -59,6 +59,14 @@ class StoreMetric(Enum):
     JOBS = Metric("sllm_store_jobs", "jobs", "Jobs of the device, by kind and state.", ("kind", "state"))
 
 
+class EngineMetric(Enum):
+    """What an engine tells of itself beside vLLM's own metrics."""
+
+    RESUME_SUPPORTED = Metric(
+        "sllm_engine_resume_supported", "", "1 if requests can be moved here and away exactly, 0 if not."
+    )
+
+
 class RouterMetric(Enum):
     """What the router tells of itself: vLLM's name where vLLM has one for it, summed over a model's engines."""
 

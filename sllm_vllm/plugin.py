@@ -21,12 +21,23 @@ def register() -> None:
     somebody imports them: a process that never does starts that much faster.
     """
     wrapt.register_post_import_hook(_register_now, _MODEL_LOADERS)
+    _hook_if_wanted()
     _hint_once()
 
 
 def _register_now(module: ModuleType) -> None:
     """Import our loader, whose class registers itself with ``module``."""
     import sllm_vllm.loader.vllm_loader  # noqa: F401 (not before vLLM's own loaders are there)
+
+
+def _hook_if_wanted() -> None:
+    """Let requests be moved from and to this engine; a server that nobody moves requests of stays stock vLLM."""
+    from sllm_vllm.config import is_migration_wanted  # vLLM has imported pydantic by now
+
+    if is_migration_wanted():
+        from sllm_vllm.engine.install import register_hooks
+
+        register_hooks()
 
 
 def _hint_once() -> None:

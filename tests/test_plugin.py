@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sllm_vllm.config import child_environment
 from sllm_vllm.plugin import register
 from sllm_vllm.store.channel import PROTOCOL_VERSION, short_address
 
@@ -44,6 +45,22 @@ if __name__ == "__main__":
 def test_the_loader_is_registered_once_somebody_imports_the_loaders_and_not_before() -> None:
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split()[-3:] == ["False", "False", "SllmModelLoader"]
+
+
+HOOKED = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+import vllm.v1.request
+print("_sllm_hooked" in vars(vllm.v1.request))
+"""
+
+
+@pytest.mark.parametrize(("wanted", "is_hooked"), [("1", "True"), ("0", "False"), ("", "False")])
+def test_vllm_is_hooked_for_migration_if_that_is_wanted_and_else_stock(wanted: str, is_hooked: str) -> None:
+    environment = child_environment(SLLM_MIGRATION=wanted)
+    command = [sys.executable, "-c", HOOKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    assert done.stdout.split()[-1] == is_hooked
 
 
 class Listener:

@@ -20,7 +20,7 @@ FUNCTION_LINES_MAX = 60
 ARGUMENTS_MAX = 6
 UNDECIDED_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "manager.py"}
 RUN_LOOP_MARK = "# top of a run loop"
-VLLM_EDGE = re.compile(r"sllm_vllm/(loader/(vllm_\w+|convert)|node/warm_parent)\.py")
+VLLM_EDGE = re.compile(r"sllm_vllm/(loader/(vllm_\w+|convert)|node/warm_parent|engine/\w+)\.py")
 
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|work|opt/wheels|home/\w+|Users/\w+)/")
 REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org")

@@ -32,6 +32,7 @@ COLD_VARIABLES = (
     "MKL_",
     "NCCL_",
     "PYTHON",
+    "SLLM_MIGRATION",
     "TORCH",
     "TRANSFORMERS_",
     "VLLM_CONFIGURE_LOGGING",

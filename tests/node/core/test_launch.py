@@ -294,5 +294,6 @@ def test_a_variable_that_is_read_early_needs_a_cold_start(prefix: str) -> None:
 
 
 def test_all_variables_that_need_a_cold_start_are_named() -> None:
-    said = {"LD_PRELOAD": "x", "HF_HOME": "y", "VLLM_USE_V2": "1", "MY_HF_HOME": "z"}
-    assert launch(environment=said).cold_reason == "HF_HOME, LD_PRELOAD would be read too late"
+    said = {"LD_PRELOAD": "x", "HF_HOME": "y", "VLLM_USE_V2": "1", "MY_HF_HOME": "z", "SLLM_MIGRATION": "1"}
+    told = "HF_HOME, LD_PRELOAD, SLLM_MIGRATION would be read too late"
+    assert launch(environment=said).cold_reason == told

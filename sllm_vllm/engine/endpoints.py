@@ -1,0 +1,120 @@
+"""Our HTTP routes on the engine's own API server (``vllm.endpoint_plugins``), behind the engine's own key.
+
+vLLM loads them only where ``VLLM_PLUGINS`` names ``sllm``. Its key guards the routes of OpenAI's API alone, so these
+are guarded here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from typing import Any
+
+from prometheus_client import Gauge
+
+from sllm_vllm.engine.in_flight import IdAmbiguous, find_in_flight, list_in_flight
+from sllm_vllm.engine.resume import RESUME_KEY
+from sllm_vllm.engine.self_test import why_unable
+from sllm_vllm.metrics import EngineMetric
+
+logger = logging.getLogger("vllm.sllm.engine")  # below vLLM's, or nothing is printed
+
+
+class SllmEndpoints:
+    """The routes. Made once by vLLM in each API server; lives on its event loop."""
+
+    name = "sllm"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._keys: tuple[str, ...] = ()
+        self._reason: str | None = None
+        self._trial: asyncio.Task[None] | None = None
+        metric = EngineMetric.RESUME_SUPPORTED.value
+        self._supported = Gauge(metric.name, metric.help)
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes to vLLM's FastAPI app."""
+        for path, answer in (
+            ("/sllm/state", self._state),
+            ("/sllm/requests", self._requests),
+            ("/sllm/requests/{id}/tokens", self._tokens),
+        ):
+            app.add_route(path, self._guarded(answer), methods=["GET"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Get to know the engine and its keys, and begin the self-test; the server starts beside it."""
+        import vllm.envs as envs
+
+        del state
+        self._engine = engine_client
+        self._keys = tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key)
+        self._trial = asyncio.get_running_loop().create_task(self._try())
+
+    async def _try(self) -> None:
+        start = time.monotonic()
+        reason = await why_unable(self._engine)
+        self._reason = reason
+        self._supported.set(not reason)
+        told = f"event=resume supported={str(not reason).lower()} seconds={time.monotonic() - start:.3f}"
+        if reason:
+            points = getattr(self._engine, "sllm_points", None)
+            if points is not None:
+                points.problems.append(reason)  # whoever asks anyway gets it
+            logger.warning("%s reason=%s", told, json.dumps(reason))
+        else:
+            logger.info("%s", told)
+
+    def _guarded(self, answer: Any) -> Any:
+        from starlette.requests import Request
+        from starlette.responses import Response
+
+        async def guarded(request: Request) -> Response:
+            if not self._is_known(request.headers.get("authorization", "")):
+                return _respond({"error": "Unauthorized"}, 401)
+            return _respond(*await answer(request))
+
+        return guarded
+
+    def _is_known(self, authorization: str) -> bool:
+        scheme, _, key = authorization.partition(" ")
+        known = [hmac.compare_digest(key.encode(), one.encode()) for one in self._keys]
+        return not known or (scheme.lower() == "bearer" and any(known))
+
+    async def _state(self, request: Any) -> tuple[dict[str, Any], int]:
+        del request
+        config = self._engine.vllm_config
+        return {
+            "resume": None if self._reason is None else not self._reason,
+            "reason": self._reason if self._reason is not None else "the trial is running",
+            "resume_key": RESUME_KEY,
+            "block_size": config.cache_config.block_size,
+            "max_model_len": config.model_config.max_model_len,
+            "model": config.model_config.model,
+            "num_requests": len(self._engine.output_processor.request_states),
+        }, 200
+
+    async def _requests(self, request: Any) -> tuple[dict[str, Any], int]:
+        del request
+        return {"requests": list_in_flight(self._engine)}, 200
+
+    async def _tokens(self, request: Any) -> tuple[dict[str, Any], int]:
+        id_ = request.path_params["id"]
+        try:
+            found = find_in_flight(self._engine, id_)
+        except IdAmbiguous as problem:
+            return {"error": str(problem)}, 409
+        if found is None:
+            return {"error": f"there is no request {id_} in flight"}, 404
+        return found, 200
+
+
+def _respond(content: dict[str, Any], status: int) -> Any:
+    from starlette.responses import Response
+
+    # Not starlette's own JSON, which refuses the infinities that logprobs may be.
+    return Response(json.dumps(content), status, media_type="application/json")

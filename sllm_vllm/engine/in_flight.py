@@ -1,0 +1,133 @@
+"""Requests in flight as the front end knows them: what they have got so far, and what would move them. Reads vLLM."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from sllm_vllm.engine.movable import why_immovable_in_flight
+from sllm_vllm.engine.resume import FINISH_REASONS, OwnedChoice, Resume, TokenLogprob, digest_tokens
+
+_NOT_SEEN = "it came before this was watched, or it generates nothing"
+
+
+class IdAmbiguous(LookupError):
+    """Several requests came with this id: clients choose theirs. None of them can be told by it."""
+
+
+def list_in_flight(engine: Any) -> list[dict[str, Any]]:
+    """All requests in flight, in short."""
+    return [_summary(engine, states) for states in _by_request(engine)]
+
+
+def find_in_flight(engine: Any, id_: str) -> dict[str, Any] | None:
+    """One request with its tokens, by vLLM's id or by the X-Request-Id it came with; None if there is none (any more).
+
+    The field ``resume`` is what a target needs, as an object; it is absent where the request can't be moved.
+
+    Raises:
+        IdAmbiguous: there are several.
+    """
+    names = (id_, f"chatcmpl-{id_}", f"cmpl-{id_}-0")
+    found = [states for states in _by_request(engine) if states[0].external_req_id in names]
+    if len(found) > 1:
+        raise IdAmbiguous(f"{len(found)} requests in flight have the id {id_}")
+    return _described(engine, found[0]) if found else None
+
+
+def _by_request(engine: Any) -> list[list[Any]]:
+    """States of each request, together by vLLM's own id of it.
+
+    Not by the external one, which a client may give to several requests.
+    """
+    found: dict[str, list[Any]] = defaultdict(list)
+    for state in engine.output_processor.request_states.values():
+        owner = state if state.parent_req is None else state.parent_req
+        found[owner.request_id].append(state)
+    return list(found.values())
+
+
+def _summary(engine: Any, states: list[Any]) -> dict[str, Any]:
+    everything = _all_choices(states)
+    return {
+        "id": states[0].external_req_id,
+        "num_prompt_tokens": states[0].prompt_len,
+        "num_output_tokens": [_num_tokens(state) for state in everything],
+        "immovable": _why_immovable(engine, states[0], everything),
+    }
+
+
+def _described(engine: Any, states: list[Any]) -> dict[str, Any]:
+    everything = _all_choices(states)
+    request = getattr(states[0], "sllm_request", None)
+    told = _summary(engine, states)
+    told["prompt_token_ids"] = states[0].prompt_token_ids
+    told["sampling_params"] = _as_json(request.sampling_params) if request is not None else None
+    if not told["immovable"]:
+        resume = Resume(
+            prompt_digest=digest_tokens(states[0].prompt_token_ids),
+            choices=tuple(map(_owned, everything)),
+            num_cached_tokens=_num_cached_tokens(states[0]),
+        )
+        told["resume"] = msgspec.to_builtins(msgspec.json.decode(resume.to_json()))
+    return told
+
+
+def _all_choices(states: list[Any]) -> list[Any]:
+    """States of all choices in order, of those that have ended, too."""
+    parent = states[0].parent_req
+    if parent is None:
+        return states
+    known = getattr(parent, "sllm_states", {})
+    return [known[index] for index in sorted(known)] or states
+
+
+def _why_immovable(engine: Any, state: Any, everything: list[Any]) -> str:
+    request = getattr(state, "sllm_request", None)
+    if request is None or state.detokenizer is None:
+        return _NOT_SEEN
+    if state.parent_req is not None and len(everything) != state.parent_req.n:
+        return "not all of its choices are known yet"
+    if any(reason not in FINISH_REASONS for reason, _ in map(_ending, everything) if reason is not None):
+        return "one of its choices failed"
+    return why_immovable_in_flight(engine.vllm_config, request, request.sampling_params)
+
+
+def _num_tokens(state: Any) -> int:
+    return state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+
+
+def _num_cached_tokens(state: Any) -> int | None:
+    """None before the engine has looked; a resumed request brought its number along."""
+    if state.is_prefilling and getattr(state, "remote_prefill_cached_tokens", None) is None:
+        return None
+    return int(state.num_cached_tokens)
+
+
+def _ending(state: Any) -> tuple[str | None, int | str | None]:
+    ended = getattr(state.parent_req, "sllm_ended", {}) if state.parent_req is not None else {}
+    return ended.get(state.request_index, (None, None))
+
+
+def _owned(state: Any) -> OwnedChoice:
+    finish_reason, stop_reason = _ending(state)
+    logprobs = state.logprobs_processor.logprobs
+    return OwnedChoice(
+        token_ids=tuple(state.detokenizer.output_token_ids),
+        logprobs=tuple(map(_entries, logprobs)) if logprobs is not None else None,
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+    )
+
+
+def _entries(position: Any) -> tuple[TokenLogprob, ...]:
+    return tuple((token, found.logprob, found.rank, found.decoded_token) for token, found in position.items())
+
+
+def _as_json(params: Any) -> Any:
+    """Sampling parameters as they are in force, without what was carried along."""
+    fields: Iterable[str] = params.__struct_fields__
+    return {name: msgspec.to_builtins(getattr(params, name), enc_hook=str) for name in fields if name != "extra_args"}

@@ -1,0 +1,96 @@
+"""The front end's hooks in vLLM's own output processor: what can't go on leaves nothing behind."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sllm_vllm.engine.front_hooks import hook_outputs
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, handed_over
+
+
+@pytest.fixture
+def processor() -> Any:
+    """One of a subclass, since hooks change a class for the whole process."""
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    module: Any = ModuleType("output_processor")
+    module.OutputProcessor = type("OutputProcessor", (OutputProcessor,), {})
+    module.RequestOutputCollector = RequestOutputCollector
+    hook_outputs(module)
+    return module.OutputProcessor(None, log_stats=False)
+
+
+def add(processor: Any, carried: Any) -> Any:
+    """Add a request of one choice, as ``AsyncLLM`` does."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    kind = RequestOutputKind.DELTA
+    params = SamplingParams(max_tokens=10, output_kind=kind, detokenize=False, extra_args={RESUME_KEY: carried})
+    request = EngineCoreRequest(
+        request_id="r-1",
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        external_req_id="r",
+    )
+    processor.add_request(request, None, None, 0, RequestOutputCollector(kind, "r-1"))
+    return request
+
+
+def is_empty(processor: Any) -> bool:
+    return not processor.request_states and not processor.external_req_ids
+
+
+def owning_choice(**ending: Any) -> Resume:
+    return Resume("digest", (OwnedChoice((5, 6), None, **ending),))
+
+
+def test_an_open_choice_is_replayed_and_handed_over(processor: Any) -> None:
+    request = add(processor, owning_choice())
+    assert request.sampling_params.extra_args == {RESUME_KEY: handed_over([5, 6])}
+    assert processor.request_states["r-1"].detokenizer.num_output_tokens() == 2
+    assert processor.request_states["r-1"].sllm_request is request
+
+
+def test_a_choice_that_has_ended_ends(processor: Any) -> None:
+    request = add(processor, owning_choice(finish_reason="length"))
+    assert request.sampling_params.extra_args is None
+    assert is_empty(processor)
+
+
+def test_a_choice_said_to_have_ended_that_goes_on_is_refused(processor: Any) -> None:
+    """It would reach the core with more tokens than it may have, and the worker would die of them."""
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="stop string 'never'"):
+        add(processor, owning_choice(finish_reason="stop", stop_reason="never"))
+    assert is_empty(processor)
+
+
+@pytest.mark.parametrize("carried", [[5, 6], "text"])
+def test_what_nobody_checked_is_refused(processor: Any, carried: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="over HTTP alone"):
+        add(processor, carried)
+    assert is_empty(processor)
+
+
+def test_a_replay_that_fails_leaves_no_state(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(outputs: Any) -> None:
+        raise RuntimeError(f"{len(outputs)} output can't be worked through")
+
+    monkeypatch.setattr(processor, "process_outputs", fail)
+    with pytest.raises(RuntimeError, match="1 output"):
+        add(processor, owning_choice())
+    assert is_empty(processor)
