@@ -137,14 +137,16 @@ def _print_requests(console: Console, asked: list[Asked]) -> None:
 def _print_starts(console: Console, started: list[Asked]) -> None:
     """Seconds expected and taken, from the router's decision to the first byte."""
     terms = [entry["term"] for entry in (started[0].start or {"terms": []})["terms"]]
-    table = Table(title="cold starts: expected/taken, seconds", title_justify="left", box=None)
-    for name in ("model", "tier", *terms, "all"):
-        table.add_column(name, justify="left" if name in ("model", "tier") else "right")
+    table = Table(title="cold starts, seconds", title_justify="left", box=None)
+    for name in ("model", "tier", "", *terms, "all"):
+        table.add_column(name, justify="left" if name in ("model", "tier", "") else "right")
     for one in started:
         start = one.start or {}
-        cells = [f"{entry['expected_s']:.2f}/{entry['actual_s']:.2f}" for entry in start["terms"]]
-        total = f"{start['expected_s']:.2f}/{start['actual_s']:.2f}"
-        table.add_row(one.model, f"{start['tier']}, {'warm' if start['is_warm'] else 'cold'}", *cells, total)
+        tier = f"{start['tier']}, {'warm' if start['is_warm'] else 'cold'}"
+        for what, names in (("expected", (one.model, tier)), ("taken", ("", ""))):
+            key = "expected_s" if what == "expected" else "actual_s"
+            seconds = [entry[key] for entry in start["terms"]] + [start[key]]
+            table.add_row(*names, what, *(f"{value:.2f}" for value in seconds))
     console.print(table)
 
 
