@@ -24,8 +24,6 @@ from sllm_vllm.router.watch import Ended, Receive, Send, Watch, send_last
 
 _TAIL_PIECES = 4
 _TAIL_NBYTES = 4096
-_REFUSALS = frozenset({401, 503})
-"""Answers of an engine that mean the engine: it does not know the router's key, or shuts down."""
 # Quotes inside of generated text are escaped, so it can't look like this.
 _PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,12})')
 _OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
