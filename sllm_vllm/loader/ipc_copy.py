@@ -266,8 +266,8 @@ class IpcSink(CudaSink):
         self._indices: list[range] = []
 
     def bind(self, targets: Sequence[Target]) -> None:
-        """See ``ChunkSink``."""
-        super().bind(targets)
+        """See ``ChunkSink``. Sharing memory may move it, so nothing is copied there before."""
+        self._targets = targets
         memory: list[torch.Tensor] = []
         for tensor in range(len(targets)):
             pieces = self._byte_targets(tensor)
@@ -275,6 +275,7 @@ class IpcSink(CudaSink):
             memory += pieces
         self._copier.bind(memory)
         self._shared.set()
+        super().bind(targets)
 
     def copy_from_pool(self, chunk_starts: Sequence[tuple[int, int]]) -> None:
         """Have chunks copied, each from an offset of the pool. Waits until the sink is bound.
