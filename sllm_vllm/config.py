@@ -203,6 +203,9 @@ class NodeConfig(BaseModel):
         max_length=64,
         description="what runs instead of `vllm serve`, with the same arguments; such engines start cold",
     )
+    migration: bool = Field(
+        default=False, description="engines can hand over and take over requests that run, where vLLM lets them"
+    )
     load_format: str = Field(
         default="sllm", description="--load-format of engines whose order does not say; '' for vLLM's"
     )

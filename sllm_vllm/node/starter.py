@@ -25,6 +25,7 @@ from sllm_vllm.node.memory import pss_nbytes
 from sllm_vllm.node.protocol import WarmReport
 from sllm_vllm.node.residency import hint_store
 from sllm_vllm.node.scratch import Scratch
+from sllm_vllm.node.vllm_plugins import moving_environment
 from sllm_vllm.node.warm_order import WarmOrder
 from sllm_vllm.node.warm_pool import NotWarm, WarmPool
 
@@ -139,6 +140,8 @@ async def open_starter(config: NodeConfig) -> EngineStarter:
     environment = child_environment(SLLM_STORE_DIR=str(config.store_dir))
     if config.store_socket is not None:
         environment["SLLM_STORE_SOCKET"] = str(config.store_socket)
+    if config.migration:
+        environment |= moving_environment(environment)
     policy = LaunchPolicy(
         num_slots=num_slots,
         kv_nbytes=config.kv_bytes,

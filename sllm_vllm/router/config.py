@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from sllm_vllm.config import NodeConfig, default_node_dir, default_store_dir
 from sllm_vllm.node.core.launch import num_slots_of
+from sllm_vllm.router.config_migration import MigrationSection, lineage_of
 from sllm_vllm.router.config_values import (
     Count,
     Duration,
@@ -150,6 +151,9 @@ class ModelConfig(ModelDefaults):
         return ModelSpec(
             name=self.name,
             generation=generation,
+            lineage=lineage_of(
+                self.source, self.revision, arguments=self.engine_arguments, environment=self.environment
+            ),
             accelerators=self.num_accelerators,
             min_replicas=self.min_replicas,
             max_replicas=self.max_replicas,
@@ -268,6 +272,7 @@ class RouterConfig(_Section):
     server: ServerSection = ServerSection()
     node: NodeSection = NodeSection()
     store: StoreSection = StoreSection()
+    migration: MigrationSection = MigrationSection()
     defaults: ModelDefaults = Field(default=ModelDefaults(), description="merged under each model of this file")
     models: tuple[ModelConfig, ...] = Field(
         default=(), max_length=10_000, description="models to serve; more can be deployed while the router runs"
@@ -315,6 +320,7 @@ class RouterConfig(_Section):
             kv_bytes=node.kv_memory,
             warm=node.warm,
             engine_command=node.engine_command,
+            migration=self.migration.enabled,
         )
 
     def ingress_settings(self, key_digests: tuple[str, ...]) -> IngressSettings:
@@ -331,6 +337,7 @@ class RouterConfig(_Section):
             body_s_max=server.body_timeout,
             request_s_max=server.request_timeout,
             idle_s_max=server.idle_timeout,
+            moves=self.migration.settings(),
         )
 
 

@@ -29,6 +29,7 @@ from sllm_vllm.router.config import (
     ServerSection,
     StoreSection,
 )
+from sllm_vllm.router.config_migration import MigrationSection
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.units import KIB, MIB
 
@@ -44,6 +45,7 @@ _SECTIONS: dict[str | int, type[BaseModel]] = {
     "server": ServerSection,
     "node": NodeSection,
     "store": StoreSection,
+    "migration": MigrationSection,
     "defaults": ModelDefaults,
     "models": ModelConfig,
 }
@@ -56,8 +58,8 @@ _PROBLEMS = {
 }
 """What pydantic says in Python's words."""
 _FIXED_SECTIONS = ("node", "store")
-_FIXED_KEYS = ("server.host", "server.port")
-_LIVE_SECTIONS = ("keys", "server")
+_FIXED_KEYS = ("server.host", "server.port", "migration.enabled", "migration.moves_max")
+_LIVE_SECTIONS = ("keys", "server", "migration")
 
 _TRUE, _FALSE, _NULL = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")

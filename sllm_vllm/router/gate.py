@@ -5,7 +5,7 @@ The controller implements ``Gate``; ``ingress.py`` and ``proxy.py`` call it from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -75,6 +75,30 @@ class Outcome:
     output_tokens: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class MoveOrder:
+    """A request is to go on elsewhere. ``source``: the replica it should be on; ``target``: its ticket there."""
+
+    source: str
+    target: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class MoveReport:
+    """What a move took, up to its end. ``num_filled``: tokens that the target computed in ``num_rounds``; ``nbytes``:
+    what went over the wire for it; ``held_s``: how long the client got nothing before the target's answer took over;
+    ``samples``: tokens that one round computed, and its seconds."""
+
+    num_rounds: int = 0
+    num_filled: int = 0
+    nbytes: int = 0
+    held_s: float = 0.0
+    samples: tuple[tuple[int, float], ...] = ()
+
+
+OnMove = Callable[[MoveOrder], None]
+
+
 class Gate(Protocol):
     """Who decides where a request goes. All calls come from one loop."""
 
@@ -111,6 +135,21 @@ class Gate(Protocol):
         Raises:
             Rejected: there is no other replica.
         """
+        ...
+
+    def follow(self, ticket: Ticket, on_order: OnMove) -> None:
+        """From now on, and until ``finished`` or ``retry``, this request takes orders to move; one at a time.
+
+        ``moved`` or ``not_moved`` answers each of them, unless the request ends first.
+        """
+        ...
+
+    def moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport) -> None:
+        """The order was followed: the ticket is the order's from now on, also for ``finished`` and ``retry``."""
+        ...
+
+    def not_moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport, *, reason: str, is_lasting: bool) -> None:
+        """It could not be; the request goes on where it is. ``is_lasting``: it never can be."""
         ...
 
     def is_ready(self) -> bool:

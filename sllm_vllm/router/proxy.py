@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Gate, How, Outcome, Rejected, Ticket
-from sllm_vllm.router.headers import Headers, for_client, for_engine, value_of
+from sllm_vllm.router.gate import Gate, How, MoveOrder, Outcome, Rejected, Ticket
+from sllm_vllm.router.headers import Headers, for_client, for_engine
+from sllm_vllm.router.leg import Asked, Leg, is_event_stream
+from sllm_vllm.router.mover import Mover
 from sllm_vllm.router.openai_errors import SERVER, ApiError, engine_failed, rejection, timed_out
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
@@ -38,6 +40,11 @@ class Call:
     target: str
     headers: Headers
     body: bytes
+
+    @property
+    def asked(self) -> Asked:
+        """What engines get of it."""
+        return Asked(self.target, self.headers, self.body, self.shown)
 
     @property
     def has_named_events(self) -> bool:
@@ -129,59 +136,65 @@ class Proxy:
         ticket = await self._gate.acquire(call.facts)
         for is_last in (False, True):
             report.begin(ticket)
+            leg = Leg(ticket, call.asked, self._gate, is_moving=self._settings.moves is not None)
             try:
-                await self._attempt(ticket, call, watch=watch, report=report, answer=answer)
+                await self._attempt(leg, call, watch=watch, report=report, answer=answer)
             except EngineFailed as failure:
                 if is_last or report.status is not None:
-                    self._gate.finished(ticket, report.outcome("engine_failed"))
+                    self._gate.finished(leg.ticket, report.outcome("engine_failed"))
                     raise
                 reason = str(failure)
             except asyncio.CancelledError:
-                self._gate.finished(ticket, report.outcome(watch.reason or "client_left"))
+                self._gate.finished(leg.ticket, report.outcome(watch.reason or "client_left"))
                 raise
             except BaseException:
-                self._gate.finished(ticket, report.outcome("engine_failed"))
+                self._gate.finished(leg.ticket, report.outcome("engine_failed"))
                 raise
             else:
-                self._gate.finished(ticket, report.outcome("done"))
+                self._gate.finished(leg.ticket, report.outcome("done"))
                 return
             watch.begin_step(None, "")
-            ticket = await self._gate.retry(ticket, reason)
+            ticket = await self._gate.retry(leg.ticket, reason)
 
-    async def _attempt(self, ticket: Ticket, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
+    async def _attempt(self, leg: Leg, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
         limit_s = self._settings.first_byte_s_max
         watch.begin_step(limit_s, f"the engine sent nothing for {limit_s or 0:g} s")
-        headers = for_engine(call.headers, shown=call.shown, api_key=ticket.api_key)
-        engine = await self._upstream.post(ticket.url, target=call.target, headers=headers, body=call.body)
+        leg.follow(self._start_mover)
         try:
+            headers = for_engine(call.headers, shown=call.shown, api_key=leg.ticket.api_key)
+            engine = await leg.open(self._upstream, headers)
             report.engine_status = engine.status
             if not 200 <= engine.status < 600:
                 raise EngineFailed("it answers with what is not HTTP")
             if engine.status == 401 or (engine.status == 503 and report.attempts == 1):
                 raise EngineFailed(f"it answers {engine.status}")
-            await self._pass_on(ticket, engine, watch=watch, report=report, answer=answer)
+            await self._pass_on(leg, watch=watch, report=report, answer=answer)
         finally:
-            engine.close()
+            report.replica = leg.ticket.replica
+            leg.close()
 
-    async def _pass_on(
-        self, ticket: Ticket, engine: EngineConnection, *, watch: Watch, report: Report, answer: _Answer
-    ) -> None:
-        piece = await engine.read()
+    async def _pass_on(self, leg: Leg, *, watch: Watch, report: Report, answer: _Answer) -> None:
+        piece = await leg.read()
         report.first_byte_s = time.monotonic() - report.begun_s
         watch.pause()
-        await answer.begin(engine)
+        await answer.begin(leg.head)
         if piece:  # before all else: a client waits for it
             report.tail_pieces.append(piece[-_TAIL_NBYTES:])
             await answer.write(piece)
-        self._gate.first_byte(ticket)
+        self._gate.first_byte(leg.ticket)
         watch.begin_step(self._settings.idle_s_max, f"the engine paused for more than {self._settings.idle_s_max:g} s")
         while piece:
             watch.resume()
-            piece = await engine.read()
+            piece = await leg.read()
             watch.pause()
             if piece:
                 report.tail_pieces.append(piece[-_TAIL_NBYTES:])
-                await answer.write(piece, is_last=engine.is_at_end)
+                await answer.write(piece, is_last=leg.is_at_end)
+
+    def _start_mover(self, leg: Leg, order: MoveOrder) -> asyncio.Task[None]:
+        assert self._settings.moves is not None
+        mover = Mover(leg, order, self._gate, upstream=self._upstream, settings=self._settings.moves)
+        return asyncio.get_running_loop().create_task(mover.run())
 
 
 class _Answer:
@@ -197,9 +210,7 @@ class _Answer:
 
     async def begin(self, engine: EngineConnection) -> None:
         headers = for_client(engine.headers)
-        kind = value_of(headers, b"content-type").strip().lower()
-        is_open = not value_of(headers, b"content-encoding") and not value_of(headers, b"content-length")
-        self._is_events = is_open and kind.startswith(b"text/event-stream")
+        self._is_events = is_event_stream(headers)
         self._report.status = engine.status
         await self._send({"type": "http.response.start", "status": engine.status, "headers": [*headers, *self._extra]})
 

@@ -11,6 +11,23 @@ from sllm_vllm.units import GIB, MIB
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+class MoveSettings(BaseModel):
+    """How running requests are moved between engines."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rounds_max: int = Field(default=6, ge=1, le=100, description="rounds in which a target catches up")
+    round_tokens_max: int = Field(
+        default=2048,
+        ge=16,
+        description="tokens of one prefill of a round, at most; others there wait for it",
+    )
+    round_pause_s: float = Field(default=0.0, ge=0, le=60, description="between two of them")
+    round_s_max: float = Field(default=120.0, gt=0, description="longest for one of them")
+    switch_s_max: float = Field(default=10.0, gt=0, description="longest that a stream is held for its target")
+    move_s_max: float = Field(default=600.0, gt=0, description="longest for a whole move")
+
+
 class IngressSettings(BaseModel):
     """What the ingress lets in, and how long it waits for whom."""
 
@@ -44,6 +61,7 @@ class IngressSettings(BaseModel):
     engine_keep_alive_s: float = Field(
         default=3.0, gt=0, description="how long an idle connection to an engine stays; less than vLLM's 5 s"
     )
+    moves: MoveSettings | None = Field(default=None, description="None: no request is ever moved")
     drain_s: int = Field(default=30, ge=0, description="what requests get to end when the server stops")
 
     @field_validator("key_digests")

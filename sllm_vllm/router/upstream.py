@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httptools
@@ -29,6 +31,20 @@ class EngineFailed(Exception):
     """The engine can't be reached, or breaks off. The message is fit for a client: it names no address."""
 
 
+class Diverted(Exception):
+    """The answer goes on elsewhere; nothing more is to be read here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A request. ``target``: path and query."""
+
+    method: str
+    target: str
+    headers: Headers
+    body: bytes
+
+
 class Upstream:
     """A pool of connections. ``close`` ends it."""
 
@@ -37,24 +53,40 @@ class Upstream:
         self._idle: dict[Address, list[EngineConnection]] = {}
         self._is_closed = False
 
-    async def post(self, url: str, *, target: str, headers: Headers, body: bytes) -> EngineConnection:
+    async def post(
+        self,
+        url: str,
+        *,
+        target: str,
+        headers: Headers,
+        body: bytes,
+        on_sent: Callable[[EngineConnection], None] | None = None,
+    ) -> EngineConnection:
         """Send a request and wait for the head of the answer.
 
         A connection that was idle may just have been closed by the engine, which says nothing against it: then the
-        request goes out once more, on a new one.
+        request goes out once more, on a new one. ``on_sent`` is told of each.
 
         Raises:
-            EngineFailed: there is none.
+            EngineFailed: there is none. Diverted: nobody waits for it any more.
         """
-        address = _address(url)
+        return await self._exchange(_address(url), Sent("POST", target, headers, body), on_sent)
+
+    async def get(self, url: str, *, target: str, headers: Headers) -> EngineConnection:
+        """The same for a GET."""
+        return await self._exchange(_address(url), Sent("GET", target, headers, b""), None)
+
+    async def _exchange(
+        self, address: Address, sent: Sent, on_sent: Callable[[EngineConnection], None] | None
+    ) -> EngineConnection:
         idle = self._take_idle(address)
         if idle is not None:
             try:
-                return await idle.exchange(target, headers, body=body)
+                return await idle.exchange(sent, on_sent)
             except EngineFailed:
                 if not idle.is_silent:
                     raise
-        return await (await self._connect(address)).exchange(target, headers, body=body)
+        return await (await self._connect(address)).exchange(sent, on_sent)
 
     def close(self) -> None:
         """Close every idle connection; those in use close when they are given back."""
@@ -123,6 +155,8 @@ class EngineConnection(asyncio.Protocol):
         self._is_surplus = False
         self._can_stay = False
         self._is_paused = False
+        self._is_held = False
+        self._is_diverted = False
 
     @property
     def is_silent(self) -> bool:
@@ -134,22 +168,25 @@ class EngineConnection(asyncio.Protocol):
         """Whether the whole body was read."""
         return self._is_complete and not self._pieces
 
-    async def exchange(self, target: str, headers: Headers, *, body: bytes) -> EngineConnection:
+    async def exchange(self, sent: Sent, on_sent: Callable[[EngineConnection], None] | None = None) -> EngineConnection:
         """Send a request and wait for the head of the answer; returns itself.
 
         Raises:
-            EngineFailed: there is none; the connection is closed.
+            EngineFailed: there is none; the connection is closed. Diverted: see ``divert``.
         """
         try:
-            self._send(target, headers, body=body)
-            while not self._has_head:
+            self._send(sent)
+            if on_sent is not None:
+                on_sent(self)
+            while not self._is_diverted and (not self._has_head or self._is_waiting_held):
                 await self._news()
+            self._expect_not_diverted()
         except BaseException:
             self.abort()
             raise
         return self
 
-    def _send(self, target: str, headers: Headers, *, body: bytes) -> None:
+    def _send(self, sent: Sent) -> None:
         if self._transport is None or self._failure:
             raise EngineFailed(self._failure or "it broke off")
         self.status = 0
@@ -157,9 +194,10 @@ class EngineConnection(asyncio.Protocol):
         self._head_nbytes = 0
         self._has_head = self._is_complete = self._can_stay = False
         host, port = self.address
-        lines = [f"POST {target} HTTP/1.1\r\nhost: {host}:{port}\r\n".encode()]
-        lines += [b"%b: %b\r\n" % header for header in headers]
-        lines.append(b"content-length: %d\r\n\r\n" % len(body))
+        body = sent.body
+        lines = [f"{sent.method} {sent.target} HTTP/1.1\r\nhost: {host}:{port}\r\n".encode()]
+        lines += [b"%b: %b\r\n" % header for header in sent.headers]
+        lines.append(b"content-length: %d\r\n\r\n" % len(body) if body or sent.method == "POST" else b"\r\n")
         self._transport.write(b"".join([*lines, body]) if len(body) < READ_NBYTES else b"".join(lines))
         if len(body) >= READ_NBYTES:
             self._transport.write(body)
@@ -168,12 +206,13 @@ class EngineConnection(asyncio.Protocol):
         """What there is of the body, at least a byte; empty at its end.
 
         Raises:
-            EngineFailed: it ended too early.
+            EngineFailed: it ended too early. Diverted: see ``divert``.
         """
-        while not self._pieces:
+        while not self._is_diverted and (not self._pieces or self._is_waiting_held):
             if self._is_complete:
                 return b""
             await self._news()
+        self._expect_not_diverted()
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._nbytes = 0
@@ -208,8 +247,46 @@ class EngineConnection(asyncio.Protocol):
             self._idle_timer.cancel()
             self._idle_timer = None
 
+    # ------------------------------------------------------------------------------------------------ live migration
+
+    def hold(self) -> bool:
+        """From now on nothing is given to the reader, until ``release`` or ``divert``, or the answer is whole: then it
+        is too late for both. False if it is whole already."""
+        self._is_held = not self._is_complete
+        return self._is_held
+
+    def release(self) -> None:
+        """Go on."""
+        self._is_held = False
+        self._tell()
+
+    def divert(self) -> bool:
+        """Have the reader, who waits or will, get ``Diverted``; False if it has gone on: the answer is whole."""
+        if not self._is_held or self._is_complete:
+            return False
+        self._is_diverted = True
+        self.release()
+        return True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole answer has come, read or not."""
+        return self._is_complete
+
+    def peek(self) -> bytes:
+        """What has come of the body and was not read."""
+        return b"".join(self._pieces)
+
+    @property
+    def _is_waiting_held(self) -> bool:
+        return self._is_held and not self._is_complete
+
+    def _expect_not_diverted(self) -> None:
+        if self._is_diverted:
+            raise Diverted
+
     async def _news(self) -> None:
-        if self._failure:
+        if self._failure and not self._is_held:
             raise EngineFailed(self._failure)
         self._waiter = self._loop.create_future()
         try:

@@ -1,0 +1,87 @@
+"""What the configuration says of live migration, and between which engines requests may move. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sllm_vllm.router.config_values import Count, Duration, Flag
+from sllm_vllm.router.settings import MoveSettings
+
+CHANGEABLE_OPTIONS = frozenset(
+    {
+        "--api-key",
+        "--disable-log-stats",
+        "--enable-log-requests",
+        "--gpu-memory-utilization",
+        "--kv-cache-memory-bytes",
+        "--max-log-len",
+        "--max-num-batched-tokens",
+        "--max-num-seqs",
+        "--no-enable-log-requests",
+        "--served-model-name",
+        "--uvicorn-log-level",
+    }
+)
+"""Options of `vllm serve` that change how fast and how many are answered, and never what is."""
+
+
+class MigrationSection(BaseModel):
+    """Moving requests that run from one engine to another. Durations: seconds, or text like 30s."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    enabled: Flag = Field(
+        default=True,
+        description="engines start with what it needs: seeded requests draw other numbers than in stock vLLM",
+    )
+    moves_max: Count = Field(default=4, ge=1, le=1000, description="requests that move at once, of all models")
+    rounds_max: Count = Field(default=6, ge=1, le=100, description="rounds in which a target catches up")
+    round_tokens_max: Count = Field(
+        default=2048,
+        ge=16,
+        le=1 << 20,
+        description="tokens of one prefill of a round: the longest that other requests at the target wait for one",
+    )
+    round_pause: Duration = Field(default=0.0, ge=0, le=60, description="between two of those prefills")
+    switch_timeout: Duration = Field(
+        default=10.0, gt=0, le=600, description="longest that a client waits at a switch; then its request stays"
+    )
+
+    def settings(self) -> MoveSettings | None:
+        """For the data path; None where nothing is moved."""
+        if not self.enabled:
+            return None
+        return MoveSettings(
+            rounds_max=self.rounds_max,
+            round_tokens_max=self.round_tokens_max,
+            round_pause_s=self.round_pause,
+            switch_s_max=self.switch_timeout,
+        )
+
+
+def lineage_of(source: str, revision: str | None, *, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """31 bits of all that decides what an engine answers: requests move between engines that have the same."""
+    kept = [words for words in _options(arguments) if words[0] not in CHANGEABLE_OPTIONS]
+    said = [source, revision, sorted(kept), sorted(environment.items())]
+    return int.from_bytes(hashlib.sha256(json.dumps(said).encode()).digest()[:4], "big") >> 1
+
+
+def _options(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Each option with its values, however they were written."""
+    option: list[str] = []
+    for word in arguments:
+        if word.startswith("-"):
+            if option:
+                yield option
+            name, equals, value = word.partition("=")
+            option = [name.replace("_", "-"), *([value] if equals else [])]
+        elif option:
+            option.append(word)
+        else:
+            yield [word]
+    if option:
+        yield option

@@ -1,0 +1,222 @@
+"""What a client has been sent of a stream, and the rest of the same stream out of a target's, which begins anew. Pure.
+
+A target's answer repeats all that was said, in other pieces than the source's. Every text, and every list, of a choice
+only ever grows: so of each the target's first part is dropped, as long as what the client has; whatever is left of an
+event goes on. Both sides' events are those of OpenAI's completions and chats, as vLLM writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+FOLD_NBYTES = 1 << 14
+"""What is kept as it was sent; more is counted and forgotten. Short answers, most of all, are never parsed."""
+EVENT_END = b"\n\n"
+_DATA = b"data: "
+_DONE = b"data: [DONE]"
+_CREATED = re.compile(rb'"created":\s*(\d{1,12})')  # quotes inside of texts are escaped, so none can look like this
+_GROWING = frozenset({"text", "content", "reasoning", "reasoning_content", "refusal", "arguments"})
+_NAMING = frozenset({"index"})
+"""Says which choice or call it is, in each event."""
+
+Path = tuple[str | int, ...]
+"""Of a value in a choice; a call of a tool is named by its index."""
+
+
+class NotAligned(Exception):
+    """The target's stream is none that goes on; the message says what it is instead."""
+
+
+def split_events(data: bytes) -> tuple[bytes, bytes]:
+    """Whole events, and the beginning of one that is not there yet."""
+    end = data.rfind(EVENT_END)
+    return (b"", data) if end < 0 else (data[: end + len(EVENT_END)], data[end + len(EVENT_END) :])
+
+
+class Transcript:
+    """What one client was sent. Whole events alone are noted."""
+
+    def __init__(self) -> None:
+        self.created: bytes | None = None
+        """When its answer was created, as the first engine had it; None as long as nothing was sent."""
+        self._pieces: list[bytes] = []
+        self._nbytes = 0
+        self._lengths: dict[int, dict[Path, int]] = {}
+        """By choice: how long each text and list is; 1 for what is said once."""
+
+    def note(self, events: bytes) -> None:
+        """It is being sent these."""
+        if self.created is None and (found := _CREATED.search(events)):
+            self.created = found[1]
+        self._pieces.append(events)
+        self._nbytes += len(events)
+        if self._nbytes > FOLD_NBYTES:
+            self._fold()
+
+    def told(self) -> dict[int, dict[Path, int]]:
+        """Lengths by choice."""
+        self._fold()
+        return {index: dict(lengths) for index, lengths in self._lengths.items()}
+
+    def _fold(self) -> None:
+        events = b"".join(self._pieces)
+        self._pieces.clear()
+        self._nbytes = 0
+        for event in events.split(EVENT_END):
+            for index, choice in _choices(_parsed(event)):
+                lengths = self._lengths.setdefault(index, {})
+                for path, value in _leaves(choice):
+                    lengths[path] = lengths.get(path, 0) + (len(value) if _grows(path, value) else 1)
+
+
+class Continuation:
+    """The rest of a stream: what a target sends goes in, what the client lacks comes out.
+
+    Args:
+        transcript: what the client has; it must be sent nothing else meanwhile.
+    """
+
+    def __init__(self, transcript: Transcript) -> None:
+        self._told = transcript.told()
+        self._seen: dict[int, dict[Path, int]] = {}
+        self._is_even = not self._told
+        """The target has said all that the client has: its events pass as they are."""
+        self._has_begun = False
+        """Something went on to the client: an error may follow, as it may in any answer."""
+        self._rest = b""
+        self._created = transcript.created
+        self._own_created: bytes | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """A piece of the target's stream; returns whole events for the client, maybe none.
+
+        Raises:
+            NotAligned: it is an error, or ends before it is where the client is.
+        """
+        events, self._rest = split_events(self._rest + data)
+        if not events:
+            return b""
+        if not self._has_begun:
+            events = b"".join(self._cut_all(events))
+        return self._dated(events)
+
+    def _cut_all(self, events: bytes) -> Iterator[bytes]:
+        *whole, _ = events.split(EVENT_END)
+        for event in whole:
+            cut = event if self._has_begun else self._cut(event)
+            if cut is not None:
+                self._has_begun = self._has_begun or self._is_even
+                yield cut + EVENT_END
+
+    def _cut(self, event: bytes) -> bytes | None:
+        """What of an event the client lacks; None for nothing."""
+        parsed = _parsed(event)
+        if "error" in parsed:
+            raise NotAligned(f"it answers with an error: {_message_of(parsed)}")
+        if self._is_even:
+            return event
+        if event.startswith(_DONE):
+            raise NotAligned("its stream ended before it was where the client is")
+        is_new = False
+        for index, choice in _choices(parsed):
+            told, seen = self._told.get(index, {}), self._seen.setdefault(index, {})
+            is_new |= _cut_value(choice, (), told=told, seen=seen)
+        self._is_even = all(
+            self._seen.get(index, {}).get(path, 0) >= length
+            for index, lengths in self._told.items()
+            for path, length in lengths.items()
+        )
+        return _DATA + json.dumps(parsed, ensure_ascii=False, separators=(",", ":")).encode() if is_new else None
+
+    def _dated(self, events: bytes) -> bytes:
+        """With the time that the client was told first."""
+        if self._created is None or not events:
+            return events
+        if self._own_created is None:
+            found = _CREATED.search(events)
+            if found is None:
+                return events
+            self._own_created = found[1]
+        return events.replace(b'"created":' + self._own_created, b'"created":' + self._created)
+
+
+def _parsed(event: bytes) -> dict[str, Any]:
+    """An event's object; empty for anything else."""
+    data = event.lstrip(b"\r\n")
+    if not data.startswith(_DATA) or data.startswith(_DONE):
+        return {}
+    try:
+        found = json.loads(data[len(_DATA) :])
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _choices(parsed: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for choice in parsed.get("choices") or ():
+        yield int(choice.get("index", 0)), choice
+
+
+def _message_of(parsed: dict[str, Any]) -> str:
+    error = parsed["error"]
+    return str(error.get("message", "")) if isinstance(error, dict) else str(error)
+
+
+def _grows(path: Path, value: object) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and path[-1] in _GROWING)
+
+
+def _is_call_list(path: Path, value: object) -> bool:
+    return isinstance(value, list) and path[-1:] == ("tool_calls",)
+
+
+def _leaves(value: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """All that a choice says, by path, but for nulls and what only names."""
+    for key, one in value.items():
+        here = (*path, key)
+        if one is None or key in _NAMING:
+            continue
+        if isinstance(one, dict):
+            yield from _leaves(one, here)
+        elif _is_call_list(here, one):
+            for call in one:
+                yield from _leaves(call, (*here, int(call.get("index", 0))))
+        else:
+            yield here, one
+
+
+def _cut_value(value: dict[str, Any], path: Path, *, told: dict[Path, int], seen: dict[Path, int]) -> bool:
+    """Take out what the client has; returns whether anything is left that it has not."""
+    is_new = False
+    for key, one in list(value.items()):
+        here = (*path, key)
+        if one is None or key in _NAMING:
+            continue
+        if isinstance(one, dict):
+            is_new |= _cut_value(one, here, told=told, seen=seen)
+        elif _is_call_list(here, one):
+            kept = [call for call in one if _cut_value(call, (*here, int(call.get("index", 0))), told=told, seen=seen)]
+            value[key] = kept
+            is_new |= bool(kept)
+            if not kept:
+                del value[key]
+        else:
+            is_new |= _cut_leaf(value, here, told=told, seen=seen)
+    return is_new
+
+
+def _cut_leaf(value: dict[str, Any], path: Path, *, told: dict[Path, int], seen: dict[Path, int]) -> bool:
+    key = path[-1]
+    one, num_seen, num_told = value[key], seen.get(path, 0), told.get(path, 0)
+    if _grows(path, one):
+        seen[path] = num_seen + len(one)
+        value[key] = one[max(0, num_told - num_seen) :]
+        return bool(value[key])
+    seen[path] = num_seen + 1
+    if num_seen < num_told:
+        del value[key]
+        return False
+    return True
