@@ -162,7 +162,8 @@ class Proxy:
         leg.follow(self._start_mover)
         try:
             headers = for_engine(call.headers, shown=call.shown, api_key=leg.ticket.api_key)
-            engine = await leg.open(self._upstream, headers)
+            await leg.open(self._upstream, headers)
+            engine = leg.head
             report.engine_status = engine.status
             if not 200 <= engine.status < 600:
                 raise EngineFailed("it answers with what is not HTTP")

@@ -89,6 +89,7 @@ class Continuation:
         self._rest = b""
         self._created = transcript.created
         self._own_created: bytes | None = None
+        self._shown_created = b""
 
     def feed(self, data: bytes) -> bytes:
         """A piece of the target's stream; returns whole events for the client, maybe none.
@@ -139,8 +140,9 @@ class Continuation:
             found = _CREATED.search(events)
             if found is None:
                 return events
-            self._own_created = found[1]
-        return events.replace(b'"created":' + self._own_created, b'"created":' + self._created)
+            self._own_created = found[0]
+            self._shown_created = found[0].removesuffix(found[1]) + self._created
+        return events.replace(self._own_created, self._shown_created)
 
 
 def _parsed(event: bytes) -> dict[str, Any]:

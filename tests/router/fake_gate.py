@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
 from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings
@@ -78,6 +78,11 @@ class FakeGate:
     num_first_bytes: int = 0
     num_waiting: int = 0
     num_given: int = 0
+    followers: dict[str, OnMove] = field(default_factory=dict)
+    """By request: who takes orders to move."""
+    moves: list[MoveReport] = field(default_factory=list)
+    refusals: list[tuple[str, bool]] = field(default_factory=list)
+    """Why a request was not moved, and whether it never can be."""
 
     def __post_init__(self) -> None:
         self.released.set()
@@ -102,6 +107,7 @@ class FakeGate:
 
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
         assert self.tickets.pop((ticket.request, ticket.attempt)) == ticket
+        self.followers.pop(ticket.request, None)
         self.outcomes.append(outcome)
 
     async def retry(self, ticket: Ticket, reason: str) -> Ticket:
@@ -110,6 +116,27 @@ class FakeGate:
         if self.rejects_retry is not None:
             raise self.rejects_retry
         return self._give(ticket.request, ticket.model, ticket.attempt + 1)
+
+    def follow(self, ticket: Ticket, on_order: OnMove) -> None:
+        assert self.tickets[ticket.request, ticket.attempt] == ticket
+        self.followers[ticket.request] = on_order
+
+    def moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport) -> None:
+        assert self.tickets[ticket.request, ticket.attempt] == ticket
+        self.tickets[ticket.request, ticket.attempt] = order.target
+        self.moves.append(report)
+
+    def not_moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport, *, reason: str, is_lasting: bool) -> None:
+        assert self.tickets[ticket.request, ticket.attempt] == ticket
+        self.refusals.append((reason, is_lasting))
+
+    def order_move(self, target: str, *, source: str | None = None) -> None:
+        """Have the only request go on at another engine."""
+        ((request, on_order),) = self.followers.items()
+        ((_, ticket),) = self.tickets.items()
+        url = dict(self.engines)[target]
+        on_order(MoveOrder(source or ticket.replica, replace(ticket, replica=target, url=url)))
+        assert request == ticket.request
 
     def is_ready(self) -> bool:
         return self.is_ready_now

@@ -1,0 +1,401 @@
+"""Requests that are moved while a client reads: every row of the failure table, over real sockets.
+
+In each of them the client gets a whole and right answer, or one clean error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+
+from sllm_vllm.router.settings import IngressSettings, MoveSettings
+from tests.router.fake_gate import MODELS, FakeGate, Served, serving, until
+from tests.router.moving_engine import CREATED, KEY, MovingEngine, moving_engines, text_of
+
+NUM_TOKENS = 40
+DONE = "[DONE]"
+
+
+@dataclass
+class Client:
+    """One that reads in the background."""
+
+    status: int = 0
+    events: list[Any] = field(default_factory=list)
+    body: Any = None
+    is_cut: bool = False
+    has_ended: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(event["choices"][0]["text"] for event in self.events if event != DONE and "choices" in event)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.text.split())
+
+
+@dataclass
+class Bench:
+    """A request on engine a, whose client reads; b is where it may go."""
+
+    gate: FakeGate
+    a: MovingEngine
+    b: MovingEngine
+    client: Client
+    reading: asyncio.Task[None]
+
+    async def has(self, num_tokens: int) -> None:
+        """Generate at the engine that has it, and wait for the client to have so many."""
+        await until(lambda: self.client.num_tokens >= num_tokens, f"{num_tokens} tokens at the client")
+
+    async def ended(self) -> Client:
+        await asyncio.wait_for(self.reading, 60)
+        return self.client
+
+    async def refused(self) -> tuple[str, bool]:
+        await until(lambda: self.gate.refusals, "the move to be refused")
+        return self.gate.refusals[0]
+
+    async def moved(self) -> None:
+        await until(lambda: self.gate.moves or self.gate.refusals, "the move")
+        assert self.gate.refusals == []
+
+
+@contextlib.asynccontextmanager
+async def bench(*, stream: bool = True, path: str = "/v1/completions", **moves: Any) -> AsyncIterator[Bench]:
+    async with moving_engines("a", "b") as (a, b):
+        gate = FakeGate([("a", a.url), ("b", b.url)])
+        settings = IngressSettings(drain_s=1, moves=MoveSettings(**moves))
+        async with serving(gate, settings) as served:
+            client = Client()
+            body = {"model": MODELS[0], "prompt": "hello", "max_tokens": NUM_TOKENS, "stream": stream}
+            reading = asyncio.create_task(read(served, path, body, client))
+            try:
+                await until(lambda: a.running, "the request at the engine")
+                yield Bench(gate, a, b, client, reading)
+            finally:
+                reading.cancel()
+                await asyncio.wait({reading})
+
+
+async def read(served: Served, path: str, body: dict[str, Any], client: Client) -> None:
+    """As a client does: events as they come, or the body."""
+    async with aiohttp.ClientSession() as session, session.post(served.url + path, json=body) as answer:
+        client.status = answer.status
+        try:
+            if body["stream"]:
+                async for line in answer.content:
+                    if line.startswith(b"data: "):
+                        data = line[6:].strip()
+                        client.events.append(DONE if data == b"[DONE]" else json.loads(data))
+            else:
+                client.body = await answer.json()
+        except aiohttp.ClientError:
+            client.is_cut = True
+    client.has_ended = True
+
+
+def assert_whole(client: Client) -> None:
+    """Nothing twice, no token missing, one end."""
+    assert client.text == text_of(NUM_TOKENS)
+    assert client.events[-1] == DONE
+    assert client.events.count(DONE) == 1
+    finishes = [one["choices"][0]["finish_reason"] for one in client.events[:-1]]
+    assert [one for one in finishes if one] == ["length"]
+
+
+async def test_a_stream_goes_on_at_its_target() -> None:
+    async with bench() as one:
+        await one.a.allow(17)
+        await one.has(17)
+        one.gate.order_move("b")
+        await until(lambda: one.b.running, "the request at its target")
+        await one.b.allow(NUM_TOKENS)
+        client = await one.ended()
+        await until(lambda: one.a.num_aborted, "the source to be let go")
+    assert_whole(client)
+    assert {event["created"] for event in client.events[:-1]} == {CREATED["a"]}
+    assert one.b.fills == [27]
+    (report,) = one.gate.moves
+    assert (report.num_rounds, report.num_filled) == (1, 27)
+    assert report.nbytes > 100
+    resumed = one.b.bodies[-1]
+    assert json.loads(resumed["vllm_xargs"][KEY])["choices"][0]["token_ids"] == list(range(17))
+    assert one.gate.outcomes[0].how == "done"
+
+
+async def test_the_source_streams_on_while_the_target_catches_up() -> None:
+    async with bench() as one:
+        one.b.gates["fill"] = asyncio.Event()
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await until(lambda: one.b.bodies, "the first round")
+        await one.a.allow(16)
+        await one.has(16)
+        one.b.gates["fill"].set()
+        await until(lambda: one.b.running, "the switch")
+        await one.b.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert one.b.fills == [20, 26]
+
+
+async def test_an_answer_that_does_not_stream_is_moved_too() -> None:
+    async with bench(stream=False) as one:
+        await one.a.allow(9)
+        await until(lambda: one.a.num_tokens == 9, "nine tokens")
+        one.gate.order_move("b")
+        await until(lambda: one.b.running, "the request at its target")
+        await one.b.allow(NUM_TOKENS)
+        client = await one.ended()
+        await until(lambda: one.a.num_aborted, "the source to be let go")
+    assert client.body["choices"][0]["text"] == text_of(NUM_TOKENS)
+    assert client.body["usage"]["completion_tokens"] == NUM_TOKENS
+    assert len(one.gate.moves) == 1
+
+
+async def test_a_request_without_a_token_is_moved() -> None:
+    async with bench() as one:
+        one.gate.order_move("b")
+        await until(lambda: one.b.running, "the request at its target")
+        await one.b.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert len(one.gate.moves) == 1
+
+
+async def test_a_request_moves_there_and_back() -> None:
+    async with bench() as one:
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await one.b.allow(20)
+        await one.moved()
+        await one.has(20)
+        one.gate.order_move("a")
+        await one.a.allow(NUM_TOKENS)
+        client = await one.ended()
+    assert_whole(client)
+    assert {event["created"] for event in client.events[:-1]} == {CREATED["a"]}
+    assert len(one.gate.moves) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- the failure table
+
+
+async def test_the_source_finishes_in_a_round() -> None:
+    async with bench() as one:
+        one.b.gates["fill"] = asyncio.Event()
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await until(lambda: one.b.bodies, "the round")
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+        assert not one.b.running
+    assert one.gate.moves == []
+
+
+async def test_the_source_finishes_while_its_target_begins() -> None:
+    """What was held is the client's."""
+    async with bench() as one:
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await until(lambda: one.b.running, "the switch")
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+        await until(lambda: one.b.num_aborted, "the target to be let go")
+    assert one.gate.moves == []
+
+
+async def test_the_source_dies_in_a_round() -> None:
+    """A stream that has begun gets one error, as without a move."""
+    async with bench() as one:
+        one.b.gates["fill"] = asyncio.Event()
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await until(lambda: one.b.bodies, "the round")
+        one.a.die()
+        client = await one.ended()
+    assert client.text == text_of(10)
+    assert client.events[-1]["error"]["code"] == "engine_failed"
+    assert one.gate.outcomes[0].how == "engine_failed"
+
+
+async def test_the_source_of_a_plain_answer_dies_in_a_round() -> None:
+    """Nothing was sent: it is asked once more."""
+    async with bench(stream=False) as one:
+        one.b.gates["fill"] = asyncio.Event()
+        await one.a.allow(10)
+        await until(lambda: one.a.num_tokens == 10, "ten tokens")
+        one.gate.order_move("b")
+        await until(lambda: one.b.bodies, "the round")
+        one.a.die()
+        await one.b.allow(NUM_TOKENS)
+        client = await one.ended()
+    assert client.body["choices"][0]["text"] == text_of(NUM_TOKENS)
+    assert len(one.gate.retries) == 1
+
+
+async def test_the_source_dies_at_the_switch() -> None:
+    """The target has all that the client has."""
+    async with bench() as one:
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await until(lambda: one.b.running, "the switch")
+        one.a.die()
+        await one.b.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert len(one.gate.moves) == 1
+
+
+@pytest.mark.parametrize("when", ["fill", "resumed"])
+async def test_the_target_dies_before_it_goes_on(when: str) -> None:
+    async with bench() as one:
+        one.b.gates[when] = asyncio.Event()
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        wanted = 1 if when == "fill" else 2
+        await until(lambda: len(one.b.bodies) == wanted, when)
+        one.b.die()
+        assert (await one.refused())[1] is False
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert one.gate.moves == []
+
+
+async def test_the_target_dies_just_after_the_switch() -> None:
+    """Whose engine dies then gets one error, moved or not."""
+    async with bench() as one:
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await one.b.allow(12)
+        await one.moved()
+        await one.has(12)
+        one.b.die()
+        client = await one.ended()
+    assert client.text == text_of(12)
+    assert client.events[-1]["error"]["code"] == "engine_failed"
+    assert one.gate.outcomes[0].how == "engine_failed"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason", "is_lasting"),
+    [
+        ({"fill_status": 503}, "the target answers 503", False),
+        ({"resumed_status": 429}, "the target answers 429: queue full", False),
+        ({"says_error": True}, "no blocks left", False),
+        (
+            {"state": {"resume": False, "reason": "a hook is missing"}},
+            "b takes over no requests: a hook is missing",
+            False,
+        ),
+        ({"state": {"resume": True, "max_model_len": 12}}, "20 tokens fill the target's context", True),
+        ({"state": {"resume": True, "block_size": None}}, "is not understood", True),
+    ],
+)
+async def test_a_target_that_refuses_costs_the_client_nothing(
+    wrong: dict[str, Any], reason: str, is_lasting: bool
+) -> None:
+    async with bench() as one:
+        for name, value in wrong.items():
+            setattr(one.b, name, value)
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        told = await one.refused()
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert reason in told[0]
+    assert told[1] is is_lasting
+
+
+async def test_a_target_whose_queue_stands_still_gives_the_client_back() -> None:
+    """It accepts, and generates nothing: the client gets what the source made meanwhile."""
+    async with bench(switch_s_max=0.3) as one:
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        await until(lambda: one.b.running, "the switch")
+        await one.a.allow(25)
+        assert "did not go on within 0.3 s" in (await one.refused())[0]
+        await one.has(25)
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+        await until(lambda: one.b.num_aborted, "the target to be let go")
+
+
+async def test_what_cant_be_moved_stays() -> None:
+    async with bench() as one:
+        one.a.immovable = "its prompt has media"
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        assert await one.refused() == ("its prompt has media", True)
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+
+
+async def test_other_apis_are_not_moved() -> None:
+    async with bench(path="/v1/responses") as one:
+        one.gate.order_move("b")
+        assert await one.refused() == ("an answer of /v1/responses is not moved", True)
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+
+
+async def test_a_move_that_is_ordered_twice_is_one() -> None:
+    async with bench() as one:
+        one.b.gates["fill"] = asyncio.Event()
+        await one.a.allow(10)
+        await one.has(10)
+        one.gate.order_move("b")
+        one.gate.order_move("b")
+        assert await one.refused() == ("it is moving already", False)
+        one.b.gates["fill"].set()
+        await one.b.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert len(one.gate.moves) == 1
+
+
+async def test_an_order_for_where_it_is_no_more_is_refused() -> None:
+    async with bench() as one:
+        one.gate.order_move("b", source="c")
+        assert await one.refused() == ("it is on a, not on c", False)
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+
+
+@pytest.mark.parametrize("when", ["tokens", "fill", "resumed", "moved"])
+async def test_a_client_that_leaves_leaves_nothing_behind(when: str) -> None:
+    async with bench() as one:
+        await one.a.allow(10)
+        await one.has(10)
+        stopped = {"tokens": one.a, "fill": one.b, "resumed": one.b}.get(when)
+        if stopped is not None:
+            stopped.gates[when] = asyncio.Event()
+        one.gate.order_move("b")
+        if when == "moved":
+            await one.b.allow(12)
+            await one.moved()
+        elif when != "tokens":
+            await until(lambda: len(one.b.bodies) == (1 if when == "fill" else 2), when)
+        one.reading.cancel()
+        await until(lambda: one.gate.outcomes, "the end of the ticket")
+        assert one.gate.outcomes[0].how == "client_left"
+        for event in (*one.a.gates.values(), *one.b.gates.values()):
+            event.set()
+        await until(lambda: not one.a.running and not one.b.running, "both engines to be idle")
+    assert one.gate.followers == {}
