@@ -35,7 +35,8 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm st
 
 def add_router_commands(app: typer.Typer) -> None:
     """Register them at the top."""
-    for command in (serve, status, deploy, delete, story, explain, drain, undrain, reload, simulate):
+    commands = (serve, status, requests, deploy, delete, story, explain, migrate, drain, undrain, reload, simulate)
+    for command in commands:
         app.command()(command)
     app.add_typer(config_app)
 
@@ -87,6 +88,20 @@ def status(url: Url = URL_DEFAULT, key_file: KeyFile = None, as_json: Json = Fal
     print_section("nodes", [_node_row(node) for node in facts["nodes"]])
     predictions = [(model["name"], model["prediction"]) for model in facts["models"] if model["prediction"]]
     print_section("last starts", [_start_row(name, prediction) for name, prediction in predictions])
+
+
+def requests(url: Url = URL_DEFAULT, key_file: KeyFile = None, as_json: Json = False) -> None:
+    """Show requests that are not answered yet, the oldest first."""
+    found = _client(url, key_file).get("requests")
+    if as_json:
+        _print_json(found)
+    else:
+        print_section("requests", [_request_row(request) for request in found["requests"]])
+
+
+def _request_row(request: Mapping[str, Any]) -> dict[str, object]:
+    where = {"replica": or_dash(request["replica"]), "moving to": or_dash(request["target"])}
+    return {"request": request["id"], "model": short(request["model"]), **where, "age": age(request["age_s"])}
 
 
 def _model_row(model: Mapping[str, Any]) -> dict[str, object]:
@@ -226,6 +241,19 @@ def drain(
             raise (error if second.code == "node_not_found" else second) from None
         told = f"drained: {reply['node']} takes no starts; ending: {', '.join(reply['replicas']) or 'nothing'}"
     _print_done(reply, told, as_json=as_json)
+
+
+def migrate(
+    request: Annotated[str, typer.Argument(metavar="REQUEST", help="As `sllm-vllm requests` shows it.")],
+    to: Annotated[str | None, typer.Option(help="Replica; without it the one with the fewest requests.")] = None,
+    url: Url = URL_DEFAULT,
+    *,
+    key_file: KeyFile = None,
+    as_json: Json = False,
+) -> None:
+    """Move a request that runs to another replica of its model; its client does not notice."""
+    reply = _client(url, key_file).post("requests", request, "migrate", body=None if to is None else {"to": to})
+    _print_done(reply, f"moving to {reply['target']}; what comes of it: sllm-vllm story {request}", as_json=as_json)
 
 
 def undrain(

@@ -96,6 +96,14 @@ class RouterMetric(Enum):
     START_FAILURES = Metric(
         "sllm_router_start_failures", "starts", "Failed starts in a row, of models that have any.", ("model_name",)
     )
+    MOVES = Metric("sllm_router_moves_total", "moves", "Live migrations of requests, by how they ended.", ("outcome",))
+    MOVE_TOKENS = Metric("sllm_router_move_tokens_total", "tokens", "Tokens that targets computed anew in rounds.")
+    MOVE_HELD_SECONDS = Metric(
+        "sllm_router_move_held_seconds",
+        "seconds",
+        "How long a moved request's client got nothing while its target took over.",
+        buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+    )
     PREDICTED = Metric(
         "sllm_router_last_start_predicted_seconds",
         "seconds",

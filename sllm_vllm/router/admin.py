@@ -144,6 +144,8 @@ class AdminApp:
             "/sllm/v1/models/(.+)": {"GET": self._model, "DELETE": self._delete},
             "/sllm/v1/replicas": {"GET": self._replicas},
             "/sllm/v1/replicas/(.+)/drain": {"POST": self._drain_replica},
+            "/sllm/v1/requests": {"GET": self._requests},
+            "/sllm/v1/requests/(.+)/migrate": {"POST": self._migrate},
             "/sllm/v1/nodes": {"GET": self._nodes},
             "/sllm/v1/nodes/(.+)/drain": {"POST": self._drain_node},
             "/sllm/v1/nodes/(.+)/undrain": {"POST": self._undrain_node},
@@ -202,6 +204,19 @@ class AdminApp:
             raise ApiError(409, message, code=_CONFLICT)
         self._controller.drain(replica.id)
         return Reply({"replica": replica.id, "state": replica.state.value, "ongoing": len(replica.ongoing)}, 202)
+
+    async def _requests(self, call: Call) -> Reply:
+        return Reply(views.requests_view(self._controller, _last(call)))
+
+    async def _migrate(self, call: Call) -> Reply:
+        if call.name not in self._controller.core.requests:
+            raise _unknown("request", call.name)
+        target = _target(call.body)
+        if target is not None and target not in self._controller.core.cluster.replicas:
+            raise _unknown("replica", target)
+        if problem := self._controller.migrate(call.name, target):
+            raise ApiError(409, f"It is not moved: {problem}.", code=_CONFLICT)
+        return Reply({"request": call.name, "target": self._controller.core.requests[call.name].target}, 202)
 
     async def _nodes(self, call: Call) -> Reply:
         return Reply(views.nodes_view(self._controller))
@@ -263,6 +278,18 @@ def read_model(body: bytes) -> ModelConfig:
     except ConfigError as error:
         problem = str(error).removeprefix("models[0]").lstrip(".: ")
     raise ApiError(400, problem, code="invalid_model")
+
+
+def _target(body: bytes) -> str | None:
+    """Which replica an order names, as ``{"to": REPLICA}``; None if it names none."""
+    try:
+        values = read_json(body.decode()) if body else {}
+    except (UnicodeDecodeError, ConfigError):
+        values = None
+    target = values.get("to") if isinstance(values, dict) else 0
+    if not isinstance(target, str | None):
+        raise ApiError(400, 'The body has to be nothing, or {"to": REPLICA}.', param="to")
+    return target
 
 
 def _change(before: ModelConfig | None, model: ModelConfig) -> str:

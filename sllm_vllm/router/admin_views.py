@@ -6,6 +6,7 @@ Nothing here shows an engine's API key, the value of an engine's variable, or a 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -152,8 +153,28 @@ def _replica(controller: Controller, replica: Replica) -> Record:
         "ready_in_s": max(0.0, replica.ready_at_s - now_s) if is_coming else None,
         "idle_s": None if replica.idle_since_s is None else now_s - replica.idle_since_s,
         "ongoing": len(replica.ongoing),
+        "is_movable": replica.is_movable,
         "is_pinned": replica.is_pinned,
         "report": None if report is None else report.model_dump(mode="json", exclude={"api_key"}),
+    }
+
+
+def requests_view(controller: Controller, num_max: int) -> Record:
+    """Requests that are not answered yet, the oldest first; at most so many."""
+    now_s = controller.now_s()
+    requests = itertools.islice(controller.core.requests.values(), num_max)
+    return {
+        "requests": [
+            {
+                "id": one.facts.id,
+                "model": one.facts.model,
+                "replica": one.replica,
+                "target": one.target,
+                "age_s": now_s - one.arrived_s,
+                "is_answered": one.is_answered,
+            }
+            for one in requests
+        ]
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -42,7 +42,8 @@ def _families(controller: Controller) -> Iterator[Family]:
     for metric, labels, value in _samples(controller):
         plain[metric].add_metric(labels, value)
     yield from plain.values()
-    yield _start_seconds(controller.counts.start_s.items())
+    yield _histogram(RouterMetric.START_SECONDS, {(kind,): one for kind, one in controller.counts.start_s.items()})
+    yield _histogram(RouterMetric.MOVE_HELD_SECONDS, {(): controller.counts.held_s})
 
 
 def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
@@ -51,13 +52,14 @@ def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
     return kind(record.name, record.help, labels=record.labels)
 
 
-def _start_seconds(histograms: Iterable[tuple[str, Histogram]]) -> HistogramMetricFamily:
-    record = RouterMetric.START_SECONDS.value
+def _histogram(metric: RouterMetric, histograms: Mapping[tuple[str, ...], Histogram]) -> HistogramMetricFamily:
+    """By labels."""
+    record = metric.value
     family = HistogramMetricFamily(record.name, record.help, labels=record.labels)
-    for kind, histogram in histograms:
+    for labels, histogram in histograms.items():
         bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
         buckets = list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
-        family.add_metric((kind,), buckets, histogram.total)
+        family.add_metric(labels, buckets, histogram.total)
     return family
 
 
@@ -69,6 +71,9 @@ def _samples(controller: Controller) -> Iterator[Sample]:
         yield RouterMetric.FREE_SLOTS, (node.id,), node.num_free
     for outcome in ("ready", "failed", "called_off"):
         yield RouterMetric.STARTS, (outcome,), controller.counts.starts[outcome]
+    for outcome in ("moved", "not_moved"):
+        yield RouterMetric.MOVES, (outcome,), controller.counts.moves[outcome]
+    yield RouterMetric.MOVE_TOKENS, (), controller.counts.num_filled
     for reason, num in controller.counts.rejections.items():
         yield RouterMetric.REJECTIONS, (reason,), num
     shown = _shown_models(controller)

@@ -23,6 +23,9 @@ from sllm_vllm.router.core.events import (
     FirstByte,
     ModelDeleted,
     ModelDeployed,
+    MoveAsked,
+    MoveFailed,
+    MoveRequest,
     PrefetchModel,
     Refusal,
     RejectRequest,
@@ -32,17 +35,19 @@ from sllm_vllm.router.core.events import (
     RequestEnded,
     RequestFailed,
     RequestGone,
+    RequestMoved,
     StartReplica,
     StopReplica,
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.core.limits import RouterLimits, ScalingLimits
+from sllm_vllm.router.core.facts import RequestFacts, ResumeSample
+from sllm_vllm.router.core.limits import MoveLimits, RouterLimits, ScalingLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engines import Engines, Node
-from sllm_vllm.router.gate import Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.movability import Movability
 from sllm_vllm.router.node_watch import NodeWatch
 from sllm_vllm.router.weights_size import weights_nbytes
 
@@ -65,6 +70,7 @@ class Controller:
 
     Args:
         directory: engines' working directory.
+        moves_max: requests that move between engines at once; 0: none ever does.
         estimator: what was learned before.
         clock: seconds; the core's time.
     """
@@ -75,11 +81,13 @@ class Controller:
         *,
         waiting_max: int,
         directory: Path,
+        moves_max: int = 0,
         estimator: Estimator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scaling = ScalingLimits(name_suffix=f"-{secrets.token_hex(2)}")
-        self.core = RouterCore(RouterLimits(waiting_max=waiting_max, scaling=scaling), estimator)
+        moves = MoveLimits(is_on=moves_max > 0, moves_max=max(1, moves_max))
+        self.core = RouterCore(RouterLimits(waiting_max=waiting_max, scaling=scaling, moves=moves), estimator)
         self.models: dict[str, ModelConfig] = {}
         self.outcomes: deque[tuple[Ticket, Outcome]] = deque(maxlen=OUTCOMES_MAX)
         self.counts = Counts()
@@ -88,7 +96,10 @@ class Controller:
         self._directory = directory
         self._clock = clock
         self._engines = Engines("local", node, self._tell)
+        self._movability = Movability(self._tell) if moves_max else None
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
+        self._followers: dict[str, OnMove] = {}
+        """By request: who is to be told that it moves."""
         self._watch = NodeWatch(self._engines.name, node, self.models, tell=self._tell)
         self._nbytes: dict[str, int] = {}
         """Of the weights of models by their source, as the source's own files had it when it was measured last."""
@@ -111,6 +122,8 @@ class Controller:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._watch.close()
+        if self._movability is not None:
+            await self._movability.close()
         await self._engines.close()
         for future in self._waiting.values():
             if not future.done():
@@ -140,13 +153,36 @@ class Controller:
         """See ``Gate``."""
         self.outcomes.append((ticket, outcome))
         self.counts.note_outcome(ticket, outcome)
-        self._tell(RequestEnded(ticket.request))
+        self._followers.pop(ticket.request, None)
+        self._tell(RequestEnded(ticket.request, outcome.output_tokens))
 
     async def retry(self, ticket: Ticket, reason: str) -> Ticket:
         """See ``Gate``."""
+        self._followers.pop(ticket.request, None)
         future = self._waiting[ticket.request] = asyncio.get_running_loop().create_future()
         self._tell(RequestFailed(ticket.request, reason))
         return await self._ticket(ticket.request, future)
+
+    def follow(self, ticket: Ticket, on_order: OnMove) -> None:
+        """See ``Gate``."""
+        self._followers[ticket.request] = on_order
+
+    def moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport) -> None:
+        """See ``Gate``."""
+        self.counts.note_move(report, outcome="moved")
+        self._tell(RequestMoved(ticket.request, order.target.replica, self._samples(order, report)))
+
+    def not_moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport, *, reason: str, is_lasting: bool) -> None:
+        """See ``Gate``."""
+        self.counts.note_move(report, outcome="not_moved")
+        samples = self._samples(order, report)
+        self._tell(MoveFailed(ticket.request, order.target.replica, reason, is_lasting=is_lasting, samples=samples))
+
+    def _samples(self, order: MoveOrder, report: MoveReport) -> tuple[ResumeSample, ...]:
+        target = self.core.cluster.replicas.get(order.target.replica)
+        if target is None:
+            return ()
+        return tuple(ResumeSample(target.model, target.node, num, seconds) for num, seconds in report.samples)
 
     async def _ticket(self, request: str, future: asyncio.Future[Ticket]) -> Ticket:
         try:
@@ -190,6 +226,13 @@ class Controller:
         """Have a replica, or all of a node, end without harm to a request; on the node nothing starts any more."""
         self._tell(DrainAsked(target))
 
+    def migrate(self, request: str, target: str | None) -> str:
+        """Have a request go on at another replica; says why it can't, or nothing if it was ordered."""
+        if problem := self.core.why_not_move(request, target, self._clock()):
+            return problem
+        self._tell(MoveAsked(request, target))
+        return ""
+
     def undrain(self, node: str) -> None:
         """Have a node take starts again."""
         self._tell(UndrainAsked(node))
@@ -225,8 +268,18 @@ class Controller:
         self.counts.note(event, actions, now_s)
         for action in actions:
             self._do(action)
+        if self._movability is not None:
+            self._follow_movability(self._movability, event)
         if isinstance(event, ReplicaReady | ReplicaEnded):  # it may have made a checkpoint, or brought one into memory
             self._watch.refresh()
+
+    def _follow_movability(self, movability: Movability, event: Event) -> None:
+        match event:
+            case ReplicaReady() if (replica := self.core.cluster.replicas.get(event.replica)) is not None:
+                report = self._engines.reports[event.replica]
+                movability.ask(replica.id, replica.model, url=report.url or "", api_key=report.api_key or "")
+            case ReplicaEnded():
+                movability.forget(event.replica)
 
     def _do(self, action: Action) -> None:
         match action:
@@ -243,19 +296,39 @@ class Controller:
             case PrefetchModel():
                 self._engines.prefetch(self.models[action.model])
                 self._watch.prefetch_ordered(action.model)
+            case MoveRequest():
+                self._order_move(action)
 
-    def _give_ticket(self, dispatch: Dispatch) -> None:
-        report = self._engines.reports[dispatch.replica]
+    def _order_move(self, action: MoveRequest) -> None:
+        """Tell whoever streams it. Later, as it may answer at once, and the core is still being obeyed."""
+        order = MoveOrder(action.source, self._ticket_of(action.request, action.target))
+        logger.info("event=move request=%s source=%s target=%s", action.request, action.source, action.target)
+        asyncio.get_running_loop().call_soon(self._hand_over, action.request, order)
+
+    def _hand_over(self, request: str, order: MoveOrder) -> None:
+        on_order = self._followers.get(request)
+        if on_order is not None:
+            on_order(order)
+        else:  # it has ended, or has not begun to be followed
+            self._tell(MoveFailed(request, order.target.replica, "nobody streams it"))
+
+    def _ticket_of(self, request: str, replica: str) -> Ticket:
+        """Of a request that the core knows, for a replica that is ready."""
+        report = self._engines.reports[replica]
         assert report.url is not None
         assert report.api_key is not None
-        ticket = Ticket(
-            request=dispatch.request,
-            replica=dispatch.replica,
-            model=self.core.requests[dispatch.request].facts.model,
+        known = self.core.requests[request]
+        return Ticket(
+            request=request,
+            replica=replica,
+            model=known.facts.model,
             url=report.url,
             api_key=report.api_key,
-            attempt=dispatch.attempt,
+            attempt=known.attempt,
         )
+
+    def _give_ticket(self, dispatch: Dispatch) -> None:
+        ticket = self._ticket_of(dispatch.request, dispatch.replica)
         future = self._waiting.get(dispatch.request)
         if future is not None and not future.done():
             future.set_result(ticket)

@@ -18,7 +18,7 @@ from sllm_vllm.router.core.events import (
     StartReplica,
 )
 from sllm_vllm.router.core.facts import StartSample
-from sllm_vllm.router.gate import Outcome, Ticket
+from sllm_vllm.router.gate import MoveReport, Outcome, Ticket
 
 START_KINDS = ("warm", "cold", "unknown")
 
@@ -50,6 +50,11 @@ class Counts:
         self.tokens: Counter[tuple[str, str]] = Counter()
         """By model and kind, prompt or output; as far as engines told."""
         self.rejections: Counter[str] = Counter()
+        self.moves: Counter[str] = Counter()
+        """By how they ended."""
+        self.held_s = Histogram(RouterMetric.MOVE_HELD_SECONDS.value.buckets)
+        self.num_filled = 0
+        """Tokens that targets computed anew in rounds."""
         self._models: set[str] = set()
         self._ordered_s: dict[str, float] = {}
         """Of replicas that are on their way."""
@@ -77,6 +82,13 @@ class Counts:
         self.requests[model, outcome.how] += 1
         self.tokens[model, "prompt"] += outcome.prompt_tokens or 0
         self.tokens[model, "output"] += outcome.output_tokens or 0
+
+    def note_move(self, report: MoveReport, *, outcome: str) -> None:
+        """A move has ended."""
+        self.moves[outcome] += 1
+        self.num_filled += report.num_filled
+        if outcome == "moved":
+            self.held_s.observe(report.held_s)
 
     def _started(self, replica: str, sample: StartSample | None, now_s: float) -> None:
         ordered_s = self._ordered_s.pop(replica, None)

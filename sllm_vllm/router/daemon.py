@@ -166,6 +166,7 @@ class RouterProcess:
             agent,
             waiting_max=self._config.server.waiting_max,
             directory=self._path.absolute().parent,
+            moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
             estimator=await asyncio.to_thread(read_estimates, path),
         )
         await controller.measure(self._config.models)
