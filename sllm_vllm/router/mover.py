@@ -63,6 +63,7 @@ class Mover:
         self._answer: asyncio.Task[EngineConnection] | None = None
         self._samples: list[tuple[int, float]] = []
         self._nbytes = 0
+        self._num_moved = 0
         self._migration: Migration | None = None
 
     async def run(self) -> None:
@@ -167,10 +168,10 @@ class Mover:
         self._nbytes += len(body)
         headers = for_engine(self._leg.asked.headers, shown=self._leg.asked.shown, api_key=self._target.api_key)
         self._answer = asyncio.get_running_loop().create_task(self._post(headers, body))
-        owned = sum(len(choice["token_ids"]) for choice in self._told[_RESUME]["choices"])
+        self._num_moved = sum(len(choice["token_ids"]) for choice in self._told[_RESUME]["choices"])
         try:
             async with asyncio.timeout(self._settings.switch_s_max):
-                return await self._wait_went_on(owned)
+                return await self._wait_went_on(self._num_moved)
         except TimeoutError:
             return Refused(f"the target did not go on within {self._settings.switch_s_max:g} s")
 
@@ -231,8 +232,8 @@ class Mover:
             return
         self._answer = None
         logger.info(
-            "event=moved request=%s source=%s target=%s rounds=%d tokens=%d bytes=%d held_ms=%.1f",
-            *(source.request, self._order.source, self._target.replica, report.num_rounds),
+            "event=moved request=%s source=%s target=%s tokens=%d rounds=%d computed=%d bytes=%d held_ms=%.1f",
+            *(source.request, self._order.source, self._target.replica, report.num_moved, report.num_rounds),
             *(report.num_filled, report.nbytes, report.held_s * 1000),
         )
         self._gate.moved(source, self._order, report)
@@ -251,4 +252,6 @@ class Mover:
     def _report(self, held_s: float) -> MoveReport:
         migration = self._migration
         num_rounds, num_filled = (migration.num_rounds, migration.num_filled) if migration is not None else (0, 0)
-        return MoveReport(num_rounds, num_filled, self._nbytes, held_s, samples=tuple(self._samples))
+        return MoveReport(
+            num_rounds, num_filled, self._num_moved, nbytes=self._nbytes, held_s=held_s, samples=tuple(self._samples)
+        )

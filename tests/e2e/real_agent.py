@@ -26,9 +26,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 @contextlib.asynccontextmanager
-async def warm_agent(directory: Path, *, slots: int = 2) -> AsyncIterator[NodeAgent]:
+async def warm_agent(directory: Path, *, slots: int = 2, migration: bool = False) -> AsyncIterator[NodeAgent]:
     """One whose parent is warm; its folder and its store are in ``directory``."""
-    config = NodeConfig(node_dir=directory / "node", store_dir=directory / "store", slots=slots)
+    folders = {"node_dir": directory / "node", "store_dir": directory / "store"}
+    config = NodeConfig(**folders, slots=slots, migration=migration)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVER_ENVIRONMENT.items():
             patch.setenv(name, value)

@@ -125,7 +125,7 @@ async def test_a_stream_goes_on_at_its_target() -> None:
     assert {event["created"] for event in client.events[:-1]} == {CREATED["a"]}
     assert one.b.fills == [27]
     (report,) = one.gate.moves
-    assert (report.num_rounds, report.num_filled) == (1, 27)
+    assert (report.num_rounds, report.num_filled, report.num_moved) == (1, 27, 17)
     assert report.nbytes > 100
     resumed = one.b.bodies[-1]
     assert json.loads(resumed["vllm_xargs"][KEY])["choices"][0]["token_ids"] == list(range(17))

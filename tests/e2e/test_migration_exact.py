@@ -1,0 +1,100 @@
+"""Requests that are moved between two real engines while their clients read give what they would have given unmoved."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from tests.conftest import ModelDir
+from tests.e2e.move_bench import MoveBench, move_bench
+from tests.e2e.resume_cases import CASES, SAMPLE, SEEDED, completion
+from tests.e2e.test_resume_exact import with_marks
+from tests.resumed import compare
+
+ARGUMENTS = (
+    *("--max-model-len", "1024", "--dtype", "float32", "--block-size", "32", "--max-num-seqs", "16"),
+    *("--reasoning-parser", "deepseek_r1", "--tool-call-parser", "hermes", "--enable-auto-tool-choice"),
+)
+SWITCHES = (1, 2, 17, 50, -1)
+"""Tokens that a client has when the move is ordered; -1: some before the last, so that the switch comes at the end."""
+LAST = 5
+NUM_MOVES = 20
+NUM_OTHERS = 8
+
+Told = dict[tuple[str, int, bool], str]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bench(model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MoveBench]:
+    directory = tmp_path_factory.mktemp("moves")
+    model = with_marks(model_dir("llama", dtype="float32"), directory / "model")
+    async with move_bench(directory, model, *ARGUMENTS) as made:
+        yield made
+
+
+async def problem_of(bench: MoveBench, name: str, at: int, *, stream: bool) -> str:
+    """What differs in a moved answer; empty if nothing does."""
+    path, body = CASES[name]
+    body = {**body, "stream": stream}
+    whole = await bench.whole(path, body)
+    longest = max(map(len, whole.token_ids))
+    at_tokens = max(0, longest - LAST) if at < 0 else min(at, max(0, longest - LAST))
+    moved, id_ = await bench.moved(path, body, [at_tokens])
+    try:
+        # Each engine looks into its own prefix cache first, so cached tokens are not the same on both.
+        for one in (whole, moved):
+            ((one.usage or {}).get("prompt_tokens_details") or {}).pop("cached_tokens", None)
+        compare(whole, moved)
+    except AssertionError as problem:
+        return str(problem)[:1500]
+    if bench.gate.of(bench.gate.moves, id_):
+        return ""
+    return "; ".join(bench.gate.of(bench.gate.refusals, id_)) or "it ended first"
+
+
+def is_wrong(problem: str) -> bool:
+    """A request that its source has answered first is answered right, too."""
+    return bool(problem) and problem not in {"it ended first", "its source was done first"}
+
+
+@pytest.mark.e2e
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_sample_of_requests_is_moved_unnoticed(bench: MoveBench) -> None:
+    """One test, not forty: each worker of the test run would start engines of its own."""
+    sample = [case for case in SAMPLE if case[0] in CASES]
+    told: Told = {case: await problem_of(bench, case[0], case[1], stream=case[2]) for case in sample}
+    assert {case: problem for case, problem in told.items() if is_wrong(problem)} == {}
+    assert sum(not problem for problem in told.values()) >= 0.8 * len(sample), told
+
+
+@pytest.mark.e2e_long
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", list(CASES))
+async def test_every_request_is_moved_unnoticed(bench: MoveBench, name: str, stream: bool) -> None:
+    told: Told = {(name, at, stream): await problem_of(bench, name, at, stream=stream) for at in SWITCHES}
+    assert {case: problem for case, problem in told.items() if is_wrong(problem)} == {}
+    assert any(not problem for problem in told.values()), told
+
+
+@pytest.mark.e2e
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_stream_that_moves_twenty_times_beside_eight_others_is_the_same(bench: MoveBench) -> None:
+    chance = random.Random(7)
+    path, body = completion(stream=True, max_tokens=800, **SEEDED)
+    whole = await bench.whole(path, body)
+    at = sorted(chance.sample(range(1, 760), NUM_MOVES))
+    others = [
+        completion(stream=True, max_tokens=800, temperature=1.0, seed=100 + number) for number in range(NUM_OTHERS)
+    ]
+    load = [asyncio.create_task(asyncio.to_thread(bench.routed.ask, *other)) for other in others]
+    moved, id_ = await bench.moved(path, body, at)
+    for one in load:
+        await one
+    assert moved.choices[0].parts == whole.choices[0].parts
+    assert moved.token_ids == whole.token_ids
+    assert len(bench.gate.of(bench.gate.moves, id_)) >= NUM_MOVES // 2, bench.gate.of(bench.gate.refusals, id_)
