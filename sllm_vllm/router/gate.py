@@ -85,9 +85,12 @@ class MoveOrder:
 
 @dataclass(frozen=True, slots=True)
 class MoveReport:
-    """What a move took, up to its end. ``num_filled``: tokens that the target computed in ``num_rounds``; ``num_moved``:
-    output tokens that it went on from; ``nbytes``: what went over the wire for it; ``held_s``: how long the client got nothing before the target's answer took over;
-    ``samples``: tokens that one round computed, and its seconds."""
+    """What a move took, up to its end.
+
+    ``num_filled``: tokens that the target computed in ``num_rounds``; ``num_moved``: output tokens that it went on
+    from; ``nbytes``: what went over the wire for it; ``held_s``: how long the client got nothing before the target's
+    answer took over; ``samples``: tokens that one round computed, and its seconds.
+    """
 
     num_rounds: int = 0
     num_filled: int = 0

@@ -42,11 +42,12 @@ class Replica:
     model: str
     node: str
     generation: int = 0
+    lineage: int = 0
     num_slots: int = 1
     state: ReplicaState = ReplicaState.ORDERED
     state_since_s: float = 0.0
     ongoing: set[str] = field(default_factory=set)
-    """Ids of requests."""
+    """Ids of requests, of those that are moving here, too."""
     ordered_s: float = 0.0
     ready_at_s: float = 0.0
     """When it should be ready, as predicted."""
@@ -58,6 +59,8 @@ class Replica:
     """Prefixes of its requests and when each came last, the most recent last; at most ``PREFIXES_MAX``."""
     is_pinned: bool = False
     """Not to be evicted: one of those its model must keep."""
+    is_movable: bool = False
+    """Requests can move there and away."""
 
 
 @dataclass(slots=True)

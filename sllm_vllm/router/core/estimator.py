@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from typing import Generic, TypeVar
 
-from sllm_vllm.router.core.facts import Estimate, ModelSpec, PrefillSample, StartSample, Term, Tier
+from sllm_vllm.router.core.facts import Estimate, ModelSpec, PrefillSample, ResumeSample, StartSample, Term, Tier
 
 SAMPLE_WEIGHTS = (1, 1, 2, 2, 3, 3, 4, 4)
 """The newest last. No one sample outweighs the others, however few there are; of eight, the newest three do."""
@@ -223,6 +223,7 @@ class Estimator:
         fixed_s = defaults.weights_fixed_s
         self._weights_lines = tuple(self._lines((1 / defaults.tier_bps[tier], fixed_s)) for tier in Tier)
         self._prefill = self._lines((defaults.prefill_token_s, defaults.prefill_fixed_s))
+        self._resume = self._lines((defaults.prefill_token_s, defaults.prefill_fixed_s))
 
     def observe_start(self, sample: StartSample) -> None:
         """Learn from a start that came to its end."""
@@ -238,6 +239,10 @@ class Estimator:
     def observe_prefill(self, sample: PrefillSample) -> None:
         """Learn from a first token that waited for nothing but its prefill."""
         _note_point(self._prefill, _keys(sample.model, sample.node), (sample.prompt_tokens, sample.seconds))
+
+    def observe_resume(self, sample: ResumeSample) -> None:
+        """Learn from a round of a move: so many tokens were computed at its target."""
+        _note_point(self._resume, _keys(sample.model, sample.node), (sample.num_tokens, sample.seconds))
 
     def observe_stop(self, model: str, node: str, seconds: float) -> None:
         """Learn from a stop: the seconds from its order until the slots were free."""
@@ -297,6 +302,12 @@ class Estimator:
             return line.at(prompt_tokens)
         return self.defaults.prefill_fixed_s + self.defaults.prefill_token_s * prompt_tokens
 
+    def resume_s(self, model: str, node: str, num_tokens: int) -> float:
+        """Until a request with so many tokens, prompt and output, goes on at a replica there: a (t_in + t_out) + b, as
+        ServerlessLLM has it (section 6). Before the first move it is what a prefill takes."""
+        line = self._resume.find(*_keys(model, node))
+        return self.prefill_s(model, node, num_tokens) if line is None else line.at(num_tokens)
+
     def stop_s(self, model: str, node: str) -> float:
         """From the order to stop until the slots are free."""
         stop = self._stop.find(*_keys(model, node))
@@ -335,6 +346,7 @@ class Estimator:
             "startup": self._startup,
             "nbytes": self._nbytes,
             "prefill": self._prefill,
+            "resume": self._resume,
         }
         for tier in Tier:
             word = tier.name.lower()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, StartSample, Tier
+from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, ResumeSample, StartSample, Tier
 
 # ------------------------------------------------------------------------------------------------------------ events
 
@@ -81,9 +81,10 @@ class FirstByte:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """It was answered, well or not; nothing more will be sent."""
+    """It was answered, well or not; nothing more will be sent. ``output_tokens``: if its engine told."""
 
     request: str
+    output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,43 @@ class ReplicaReady:
 
     replica: str
     sample: StartSample | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMovable:
+    """Its engine can, or can't, hand over and take over requests that run; as long as nobody knows it can't."""
+
+    replica: str
+    is_movable: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAsked:
+    """An operator wants a request to go on elsewhere; without a target wherever is best."""
+
+    request: str
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMoved:
+    """It runs on its target now. ``samples``: what getting there took."""
+
+    request: str
+    target: str
+    samples: tuple[ResumeSample, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFailed:
+    """It goes on where it was. ``is_lasting``: it can't be moved at all."""
+
+    request: str
+    target: str
+    reason: str
+    is_lasting: bool = False
+    samples: tuple[ResumeSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +180,10 @@ Event = (
     | RequestEnded
     | RequestFailed
     | ReplicaReady
+    | ReplicaMovable
+    | MoveAsked
+    | RequestMoved
+    | MoveFailed
     | ReplicaEnded
     | DrainAsked
     | UndrainAsked
@@ -191,6 +233,16 @@ class Dispatch:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveRequest:
+    """Have a request go on at another replica; it runs on meanwhile. ``RequestMoved`` or ``MoveFailed`` follows, unless
+    it ends first."""
+
+    request: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class RejectRequest:
     """Tell whoever waits that there will be no answer."""
 
@@ -208,4 +260,4 @@ class PrefetchModel:
     node: str
 
 
-Action = StartReplica | StopReplica | Dispatch | RejectRequest | PrefetchModel
+Action = StartReplica | StopReplica | Dispatch | MoveRequest | RejectRequest | PrefetchModel

@@ -40,6 +40,8 @@ class ModelSpec:
 
     name: str
     generation: int = 0
+    lineage: int = 0
+    """Requests may move between its engines, and to those of another generation if this is the same."""
     accelerators: int = 1
     min_replicas: int = 0
     max_replicas: int = 1
@@ -90,6 +92,16 @@ class PrefillSample:
     model: str
     node: str
     prompt_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeSample:
+    """What one prefill took that made a target ready for a request that moves to it."""
+
+    model: str
+    node: str
+    num_tokens: int
     seconds: float
 
 

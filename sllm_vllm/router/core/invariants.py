@@ -15,6 +15,7 @@ def validate(core: RouterCore) -> None:
     """Assert every invariant of a core. Looks at everything."""
     core.cluster.validate()
     core.queues.validate()
+    core.moves.validate()
     _validate_requests(core)
     _validate_models(core)
     _validate_pending(core)
@@ -33,7 +34,8 @@ def _validate_requests(core: RouterCore) -> None:
             assert all(len(one.ongoing) >= state.spec.ongoing_max for one in fit), f"{model}: somebody waits in vain"
     for replica in core.cluster.replicas.values():
         for request_id in replica.ongoing:
-            assert core.requests[request_id].replica == replica.id, f"{request_id} is not only on {replica.id}"
+            places = (core.requests[request_id].replica, core.requests[request_id].target)
+            assert replica.id in places, f"{request_id} is not on {replica.id}"
     for request_id, request in core.requests.items():
         assert request.attempt <= core.limits.attempts_max
         replica_id = request.replica

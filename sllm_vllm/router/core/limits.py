@@ -22,6 +22,18 @@ class ScalingLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveLimits:
+    """Requests that move between replicas. ``moves_max``: at once; ``per_target_max``: to one replica.
+    ``failures_max``: of one request; then it stays. ``pause_s``: after a failure, before it is tried again."""
+
+    is_on: bool = True
+    moves_max: int = 4
+    per_target_max: int = 2
+    failures_max: int = 2
+    pause_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class RouterLimits:
     """``waiting_max``: requests that wait, of all models. ``attempts_max``: replicas a request is sent to.
     ``story_max``: events and actions that are remembered."""
@@ -30,3 +42,4 @@ class RouterLimits:
     attempts_max: int = 2
     story_max: int = 20_000
     scaling: ScalingLimits = field(default_factory=ScalingLimits)
+    moves: MoveLimits = field(default_factory=MoveLimits)

@@ -20,17 +20,21 @@ from sllm_vllm.router.core.events import (
     FirstByte,
     ModelDeleted,
     ModelDeployed,
+    MoveAsked,
+    MoveFailed,
     NodeJoined,
     NodeLost,
     NodeReported,
     Refusal,
     RejectRequest,
     ReplicaEnded,
+    ReplicaMovable,
     ReplicaReady,
     RequestArrived,
     RequestEnded,
     RequestFailed,
     RequestGone,
+    RequestMoved,
     Ticked,
     UndrainAsked,
 )
@@ -39,6 +43,7 @@ from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.membership import Membership
 from sllm_vllm.router.core.model_state import ModelState, Request
+from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.scaling import Scaling
 from sllm_vllm.router.core.starving import fits_somewhere
@@ -75,6 +80,9 @@ class RouterCore:
         self.deployments = Deployments(
             self.scaling, self.models, self.queues, requests=self.requests, reject_deleted=self._reject_deleted
         )
+        self.moves = Moves(
+            self.limits.moves, self.scaling, models=self.models, requests=self.requests, touched=self._touched
+        )
         self._has_new_room = False
         """Slots, or idle replicas, that others could use."""
         self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
@@ -97,6 +105,8 @@ class RouterCore:
             self.scaling.consider(model, now_s)
         while self.scaling.resumed:
             self._serve(self.scaling.resumed.pop(), now_s)
+        if self.scaling.leaving:
+            self.moves.relieve(now_s)
         self.events.extend((now_s, action) for action in actions)
         return actions
 
@@ -111,6 +121,10 @@ class RouterCore:
         """Assert every invariant. Looks at everything: for tests and the simulator."""
         validate(self)
 
+    def why_not_move(self, request: str, target: str | None, now_s: float) -> str:
+        """Why ``MoveAsked`` would do nothing; empty if it would order a move."""
+        return self.moves.why_not(request, target, now_s)
+
     def story(self, name: str) -> list[tuple[float, Event | Action]]:
         """The last events and actions about a request, replica, model or node, oldest first."""
         return [(at_s, what) for at_s, what in self.events if is_about(what, name)]
@@ -123,7 +137,10 @@ class RouterCore:
                 self._request_arrived(event.facts, now_s)
             case FirstByte():
                 self._first_byte(event.request, now_s)
-            case RequestEnded() | RequestGone():
+            case RequestEnded():
+                self._learn_pace(event, now_s)
+                self._request_ended(event.request, now_s)
+            case RequestGone():
                 self._request_ended(event.request, now_s)
             case RequestFailed():
                 self._request_failed(event, now_s)
@@ -131,6 +148,9 @@ class RouterCore:
                 self._replica_ready(event, now_s)
             case ReplicaEnded():
                 self._replica_ended(event, now_s)
+            case ReplicaMovable() | MoveAsked() | RequestMoved() | MoveFailed():
+                self.moves.record(event, now_s)
+                self._has_new_room = True
             case Ticked():
                 self._ticked(now_s)
             case _:
@@ -151,6 +171,7 @@ class RouterCore:
                 self.membership.reported(event)
             case NodeLost():
                 for replica in self.membership.lost(event.node, now_s):
+                    self.moves.target_gone(replica)
                     self._samples.pop(replica.id, None)
                     self.suspects.discard(replica.id)
             case DrainAsked():
@@ -220,7 +241,7 @@ class RouterCore:
         request = self.requests.get(request_id)
         if request is None or request.replica is None or request.is_answered:
             return
-        request.is_answered = True
+        request.is_answered, request.answered_s = True, now_s
         replica = self.cluster.replicas.get(request.replica)
         if replica is None:
             return
@@ -232,11 +253,18 @@ class RouterCore:
         if sample is not None and replica.ready_s is not None:
             self.scaling.came_true(replica.id, sample, prefill_s, ready_s=replica.ready_s)
 
+    def _learn_pace(self, event: RequestEnded, now_s: float) -> None:
+        request = self.requests.get(event.request)
+        state = None if request is None else self.models.get(request.facts.model)
+        if request is not None and state is not None and event.output_tokens and request.is_answered:
+            state.generated(event.output_tokens, now_s - request.answered_s)
+
     def _request_ended(self, request_id: str, now_s: float) -> None:
         request = self.requests.pop(request_id, None)
         if request is None:
             return
         self._touched[request.facts.model] = None
+        self.moves.called_off(request, now_s)
         if request.replica is None:
             self.queues.remove(request_id)
             return
@@ -265,6 +293,7 @@ class RouterCore:
         if request is None or request.replica is None:
             return
         facts, state = request.facts, self.models.get(request.facts.model)
+        self.moves.called_off(request, now_s)
         self.suspects.add(request.replica, now_s)
         request.away_s += now_s - request.dispatched_s
         self._leave_replica(event.request, request, now_s)
@@ -304,6 +333,7 @@ class RouterCore:
         self.suspects.discard(event.replica)
         if replica is None:
             return
+        self.moves.target_gone(replica)
         self._has_new_room = True
         self._touched[replica.model] = None
         self.scaling.pin(replica.model)

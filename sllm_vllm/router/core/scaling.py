@@ -51,6 +51,8 @@ class Scaling:
         self.actions: list[Action] = []
         self.resumed: list[str] = []
         """Models whose replicas take requests again, for whoever dispatches."""
+        self.leaving: dict[str, None] = {}
+        """Models that have, or had, a replica that drains, for whoever moves requests."""
 
     # ---------------------------------------------------------------------------------------------------- wanting
 
@@ -238,6 +240,7 @@ class Scaling:
                 id=pending.replica,
                 model=pending.model,
                 generation=pending.generation,
+                lineage=self._models[pending.model].spec.lineage,
                 node=pending.plan.node,
                 num_slots=pending.num_slots,
                 state_since_s=now_s,
@@ -298,6 +301,7 @@ class Scaling:
         if replica.state is not ReplicaState.READY:
             return
         self.cluster.set_state(replica_id, ReplicaState.DRAINING, now_s)
+        self.leaving[replica.model] = None
         if not replica.ongoing:
             self.stop(replica_id, "drained", now_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sllm_vllm.router.core.events import Action, Event
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
 
-_FIELDS = ("request", "replica", "model", "node", "target")
+_FIELDS = ("request", "replica", "model", "node", "target", "source")
 
 
 def is_about(what: Event | Action, name: str) -> bool:

@@ -16,17 +16,22 @@ from sllm_vllm.router.core.events import (
     FirstByte,
     ModelDeleted,
     ModelDeployed,
+    MoveAsked,
+    MoveFailed,
+    MoveRequest,
     NodeJoined,
     NodeLost,
     NodeReported,
     PrefetchModel,
     RejectRequest,
     ReplicaEnded,
+    ReplicaMovable,
     ReplicaReady,
     RequestArrived,
     RequestEnded,
     RequestFailed,
     RequestGone,
+    RequestMoved,
     StartReplica,
     StopReplica,
     Ticked,
@@ -61,6 +66,10 @@ class RouterBench:
         self.stopping: dict[str, str] = {}
         self.lost: dict[str, None] = {}
         """Requests on a replica that is gone, whose ingress has not noticed."""
+        self.moving: dict[str, MoveRequest] = {}
+        """By request: orders that nobody has answered yet."""
+        self.is_movable = True
+        """Of replicas that become ready from now on."""
         self.drained: set[str] = set()
         """Nodes that take no starts."""
         self.dispatched: deque[str] = deque(maxlen=1000)
@@ -108,6 +117,8 @@ class RouterBench:
         self.now_s += seconds
         sample = StartSample(ordered.model, ordered.node, True, Tier.DISK, 1 << 20, 0.3, 0.4, 0.3)
         self.tell(ReplicaReady(replica, sample))
+        if self.is_movable:
+            self.tell(ReplicaMovable(replica, is_movable=True))
         return replica
 
     def fail_start(self, replica: str | None = None, reason: str = "exited with status 1") -> None:
@@ -136,19 +147,34 @@ class RouterBench:
         self.drained.discard(node)
         self.tell(UndrainAsked(node))
 
+    def move(self, request: str) -> None:
+        """A move that was ordered comes to its end: the target may be gone, which is noticed later."""
+        order = self.moving.pop(request)
+        self.books.running[request] = order.target
+        self.lost.pop(request, None)
+        if order.target not in self.core.cluster.replicas:
+            self.lost[request] = None
+        self.tell(RequestMoved(request, order.target))
+
+    def fail_move(self, request: str, *, is_lasting: bool = False) -> None:
+        order = self.moving.pop(request)
+        self.tell(MoveFailed(request, order.target, "refused", is_lasting=is_lasting))
+
     def answer(self, request: str) -> None:
         self.tell(FirstByte(request))
 
     def end(self, request: str) -> None:
         del self.books.running[request]
+        self.moving.pop(request, None)
         self.lost.pop(request, None)
         self.books.ended.add(request)
-        self.tell(RequestEnded(request))
+        self.tell(RequestEnded(request, output_tokens=7))
 
     def leave(self, request: str) -> None:
         """The client goes away."""
         if self.books.running.pop(request, None) is None:
             del self.books.waiting[request]
+        self.moving.pop(request, None)
         self.lost.pop(request, None)
         self.books.ended.add(request)
         self.tell(RequestGone(request))
@@ -156,6 +182,7 @@ class RouterBench:
     def notice(self, request: str) -> None:
         """The ingress notices that its engine failed before a byte."""
         self.lost.pop(request, None)
+        self.moving.pop(request, None)
         del self.books.running[request]
         self.books.waiting[request] = None
         self.tell(RequestFailed(request, "connection reset"))
@@ -178,6 +205,11 @@ class RouterBench:
                 assert self.ready[action.replica] not in self.drained, f"{action.request} goes to a drained node"
                 self.books.running[action.request] = action.replica
                 self.dispatched.append(action.request)
+            case MoveRequest():
+                assert self.books.running[action.request] == action.source
+                assert action.target in self.ready, f"{action.request} moves to {action.target}, which is not ready"
+                assert action.request not in self.moving, f"{action.request} moves twice"
+                self.moving[action.request] = action
             case RejectRequest():
                 del self.books.waiting[action.request]
                 assert action.reason
@@ -216,6 +248,7 @@ def deploy_randomly(bench: RouterBench, model: str, chance: random.Random) -> No
     bench.deploy(
         model,
         generation=chance.randint(0, 1),
+        lineage=chance.choice((0, 0, 1)),
         accelerators=chance.choice((1, 1, 1, 2)),
         min_replicas=chance.choice((0, 0, 0, 1)),
         max_replicas=chance.choice((1, 2, 3)),
@@ -241,6 +274,11 @@ WEIGHTS = {
     "notice": 6,
     "node": 0.5,
     "drain": 0.5,
+    "drain one": 0.5,
+    "ask move": 2,
+    "move": 12,
+    "fail move": 3,
+    "late move": 1,
     "deploy": 0.5,
 }
 
@@ -254,7 +292,10 @@ def step(bench: RouterBench, models: list[str], chance: random.Random) -> None:
         change_nodes(bench, chance)
     elif kind == "drain":
         drain_or_undrain(bench, chance)
+    elif kind in ("drain one", "ask move", "late move"):
+        order_something(bench, kind, chance)
     elif kind == "deploy":
+        bench.is_movable = chance.random() < 0.8
         model = chance.choice(models)
         if chance.random() < 0.3:
             bench.tell(ModelDeleted(model))
@@ -274,6 +315,8 @@ def happen(bench: RouterBench, kind: str, chance: random.Random) -> bool:
         "end": (running, bench.end),
         "answer": (running, bench.answer),
         "leave": ([*books.waiting, *books.running], bench.leave),
+        "move": (list(bench.moving), bench.move),
+        "fail move": (list(bench.moving), lambda name: bench.fail_move(name, is_lasting=chance.random() < 0.3)),
         "crash": (list(bench.ready), bench.crash),
         "notice": (list(bench.lost), bench.notice),
         "tick": ([], bench.notice),
@@ -282,6 +325,23 @@ def happen(bench: RouterBench, kind: str, chance: random.Random) -> bool:
     if names:
         do(chance.choice(names))
     return bool(names)
+
+
+def order_something(bench: RouterBench, kind: str, chance: random.Random) -> None:
+    """Of an operator, who may ask for anything; or a word that comes too late."""
+    requests = [*bench.books.running, *bench.books.waiting, "r0"]
+    request, replica = chance.choice(requests), chance.choice([*bench.ready, "nobody"])
+    if kind == "drain one":
+        bench.tell(DrainAsked(replica))
+    elif kind == "ask move":
+        target = chance.choice((None, replica))
+        is_possible = not bench.core.why_not_move(request, target, bench.now_s)
+        ordered = [one for one in bench.tell(MoveAsked(request, target)) if isinstance(one, MoveRequest)]
+        assert is_possible == any(one.request == request for one in ordered)
+    else:
+        order = bench.moving.get(request)
+        if order is None or order.target != replica:
+            bench.tell(chance.choice((RequestMoved(request, replica), MoveFailed(request, replica, "late"))))
 
 
 def _drop(name: str) -> None:
@@ -316,10 +376,12 @@ def lose(bench: RouterBench, node: str) -> None:
 
 def settle(bench: RouterBench) -> None:
     """Let everything come to its end: whoever waits is served or told."""
-    for _ in range(2000):
+    for _ in range(3000):
         running = [name for name in bench.books.running if name not in bench.lost]
         if bench.lost:
             bench.notice(next(iter(bench.lost)))
+        elif bench.moving:
+            bench.move(next(iter(bench.moving)))
         elif bench.stopping:
             bench.stopped()
         elif bench.starting:

@@ -1,0 +1,217 @@
+"""Which request moves where, and when: off replicas that are to end, to others of their model. Pure.
+
+``RouterCore``'s part about live migration.
+
+One rule serves an operator's drain, a model that is changed, and slots that another model needs: a request on a
+DRAINING replica moves as soon as a READY one of the same lineage has room. While it moves it has a place on both, so
+that no room is promised twice, and its target neither idle nor anybody's victim.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
+from sllm_vllm.router.core.dispatch import choose_replica
+from sllm_vllm.router.core.events import MoveAsked, MoveFailed, MoveRequest, ReplicaMovable, RequestMoved
+from sllm_vllm.router.core.limits import MoveLimits
+from sllm_vllm.router.core.model_state import ModelState, Request
+from sllm_vllm.router.core.scaling import Scaling
+
+TARGETS_MAX = 8
+"""Replicas that are looked at for one request, those with the fewest requests first."""
+
+
+class Moves:
+    """Requests that move, and those that will have to. ``touched`` gets models whose replicas have room now."""
+
+    def __init__(
+        self,
+        limits: MoveLimits,
+        scaling: Scaling,
+        *,
+        models: Mapping[str, ModelState],
+        requests: Mapping[str, Request],
+        touched: dict[str, None],
+    ) -> None:
+        self.limits = limits
+        self.moving: dict[str, str] = {}
+        """Target by request."""
+        self._scaling = scaling
+        self._cluster: Cluster = scaling.cluster
+        self._models = models
+        self._requests = requests
+        self._touched = touched
+        self._to: Counter[str] = Counter()
+        """Requests that move to a replica."""
+
+    def record(self, event: ReplicaMovable | MoveAsked | RequestMoved | MoveFailed, now_s: float) -> None:
+        """Take note of what happened; names that nobody knows any more are passed over."""
+        match event:
+            case ReplicaMovable():
+                if (replica := self._cluster.replicas.get(event.replica)) is not None:
+                    replica.is_movable = event.is_movable  # no index knows it
+            case MoveAsked():
+                self._ask(event.request, event.target, now_s)
+            case RequestMoved():
+                self._moved(event, now_s)
+            case MoveFailed():
+                self._failed(event, now_s)
+
+    # ---------------------------------------------------------------------------------------------------- ordering
+
+    def relieve(self, now_s: float) -> None:
+        """Move what can move off replicas that are to end."""
+        if not self.limits.is_on:
+            return
+        for model in list(self._scaling.leaving):
+            leaving = self._cluster.replicas_of(model, ReplicaState.DRAINING)
+            if not leaving:
+                del self._scaling.leaving[model]
+                continue
+            for replica in leaving:
+                self._relieve(replica, now_s)
+
+    def _ask(self, request_id: str, target: str | None, now_s: float) -> None:
+        """An operator wants it; nothing happens if it can't be."""
+        if not self.why_not(request_id, target, now_s):
+            request = self._requests[request_id]
+            found = self._target_of(request) if target is None else self._cluster.replicas[target]
+            assert found is not None
+            self._order(request, found, now_s)
+
+    def why_not(self, request_id: str, target: str | None, now_s: float) -> str:
+        """Why an operator's wish would come to nothing; empty if it would order a move."""
+        request = self._requests.get(request_id)
+        if not self.limits.is_on:
+            return "moving requests is switched off"
+        if request is None or request.replica not in self._cluster.replicas:
+            return "no replica has it"
+        if problem := self._why_request_stays(request, now_s):
+            return problem
+        if len(self.moving) >= self.limits.moves_max:
+            return f"{self.limits.moves_max} requests move already"
+        if target is None:
+            return "" if self._target_of(request) is not None else "no other replica of its model can take it now"
+        found = self._cluster.replicas.get(target)
+        return f"there is no replica {target}" if found is None else self._why_no_target(request, found)
+
+    def may_move(self, request_id: str, now_s: float) -> bool:
+        """Whether it could be ordered to move, if it had a target."""
+        return not self._why_request_stays(self._requests[request_id], now_s)
+
+    def _relieve(self, replica: Replica, now_s: float) -> None:
+        for request_id in sorted(replica.ongoing):
+            if len(self.moving) >= self.limits.moves_max:
+                return
+            request = self._requests[request_id]
+            if request.replica != replica.id or self._why_request_stays(request, now_s):
+                continue
+            target = self._target_of(request)
+            if target is not None:
+                self._order(request, target, now_s)
+
+    def _why_request_stays(self, request: Request, now_s: float) -> str:
+        source = self._cluster.replicas.get(request.replica or "")
+        if source is None or not source.is_movable:
+            return "its engine hands over no requests"
+        if request.target is not None:
+            return f"it is moving to {request.target} already"
+        if request.stays:
+            return "it can't be moved"
+        return "its last move has only just failed" if now_s < request.move_after_s else ""
+
+    def _target_of(self, request: Request) -> Replica | None:
+        least = self._cluster.least_busy(request.facts.model, TARGETS_MAX)
+        fit = [one for one in least if not self._why_no_target(request, one)]
+        return choose_replica(fit, request.facts.prefix)
+
+    def _why_no_target(self, request: Request, target: Replica) -> str:
+        source = self._cluster.replicas[request.replica or ""]
+        state = self._models.get(target.model)
+        if target.id == source.id:
+            return f"it is on {target.id} already"
+        if target.model != source.model or target.lineage != source.lineage:
+            return f"{target.id} would answer otherwise"
+        if target.state is not ReplicaState.READY or not target.is_movable or state is None:
+            return f"{target.id} takes over no requests"
+        if len(target.ongoing) >= state.spec.ongoing_max or self._to[target.id] >= self.limits.per_target_max:
+            return f"{target.id} has no room"
+        return ""
+
+    def _order(self, request: Request, target: Replica, now_s: float) -> None:
+        assert request.replica is not None
+        request.target = self.moving[request.facts.id] = target.id
+        self._to[target.id] += 1
+        self._cluster.begin_request(target.id, request.facts.id, prefix=request.facts.prefix, now_s=now_s)
+        self._scaling.actions.append(MoveRequest(request.facts.id, request.replica, target.id))
+
+    # ------------------------------------------------------------------------------------------------------ its end
+
+    def _moved(self, event: RequestMoved, now_s: float) -> None:
+        """It runs at its target, which may have ended since."""
+        self._learn(event)
+        request = self._requests.get(event.request)
+        if request is None or request.target != event.target:
+            return
+        source = request.replica
+        self._forget(request)
+        request.replica = event.target
+        self._leave(source, request, now_s)
+
+    def _failed(self, event: MoveFailed, now_s: float) -> None:
+        """It goes on where it was."""
+        self._learn(event)
+        request = self._requests.get(event.request)
+        if request is None or request.target != event.target:
+            return
+        request.num_move_failures += 1
+        request.stays = event.is_lasting or request.num_move_failures >= self.limits.failures_max
+        request.move_after_s = now_s + self.limits.pause_s
+        self.called_off(request, now_s)
+
+    def called_off(self, request: Request, now_s: float) -> None:
+        """It ends, or its move does: its place at the target is free."""
+        if request.target is not None:
+            target = request.target
+            self._forget(request)
+            self._leave(target, request, now_s)
+
+    def target_gone(self, target: Replica) -> None:
+        """Requests that moved there stay where they are; whoever moves them will notice, too."""
+        for request_id in target.ongoing:
+            request = self._requests.get(request_id)
+            if request is not None and request.target == target.id:
+                self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        assert request.target is not None
+        self._to[request.target] -= 1
+        if not self._to[request.target]:
+            del self._to[request.target]
+        del self.moving[request.facts.id]
+        request.target = None
+
+    def _leave(self, replica_id: str | None, request: Request, now_s: float) -> None:
+        """It has a place there no more."""
+        self._touched[request.facts.model] = None
+        replica = self._cluster.replicas.get(replica_id or "")
+        if replica is None or request.facts.id not in replica.ongoing:
+            return
+        self._cluster.end_request(replica.id, request.facts.id, now_s)
+        if not replica.ongoing:
+            self._scaling.became_idle(replica, now_s)
+
+    def _learn(self, event: RequestMoved | MoveFailed) -> None:
+        for sample in event.samples:
+            self._scaling.estimator.observe_resume(sample)
+
+    def validate(self) -> None:
+        """Assert what must hold of moves."""
+        assert len(self.moving) <= self.limits.moves_max
+        assert self.moving == {name: one.target for name, one in self._requests.items() if one.target is not None}
+        assert self._to == Counter(self.moving.values())
+        assert all(num <= self.limits.per_target_max for num in self._to.values())
+        for request_id, target in self.moving.items():
+            assert request_id in self._cluster.replicas[target].ongoing, f"{request_id} has no place at {target}"
