@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,27 @@ def test_wrong_environment_is_refused(environment: object, problem: str) -> None
 def test_a_model_is_as_the_core_knows_it() -> None:
     config = model(engine_arguments={"tensor-parallel-size": 2}, keep_alive="10m", ongoing_max=4, queue_timeout=5)
     expected = ModelSpec("m", 7, accelerators=2, keep_alive_s=600.0, target_ongoing=4, ongoing_max=4, queue_s_max=5.0)
-    assert config.spec(7) == expected
-    assert model().spec(0) == ModelSpec("m")
+    assert replace(config.spec(7), lineage=0) == expected
+    assert replace(model().spec(0), lineage=0) == ModelSpec("m")
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_same"),
+    [
+        ({"engine_arguments": ["--dtype", "float16"]}, True),
+        ({"engine_arguments": {"dtype": "float16", "max-num-seqs": 8}}, True),
+        ({"engine_arguments": ["--max_num_seqs=8", "--dtype=float16", "--gpu-memory-utilization", 0.5]}, True),
+        ({"engine_arguments": ["--dtype", "float32"]}, False),
+        ({"engine_arguments": ["--dtype", "float16", "--kv-cache-dtype", "fp8"]}, False),
+        ({"engine_arguments": ["--dtype", "float16"], "revision": "v2"}, False),
+        ({"engine_arguments": ["--dtype", "float16"], "environment": {"VLLM_USE_V2": 1}}, False),
+    ],
+)
+def test_requests_move_between_engines_that_differ_in_nothing_that_answers(
+    changed: dict[str, object], is_same: bool
+) -> None:
+    before, after = model(engine_arguments=["--dtype=float16"]), model(**changed)
+    assert (before.spec(0).lineage == after.spec(0).lineage) is is_same
 
 
 def test_accelerators_that_are_said_count_more_than_the_arguments() -> None:

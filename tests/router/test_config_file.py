@@ -74,7 +74,7 @@ def test_a_large_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing", "null", "- a", "text"])
 def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
-    said = "it has to be a mapping of sections: keys, server, node, store, defaults, models"
+    said = "it has to be a mapping of sections: keys, server, node, store, migration, defaults, models"
     assert refusal(text, tmp_path / "a.yaml") == said
 
 
@@ -92,8 +92,8 @@ def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
         ("store: {dir: 5}", "store.dir: unknown key; known: directory, socket"),
         ("keys: {client: 5}", "keys.client: unknown key; did you mean `clients`?"),
         ("keys: {clients: [{fil: a, env: A}]}", "keys.clients[0].fil: unknown key; did you mean `file`?"),
-        ('"a\\nb": 1', "a?b: unknown key; known: keys, server, node, store, defaults, models"),
-        ("x" * 100 + ": 1", "x" * 80 + "…: unknown key; known: keys, server, node, store, defaults, models"),
+        ('"a\\nb": 1', "a?b: unknown key; known: keys, server, node, store, migration, defaults, models"),
+        ("x" * 100 + ": 1", "x" * 80 + "…: unknown key; known: keys, server, node, store, migration, defaults, models"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, problem: str, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""Requests that are moved while a client reads: every row of the failure table, over real sockets.
-
-In each of them the client gets a whole and right answer, or one clean error.
+"""Requests that are moved while a client reads: every row of the failure table, over real sockets. In
+each the client gets a whole and right answer, or one clean error.
 """
 
 from __future__ import annotations

@@ -53,14 +53,13 @@ class Replica:
     """When it should be ready, as predicted."""
     ready_s: float | None = None
     """When it was."""
-    idle_since_s: float | None = None
-    """None while it is busy or not READY."""
+    idle_since_s: float | None = None  # while it is busy or not READY
     prefixes: dict[str, float] = field(default_factory=dict)
     """Prefixes of its requests and when each came last, the most recent last; at most ``PREFIXES_MAX``."""
     is_pinned: bool = False
     """Not to be evicted: one of those its model must keep."""
     is_movable: bool = False
-    """Requests can move there and away."""
+    """Requests can move here and away; no index knows it."""
 
 
 @dataclass(slots=True)

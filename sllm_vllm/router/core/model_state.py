@@ -108,6 +108,14 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """All models that are deployed, and all requests that were not answered. ``RouterCore`` changes both."""
+
+    models: dict[str, ModelState] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What a start was expected to take, and then took; times are the events' clock."""
 

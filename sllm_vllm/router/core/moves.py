@@ -10,13 +10,12 @@ that no room is promised twice, and its target neither idle nor anybody's victim
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.dispatch import choose_replica
 from sllm_vllm.router.core.events import MoveAsked, MoveFailed, MoveRequest, ReplicaMovable, RequestMoved
 from sllm_vllm.router.core.limits import MoveLimits
-from sllm_vllm.router.core.model_state import ModelState, Request
+from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.scaling import Scaling
 
 TARGETS_MAX = 8
@@ -26,22 +25,14 @@ TARGETS_MAX = 8
 class Moves:
     """Requests that move, and those that will have to. ``touched`` gets models whose replicas have room now."""
 
-    def __init__(
-        self,
-        limits: MoveLimits,
-        scaling: Scaling,
-        *,
-        models: Mapping[str, ModelState],
-        requests: Mapping[str, Request],
-        touched: dict[str, None],
-    ) -> None:
+    def __init__(self, limits: MoveLimits, scaling: Scaling, picture: Picture, *, touched: dict[str, None]) -> None:
         self.limits = limits
         self.moving: dict[str, str] = {}
         """Target by request."""
         self._scaling = scaling
         self._cluster: Cluster = scaling.cluster
-        self._models = models
-        self._requests = requests
+        self._models = picture.models
+        self._requests = picture.requests
         self._touched = touched
         self._to: Counter[str] = Counter()
         """Requests that move to a replica."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
@@ -58,6 +59,15 @@ class StartEstimator(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Relocation:
+    """A replica of a victim's model, started elsewhere for its requests: ServerlessLLM's way (section 5)."""
+
+    model: str
+    node: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A start that is possible. ``estimate`` is down to the first token of the first request."""
 
@@ -70,6 +80,8 @@ class Plan:
     """Replicas to stop."""
     moved: tuple[str, ...] = ()
     """Requests to migrate before that."""
+    relocations: tuple[Relocation, ...] = ()
+    """Replicas to start for them."""
     loss_s: float = 0.0
     """Startup that its victims are expected to cost later."""
 
@@ -82,19 +94,27 @@ def _no_room(replica: Replica) -> int:
     return 0
 
 
+def _no_spec(replica: Replica) -> ModelSpec | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What may give way for a start, and what that costs. Pinned replicas never do.
 
     ``keep_value``: seconds that stopping an idle replica is expected to cost later. ``resume_s``: until a request that
-    is moved goes on elsewhere; None: none is moved. ``room``: how many more requests a replica could take. ``k``: nodes
-    looked at for a kind of plan. ``slack_s``: as ``best_plan`` has it.
+    is moved goes on elsewhere; None: none is moved. ``may_empty``: whether all requests of a busy replica could be
+    moved. ``room``: how many more requests a replica could take. ``spec_of``: the model of a busy replica, if one of it
+    may be started elsewhere in its place; else None. ``k``: nodes looked at for a kind of plan. ``slack_s``: as
+    ``best_plan`` has it.
     """
 
     keep_value: Callable[[Replica], float]
     may_evict: Callable[[Replica], bool] = _always
     resume_s: Callable[[str], float] | None = None
+    may_empty: Callable[[Replica], bool] = _always
     room: Callable[[Replica], int] = _no_room
+    spec_of: Callable[[Replica], ModelSpec | None] = _no_spec
     k: int = 8
     slack_s: float = SLACK_S
 
@@ -200,6 +220,9 @@ class _Planner:
         return self._plan(PlanKind.EVICT, node, _queued(estimate, self._stop_s(node, victims)), victims=victims)
 
     def _migration(self, node: str, sooner_than_s: float, *, resume_s: Callable[[str], float]) -> Plan | None:
+        estimate = self._estimate(node)
+        if estimate.total_s >= sooner_than_s:
+            return None
         busy = [
             Victim(replica.id, replica.num_slots, sum(resume_s(request) for request in replica.ongoing))
             for replica in self._cluster.nodes[node].replicas.values()
@@ -209,12 +232,47 @@ class _Planner:
         if victims is None:
             return None
         replicas = [self._cluster.replicas[victim] for victim in victims]
+        relocations = self._relocations(replicas)
         moved = tuple(sorted(request for replica in replicas for request in replica.ongoing))
-        give_way_s = sum(resume_s(request) for request in moved) + self._stop_s(node, victims)
-        estimate = _queued(self._estimate(node), give_way_s)
-        if estimate.total_s >= sooner_than_s or not self._has_room_for(replicas):
+        if relocations is None or not moved:
             return None
-        return self._plan(PlanKind.MIGRATE, node, estimate, victims=victims, moved=moved)
+        start_s = max((one.estimate.total_s for one in relocations), default=0.0)
+        give_way_s = start_s + sum(resume_s(request) for request in moved) + self._stop_s(node, victims)
+        estimate = _queued(estimate, give_way_s)
+        if estimate.total_s >= sooner_than_s:
+            return None
+        return self._plan(
+            PlanKind.MIGRATE, node, estimate, victims=victims, moved=moved, relocations=tuple(relocations)
+        )
+
+    def _relocations(self, leaving: Sequence[Replica]) -> list[Relocation] | None:
+        """Replicas to be started for the requests of those that leave, where those that are there have no room; None if
+        there is no place for one. Each on free slots of another node, where it would be ready first."""
+        found: list[Relocation] = []
+        taken: dict[str, int] = {}
+        placed: Counter[str] = Counter()  # requests by model, on replicas that are there
+        for replica in leaving:
+            num_placed = placed[replica.model] + len(replica.ongoing)
+            if not replica.ongoing or self._num_room(replica, leaving) >= num_placed:
+                placed[replica.model] = num_placed
+                continue
+            spec = self._rules.spec_of(replica)
+            one = None if spec is None else self._relocation(spec, replica, taken)
+            if one is None:
+                return None
+            found.append(one)
+            taken[one.node] = taken.get(one.node, 0) + replica.num_slots
+        return found if len({one.model for one in found}) == len(found) else None
+
+    def _relocation(self, spec: ModelSpec, replica: Replica, taken: Mapping[str, int]) -> Relocation | None:
+        nodes = [
+            node
+            for node in self._cluster.candidates(spec.name, spec.accelerators, max(1, self._rules.k // 2))
+            if node != replica.node and self._cluster.nodes[node].num_open - taken.get(node, 0) >= spec.accelerators
+        ]
+        starts = [(self._estimate(node, spec), node) for node in nodes]
+        best = min(starts, key=lambda start: (start[0].total_s, start[1]), default=None)
+        return None if best is None else Relocation(spec.name, best[1], best[0])
 
     def _idle_victims(self, node: str) -> list[Victim]:
         return [
@@ -237,29 +295,24 @@ class _Planner:
             is_busy
             and replica.model != self._spec.name
             and self._rules.may_evict(replica)
-            and self._has_room_for([replica])
+            and self._rules.may_empty(replica)
         )
 
-    def _has_room_for(self, leaving: Sequence[Replica]) -> bool:
-        """Whether READY replicas of the same models on other nodes can take the requests of those that leave."""
-        num_moved: dict[str, int] = {}
-        for replica in leaving:
-            num_moved[replica.model] = num_moved.get(replica.model, 0) + len(replica.ongoing)
-        return all(self._num_room(model, leaving[0].node) >= num for model, num in num_moved.items())
+    def _num_room(self, replica: Replica, leaving: Sequence[Replica]) -> int:
+        """Requests that READY replicas of its model can take, but for those that leave."""
+        others = self._cluster.least_busy(replica.model, ROOM_REPLICAS_MAX)
+        fit = [one for one in others if one not in leaving and one.lineage == replica.lineage]
+        return sum(max(0, self._rules.room(one)) for one in fit)
 
-    def _num_room(self, model: str, node: str) -> int:
-        others = self._cluster.least_busy(model, ROOM_REPLICAS_MAX)
-        return sum(max(0, self._rules.room(other)) for other in others if other.node != node)
-
-    def _estimate(self, node_id: str) -> Estimate:
-        """Queued behind the node's loads."""
-        node = self._cluster.nodes[node_id]
+    def _estimate(self, node_id: str, other: ModelSpec | None = None) -> Estimate:
+        """Queued behind the node's loads; of another model up to its first token."""
+        node, spec = self._cluster.nodes[node_id], other or self._spec
         return self._estimator.estimate_start(
-            self._spec,
+            spec,
             node_id,
-            node.tiers.get(self._spec.name, Tier.REMOTE),
+            node.tiers.get(spec.name, Tier.REMOTE),
             is_warm=node.is_warm,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self._prompt_tokens if other is None else 0,
             queue_s=max(0.0, node.load_until_s - self._now_s),
         )
 
@@ -271,11 +324,22 @@ class _Planner:
         *,
         victims: tuple[str, ...] = (),
         moved: tuple[str, ...] = (),
+        relocations: tuple[Relocation, ...] = (),
     ) -> Plan:
         node = self._cluster.nodes[node_id]
         tier = node.tiers.get(self._spec.name, Tier.REMOTE)
         loss_s = sum(self._rules.keep_value(self._cluster.replicas[victim]) for victim in victims)
-        return Plan(kind, node_id, tier, node.is_warm, estimate=estimate, victims=victims, moved=moved, loss_s=loss_s)
+        return Plan(
+            kind,
+            node_id,
+            tier,
+            node.is_warm,
+            estimate=estimate,
+            victims=victims,
+            moved=moved,
+            relocations=relocations,
+            loss_s=loss_s,
+        )
 
 
 def _queued(estimate: Estimate, seconds: float) -> Estimate:

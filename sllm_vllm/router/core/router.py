@@ -42,7 +42,7 @@ from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, RequestFacts, 
 from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.membership import Membership
-from sllm_vllm.router.core.model_state import ModelState, Request
+from sllm_vllm.router.core.model_state import ModelState, Picture, Request
 from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.scaling import Scaling
@@ -65,10 +65,10 @@ class RouterCore:
 
     def __init__(self, limits: RouterLimits | None = None, estimator: Estimator | None = None) -> None:
         self.limits = limits or RouterLimits()
-        self.models: dict[str, ModelState] = {}
-        self.requests: dict[str, Request] = {}
+        picture = Picture()
+        self.models, self.requests = picture.models, picture.requests
         self.queues = ModelQueues(self.limits.waiting_max)
-        self.scaling = Scaling(self.limits.scaling, self.models, self.queues, estimator=estimator or Estimator())
+        self.scaling = Scaling(self.limits, picture, self.queues, estimator=estimator or Estimator())
         self.cluster = self.scaling.cluster
         self.estimator = self.scaling.estimator
         self._samples: dict[str, StartSample] = {}
@@ -80,9 +80,7 @@ class RouterCore:
         self.deployments = Deployments(
             self.scaling, self.models, self.queues, requests=self.requests, reject_deleted=self._reject_deleted
         )
-        self.moves = Moves(
-            self.limits.moves, self.scaling, models=self.models, requests=self.requests, touched=self._touched
-        )
+        self.moves = Moves(self.limits.moves, self.scaling, picture, touched=self._touched)
         self._has_new_room = False
         """Slots, or idle replicas, that others could use."""
         self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)

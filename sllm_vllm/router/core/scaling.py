@@ -16,24 +16,24 @@ from sllm_vllm.router.core.events import Action, StartReplica, StopReplica
 from sllm_vllm.router.core.facts import ModelSpec, StartSample
 from sllm_vllm.router.core.foresight import Foresight
 from sllm_vllm.router.core.hungry import Hungry
-from sllm_vllm.router.core.keep_alive import keep_value_s
-from sllm_vllm.router.core.limits import ScalingLimits
-from sllm_vllm.router.core.model_state import ModelState, Prediction
+from sllm_vllm.router.core.limits import RouterLimits
+from sllm_vllm.router.core.model_state import ModelState, Picture, Prediction
 from sllm_vllm.router.core.pending import PendingStart, PendingStarts, slug_of
-from sllm_vllm.router.core.placement import Plan, Rules, best_plan, plan_starts
+from sllm_vllm.router.core.placement import Plan, PlanKind, Relocation, best_plan, plan_starts
 from sllm_vllm.router.core.queues import ModelQueues
+from sllm_vllm.router.core.rules import RuleBook
 from sllm_vllm.router.core.starving import find_room, fits_somewhere, plan_in
 
 
 class Scaling:
     """Starts and stops replicas in the picture of the cluster, and says so by actions. Owned by ``RouterCore``."""
 
-    def __init__(
-        self, limits: ScalingLimits, models: dict[str, ModelState], queues: ModelQueues, *, estimator: Estimator
-    ) -> None:
-        self.limits = limits
+    def __init__(self, limits: RouterLimits, picture: Picture, queues: ModelQueues, *, estimator: Estimator) -> None:
+        models = picture.models
+        self.limits = limits.scaling
         self.cluster = Cluster()
         self.estimator = estimator
+        self.rule_book = RuleBook(limits, picture, cluster=self.cluster, estimator=estimator)
         self.pending = PendingStarts(self.cluster)
         self._loads: dict[str, dict[str, float]] = {}
         """Loads under way by node and replica: how long each was expected to take."""
@@ -44,7 +44,7 @@ class Scaling:
         self._hungry = Hungry(queues)
         self._blocking: str | None = None
         """Who has waited too long, and whose turn for a drain comes next: nobody who waits may overtake it."""
-        self.foresight = Foresight(self.cluster, estimator, models, lead_s=limits.prefetch_s)
+        self.foresight = Foresight(self.cluster, estimator, models, lead_s=self.limits.prefetch_s)
         self._resting = Alarms()
         """The end of a model's back-off."""
         self._num_started = 0
@@ -125,7 +125,7 @@ class Scaling:
         if state is None or not self._is_starving(state.spec.name, now_s) or state.back_off.is_resting(now_s):
             return
         spec = state.spec
-        room = find_room(self.cluster, spec.name, spec.accelerators, may_end=self._is_spare)
+        room = find_room(self.cluster, spec.name, spec.accelerators, may_end=self.rule_book.is_spare)
         if room is None:  # nothing that drains would help it
             return
         if self.pending.draining() is not None:
@@ -149,9 +149,9 @@ class Scaling:
         """Slots may have come free before those that are drained for a model: then it takes them."""
         pending = self.pending.draining()
         state = None if pending is None else self._models.get(pending.model)
-        if pending is None or state is None or state.back_off.is_resting(now_s):
+        if pending is None or state is None or pending.plan.moved or state.back_off.is_resting(now_s):
             return
-        if self._start_one(state, now_s, may_evict=True):
+        if self._start_one(state, now_s, may_evict=True, may_move=False):
             self.call_off(pending, now_s)
 
     def _is_starving(self, model: str, now_s: float) -> bool:
@@ -181,22 +181,20 @@ class Scaling:
 
     # --------------------------------------------------------------------------------------------------- starting
 
-    def _start_one(self, state: ModelState, now_s: float, *, may_evict: bool) -> bool:
-        plans = self.plans_for(state, now_s, may_evict=may_evict)
+    def _start_one(self, state: ModelState, now_s: float, *, may_evict: bool, may_move: bool = True) -> bool:
+        plans = self.plans_for(state, now_s, may_evict=may_evict, may_move=may_move)
         plan = best_plan(plans, slack_s=self.limits.slack_s)
         if plan is None:
             return False
         self._carry_out(plan, state, now_s)
         return True
 
-    def plans_for(self, state: ModelState, now_s: float, *, may_evict: bool = True) -> list[Plan]:
+    def plans_for(
+        self, state: ModelState, now_s: float, *, may_evict: bool = True, may_move: bool = True
+    ) -> list[Plan]:
         """Plans for one more replica now, the best first."""
         head = self._queues.peek(state.spec.name)
-        rules = Rules(
-            keep_value=lambda replica: self._keep_value(replica, now_s),
-            may_evict=lambda replica: may_evict and self._is_spare(replica),
-            k=self.limits.plans_max,
-        )
+        rules = self.rule_book.rules(now_s, may_evict=may_evict, may_move=may_evict and may_move)
         prompt_tokens = head.prompt_tokens if head is not None else 0
         return plan_starts(
             self.cluster, self.estimator, state.spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules
@@ -226,12 +224,21 @@ class Scaling:
             self._start(pending, now_s)
             return
         self.pending.add(pending, now_s)
+        for relocation in plan.relocations:
+            self._relocate(relocation, now_s)
         for victim in plan.victims:
             if self.cluster.replicas[victim].ongoing:
                 self.drain(victim, now_s)
                 pending.drained.add(victim)
             else:
                 self.stop(victim, f"its slots are for {spec.name}", now_s)
+
+    def _relocate(self, relocation: Relocation, now_s: float) -> None:
+        """Start a replica where requests of one that leaves can go on."""
+        node = self.cluster.nodes[relocation.node]
+        tier = self.cluster.tier(node.id, relocation.model)
+        plan = Plan(PlanKind.START, node.id, tier, node.is_warm, estimate=relocation.estimate)
+        self._carry_out(plan, self._models[relocation.model], now_s)
 
     def _start(self, pending: PendingStart, now_s: float) -> None:
         estimate = pending.plan.estimate
@@ -332,7 +339,7 @@ class Scaling:
     def end_idle(self, now_s: float) -> None:
         """Stop replicas whose keep-alive is over."""
         for replica in self.foresight.idle_too_long(now_s):
-            if self._is_spare(replica):
+            if self.rule_book.is_spare(replica):
                 self.stop(replica.id, "its keep-alive is over", now_s)
 
     def reset_idle(self, model: str, now_s: float) -> None:
@@ -379,19 +386,6 @@ class Scaling:
         state = self._models.get(model)
         for rank, replica in enumerate(self._ready(model) if state is not None else ()):
             self.cluster.set_pinned(replica.id, state is not None and rank < state.spec.min_replicas)
-
-    def _is_spare(self, replica: Replica) -> bool:
-        """Whether its model can do without it, as far as its minimum says; an old generation always can."""
-        state = self._models.get(replica.model)
-        if state is None or replica.generation != state.spec.generation:
-            return True
-        return state.spec.min_replicas == 0 or len(self._ready(replica.model)) > state.spec.min_replicas
-
-    def _keep_value(self, replica: Replica, now_s: float) -> float:
-        state = self._models.get(replica.model)
-        if state is None:
-            return 0.0
-        return keep_value_s(state.arrivals, startup_s=self.estimator.startup_s(state.spec), now_s=now_s)
 
     def came_true(self, replica_id: str, sample: StartSample, prefill_s: float, *, ready_s: float) -> None:
         """A start has come down to its first answer: hold it against what was predicted."""

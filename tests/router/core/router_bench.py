@@ -234,7 +234,8 @@ def drive(seed: int, num_steps: int) -> RouterBench:
     bench = RouterBench(limits)
     models = [f"m{index}" for index in range(chance.randint(1, 5))]
     for index in range(chance.randint(1, 3)):
-        bench.node(f"n{index}", chance.choice((1, 2, 4)))
+        tiers = {model: chance.choice((Tier.HOST, Tier.DISK)) for model in models if chance.random() < 0.5}
+        bench.node(f"n{index}", chance.choice((1, 2, 4)), **tiers)
     for model in models:
         deploy_randomly(bench, model, chance)
     for _ in range(num_steps):

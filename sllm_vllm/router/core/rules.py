@@ -1,0 +1,90 @@
+"""What placement may take from others, and what that costs them: evictions, moves, relocations. Pure."""
+
+from __future__ import annotations
+
+from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
+from sllm_vllm.router.core.estimator import Estimator
+from sllm_vllm.router.core.facts import ModelSpec
+from sllm_vllm.router.core.keep_alive import keep_value_s
+from sllm_vllm.router.core.limits import RouterLimits
+from sllm_vllm.router.core.model_state import Picture
+from sllm_vllm.router.core.placement import Rules
+
+
+class RuleBook:
+    """Reads the core's picture; changes nothing."""
+
+    def __init__(
+        self,
+        limits: RouterLimits,
+        picture: Picture,
+        *,
+        cluster: Cluster,
+        estimator: Estimator,
+    ) -> None:
+        self._limits = limits.scaling
+        self._moves = limits.moves
+        self._cluster = cluster
+        self._estimator = estimator
+        self._models = picture.models
+        self._requests = picture.requests
+
+    def rules(self, now_s: float, *, may_evict: bool, may_move: bool) -> Rules:
+        """For one more replica of a model. ``may_evict``: others may go for it; ``may_move``: busy ones, too."""
+        return Rules(
+            keep_value=lambda replica: self._keep_value(replica, now_s),
+            may_evict=lambda replica: may_evict and self.is_spare(replica),
+            resume_s=(lambda request: self._resume_s(request, now_s)) if may_move and self._moves.is_on else None,
+            may_empty=lambda replica: self._may_empty(replica, now_s),
+            room=self._room,
+            spec_of=self._spec_of,
+            k=self._limits.plans_max,
+        )
+
+    def is_spare(self, replica: Replica) -> bool:
+        """Whether its model can do without it, as far as its minimum says; an old generation always can."""
+        state = self._models.get(replica.model)
+        if state is None or replica.generation != state.spec.generation:
+            return True
+        if state.spec.min_replicas == 0:
+            return True
+        ready = self._cluster.replicas_of(replica.model, ReplicaState.READY)
+        return sum(one.generation == replica.generation for one in ready) > state.spec.min_replicas
+
+    def _keep_value(self, replica: Replica, now_s: float) -> float:
+        state = self._models.get(replica.model)
+        if state is None:
+            return 0.0
+        return keep_value_s(state.arrivals, startup_s=self._estimator.startup_s(state.spec), now_s=now_s)
+
+    def _may_empty(self, replica: Replica, now_s: float) -> bool:
+        """Whether all its requests could go on elsewhere. It has served at least as long as it took to start, so that
+        two models never push each other around; nothing is on its way to it; and all fit into the moves at once."""
+        state = self._models.get(replica.model)
+        if state is None or replica.ready_s is None or not replica.is_movable:
+            return False
+        if replica.generation != state.spec.generation or len(replica.ongoing) > self._moves.moves_max:
+            return False
+        if now_s - replica.ready_s < self._estimator.startup_s(state.spec):
+            return False
+        requests = [self._requests[name] for name in replica.ongoing]
+        return all(one.replica == replica.id and one.target is None and not one.stays for one in requests)
+
+    def _resume_s(self, request_id: str, now_s: float) -> float:
+        request = self._requests[request_id]
+        state, source = self._models[request.facts.model], self._cluster.replicas[request.replica or ""]
+        num_tokens = request.facts.prompt_tokens + request.num_output_tokens(state.token_s, now_s)
+        return self._estimator.resume_s(request.facts.model, source.node, num_tokens)
+
+    def _room(self, replica: Replica) -> int:
+        """Requests that it could take over."""
+        state = self._models.get(replica.model)
+        if state is None or not replica.is_movable or replica.generation != state.spec.generation:
+            return 0
+        return state.spec.ongoing_max - len(replica.ongoing)
+
+    def _spec_of(self, replica: Replica) -> ModelSpec | None:
+        """Of its model, if a replica of it may be started elsewhere in its place; else None."""
+        state = self._models.get(replica.model)
+        is_coming = bool(self._cluster.replicas_of(replica.model, ReplicaState.ORDERED))
+        return None if state is None or is_coming or state.back_off.num_failures else state.spec
