@@ -16,23 +16,27 @@ from sllm_vllm.router.core.events import (
     Event,
     FirstByte,
     ModelDeployed,
+    MoveFailed,
+    MoveRequest,
     NodeJoined,
     NodeLost,
     NodeReported,
     Refusal,
     RejectRequest,
     ReplicaEnded,
+    ReplicaMovable,
     ReplicaReady,
     RequestArrived,
     RequestEnded,
     RequestFailed,
     RequestGone,
+    RequestMoved,
     StartReplica,
     StopReplica,
     Ticked,
 )
 from sllm_vllm.router.core.facts import ModelSpec
-from sllm_vllm.simulate.policy import MoveRequest, Order, PreemptRequest
+from sllm_vllm.simulate.policy import Order, PreemptRequest
 from sllm_vllm.simulate.views import NodeView, Phase, Placement, View, Waiter
 
 STARVE_S = 30.0
@@ -95,11 +99,19 @@ class Baseline:
             case Ticked():
                 self._ticked(now_s)
             case _:
+                self._record_move(event, now_s)
+
+    def _record_move(self, event: Event, now_s: float) -> None:
+        match event:
+            case RequestMoved():
+                self._moved(event.request, now_s)
+            case ReplicaMovable() | MoveFailed():
+                pass  # all are movable; and whoever is on a replica that died is told of that
+            case _:
                 raise AssertionError(f"{event} does not happen in a simulation")
 
-    def moved(self, request_id: str, now_s: float) -> list[Order]:
-        """As ``Moving`` says."""
-        self.orders = []
+    def _moved(self, request_id: str, now_s: float) -> None:
+        """It runs on the target that its replica was left for."""
         waiter = self.requests[request_id]
         assert waiter.replica is not None
         target = self.views[self.targets[waiter.replica]]
@@ -107,7 +119,6 @@ class Baseline:
         waiter.replica = target.id
         target.ongoing.add(request_id)
         self._serve_all(now_s)
-        return self.orders
 
     def _request_event(
         self, event: RequestArrived | RequestEnded | RequestGone | RequestFailed | FirstByte, now_s: float

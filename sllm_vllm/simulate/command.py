@@ -11,6 +11,7 @@ import typer
 
 from sllm_vllm.cli_output import print_section, print_table
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.router.core.limits import MoveLimits, RouterLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.simulate import decisions, metrics
 from sllm_vllm.simulate.baselines import baselines
@@ -23,6 +24,8 @@ from sllm_vllm.simulate.workload import SimulatedRequest, draw_requests, read_tr
 from sllm_vllm.simulate.world import World
 
 OURS = "ours"
+UNMOVED = "ours_unmoved"
+"""The same, and no request is ever moved."""
 COMPARED_NODES_MAX = 16
 """Larger clusters run the router alone unless policies are named: the others look at every node for each start."""
 
@@ -82,7 +85,8 @@ def _print_tables(title: str, summaries: Mapping[str, list[metrics.Figures]]) ->
 
 def policies(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], Policy]]:
     """All that can be simulated, by name."""
-    return {OURS: RouterCore, **baselines(classes, seed)}
+    unmoved = RouterLimits(moves=MoveLimits(is_on=False))
+    return {OURS: RouterCore, UNMOVED: lambda: RouterCore(unmoved), **baselines(classes, seed)}
 
 
 def _chosen(cluster: Cluster, options: Options) -> list[str]:

@@ -13,6 +13,7 @@ from sllm_vllm.router.core.events import (
     NodeReported,
     PrefetchModel,
     ReplicaEnded,
+    ReplicaMovable,
     ReplicaReady,
     StartReplica,
     StopReplica,
@@ -171,6 +172,8 @@ class Engines:
             seconds = self._rng.expovariate(self.cluster.failures.crashes_per_hour / 3600)
             self._agenda.after(seconds, partial(self._crash, replica))
         self._tell(ReplicaReady(replica.id, sample))
+        if replica.stage is Stage.READY:
+            self._tell(ReplicaMovable(replica.id, is_movable=True))
 
     def _fail_start(self, replica: SimulatedReplica) -> None:
         if replica.stage is Stage.STARTING:

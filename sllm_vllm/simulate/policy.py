@@ -1,4 +1,4 @@
-"""What a policy is to the simulated world, and the orders that only compared policies give. Pure."""
+"""What a policy is to the simulated world, and the order that only a compared policy gives. Pure."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ from sllm_vllm.router.core.events import Action, Event
 
 
 @dataclass(frozen=True, slots=True)
-class MoveRequest:
-    """Have a running request continue on another replica of its model; it runs on meanwhile."""
-
-    request: str
-    source: str
-    target: str
-
-
-@dataclass(frozen=True, slots=True)
 class PreemptRequest:
     """Take a running request from its replica; what it has answered is thrown away, and it waits again."""
 
@@ -26,7 +17,7 @@ class PreemptRequest:
     replica: str
 
 
-Order = Action | MoveRequest | PreemptRequest
+Order = Action | PreemptRequest
 
 
 class Policy(Protocol):
@@ -34,15 +25,6 @@ class Policy(Protocol):
 
     def handle(self, event: Event, now_s: float) -> Sequence[Order]:
         """What is to be done about something that happened."""
-        ...
-
-
-@runtime_checkable
-class Moving(Protocol):
-    """A policy that moves requests, and is told when one has moved."""
-
-    def moved(self, request: str, now_s: float) -> Sequence[Order]:
-        """A request runs on its target now."""
         ...
 
 

@@ -76,6 +76,8 @@ class Run:
     num_crashes: int = 0
     num_losses: int = 0
     num_moves: int = 0
+    num_recomputed_tokens: int = 0
+    """By targets of moves."""
     num_preemptions: int = 0
     num_prefetches: int = 0
     end_s: float = 0.0

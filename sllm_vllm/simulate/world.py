@@ -16,22 +16,25 @@ from sllm_vllm.router.core.events import (
     Event,
     FirstByte,
     ModelDeployed,
+    MoveFailed,
+    MoveRequest,
     PrefetchModel,
     RejectRequest,
     RequestArrived,
     RequestEnded,
     RequestFailed,
     RequestGone,
+    RequestMoved,
     StartReplica,
     StopReplica,
     Ticked,
 )
-from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.core.facts import RequestFacts, ResumeSample
 from sllm_vllm.simulate.agenda import Agenda
 from sllm_vllm.simulate.engines import NOTICE_S, Engines
 from sllm_vllm.simulate.hardware import Cluster
 from sllm_vllm.simulate.machines import SimulatedReplica, Stage
-from sllm_vllm.simulate.policy import MoveRequest, Moving, Order, Policy, PreemptRequest, Validated
+from sllm_vllm.simulate.policy import Order, Policy, PreemptRequest, Validated
 from sllm_vllm.simulate.run import End, Outcome, Run
 from sllm_vllm.simulate.workload import SimulatedRequest
 
@@ -148,14 +151,22 @@ class World:
         self.result.num_preemptions += 1
 
     def _move(self, order: MoveRequest) -> None:
+        """One round of all tokens so far; what comes meanwhile is the second, and little (the paper, section 5)."""
         source, outcome = self.engines.replicas.get(order.source), self.result.outcomes[order.request]
         if source is None:
+            self.agenda.after(NOTICE_S, partial(self._tell_not_moved, order))
             return
         assert outcome.replica == order.source, f"{order.request} is on {outcome.replica}"
         left = source.tokens_left(order.request, self.agenda.now_s)
         num_answered = 0 if left is None else outcome.request.output_tokens - round(left)
-        resume_s = source.kind.prefill_s(outcome.request.prompt_tokens + num_answered)
-        self.agenda.after(resume_s, partial(self._switch, order, outcome, outcome.num_dispatches))
+        num_tokens = outcome.request.prompt_tokens + num_answered
+        first_s = source.kind.prefill_s(num_tokens)
+        num_more = 0 if left is None else min(round(left), int(first_s / source.kind.tpot_s))
+        second_s = source.kind.prefill_s(num_more)
+        self.result.num_recomputed_tokens += num_tokens + num_more
+        sample = ResumeSample(source.model, source.node.id, num_tokens, first_s)
+        switch = partial(self._switch, order, outcome, (outcome.num_dispatches, sample))
+        self.agenda.after(first_s + second_s, switch)
 
     # ------------------------------------------------------------------------------------------------- the requests
 
@@ -195,7 +206,7 @@ class World:
         outcome = replica.ongoing[request]
         self._take_away(outcome)
         self._settle(outcome, End.ANSWERED)
-        self.tell(RequestEnded(request))
+        self.tell(RequestEnded(request, outcome.request.output_tokens))
 
     def _take_away(self, outcome: Outcome) -> None:
         """From its replica, if it is on one."""
@@ -225,11 +236,18 @@ class World:
         if self.result.outcomes[request].end is None:
             self.tell(RequestFailed(request, reason))
 
-    def _switch(self, order: MoveRequest, outcome: Outcome, dispatch: int) -> None:
+    def _tell_not_moved(self, order: MoveRequest) -> None:
+        self.tell(MoveFailed(order.request, order.target, "an engine died"))
+
+    def _switch(self, order: MoveRequest, outcome: Outcome, begun: tuple[int, ResumeSample]) -> None:
         """The target has recomputed what the source had; the request goes on there."""
+        dispatch, sample = begun
         source, target = self.engines.replicas.get(order.source), self.engines.replicas.get(order.target)
         is_there = outcome.replica == order.source and outcome.num_dispatches == dispatch and outcome.end is None
-        if source is None or target is None or target.stage is not Stage.READY or not is_there:
+        if not is_there:
+            return
+        if source is None or target is None or target.stage is not Stage.READY:
+            self._tell_not_moved(order)
             return
         self._expect_room(target)
         left = source.remove(outcome.request.id, self.agenda.now_s)
@@ -243,5 +261,4 @@ class World:
             target.begin_decode(outcome.request.id, left, self.agenda.now_s)
             self._foresee(target)
         self.result.num_moves += 1
-        assert isinstance(self.policy, Moving), "only a policy that moves requests says so"
-        self._obey(self.policy.moved(outcome.request.id, self.agenda.now_s))
+        self.tell(RequestMoved(outcome.request.id, target.id, (sample,)))

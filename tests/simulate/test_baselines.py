@@ -10,6 +10,7 @@ from sllm_vllm.router.core.events import (
     Dispatch,
     FirstByte,
     ModelDeployed,
+    MoveRequest,
     NodeJoined,
     NodeReported,
     RejectRequest,
@@ -19,6 +20,7 @@ from sllm_vllm.router.core.events import (
     RequestEnded,
     RequestFailed,
     RequestGone,
+    RequestMoved,
     StartReplica,
     StopReplica,
     Ticked,
@@ -34,7 +36,7 @@ from sllm_vllm.simulate.baselines import (
     baselines,
 )
 from sllm_vllm.simulate.hardware import Cluster, Failures
-from sllm_vllm.simulate.policy import MoveRequest, Order, PreemptRequest
+from sllm_vllm.simulate.policy import Order, PreemptRequest
 from sllm_vllm.simulate.presets import HERE, PAPER
 from sllm_vllm.simulate.workload import draw_requests
 from sllm_vllm.simulate.world import World
@@ -152,7 +154,7 @@ def test_serverlessllm_moves_who_runs_where_the_model_lies() -> None:
     target = started(arrive(policy, "r1", "m-1", 10.0))
     assert (target.model, target.node) == ("m-0", "n1")
     assert policy.handle(ReplicaReady(target.replica), 18.0) == [MoveRequest("r0", source.replica, target.replica)]
-    (stop,) = policy.moved("r0", 19.0)
+    (stop,) = policy.handle(RequestMoved("r0", target.replica), 19.0)
     assert isinstance(stop, StopReplica)
     assert stop.replica == source.replica
     order = started(policy.handle(ReplicaEnded(source.replica), 19.5))
