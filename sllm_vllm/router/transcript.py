@@ -206,12 +206,11 @@ def _cut_value(value: dict[str, Any], path: Path, *, told: dict[Path, int], seen
             if not kept:
                 del value[key]
         else:
-            is_new |= _cut_leaf(value, here, told=told, seen=seen)
+            is_new |= _cut_leaf(value, key, here, told=told, seen=seen)
     return is_new
 
 
-def _cut_leaf(value: dict[str, Any], path: Path, *, told: dict[Path, int], seen: dict[Path, int]) -> bool:
-    key = path[-1]
+def _cut_leaf(value: dict[str, Any], key: str, path: Path, *, told: dict[Path, int], seen: dict[Path, int]) -> bool:
     one, num_seen, num_told = value[key], seen.get(path, 0), told.get(path, 0)
     if _grows(path, one):
         seen[path] = num_seen + len(one)

@@ -9,6 +9,7 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class MoveBench:
             return await asyncio.to_thread(self._stream, named, (path, body), name, at_tokens), name
         asking = asyncio.create_task(asyncio.to_thread(named.ask, path, body))
         for num in at_tokens:
-            await asyncio.to_thread(wait_until, lambda num=num: asking.done() or self._num(name) >= num, "tokens")
+            await asyncio.to_thread(wait_until, partial(self._has, name, num, asking), "tokens")
             self.gate.move(name)
         return await asking, name
 
@@ -149,6 +150,9 @@ class MoveBench:
                 self.loop.call_soon_threadsafe(self.gate.move, name)
         return answer
 
+    def _has(self, name: str, num_tokens: int, asking: asyncio.Task[Answer]) -> bool:
+        return asking.done() or self._num(name) >= num_tokens
+
     def _num(self, name: str) -> int:
         """Tokens that a request has at whichever engine it is, by what those say."""
         known = {name, f"chatcmpl-{name}", f"cmpl-{name}-0"}
@@ -156,7 +160,7 @@ class MoveBench:
             client = Client(engine.url or "", "", {"Authorization": f"Bearer {engine.api_key}"})
             for one in client.get("/sllm/requests")["requests"]:
                 if one["id"] in known:
-                    return max(one["num_output_tokens"])
+                    return int(max(one["num_output_tokens"]))
         return 0
 
 

@@ -28,8 +28,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 @contextlib.asynccontextmanager
 async def warm_agent(directory: Path, *, slots: int = 2, migration: bool = False) -> AsyncIterator[NodeAgent]:
     """One whose parent is warm; its folder and its store are in ``directory``."""
-    folders = {"node_dir": directory / "node", "store_dir": directory / "store"}
-    config = NodeConfig(**folders, slots=slots, migration=migration)
+    config = NodeConfig(node_dir=directory / "node", store_dir=directory / "store", slots=slots, migration=migration)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVER_ENVIRONMENT.items():
             patch.setenv(name, value)

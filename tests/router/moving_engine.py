@@ -80,8 +80,8 @@ class MovingEngine:
         assert request.headers["authorization"] == f"Bearer {ENGINE_KEY}"
         assert request.transport is not None
         if self.is_dead:
-            request.transport.abort()  # type: ignore[attr-defined]
-        self.connections.add(request.transport)  # type: ignore[arg-type]
+            request.transport.abort()
+        self.connections.add(request.transport)
         if request.path == "/sllm/state":
             told = {"block_size": 4, "max_model_len": 1000, "resume_key": KEY, **self.state}
             return web.json_response(told)

@@ -61,9 +61,6 @@ class Scripted:
         self.story.append((now_s, event))
         return self._answer(event, now_s)
 
-    def moved(self, request: str, now_s: float) -> Sequence[Order]:
-        return []
-
     def times_of(self, kind: type[Event]) -> list[float]:
         return [round(at_s, 9) for at_s, event in self.story if isinstance(event, kind)]
 
