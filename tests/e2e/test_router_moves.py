@@ -12,13 +12,15 @@ import pytest
 
 from tests.conftest import ModelDir
 from tests.e2e.move_bench import write_slow_plugin
+from tests.e2e.test_router_faults import wait_long
 from tests.router.router_process import RouterUnderTest, Stream, running_router, write_config
 from tests.vllm_server import SERVER_ENVIRONMENT
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e_long
 
-NUM_TOKENS = 300
+NUM_TOKENS = 700
+"""So many that an engine starts, and tries that it can take over requests, while they come."""
 ASKED = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 1.0, "seed": 5}
 
 
@@ -26,7 +28,7 @@ def configure(directory: Path, model: Path, **arguments: Any) -> None:
     write_config(
         directory,
         node={"slots": 2, "kv_memory": "64MiB", "node_dir": "./node"},
-        defaults={"engine_arguments": {"enforce-eager": True, "max-model-len": 512, "block-size": 32, **arguments}},
+        defaults={"engine_arguments": {"enforce-eager": True, "max-model-len": 1024, "block-size": 32, **arguments}},
         models=[{"name": "llama", "source": str(model), "keep_alive": 3600, "max_replicas": 2}],
     )
 
@@ -40,6 +42,7 @@ def router(model_dir: ModelDir, tmp_path: Path) -> Iterator[RouterUnderTest]:
     variables["PYTHONPATH"] = str(write_slow_plugin(tmp_path / "plugin"))
     with running_router(tmp_path, environment=variables) as running:
         running.answer_s_max = 300.0
+        wait_long(lambda: "event=warm_parent_ready" in running.log, "the warm parent")
         yield running
 
 
