@@ -37,10 +37,11 @@ class Router:
     key_file: Path
     log: Path
 
-    def admin(self, path: str, *, method: str = "GET") -> dict[str, Any]:
+    def admin(self, path: str, *, method: str = "GET", body: object = None) -> dict[str, Any]:
         """What its admin API says."""
         headers = {"Authorization": f"Bearer {self.key_file.read_text().strip()}"}
-        request = urllib.request.Request(f"{self.url}/sllm/v1/{path}", headers=headers, method=method)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/sllm/v1/{path}", data, headers, method=method)
         with urllib.request.urlopen(request, timeout=ANSWER_S_MAX) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found
@@ -83,23 +84,35 @@ class Router:
         return self.log.read_text(errors="replace")[-LOG_SHOWN:]
 
 
+def write_config(workspace: Workspace, models: Mapping[str, Path], *, slots: int, **sections: object) -> Path:
+    """A configuration over these models, on so many slots; the agent's folder and the checkpoints are the run's.
+
+    ``sections`` stand in place of those that are written by themselves.
+    """
+    config = workspace.tmp / "router.yaml"
+    values = {
+        "server": {"port": 0},
+        "node": {"slots": slots, "kv_memory": "256MiB", "node_dir": str(workspace.tmp / "node")},
+        "store": {"directory": str(workspace.run / "store")},
+        "defaults": {"engine_arguments": {"enforce-eager": True, "max-model-len": 512}, "keep_alive": 3600},
+        "models": [{"name": name, "source": str(path)} for name, path in models.items()],
+        **sections,
+    }
+    config.write_text(json.dumps(values))
+    return config
+
+
 @contextlib.contextmanager
-def running_router(workspace: Workspace, models: Mapping[str, Path], *, slots: int) -> Iterator[Router]:
-    """A router over these models, on so many slots; the agent's folder and the checkpoints are the run's.
+def running_router(
+    workspace: Workspace, models: Mapping[str, Path], *, slots: int, **sections: object
+) -> Iterator[Router]:
+    """A router with such a configuration.
 
     Raises:
         RouterFailed: it does not get ready.
     """
-    node_dir, log = workspace.tmp / "node", workspace.run / "router.log"
-    config = workspace.tmp / "router.yaml"
-    values = {
-        "server": {"port": 0},
-        "node": {"slots": slots, "kv_memory": "256MiB", "node_dir": str(node_dir)},
-        "store": {"directory": str(workspace.run / "store")},
-        "defaults": {"engine_arguments": {"enforce-eager": True, "max-model-len": 512}, "keep_alive": 3600},
-        "models": [{"name": name, "source": str(path)} for name, path in models.items()],
-    }
-    config.write_text(json.dumps(values))
+    config, node_dir = write_config(workspace, models, slots=slots, **sections), workspace.tmp / "node"
+    log = workspace.run / "router.log"
     environment = child_environment(**environment_of(workspace), HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
     with log.open("wb") as output:
         command = [str(Path(sys.executable).with_name("sllm-vllm")), "serve", str(config)]

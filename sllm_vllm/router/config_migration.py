@@ -39,7 +39,9 @@ class MigrationSection(BaseModel):
         description="engines start with what it needs: seeded requests draw other numbers than in stock vLLM",
     )
     moves_max: Count = Field(default=4, ge=1, le=1000, description="requests that move at once, of all models")
-    rounds_max: Count = Field(default=6, ge=1, le=100, description="rounds in which a target catches up")
+    rounds_max: Count = Field(
+        default=6, ge=0, le=100, description="rounds in which a target catches up; 0: it computes all at the switch"
+    )
     round_tokens_max: Count = Field(
         default=2048,
         ge=16,
@@ -48,7 +50,7 @@ class MigrationSection(BaseModel):
     )
     round_pause: Duration = Field(default=0.0, ge=0, le=60, description="between two of those prefills")
     switch_timeout: Duration = Field(
-        default=10.0, gt=0, le=600, description="longest that a client waits at a switch; then its request stays"
+        default=10.0, gt=0, le=3600, description="longest that a client waits at a switch; then its request stays"
     )
 
     def settings(self) -> MoveSettings | None:

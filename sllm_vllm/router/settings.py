@@ -16,7 +16,7 @@ class MoveSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rounds_max: int = Field(default=6, ge=1, le=100, description="rounds in which a target catches up")
+    rounds_max: int = Field(default=6, ge=0, le=100, description="rounds in which a target catches up; 0: none")
     round_tokens_max: int = Field(
         default=2048,
         ge=16,

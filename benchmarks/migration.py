@@ -1,0 +1,327 @@
+"""What a client notices of a live migration, and what it costs those beside it: two real engines, a model of 1.2 GB.
+
+A request streams on one of two replicas; after some tokens it is ordered to the other one. Ways in turn, each request
+with a prompt of its own, so that no cache knows it:
+
+* *rounds*: as the router does it: the target catches up before the switch;
+* *no rounds*: the target computes everything at the switch;
+* *restart*: what preempting costs: until a new request with such a prompt has as many tokens again.
+
+The gap is the longest pause between two events of the stream after the order; the distance of two events without a move
+is the median of all others. Beside a move another request streams on the target: its longest pause is what the rounds
+cost it, with prefills of 2,048 tokens at once and of 256. Every moved stream must have all its tokens, once. Exits with
+1 if a request fails.
+
+    python -m benchmarks.migration --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import statistics
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bytecode import environment_of, warm_up
+from benchmarks.cached_model import ensure_model
+from benchmarks.cold_start import machine
+from benchmarks.progress import Progress
+from benchmarks.router_process import Router, RouterFailed, running_router, write_config
+from benchmarks.supervise import CACHE_DEFAULT, Workspace, run_supervised
+
+MODEL = "m"
+PROMPTS = (100, 1000, 4000)
+ROUNDS = {100: 5, 1000: 3, 4000: 2}
+TOKENS, MOVE_AT = 60, 20
+ANSWER_S_MAX = 900.0
+GAP_TIMES_MAX = 3.0
+SHARE_MAX = 0.1
+ARGUMENTS = {"enforce-eager": True, "max-model-len": 8192, "block-size": 32, "dtype": "bfloat16"}
+SETTINGS = {"rounds": {"switch_timeout": 600}, "no rounds": {"rounds_max": 0, "switch_timeout": 600}}
+SMALL_PREFILLS = {"round_tokens_max": 256, "switch_timeout": 600}
+_MOVED = re.compile(r"event=moved .*tokens=(\d+) rounds=(\d+) computed=(\d+) bytes=(\d+) held_ms=([\d.]+)")
+_VOCABULARY = range(300, 30_000)
+
+
+@dataclass
+class Streamed:
+    """One stream: when each event with text came, in seconds of the clock."""
+
+    at_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    begun_s: float = 0.0
+
+    def gaps_s(self, since_s: float = 0.0, until_s: float = float("inf")) -> list[float]:
+        """Pauses between two events that end in this time."""
+        pairs = zip(self.at_s, self.at_s[1:], strict=False)
+        return [after - before for before, after in pairs if since_s <= after <= until_s]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One move, or restart. Seconds; ``apart_s``: from one event to the next without a move."""
+
+    way: str
+    prompt: int
+    gap_s: float
+    apart_s: float
+    move_s: float = 0.0
+    num_moved: int = 0
+    num_rounds: int = 0
+    num_filled: int = 0
+    nbytes: int = 0
+    other_apart_s: float = 0.0
+    other_gap_s: float = 0.0
+    """Of the stream that ran on the target: the longest pause while the other one moved."""
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", default=",".join(map(str, PROMPTS)), help="tokens of prompts, with commas")
+    parser.add_argument("--rounds", type=int, help="of each way and prompt; by itself fewer for long prompts")
+    parser.add_argument("--size", default="1.2GB", help="of the model, as random_models.py has it")
+    parser.add_argument("--json", type=Path, help="file for the lines of JSON")
+    parser.add_argument("--cache", type=Path, default=CACHE_DEFAULT, help="directory for models")
+    arguments = parser.parse_args()
+    arguments.prompts = [int(word) for word in arguments.prompts.split(",")]
+    return run_supervised(lambda workspace: measure(workspace, arguments), arguments.cache.resolve())
+
+
+def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
+    """All of it. Returns the exit status."""
+    console, samples = Console(), list[Sample]()
+    progress = Progress(console)
+    with progress.step("making the model"):
+        models = {MODEL: ensure_model(workspace, arguments.size)}
+        warm_up(environment_of(workspace))
+    try:
+        with running_router(workspace, models, slots=2, **sections_of(models, SETTINGS["rounds"])) as router:
+            bench = Bench(workspace, models, router)
+            bench.wait_movable()
+            for prompt in arguments.prompts:
+                for number in range(arguments.rounds or ROUNDS.get(prompt, 3)):
+                    for sample in bench.round_of(prompt, with_other=number == 0):
+                        samples.append(sample)
+                        progress.say(
+                            f"{sample.way}, prompt {prompt}: gap {sample.gap_s:.3f} s of {sample.apart_s:.3f} s"
+                        )
+    except (RouterFailed, OSError) as error:
+        console.print(str(error), markup=False)
+        return 1
+    verdicts = [verdict for prompt in arguments.prompts for verdict in verdicts_of(samples, prompt)]
+    show(console, samples, verdicts)
+    if arguments.json is not None:
+        lines = [machine(), *({"kind": "move", **asdict(sample)} for sample in samples), *verdicts]
+        arguments.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return 0
+
+
+def sections_of(models: dict[str, Path], migration: dict[str, object]) -> dict[str, Any]:
+    """Two replicas that stay, and how requests move between them."""
+    defaults = {"engine_arguments": ARGUMENTS, "min_replicas": 2, "max_replicas": 2}
+    listed = [{"name": name, "source": str(path)} for name, path in models.items()]
+    return {"defaults": defaults, "models": listed, "migration": migration}
+
+
+class Bench:
+    """One router with two replicas; one request moves at a time."""
+
+    def __init__(self, workspace: Workspace, models: dict[str, Path], router: Router) -> None:
+        self._workspace = workspace
+        self._models = models
+        self._router = router
+        self._chance = random.Random(0)
+
+    def wait_movable(self) -> None:
+        """Both replicas are ready, and have tried that they can take over requests.
+
+        Raises:
+            RouterFailed: they have not, for minutes.
+        """
+        deadline_s = time.monotonic() + ANSWER_S_MAX
+        while sum(one["is_movable"] for one in self._router.admin("replicas")["replicas"]) < 2:
+            if time.monotonic() > deadline_s:
+                raise RouterFailed(f"two movable replicas never came\n{self._router.log_tail()}")
+            time.sleep(0.2)
+
+    def round_of(self, prompt: int, *, with_other: bool) -> Iterator[Sample]:
+        """Each way once; with the streams beside it if wanted."""
+        for way, settings in SETTINGS.items():
+            self._set(settings)
+            yield self._move(way, prompt)
+        yield self._restart(prompt)
+        if with_other:
+            for way, settings in (("rounds of 2048", SETTINGS["rounds"]), ("rounds of 256", SMALL_PREFILLS)):
+                self._set(settings)
+                yield self._move(way, prompt, with_other=True)
+            self._set(SETTINGS["rounds"])
+
+    def _set(self, migration: dict[str, object]) -> None:
+        write_config(self._workspace, self._models, slots=2, **sections_of(self._models, migration))
+        self._router.admin("reload", method="POST")
+
+    def _move(self, way: str, prompt: int, *, with_other: bool = False) -> Sample:
+        num_moved_before = len(_MOVED.findall(self._router.log.read_text()))
+        num = TOKENS * (3 if with_other else 1)
+        stream = self._begin(prompt, num)
+        self._wait_tokens(stream, MOVE_AT)
+        other = self._begin(20, 10 * num) if with_other else None
+        if other is not None:
+            self._wait_tokens(other, MOVE_AT)
+        ordered_s = time.monotonic()
+        moving = min(self._router.admin("requests")["requests"], key=lambda one: -one["age_s"])
+        self._router.admin(f"requests/{moving['id']}/migrate", method="POST")
+        found = self._wait_moved(num_moved_before)
+        moved_s = time.monotonic()
+        self._wait_end(stream, num)
+        if other is not None:
+            other.stop.set()
+        gaps_s = stream.streamed.gaps_s(ordered_s)
+        num_moved, num_rounds, num_filled, nbytes = map(int, found[:4])
+        return Sample(
+            way=way,
+            prompt=prompt,
+            gap_s=max(gaps_s),
+            apart_s=statistics.median(stream.streamed.gaps_s()),
+            move_s=moved_s - ordered_s,
+            num_moved=num_moved,
+            num_rounds=num_rounds,
+            num_filled=num_filled,
+            nbytes=nbytes,
+            other_apart_s=statistics.median(other.streamed.gaps_s(until_s=ordered_s)) if other else 0.0,
+            other_gap_s=max(other.streamed.gaps_s(ordered_s, moved_s), default=0.0) if other else 0.0,
+        )
+
+    def _restart(self, prompt: int) -> Sample:
+        stream = self._begin(prompt, MOVE_AT + 1)
+        self._wait_end(stream, MOVE_AT + 1)
+        took = stream.streamed
+        return Sample(
+            way="restart", prompt=prompt, gap_s=took.at_s[-1] - took.begun_s, apart_s=statistics.median(took.gaps_s())
+        )
+
+    def _begin(self, prompt: int, num_tokens: int) -> Stream:
+        tokens = [self._chance.choice(_VOCABULARY) for _ in range(prompt)]
+        stream = Stream(self._router.url, tokens, num_tokens)
+        stream.start()
+        return stream
+
+    def _wait_tokens(self, stream: Stream, num_tokens: int) -> None:
+        while stream.streamed.num_tokens < num_tokens and stream.is_alive():
+            time.sleep(0.005)
+
+    def _wait_end(self, stream: Stream, num_tokens: int) -> None:
+        stream.join(ANSWER_S_MAX)
+        if stream.streamed.num_tokens != num_tokens:
+            told = f"{stream.streamed.num_tokens} tokens of {num_tokens}: {stream.problem}"
+            raise RouterFailed(f"{told}\n{self._router.log_tail()}")
+
+    def _wait_moved(self, num_before: int) -> Sequence[str]:
+        """What the router says of the move that was ordered."""
+        deadline_s = time.monotonic() + ANSWER_S_MAX
+        while time.monotonic() < deadline_s:
+            log = self._router.log.read_text()
+            if len(found := _MOVED.findall(log)) > num_before:
+                told: Sequence[str] = found[-1]
+                return told
+            if "event=not_moved" in log:
+                break
+            time.sleep(0.01)
+        raise RouterFailed(f"it did not move\n{self._router.log_tail()}")
+
+
+class Stream(threading.Thread):
+    """A client that reads a stream to its end, or until it is told to stop."""
+
+    def __init__(self, url: str, prompt: list[int], num_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.streamed = Streamed()
+        self.problem = ""
+        self.stop = threading.Event()
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
+        body |= {"stream": True, "return_token_ids": True}
+        headers = {"Content-Type": "application/json"}
+        self._request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+
+    def run(self) -> None:
+        """Note when each event came."""
+        self.streamed.begun_s = time.monotonic()
+        try:
+            with urllib.request.urlopen(self._request, timeout=ANSWER_S_MAX) as answer:
+                for line in answer:
+                    if self.stop.is_set():
+                        return
+                    if line.startswith(b"data: {"):
+                        self._note(json.loads(line[6:]))
+        except (OSError, ValueError, LookupError) as error:
+            self.problem = repr(error)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        num = len(event["choices"][0]["token_ids"])
+        if num:
+            self.streamed.at_s.append(time.monotonic())
+            self.streamed.num_tokens += num
+
+
+def verdicts_of(samples: Sequence[Sample], prompt: int) -> list[dict[str, Any]]:
+    """The two goals for one length of prompt."""
+    of = {way: [one for one in samples if one.way == way and one.prompt == prompt] for way in SETTINGS}
+    if not all(of.values()):
+        return []
+    gap_s = statistics.median(one.gap_s for one in of["rounds"])
+    times = gap_s / statistics.median(one.apart_s for one in of["rounds"])
+    share = gap_s / statistics.median(one.gap_s for one in of["no rounds"])
+    return [
+        {"kind": "verdict", "what": f"prompt {prompt}: gap over the distance of events", "figure": round(times, 2)}
+        | {"is_met": times <= GAP_TIMES_MAX},
+        {"kind": "verdict", "what": f"prompt {prompt}: gap over that without rounds", "figure": round(share, 3)}
+        | {"is_met": share <= SHARE_MAX},
+    ]
+
+
+def show(console: Console, samples: Sequence[Sample], verdicts: Sequence[dict[str, Any]]) -> None:
+    """Tables for a person."""
+    table = Table(title="what a client notices, medians", title_justify="left", box=None)
+    for name in ("prompt", "way", "n", "gap s", "most s", "events apart s", "move s", "rounds", "computed", "kB sent"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for prompt, way in dict.fromkeys((one.prompt, one.way) for one in samples if not one.other_apart_s):
+        table.add_row(*_row([one for one in samples if (one.prompt, one.way) == (prompt, way)]))
+    console.print(table)
+    beside = Table(title="what another stream on the target notices", title_justify="left", box=None)
+    for name in ("prompt", "way", "events apart s", "longest pause s"):
+        beside.add_column(name, justify="left" if name == "way" else "right")
+    for one in samples:
+        if one.other_apart_s:
+            beside.add_row(str(one.prompt), one.way, f"{one.other_apart_s:.3f}", f"{one.other_gap_s:.3f}")
+    console.print(beside)
+    for verdict in verdicts:
+        console.print(
+            f"{verdict['what']}: {verdict['figure']}: {'yes' if verdict['is_met'] else 'NO'}", highlight=False
+        )
+
+
+def _row(found: Sequence[Sample]) -> list[str]:
+    def median(name: str) -> float:
+        return statistics.median(getattr(one, name) for one in found)
+
+    times = [f"{median('gap_s'):.3f}", f"{max(one.gap_s for one in found):.3f}", f"{median('apart_s'):.3f}"]
+    counts = [f"{median(name):.0f}" for name in ("num_rounds", "num_filled")]
+    head = [str(found[0].prompt), found[0].way, str(len(found))]
+    return [*head, *times, f"{median('move_s'):.2f}", *counts, f"{median('nbytes') / 1000:.1f}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
