@@ -49,8 +49,11 @@ ANSWER_S_MAX = 900.0
 GAP_TIMES_MAX = 3.0
 SHARE_MAX = 0.1
 ARGUMENTS = {"enforce-eager": True, "max-model-len": 8192, "block-size": 32, "dtype": "bfloat16"}
-SETTINGS = {"rounds": {"switch_timeout": 600}, "no rounds": {"rounds_max": 0, "switch_timeout": 600}}
-SMALL_PREFILLS = {"round_tokens_max": 256, "switch_timeout": 600}
+SETTINGS: dict[str, dict[str, object]] = {
+    "rounds": {"switch_timeout": 600},
+    "no rounds": {"rounds_max": 0, "switch_timeout": 600},
+}
+SMALL_PREFILLS: dict[str, object] = {"round_tokens_max": 256, "switch_timeout": 600}
 _MOVED = re.compile(r"event=moved .*tokens=(\d+) rounds=(\d+) computed=(\d+) bytes=(\d+) held_ms=([\d.]+)")
 _VOCABULARY = range(300, 30_000)
 
@@ -315,7 +318,7 @@ def show(console: Console, samples: Sequence[Sample], verdicts: Sequence[dict[st
 
 def _row(found: Sequence[Sample]) -> list[str]:
     def median(name: str) -> float:
-        return statistics.median(getattr(one, name) for one in found)
+        return float(statistics.median(getattr(one, name) for one in found))
 
     times = [f"{median('gap_s'):.3f}", f"{max(one.gap_s for one in found):.3f}", f"{median('apart_s'):.3f}"]
     counts = [f"{median(name):.0f}" for name in ("num_rounds", "num_filled")]

@@ -20,6 +20,12 @@ from sllm_vllm.engine.resume import RESUME_KEY
 from sllm_vllm.engine.self_test import why_unable
 from sllm_vllm.metrics import EngineMetric
 
+QUIET_S = 1.0
+"""Without a request in flight, before the trial begins: the first request after a start is not to wait for it."""
+QUIET_S_MAX = 30.0
+"""After so long it begins whatever runs."""
+_LOOK_S = 0.1
+
 logger = logging.getLogger("vllm.sllm.engine")  # below vLLM's, or nothing is printed
 
 
@@ -47,7 +53,7 @@ class SllmEndpoints:
             app.add_route(path, self._guarded(answer), methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Get to know the engine and its keys, and begin the self-test; the server starts beside it."""
+        """Get to know the engine and its keys, and begin the self-test, as soon as nobody asks anything."""
         import vllm.envs as envs
 
         del state
@@ -56,6 +62,7 @@ class SllmEndpoints:
         self._trial = asyncio.get_running_loop().create_task(self._try())
 
     async def _try(self) -> None:
+        await self._wait_quiet()
         start = time.monotonic()
         reason = await why_unable(self._engine)
         self._reason = reason
@@ -68,6 +75,13 @@ class SllmEndpoints:
             logger.warning("%s reason=%s", told, json.dumps(reason))
         else:
             logger.info("%s", told)
+
+    async def _wait_quiet(self) -> None:
+        begun_s = quiet_since_s = time.monotonic()
+        while (now_s := time.monotonic()) < begun_s + QUIET_S_MAX and now_s < quiet_since_s + QUIET_S:
+            if self._engine.output_processor.request_states:
+                quiet_since_s = now_s
+            await asyncio.sleep(_LOOK_S)
 
     def _guarded(self, answer: Any) -> Any:
         from starlette.requests import Request

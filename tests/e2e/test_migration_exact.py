@@ -27,7 +27,6 @@ APART = 45
 """Tokens from one order to the next; some random ones more or less."""
 NUM_OTHERS = 8
 
-AT_ONCE = 4
 
 Case = tuple[str, int, bool]
 """Of requests, the tokens at which the move is ordered, whether it is streamed."""
@@ -42,24 +41,22 @@ async def bench(model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -
 
 
 async def problems_of(bench: MoveBench, cases: Sequence[Case]) -> dict[Case, str]:
-    """What differs in moved answers, or why one was not moved; empty where it was, and nothing differs.
-
-    A few at once: so each of them moves beside others.
-    """
-    bodies = {(name, stream): (CASES[name][0], {**CASES[name][1], "stream": stream}) for name, _, stream in cases}
-    found = await asyncio.gather(*(bench.whole(*body) for body in bodies.values()))
-    wholes = dict(zip(bodies, found, strict=True))
-    at_once = asyncio.Semaphore(AT_ONCE)
-
-    async def problem_of(name: str, at: int, stream: bool) -> str:
+    """What differs in moved answers, or why one was not moved; empty where it was, and nothing differs."""
+    wholes: dict[tuple[str, bool], Answer] = {}
+    found: dict[Case, str] = {}
+    for name, at, stream in cases:
+        path, body = CASES[name][0], {**CASES[name][1], "stream": stream}
+        if (name, stream) not in wholes:
+            wholes[name, stream] = await bench.whole(path, body)
         whole = wholes[name, stream]
         longest = max(map(len, whole.token_ids))
         at_tokens = max(0, longest - LAST) if at < 0 else min(at, max(0, longest - LAST))
-        async with at_once:
-            moved, id_ = await bench.moved(*bodies[name, stream], [at_tokens])
-        return differs(whole, moved) or ("" if bench.gate.of(bench.gate.moves, id_) else why_not(bench, id_))
-
-    return dict(zip(cases, await asyncio.gather(*(problem_of(*case) for case in cases)), strict=True))
+        moved, id_ = await bench.moved(path, body, [at_tokens])
+        problem = differs(whole, moved)
+        if problem and differs(await bench.whole(path, body), whole):
+            problem += " AND THE UNMOVED ANSWER DIFFERS FROM ITSELF"
+        found[name, at, stream] = problem or ("" if bench.gate.of(bench.gate.moves, id_) else why_not(bench, id_))
+    return found
 
 
 def differs(whole: Answer, moved: Answer) -> str:

@@ -63,6 +63,12 @@ async def ask(endpoints: SllmEndpoints, path: str, authorization: str = "", **pa
     return answer.status_code, json.loads(answer.body)
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial begins as soon as nothing is in flight."""
+    monkeypatch.setattr("sllm_vllm.engine.endpoints.QUIET_S", 0.0)
+
+
 async def started(endpoints: SllmEndpoints, *keys: str) -> None:
     await endpoints.init_state(Engine(), None, SimpleNamespace(api_key=list(keys) or None))
     assert endpoints._trial is not None
@@ -100,6 +106,26 @@ async def test_an_engine_that_cant_resume_says_why_and_serves_on(
     assert endpoints._engine.sllm_points.problems == [state["reason"]]  # the answer to a body that asks anyway
     assert REGISTRY.get_sample_value("sllm_engine_resume_supported") == 0
     assert [record for record in caplog.records if "event=resume supported=false" in record.getMessage()]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_the_trial_waits_for_a_quiet_moment_but_not_for_ever(
+    endpoints: SllmEndpoints, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setattr("sllm_vllm.engine.endpoints.QUIET_S", 0.2)
+    monkeypatch.setattr("sllm_vllm.engine.endpoints.QUIET_S_MAX", 60.0 if ends else 0.5)
+    engine = Engine()
+    engine.output_processor.request_states["r"] = "in flight"
+    await endpoints.init_state(engine, None, SimpleNamespace(api_key=None))
+    assert endpoints._trial is not None
+    await asyncio.wait([endpoints._trial], timeout=0.4)
+    assert not endpoints._trial.done()
+    status, state = await ask(endpoints, "/sllm/state")
+    assert (status, state["resume"]) == (200, None)
+    if ends:
+        engine.output_processor.request_states.clear()
+    await asyncio.wait_for(endpoints._trial, 30)
+    assert (await ask(endpoints, "/sllm/state"))[1]["resume"] is False
 
 
 async def test_a_hook_that_is_missing_is_the_reason() -> None:
