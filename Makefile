@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup fix check test cover e2e sim sim-store bench gpu demo lock clean
+.PHONY: help setup fix check test cover e2e compat sim sim-store bench gpu demo lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,18 @@ cover: $(READY) ## the same with branch coverage, which must be 90 %
 e2e: $(READY) ## every test on real vLLM, the longer matrix too
 	@$(BIN)/pytest -m "e2e or e2e_long" $(ARGS)
 
+# The newest vLLM with a CPU build is the one of .venv; the oldest that pyproject.toml allows gets an environment of its own.
+OLDEST := 0.27.1
+COMPAT_TESTS = tests/engine tests/e2e/test_serve.py tests/e2e/test_resume_exact.py tests/e2e/test_migration_exact.py
+
+compat: $(READY) ## the engine's hooks, the loader and moved requests on the oldest and the newest vLLM
+	@oldest=$$(UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 tools/compat_env.py $(OLDEST)) || exit 1; failed=0; \
+	for python in $$oldest $(BIN)/python; do \
+		version=$$($$python -c 'from importlib.metadata import version; print(version("vllm"))'); \
+		if $$python -m pytest -q -m "not e2e_long" $(COMPAT_TESTS) $(ARGS); \
+		then echo "vllm $$version: passed"; else echo "vllm $$version: FAILED"; failed=1; fi; \
+	done; exit $$failed
+
 sim: $(READY) ## the router's core beside five other policies, on a virtual clock; ARGS="--help" for its options
 	@$(BIN)/sllm-vllm simulate $(ARGS)
 
@@ -74,6 +86,6 @@ lock: ## resolve the newest dependencies into tools/requirements-cpu.lock
 	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 tools/setup_env.py --lock
 
 clean: ## remove .venv and every cache
-	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	@rm -rf $(VENV) .compat build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache *.egg-info
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

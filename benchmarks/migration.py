@@ -48,14 +48,20 @@ TOKENS, MOVE_AT = 60, 20
 ANSWER_S_MAX = 900.0
 GAP_TIMES_MAX = 3.0
 SHARE_MAX = 0.1
-ARGUMENTS = {"enforce-eager": True, "max-model-len": 8192, "block-size": 32, "dtype": "bfloat16"}
+ARGUMENTS = {
+    "enforce-eager": True,
+    "max-model-len": 4608,
+    "hf-overrides": '{"max_position_embeddings": 8192}',
+    "block-size": 32,
+    "dtype": "bfloat16",
+}
 SETTINGS: dict[str, dict[str, object]] = {
     "rounds": {"switch_timeout": 600},
     "no rounds": {"rounds_max": 0, "switch_timeout": 600},
 }
 SMALL_PREFILLS: dict[str, object] = {"round_tokens_max": 256, "switch_timeout": 600}
 _MOVED = re.compile(r"event=moved .*tokens=(\d+) rounds=(\d+) computed=(\d+) bytes=(\d+) held_ms=([\d.]+)")
-_VOCABULARY = range(300, 30_000)
+_VOCABULARY = range(300, 8000)
 
 
 @dataclass
@@ -111,7 +117,7 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
         models = {MODEL: ensure_model(workspace, arguments.size)}
         warm_up(environment_of(workspace))
     try:
-        with running_router(workspace, models, slots=2, **sections_of(models, SETTINGS["rounds"])) as router:
+        with running_router(workspace, models, slots=2, **sections_of(SETTINGS["rounds"])) as router:
             bench = Bench(workspace, models, router)
             bench.wait_movable()
             for prompt in arguments.prompts:
@@ -132,11 +138,10 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def sections_of(models: dict[str, Path], migration: dict[str, object]) -> dict[str, Any]:
+def sections_of(migration: dict[str, object]) -> dict[str, Any]:
     """Two replicas that stay, and how requests move between them."""
     defaults = {"engine_arguments": ARGUMENTS, "min_replicas": 2, "max_replicas": 2}
-    listed = [{"name": name, "source": str(path)} for name, path in models.items()]
-    return {"defaults": defaults, "models": listed, "migration": migration}
+    return {"defaults": defaults, "migration": migration, "kv_memory": "1GiB"}
 
 
 class Bench:
@@ -156,7 +161,8 @@ class Bench:
         """
         deadline_s = time.monotonic() + ANSWER_S_MAX
         while sum(one["is_movable"] for one in self._router.admin("replicas")["replicas"]) < 2:
-            if time.monotonic() > deadline_s:
+            failed = [one["back_off"] for one in self._router.admin("models")["models"] if one["back_off"]]
+            if failed or time.monotonic() > deadline_s:
                 raise RouterFailed(f"two movable replicas never came\n{self._router.log_tail()}")
             time.sleep(0.2)
 
@@ -173,7 +179,7 @@ class Bench:
             self._set(SETTINGS["rounds"])
 
     def _set(self, migration: dict[str, object]) -> None:
-        write_config(self._workspace, self._models, slots=2, **sections_of(self._models, migration))
+        write_config(self._workspace, self._models, slots=2, **sections_of(migration))
         self._router.admin("reload", method="POST")
 
     def _move(self, way: str, prompt: int, *, with_other: bool = False) -> Sample:
@@ -225,6 +231,8 @@ class Bench:
     def _wait_tokens(self, stream: Stream, num_tokens: int) -> None:
         while stream.streamed.num_tokens < num_tokens and stream.is_alive():
             time.sleep(0.005)
+        if not stream.is_alive():
+            raise RouterFailed(f"a stream ended too early: {stream.problem}\n{self._router.log_tail()}")
 
     def _wait_end(self, stream: Stream, num_tokens: int) -> None:
         stream.join(ANSWER_S_MAX)

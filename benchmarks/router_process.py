@@ -84,7 +84,9 @@ class Router:
         return self.log.read_text(errors="replace")[-LOG_SHOWN:]
 
 
-def write_config(workspace: Workspace, models: Mapping[str, Path], *, slots: int, **sections: object) -> Path:
+def write_config(
+    workspace: Workspace, models: Mapping[str, Path], *, slots: int, kv_memory: str = "256MiB", **sections: object
+) -> Path:
     """A configuration over these models, on so many slots; the agent's folder and the checkpoints are the run's.
 
     ``sections`` stand in place of those that are written by themselves.
@@ -92,7 +94,7 @@ def write_config(workspace: Workspace, models: Mapping[str, Path], *, slots: int
     config = workspace.tmp / "router.yaml"
     values = {
         "server": {"port": 0},
-        "node": {"slots": slots, "kv_memory": "256MiB", "node_dir": str(workspace.tmp / "node")},
+        "node": {"slots": slots, "kv_memory": kv_memory, "node_dir": str(workspace.tmp / "node")},
         "store": {"directory": str(workspace.run / "store")},
         "defaults": {"engine_arguments": {"enforce-eager": True, "max-model-len": 512}, "keep_alive": 3600},
         "models": [{"name": name, "source": str(path)} for name, path in models.items()],
@@ -104,14 +106,17 @@ def write_config(workspace: Workspace, models: Mapping[str, Path], *, slots: int
 
 @contextlib.contextmanager
 def running_router(
-    workspace: Workspace, models: Mapping[str, Path], *, slots: int, **sections: object
+    workspace: Workspace, models: Mapping[str, Path], *, slots: int, kv_memory: str = "256MiB", **sections: object
 ) -> Iterator[Router]:
     """A router with such a configuration.
 
     Raises:
         RouterFailed: it does not get ready.
     """
-    config, node_dir = write_config(workspace, models, slots=slots, **sections), workspace.tmp / "node"
+    config, node_dir = (
+        write_config(workspace, models, slots=slots, kv_memory=kv_memory, **sections),
+        workspace.tmp / "node",
+    )
     log = workspace.run / "router.log"
     environment = child_environment(**environment_of(workspace), HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
     with log.open("wb") as output:

@@ -49,12 +49,12 @@ def hook_grammars(module: ModuleType) -> None:
     """Let ``StructuredOutputManager._create_grammar`` advance the grammar over what the request owns."""
     managers: Any = require_type(module, "StructuredOutputManager")
     stock = require(managers, "_create_grammar", "request")
-    require(managers, "accept_tokens", "request", "new_token_ids")
+    accept = _accept_of(managers)
 
     def create_grammar(self: Any, request: Any) -> Any:
         grammar = stock(self, request)
         if request.num_output_tokens:
-            _advance(self, request, grammar)
+            _advance(self, request, grammar, accept=accept)
         return grammar
 
     managers._create_grammar = create_grammar
@@ -100,6 +100,10 @@ def _check_owned(config: Any, request: Any) -> None:
         raise ResumeRefused(f"it owns {len(owned)} tokens, and must have fewer than {room}")
 
 
+_REASONING = ("reasoning_ended", "reasoning_end_token_index", "reasoner")
+"""What a structured request knows of the end of its reasoning; not every version has all of it."""
+
+
 @dataclass(slots=True)
 class _Past:
     """A request as it was some tokens ago: what the manager reads of a request when it accepts tokens."""
@@ -111,7 +115,26 @@ class _Past:
     use_structured_output: bool = True
 
 
-def _advance(manager: Any, request: Any, grammar: Any) -> None:
+def _accept_of(managers: Any) -> Any:
+    """How a manager lets a request's grammar accept new tokens, leaving out those of its reasoning.
+
+    Before ``accept_tokens`` (seen in 0.32, not in 0.27.1) the scheduler put it together from two of its methods.
+    """
+    if hasattr(managers, "accept_tokens"):
+        return require(managers, "accept_tokens", "request", "new_token_ids")
+    should_advance = require(managers, "should_advance", "request", "new_token_ids")
+    trim = require(managers, "trim_reasoning_for_advance", "request", "new_token_ids")
+
+    def accept(self: Any, request: Any, new_token_ids: list[int]) -> bool:
+        if not should_advance(self, request, new_token_ids=new_token_ids):
+            return True
+        rest: Any = trim(self, request, new_token_ids)
+        return not rest or request.structured_output_request.grammar.accept_tokens(request.request_id, rest)
+
+    return accept
+
+
+def _advance(manager: Any, request: Any, grammar: Any, *, accept: Any) -> None:
     """Accept the owned tokens one by one, as the source did: a reasoning parser may look at all that came before.
 
     In a thread of the manager's, while the request waits for its grammar. The request's own record must not get the
@@ -123,7 +146,8 @@ def _advance(manager: Any, request: Any, grammar: Any) -> None:
     past = _Past(request.request_id, prompt, record, list(prompt))
     for token in list(request.output_token_ids):
         past.all_token_ids.append(token)
-        if not manager.accept_tokens(past, [token]):
+        if not accept(manager, past, [token]):
             raise ValueError(f"the grammar of {request.request_id} refuses token {token} of those it was resumed with")
-    request.structured_output_request.reasoning_ended = record.reasoning_ended
-    request.structured_output_request.reasoner = record.reasoner
+    for name in _REASONING:
+        if hasattr(record, name):
+            setattr(request.structured_output_request, name, getattr(record, name))

@@ -57,7 +57,6 @@ def hook_outputs(module: ModuleType) -> None:
     require(collectors, "get_nowait")
     require(collectors, "get")
     require(processors, "process_outputs", "engine_core_outputs")
-    require(processors, "has_request", "request_id")
     stock = require(processors, "add_request", "request", "prompt", "parent_req", "request_index", "queue")
 
     def add_request(self: Any, request: Any, prompt: Any, *places: Any, **named: Any) -> None:
@@ -166,7 +165,7 @@ def _resume(processor: Any, request: Any, resume: object) -> None:
         replay(processor, state, choice, held=held)
     except ResumeRefused as problem:
         raise _refusal(str(problem)) from None
-    hand_to_core(request, choice, is_open=processor.has_request(request.request_id))
+    hand_to_core(request, choice, is_open=request.request_id in processor.request_states)
 
 
 def _refusal(reason: str) -> Exception:

@@ -72,7 +72,7 @@ def replay(processor: Any, state: Any, choice: OwnedChoice, *, held: HeldOutputs
     else:
         with held.collecting():
             _process(processor, state, choice)
-    if choice.finish_reason is not None and processor.has_request(state.request_id):
+    if choice.finish_reason is not None and state.request_id in processor.request_states:
         stop = f"its stop string {choice.stop_reason!r} is not in its text"
         raise ResumeRefused(f"choice {state.request_index} is said to have ended, and {stop}")
 
@@ -103,7 +103,7 @@ def _process(processor: Any, state: Any, choice: OwnedChoice) -> None:
         if choice.logprobs is not None and state.logprobs_processor.logprobs is not None:
             _add_logprobs(state.logprobs_processor, choice, index)
         processor.process_outputs([output])
-        if not processor.has_request(state.request_id):
+        if state.request_id not in processor.request_states:
             return  # it ended, by a stop string if by nothing that was carried along
     state.is_prefilling = True  # so that time to first token is counted, and no pause since the last one
 

