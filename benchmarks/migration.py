@@ -43,7 +43,7 @@ from benchmarks.supervise import CACHE_DEFAULT, Workspace, run_supervised
 
 MODEL = "m"
 PROMPTS = (100, 1000, 4000)
-ROUNDS = {100: 5, 1000: 3, 4000: 2}
+ROUNDS = {100: 5, 1000: 3, 4000: 1}
 TOKENS, MOVE_AT = 60, 20
 ANSWER_S_MAX = 900.0
 GAP_TIMES_MAX = 3.0

@@ -192,7 +192,7 @@ class EngineConnection(asyncio.Protocol):
         self.status = 0
         self.headers = []
         self._head_nbytes = 0
-        self._has_head = self._is_complete = self._can_stay = False
+        self._has_head = self._is_complete = self._can_stay = self._is_held = False
         host, port = self.address
         body = sent.body
         lines = [f"{sent.method} {sent.target} HTTP/1.1\r\nhost: {host}:{port}\r\n".encode()]
