@@ -48,7 +48,7 @@ OLDEST := 0.27.1
 COMPAT_TESTS = tests/engine tests/e2e/test_serve.py tests/e2e/test_resume_exact.py tests/e2e/test_migration_exact.py
 
 compat: $(READY) ## the engine's hooks, the loader and moved requests on the oldest and the newest vLLM
-	@oldest=$$(UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 tools/compat_env.py $(OLDEST)) || exit 1; failed=0; \
+	@oldest=$$(UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 -m tools.compat_env $(OLDEST)) || exit 1; failed=0; \
 	for python in $$oldest $(BIN)/python; do \
 		version=$$($$python -c 'from importlib.metadata import version; print(version("vllm"))'); \
 		if $$python -m pytest -q -m "not e2e_long" $(COMPAT_TESTS) $(ARGS); \

@@ -44,7 +44,9 @@ from benchmarks.supervise import CACHE_DEFAULT, Workspace, run_supervised
 MODEL = "m"
 PROMPTS = (100, 1000, 4000)
 ROUNDS = {100: 5, 1000: 3, 4000: 1}
-TOKENS, MOVE_AT = 60, 20
+TOKENS, MOVE_AT = 120, 20
+TRIES_MAX = 5
+"""Of a move whose request ends first: engines that share processors stall now and then, moved or not."""
 ANSWER_S_MAX = 900.0
 GAP_TIMES_MAX = 3.0
 SHARE_MAX = 0.1
@@ -183,6 +185,13 @@ class Bench:
         self._router.admin("reload", method="POST")
 
     def _move(self, way: str, prompt: int, *, with_other: bool = False) -> Sample:
+        for _ in range(TRIES_MAX):
+            if (sample := self._try_move(way, prompt, with_other=with_other)) is not None:
+                return sample
+        raise RouterFailed(f"no request was moved in time\n{self._router.log_tail()}")
+
+    def _try_move(self, way: str, prompt: int, *, with_other: bool) -> Sample | None:
+        """None if the request ended first."""
         num_moved_before = len(_MOVED.findall(self._router.log.read_text()))
         num = TOKENS * (3 if with_other else 1)
         stream = self._begin(prompt, num)
@@ -193,11 +202,13 @@ class Bench:
         ordered_s = time.monotonic()
         moving = min(self._router.admin("requests")["requests"], key=lambda one: -one["age_s"])
         self._router.admin(f"requests/{moving['id']}/migrate", method="POST")
-        found = self._wait_moved(num_moved_before)
+        found = self._wait_moved(num_moved_before, stream)
         moved_s = time.monotonic()
         self._wait_end(stream, num)
         if other is not None:
             other.stop.set()
+        if not found:
+            return None
         gaps_s = stream.streamed.gaps_s(ordered_s)
         num_moved, num_rounds, num_filled, nbytes = map(int, found[:4])
         return Sample(
@@ -240,18 +251,15 @@ class Bench:
             told = f"{stream.streamed.num_tokens} tokens of {num_tokens}: {stream.problem}"
             raise RouterFailed(f"{told}\n{self._router.log_tail()}")
 
-    def _wait_moved(self, num_before: int) -> Sequence[str]:
-        """What the router says of the move that was ordered."""
-        deadline_s = time.monotonic() + ANSWER_S_MAX
-        while time.monotonic() < deadline_s:
+    def _wait_moved(self, num_before: int, stream: Stream) -> Sequence[str]:
+        """What the router says of the move that was ordered; nothing if the request ends first."""
+        while stream.is_alive():
             log = self._router.log.read_text()
             if len(found := _MOVED.findall(log)) > num_before:
                 told: Sequence[str] = found[-1]
                 return told
-            if "event=not_moved" in log:
-                break
             time.sleep(0.01)
-        raise RouterFailed(f"it did not move\n{self._router.log_tail()}")
+        return ()
 
 
 class Stream(threading.Thread):

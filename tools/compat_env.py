@@ -3,7 +3,7 @@
 Resolved anew, not locked: only vLLM, and the torch that `.venv` has, are given. Standard library only; uses the `uv` of
 `.venv`. An environment that is there is taken as it is.
 
-    python3 tools/compat_env.py 0.27.1      prints the path of its Python
+    python3 -m tools.compat_env 0.27.1      prints the path of its Python
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from setup_env import PLACEHOLDERS, ROOT, UV, SetupError, either, pinned, run, write_metadata_wheel
+from tools.setup_env import PLACEHOLDERS, ROOT, UV, SetupError, either, pinned, run, write_metadata_wheel
 
 TESTED_WITH = ("pytest>=9", "pytest-asyncio>=1.3", "pytest-xdist>=3.8", "hypothesis>=6.150", "hatchling", "editables")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+){1,3}")

@@ -213,6 +213,7 @@ class Mover:
     async def _judged(self, answer: EngineConnection) -> MigrationEvent | None:
         """What the head of an answer says, or the whole of it; None if it only begins."""
         if answer.status != 200:
+            self._answer = None  # its connection is given back when it is read
             reply: Reply = await read_reply(answer)
             return Refused(f"the target answers {reply.status}: {reply.problem}")
         if not answer.is_whole:

@@ -87,9 +87,8 @@ async def test_a_sample_of_requests_is_moved_unnoticed(bench: MoveBench) -> None
     assert len(sample) == 40
     told = await problems_of(bench, sample)
     assert {case: problem for case, problem in told.items() if is_wrong(problem)} == {}
-    # At times an engine's front end says all of an answer at its end, moved or not: then there is nothing left to move.
     stayed = {case: problem for case, problem in told.items() if problem}
-    assert len(stayed) <= 0.5 * len(sample), stayed
+    assert len(stayed) <= 0.2 * len(sample), stayed
 
 
 @pytest.mark.e2e_long

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e_long
 
 NUM_TOKENS = 700
 """So many that an engine starts, and tries that it can take over requests, while they come."""
-ASKED = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 1.0, "seed": 5}
+ASKED: dict[str, Any] = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 1.0, "seed": 5}
 
 
 def configure(directory: Path, model: Path, **arguments: Any) -> None:
