@@ -8,7 +8,6 @@ Resolved anew, not locked: only vLLM, and the torch that `.venv` has, are given.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -70,5 +69,4 @@ def install(python: Path, version: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))
     raise SystemExit(main(sys.argv[1:]))

@@ -174,25 +174,6 @@ def test_a_model_is_as_the_core_knows_it() -> None:
     assert replace(model().spec(0), lineage=0) == ModelSpec("m")
 
 
-@pytest.mark.parametrize(
-    ("changed", "is_same"),
-    [
-        ({"engine_arguments": ["--dtype", "float16"]}, True),
-        ({"engine_arguments": {"dtype": "float16", "max-num-seqs": 8}}, True),
-        ({"engine_arguments": ["--max_num_seqs=8", "--dtype=float16", "--gpu-memory-utilization", 0.5]}, True),
-        ({"engine_arguments": ["--dtype", "float32"]}, False),
-        ({"engine_arguments": ["--dtype", "float16", "--kv-cache-dtype", "fp8"]}, False),
-        ({"engine_arguments": ["--dtype", "float16"], "revision": "v2"}, False),
-        ({"engine_arguments": ["--dtype", "float16"], "environment": {"VLLM_USE_V2": 1}}, False),
-    ],
-)
-def test_requests_move_between_engines_that_differ_in_nothing_that_answers(
-    changed: dict[str, object], is_same: bool
-) -> None:
-    before, after = model(engine_arguments=["--dtype=float16"]), model(**changed)
-    assert (before.spec(0).lineage == after.spec(0).lineage) is is_same
-
-
 def test_accelerators_that_are_said_count_more_than_the_arguments() -> None:
     assert model(accelerators=3, engine_arguments=["-tp", 2]).num_accelerators == 3
     assert model(engine_arguments=["-tp", 2, "-pp", 2]).num_accelerators == 4

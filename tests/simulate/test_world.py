@@ -12,7 +12,6 @@ from sllm_vllm.router.core.events import (
     Dispatch,
     Event,
     FirstByte,
-    MoveFailed,
     MoveRequest,
     NodeJoined,
     NodeLost,
@@ -254,19 +253,6 @@ def test_moved_request_goes_on_where_it_was() -> None:
     assert times(run, "r0") == pytest.approx((8.0, 9.0, 11.0))
     assert (run.num_moves, run.outcomes["r0"].replica) == (1, "b")
     assert run.num_recomputed_tokens == 50 + 10
-
-
-@pytest.mark.parametrize("target", ["b", "nobody"])
-def test_move_to_an_engine_that_is_not_there_is_told_and_changes_nothing(target: str) -> None:
-    inner = serving(start("a"))
-
-    def answer(event: Event, now_s: float) -> Sequence[Order]:
-        return [MoveRequest("r0", "a", target)] if isinstance(event, FirstByte) else inner(event, now_s)
-
-    policy = Scripted(answer)
-    run = World(SMALL, policy, seed=1, is_validated=True).run([asked(0)])
-    assert policy.all_of(MoveFailed) == [MoveFailed("r0", target, "an engine died")]
-    assert (run.num_moves, run.outcomes["r0"].end) == (0, End.ANSWERED)
 
 
 def test_preempted_request_begins_again() -> None:
