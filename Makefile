@@ -45,7 +45,7 @@ e2e: $(READY) ## every test on real vLLM, the longer matrix too
 
 # The newest vLLM with a CPU build is the one of .venv; the oldest that pyproject.toml allows gets an environment of its own.
 OLDEST := 0.27.1
-COMPAT_TESTS = tests/engine tests/e2e/test_serve.py tests/e2e/test_resume_exact.py tests/e2e/test_migration_exact.py
+COMPAT_TESTS = tests/engine tests/e2e/test_serve.py tests/e2e/test_migration_exact.py
 
 compat: $(READY) ## the engine's hooks, the loader and moved requests on the oldest and the newest vLLM
 	@oldest=$$(UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 -m tools.compat_env $(OLDEST)) || exit 1; failed=0; \

@@ -11,7 +11,6 @@ import vllm
 from huggingface_hub import try_to_load_from_cache
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed.parallel_state import get_dp_group, get_pp_group, get_tp_group
-from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.platforms import current_platform
 
 from sllm_vllm.checkpoint.checksum import digest
@@ -44,6 +43,9 @@ def rank_position(vllm_config: VllmConfig) -> RankPosition:
 
 def layout_of(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Layout:
     """Everything that changes what the module's parameters hold."""
+    # Not at the top: importing vLLM's loaders is what registers ours, which imports this module.
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
     parallel = vllm_config.parallel_config
     model_class = get_model_architecture(model_config)[0]
     count = rank_position(vllm_config).num_partitions

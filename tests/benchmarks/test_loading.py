@@ -278,6 +278,7 @@ def test_job_survives_its_way_to_the_child(job: Job) -> None:
 # ---------------------------------------------------------------------------------------------------------- the whole
 
 
+@pytest.mark.e2e_long
 def test_run_without_vllm(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     """Children, page cache, digests and rows of a real run, on a tiny model."""
     cache, lines = tmp_path / "cache", tmp_path / "lines.jsonl"

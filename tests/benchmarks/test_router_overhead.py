@@ -224,6 +224,7 @@ def test_every_peer_has_a_version_and_says_its_setting() -> None:
     assert all(peer.version and peer.setting for peer in PEERS)
 
 
+@pytest.mark.e2e_long
 def test_the_benchmark_runs_whole_without_peers(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     command = [sys.executable, "-m", "benchmarks.router_overhead", "--peers", "none", "--quick", "--seconds", "0.2"]

@@ -25,7 +25,7 @@ from tests.e2e.real_agent import order, ready, warm_agent
 from tests.resumed import Answer, Client
 from tests.waiting import wait_until
 
-STEP_S = 0.015
+STEP_S = 0.01
 """Of an engine, at least: so that a switch comes soon after the token that it was ordered at."""
 _SLOW = """
 import os, time

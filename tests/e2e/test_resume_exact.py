@@ -115,7 +115,7 @@ def check(client: Client, whole: Whole, name: str, *, num_owned: int, stream: bo
     return problem_of(client, whole(name, stream), (path, {**body, "stream": stream}), num_owned)
 
 
-@pytest.mark.e2e
+@pytest.mark.e2e_long
 def test_a_sample_of_requests_goes_on_as_if_unmoved(client: Client, whole: Whole) -> None:
     """One test, not forty: each worker of the test run would start an engine of its own."""
     assert client.get("/sllm/state")["resume"] is True
