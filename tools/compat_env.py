@@ -1,13 +1,14 @@
 """Makes `.compat/VERSION`: this project beside another version of vLLM's CPU build, for `make compat`.
 
 Resolved anew, not locked: only vLLM, and the torch that `.venv` has, are given. Standard library only; uses the `uv` of
-`.venv`. An environment that is there is taken as it is.
+`.venv`. An environment that was made from the same is taken as it is.
 
     python3 -m tools.compat_env 0.27.1      prints the path of its Python
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import sys
@@ -15,7 +16,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.setup_env import PLACEHOLDERS, ROOT, UV, SetupError, either, pinned, run, write_metadata_wheel
+from tools.setup_env import (
+    PLACEHOLDERS,
+    ROOT,
+    UV,
+    SetupError,
+    either,
+    exclusive,
+    inputs,
+    pinned,
+    run,
+    write_metadata_wheel,
+)
 
 TESTED_WITH = ("pytest>=9", "pytest-asyncio>=1.3", "pytest-xdist>=3.8", "hypothesis>=6.150", "hatchling", "editables")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+){1,3}")
@@ -27,7 +39,8 @@ def main(args: Sequence[str]) -> int:
         print("usage: compat_env.py VERSION", file=sys.stderr)
         return 2
     try:
-        print(make(args[0]))
+        with exclusive():
+            print(make(args[0]))
     except SetupError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1
@@ -35,10 +48,10 @@ def main(args: Sequence[str]) -> int:
 
 
 def make(version: str) -> Path:
-    """The environment's Python; made if it is not there. One that was broken off is made anew."""
+    """The environment's Python; made if it is not there, was broken off, was moved, or was made from something else."""
     home = ROOT / ".compat" / version
-    python, ready = home / "bin" / "python", home / ".ready"
-    if ready.exists():
+    python, ready, stamp = home / "bin" / "python", home / ".ready", stamp_of(home)
+    if ready.exists() and ready.read_text() == stamp:
         return python
     if not UV.exists():
         raise SetupError("no uv in .venv; run `make setup` first")
@@ -46,8 +59,14 @@ def make(version: str) -> Path:
     run([sys.executable, "-m", "venv", "--without-pip", home], f"making {home}")
     with tempfile.TemporaryDirectory() as folder:
         install(python, version, Path(folder))
-    ready.touch()
+    ready.write_text(stamp)
     return python
+
+
+def stamp_of(home: Path) -> str:
+    """What an environment was made from: its place, this Python, the pinned torch, and how the project installs."""
+    told = Path(__file__).read_bytes()
+    return f"{home} {sys.version_info[:2]} torch=={pinned('torch')} {inputs()} {hashlib.sha256(told).hexdigest()}\n"
 
 
 def install(python: Path, version: str, folder: Path) -> None:

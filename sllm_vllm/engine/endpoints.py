@@ -104,7 +104,7 @@ class SllmEndpoints:
         config = self._engine.vllm_config
         return {
             "resume": None if self._reason is None else not self._reason,
-            "reason": self._reason if self._reason is not None else "the trial is running",
+            "reason": self._reason if self._reason is not None else "the trial has not ended",
             "resume_key": RESUME_KEY,
             "block_size": config.cache_config.block_size,
             "max_model_len": config.model_config.max_model_len,

@@ -121,7 +121,7 @@ async def test_the_trial_waits_for_a_quiet_moment_but_not_for_ever(
     await asyncio.wait([endpoints._trial], timeout=0.4)
     assert not endpoints._trial.done()
     status, state = await ask(endpoints, "/sllm/state")
-    assert (status, state["resume"]) == (200, None)
+    assert (status, state["resume"], state["reason"]) == (200, None, "the trial has not ended")
     if ends:
         engine.output_processor.request_states.clear()
     await asyncio.wait_for(endpoints._trial, 30)

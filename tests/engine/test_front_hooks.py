@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sllm_vllm.engine.front_hooks import hook_outputs
-from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, handed_over
+from sllm_vllm.engine.front_hooks import hook_generate, hook_outputs
+from sllm_vllm.engine.hook_points import HookPoints
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, handed_over
 
 
 @pytest.fixture
@@ -94,3 +95,47 @@ def test_a_replay_that_fails_leaves_no_state(processor: Any, monkeypatch: pytest
     with pytest.raises(RuntimeError, match="1 output"):
         add(processor, owning_choice())
     assert is_empty(processor)
+
+
+def engine_with(points: HookPoints) -> Any:
+    """Of a vLLM whose ``generate`` gives back the parameters that it got."""
+
+    class AsyncLLM:
+        def __init__(self) -> None:
+            model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 32)
+            self.vllm_config = SimpleNamespace(model_config=model, speculative_config=None, kv_transfer_config=None)
+
+        def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> Any:
+            del prompt, request_id
+            return sampling_params
+
+    module: Any = ModuleType("async_llm")
+    module.AsyncLLM = AsyncLLM
+    hook_generate(module, points)
+    return AsyncLLM()
+
+
+def resumed(engine: Any) -> bool:
+    """Ask for a request that owns two tokens, as it comes over HTTP; whether the engine is told of them."""
+    from vllm.sampling_params import SamplingParams
+
+    prompt = [1, 2, 3]
+    carried = Resume(digest_tokens(prompt), (OwnedChoice((5, 6)),))
+    params = SamplingParams(max_tokens=10, extra_args={RESUME_KEY: carried.to_json()})
+    asked = engine.generate({"type": "token", "prompt_token_ids": prompt}, params, "r")
+    return bool(asked.extra_args[RESUME_KEY] == carried)
+
+
+def test_a_request_is_resumed_before_the_trial_has_ended() -> None:
+    """Nothing waits for the trial: it would have to run beside the request then."""
+    assert resumed(engine_with(HookPoints()))
+
+
+def test_where_a_hook_is_missing_it_is_refused_before_the_trial_too() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    points = HookPoints()
+    engine = engine_with(points)
+    points.problems.append("a module: there is no such function")
+    with pytest.raises(VLLMValidationError, match="can't resume: a module"):
+        resumed(engine)
