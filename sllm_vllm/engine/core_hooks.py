@@ -118,7 +118,7 @@ class _Past:
 def _accept_of(managers: Any) -> Any:
     """How a manager lets a request's grammar accept new tokens, leaving out those of its reasoning.
 
-    Before ``accept_tokens`` (seen in 0.32, not in 0.27.1) the scheduler put it together from two of its methods.
+    Before ``accept_tokens`` (there since 0.30) the scheduler put it together from two of its methods.
     """
     if hasattr(managers, "accept_tokens"):
         return require(managers, "accept_tokens", "request", "new_token_ids")

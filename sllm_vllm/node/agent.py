@@ -88,7 +88,7 @@ class NodeAgent:
         self._records: dict[str, ReplicaRecord] = {}
         self._timings: deque[EngineTiming] = deque(maxlen=TIMINGS_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ports = Ports()
+        self._ports = Ports(config.engine_host)
         self._orphans = Record(config.record_path)
         self._death_watch = DeathWatch(config.record_path)
         self._sessions: deque[int] = deque(maxlen=_SESSIONS_MAX)
@@ -293,7 +293,7 @@ class NodeAgent:
     async def _run(self, start: StartEngine) -> None:
         """One engine, from its slots to its end."""
         spec, record = start.spec, self._records[start.spec.id]
-        place = Place(start.slots, record.reservation.port, record.api_key)
+        place = Place(start.slots, record.reservation.port, record.api_key, record.reservation.host)
         try:
             log = BoundedLog(record.log, self.config.log_bytes)
             engine = Engine(spec.id, log, on_event=self._happened, on_change=record.notify)
@@ -310,7 +310,7 @@ class NodeAgent:
         self._orphans.add(process.pid)
         self._happened(EngineStarted(spec.id, process.pid))
         try:
-            status = await engine.run(self._session, place.port, health_s=self.config.health_s)
+            status = await engine.run(self._session, place.url, health_s=self.config.health_s)
         finally:
             process.kill()
             record.reservation.close()
@@ -344,7 +344,7 @@ class NodeAgent:
         """Make the record of a new order; its port is its own from now on."""
         for name in UNREACHABLE_OPTIONS:
             if has_option(order.arguments, name):
-                raise OrderRefused(order.model, f"{name}: an engine listens on a port of the loopback", "leave it out")
+                raise OrderRefused(order.model, f"{name}: an engine listens where the agent says", "leave it out")
         try:
             reservation = self._ports.reserve(order.port)
         except OSError as error:

@@ -13,7 +13,6 @@ from pathlib import Path
 import aiohttp
 
 from sllm_vllm.node.core.events import EngineHealthy, EngineUnhealthy, Event
-from sllm_vllm.node.core.launch import HOST
 from sllm_vllm.node.core.load_line import read_load_line
 from sllm_vllm.node.core.phases import Phase, StartPhases
 from sllm_vllm.node.engine_process import EngineProcess
@@ -68,10 +67,10 @@ class Engine:
         self._phases.process_started(self._at_s())
         self._log_phase()
 
-    async def run(self, session: aiohttp.ClientSession, port: int, *, health_s: float) -> int:
+    async def run(self, session: aiohttp.ClientSession, url: str, *, health_s: float) -> int:
         """Watch it until it has ended and nothing of it is left; its exit status, or minus the signal that ended it."""
         assert self.process is not None
-        asking = asyncio.get_running_loop().create_task(self._ask(session, port, health_s))
+        asking = asyncio.get_running_loop().create_task(self._ask(session, url, health_s))
         try:
             status = await self.process.wait()
         finally:
@@ -103,8 +102,7 @@ class Engine:
             load=self._load,
         )
 
-    async def _ask(self, session: aiohttp.ClientSession, port: int, health_s: float) -> None:
-        url = f"http://{HOST}:{port}"
+    async def _ask(self, session: aiohttp.ClientSession, url: str, health_s: float) -> None:
         await wait_healthy(session, url, answer_s=health_s)
         self._phases.became_ready(self._at_s())
         self._on_event(EngineHealthy(self.replica))

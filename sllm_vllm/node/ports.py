@@ -13,14 +13,16 @@ import os
 import socket
 from types import TracebackType
 
-LOOPBACK = "127.0.0.1"
+from sllm_vllm.node.core.launch import LOOPBACK
 
 
 class PortReservation:
-    """A port of the loopback interface that nobody else gets by chance. Made by `Ports`; also a context manager."""
+    """A port of an address that nobody else gets by chance. Made by `Ports`; also a context manager."""
 
     def __init__(self, holder: socket.socket, taken: set[int]) -> None:
-        self.port: int = holder.getsockname()[1]
+        self.host: str
+        self.port: int
+        self.host, self.port = holder.getsockname()
         self._holder = holder
         self._taken = taken
         taken.add(self.port)
@@ -45,9 +47,13 @@ class Ports:
 
     Another process that asks for the same port, and sets ``SO_REUSEADDR``, is not kept from it: of the two servers the
     second finds that it can't listen.
+
+    Args:
+        host: the IPv4 address that all of them are of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = LOOPBACK) -> None:
+        self._host = host
         self._taken: set[int] = set()
 
     def reserve(self, port: int = 0) -> PortReservation:
@@ -62,7 +68,7 @@ class Ports:
         holder = socket.socket()  # not inherited
         try:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind((LOOPBACK, port))
+            holder.bind((self._host, port))
             return PortReservation(holder, self._taken)
         except BaseException:
             holder.close()

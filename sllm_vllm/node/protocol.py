@@ -33,6 +33,8 @@ class ReplicaOrder(_Message):
     """Rather wait for slots than be refused."""
     id: str | None = Field(default=None, pattern=NAME_PATTERN)
     """Unique for ever; an order with the id of a replica that is alive changes nothing. None: the agent makes one."""
+    labels: dict[str, str] = Field(default={}, max_length=16)
+    """Whatever whoever orders wants to find in its reports; the agent does not look at them."""
 
     @field_validator("directory")
     @classmethod
@@ -87,6 +89,8 @@ class ReplicaReport(_Message):
     """File with what it prints; the older part in ``.1``."""
     tail: tuple[str, ...] = ()
     """The last lines that it printed, if it failed."""
+    labels: dict[str, str] = {}
+    """Of its order."""
 
     @property
     def is_ready(self) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sllm_vllm.node.core.launch import HOST
 from sllm_vllm.node.core.replica import ReplicaRow, State
 from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.engine_process import EngineProcess
@@ -54,7 +53,7 @@ class ReplicaRecord:
 
     def report(self, row: ReplicaRow, *, in_state_s: float) -> ReplicaReport:
         """It, for others."""
-        engine, port = self.engine, self.reservation.port
+        engine, host, port = self.engine, self.reservation.host, self.reservation.port
         return ReplicaReport(
             id=row.id,
             model=row.model,
@@ -64,11 +63,12 @@ class ReplicaRecord:
             pid=row.pid,
             status=row.status,
             port=port,
-            url=f"http://{HOST}:{port}",
+            url=f"http://{host}:{port}",
             api_key=self.api_key,
             age_s=time.monotonic() - self.ordered_s,
             in_state_s=in_state_s,
             start=engine.report() if engine is not None else None,
             log=str(self.log),
             tail=tuple(engine.tail) if engine is not None and row.state is State.FAILED else (),
+            labels=self.order.labels,
         )

@@ -105,13 +105,19 @@ def prepare() -> Any:
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "get_mp_context"):
             module.get_mp_context = _fork_context  # type: ignore[attr-defined]
-    if hasattr(current_platform, "register_triton_kernel_overrides"):
-        current_platform.register_triton_kernel_overrides()
-        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    override_kernels_once(current_platform)
     parser = _parser()
     gc.collect()
     gc.freeze()  # so that no collection in an engine touches, and so copies, the pages of what was imported
     return parser
+
+
+def override_kernels_once(platform: Any) -> None:
+    """Do here what every worker would do again, if this vLLM does it at all (0.32 does, 0.27.1 does not)."""
+    kind = type(platform)
+    if hasattr(kind, "register_triton_kernel_overrides"):  # asked for a name it has not, a platform itself says None
+        platform.register_triton_kernel_overrides()
+        kind.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def _route_modules() -> list[str]:
@@ -148,9 +154,12 @@ def _fork_context() -> Any:
 
 
 def _parser() -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ModuleNotFoundError:  # seen in 0.30, not in 0.27.1
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
     return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))  # loads the general plugins, too
 
 
@@ -275,14 +284,15 @@ def _reseed(order: WarmOrder) -> None:
 
 def _serve(order: WarmOrder, parser: Any) -> None:
     """What vLLM's ``main`` does for ``vllm serve``."""
+    import vllm.logger
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.logger import configure_logging_from_args
 
     sys.argv = ["vllm", "serve", *order.arguments]
     cli_env_setup()
     arguments = parser.parse_args(list(order.arguments))
-    configure_logging_from_args(arguments)
+    if hasattr(vllm.logger, "configure_logging_from_args"):  # not in 0.30
+        vllm.logger.configure_logging_from_args(arguments)
     ServeSubcommand().validate(arguments)
     ServeSubcommand.cmd(arguments)
 

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,11 @@ def processes_of(group: int) -> list[int]:
     return found
 
 
+def is_gone(group: int) -> bool:
+    """Whether no process of a group is left."""
+    return not processes_of(group)
+
+
 def parent_of(pid: int) -> int:
     """A process's parent."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -136,7 +142,7 @@ async def test_a_forked_server_answers_like_stock_and_outlives_its_parent(
         process.terminate()
         async with asyncio.timeout(60):
             assert await process.wait() == 0
-        assert processes_of(process.pid) == []
+        await asyncio.to_thread(wait_until, partial(is_gone, process.pid), "all of its group to be gone")
     with vllm_server(model, tmp_path) as stock:
         assert answers(stock) == found
 

@@ -10,7 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from sllm_vllm.node.ports import LOOPBACK, PortReservation, Ports
+from sllm_vllm.node.core.launch import LOOPBACK
+from sllm_vllm.node.ports import PortReservation, Ports
 
 IP_LOCAL_PORT_RANGE = 51
 """Linux 6.3: the ports that the system may choose from, for one socket."""

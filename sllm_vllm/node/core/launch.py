@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sllm_vllm.node.core.events import ReplicaSpec
 from sllm_vllm.units import GIB, MIB, format_nbytes
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 KV_NBYTES_MAX = GIB
 """Of a slot on the CPU, unless told otherwise: vLLM fills it with zeros at each start, at a few GB a second."""
 KV_NBYTES_MIN = 16 * MIB
@@ -82,11 +82,17 @@ class LaunchPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where it will be: slots, a port of the loopback, and the key to what listens there."""
+    """Where it will be: slots, an address and a port, and the key to what listens there."""
 
     slots: tuple[int, ...]
     port: int
     api_key: str
+    host: str = LOOPBACK
+
+    @property
+    def url(self) -> str:
+        """Of what listens there."""
+        return f"http://{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +185,7 @@ def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: 
         if fills_in and "VLLM_CPU_KVCACHE_SPACE" not in whole and _says_no_kv_size(arguments):
             added += ["--kv-cache-memory-bytes", str(_kv_nbytes(hardware, policy))]
     return Launch(
-        arguments=(spec.model, *arguments, *added, "--host", HOST, "--port", str(place.port)),
+        arguments=(spec.model, *arguments, *added, "--host", place.host, "--port", str(place.port)),
         environment=whole,
         cpus=cpus,
         num_threads=num_threads,

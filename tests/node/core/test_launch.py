@@ -45,6 +45,15 @@ def launch(
     return plan_launch(spec, Place(slots, 4000, "secret"), hardware=hardware, policy=policy)
 
 
+def test_an_engine_listens_where_its_place_is() -> None:
+    place = Place((0,), 4000, "secret", host="10.0.0.7")
+    spec = ReplicaSpec("a", "m", (), (), 1)
+    hardware = Hardware(cpus=(0,), memory_nbytes=GIB)
+    arguments = plan_launch(spec, place, hardware=hardware, policy=LaunchPolicy(1)).arguments
+    assert arguments[-4:] == ("--host", "10.0.0.7", "--port", "4000")
+    assert place.url == "http://10.0.0.7:4000"
+
+
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
