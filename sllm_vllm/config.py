@@ -46,6 +46,11 @@ def read_variable(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def router_config_path() -> str | None:
+    """What SLLM_ROUTER_CONFIG says: the router's configuration, for a Serve application without arguments."""
+    return os.environ.get("SLLM_ROUTER_CONFIG")
+
+
 def visible_gpus() -> str | None:
     """What CUDA_VISIBLE_DEVICES says; None if it says nothing."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -205,6 +210,11 @@ class NodeConfig(BaseModel):
     )
     migration: bool = Field(
         default=False, description="engines can hand over and take over requests that run, where vLLM lets them"
+    )
+    engine_host: str = Field(
+        default="127.0.0.1",
+        max_length=253,
+        description="address that engines listen on; another than loopback where their router is on another machine",
     )
     load_format: str = Field(
         default="sllm", description="--load-format of engines whose order does not say; '' for vLLM's"

@@ -20,7 +20,11 @@ FUNCTION_LINES_MAX = 60
 ARGUMENTS_MAX = 6
 UNDECIDED_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "manager.py"}
 RUN_LOOP_MARK = "# top of a run loop"
-VLLM_EDGE = re.compile(r"sllm_vllm/(loader/(vllm_\w+|convert)|node/warm_parent|engine/\w+)\.py")
+EDGES = {
+    "vllm": re.compile(r"sllm_vllm/(loader/(vllm_\w+|convert)|node/warm_parent|engine/\w+)\.py"),
+    "ray": re.compile(r"sllm_vllm/(node|router)/ray_\w+\.py"),
+}
+"""Where alone each of them is imported."""
 
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|work|opt/wheels|home/\w+|Users/\w+)/")
 REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org")
@@ -142,10 +146,11 @@ def test_no_handler_hides_every_error(path: Path) -> None:
     assert [f"{name_of(path)}:{h.lineno}" for h in handlers if RUN_LOOP_MARK not in lines[h.lineno - 1]] == []
 
 
+@pytest.mark.parametrize("package", EDGES)
 @each_source
-def test_vllm_is_imported_at_the_edge_alone(path: Path) -> None:
-    if name_of(path).startswith("sllm_vllm/") and not VLLM_EDGE.fullmatch(name_of(path)):
-        assert not {"vllm", "ray"} & imported(path)
+def test_vllm_and_ray_are_imported_at_the_edge_alone(path: Path, package: str) -> None:
+    if name_of(path).startswith("sllm_vllm/") and not EDGES[package].fullmatch(name_of(path)):
+        assert package not in imported(path)
 
 
 @each_file

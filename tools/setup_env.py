@@ -95,7 +95,7 @@ def lock() -> None:
     with tempfile.TemporaryDirectory() as folder:
         overrides = Path(folder) / "overrides.txt"
         overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in PLACEHOLDERS))
-        wanted: list[str | Path] = [PYPROJECT, "--extra", "cpu", "--extra", "dev", LOCK_INPUT]
+        wanted: list[str | Path] = [PYPROJECT, "--extra", "cpu", "--extra", "ray", "--extra", "dev", LOCK_INPUT]
         # Not --universal: it believes the metadata of one wheel, and intel-openmp's differ from platform to platform.
         target = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
         style = ["--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links"]

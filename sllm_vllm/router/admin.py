@@ -6,6 +6,7 @@ It is never open: without keys it refuses everything. What it shows is in ``admi
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import re
@@ -34,6 +35,7 @@ from sllm_vllm.router.openai_errors import (
     wrong_method,
 )
 from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.state_store import StateError
 from sllm_vllm.router.watch import Ended, Message, Receive, Send
 from sllm_vllm.units import MIB
 
@@ -75,12 +77,19 @@ class AdminApp:
     Args:
         key_digests: SHA-256 of each key that opens it.
         reload: reads the configuration again and says what changed; raises ConfigError.
+        keep: remembers what is served under a name over a restart, None for nothing; raises StateError.
     """
 
     def __init__(
-        self, controller: Controller, *, key_digests: Iterable[str], reload: Callable[[], Awaitable[str]]
+        self,
+        controller: Controller,
+        *,
+        key_digests: Iterable[str],
+        reload: Callable[[], Awaitable[str]],
+        keep: Callable[[str, ModelConfig | None], Awaitable[None]],
     ) -> None:
         self._controller = controller
+        self._keep = keep
         self._keys = Keys(key_digests)
         self._reload = reload
         self._bodies = BodyReader(_SETTINGS)
@@ -149,7 +158,7 @@ class AdminApp:
             "/sllm/v1/nodes": {"GET": self._nodes},
             "/sllm/v1/nodes/(.+)/drain": {"POST": self._drain_node},
             "/sllm/v1/nodes/(.+)/undrain": {"POST": self._undrain_node},
-            "/sllm/v1/store": {"GET": self._store},
+            "/sllm/v1/stores": {"GET": self._stores},
             "/sllm/v1/events": {"GET": self._events},
             "/sllm/v1/story/(.+)": {"GET": self._story},
             "/sllm/v1/explain/(.+)": {"GET": self._explain},
@@ -170,6 +179,7 @@ class AdminApp:
         model = read_model(call.body)
         await self._controller.measure([model])
         before = self._controller.models.get(model.name)
+        await self._kept(model.name, model)
         self._controller.deploy(model)
         done = _change(before, model)
         logger.info("event=deployed model=%r change=%s", model.name, done)
@@ -178,9 +188,20 @@ class AdminApp:
 
     async def _delete(self, call: Call) -> Reply:
         self._require_model(call.name)
-        self._controller.delete(call.name)
+        await self._kept(call.name, None)
+        if call.name in self._controller.models:  # nobody else has deleted it meanwhile
+            self._controller.delete(call.name)
         logger.info("event=deleted model=%r", call.name)
         return Reply({"deleted": call.name})
+
+    async def _kept(self, name: str, model: ModelConfig | None) -> None:
+        """First of all: what can't be kept is not done."""
+        try:
+            await self._keep(name, model)
+        except StateError as error:
+            logger.error("event=model_not_kept model=%r reason=%s", name, error)
+            message = "It could not be kept, and so nothing was changed; the router's log says why."
+            raise ApiError(503, message, kind=SERVER, code="state_unavailable") from None
 
     async def _explain(self, call: Call) -> Reply:
         self._require_model(call.name)
@@ -235,13 +256,15 @@ class AdminApp:
         self._controller.undrain(call.name)
         return Reply({"node": call.name, "is_drained": False})
 
-    async def _store(self, call: Call) -> Reply:
-        return Reply(views.store_view(self._controller))
+    async def _stores(self, call: Call) -> Reply:
+        return Reply(views.stores_view(self._controller))
 
     # -------------------------------------------------------------------------------------------------------- events
 
     async def _events(self, call: Call) -> Reply:
-        return Reply(views.events_view(self._controller.recent(_last(call)), self._controller.now_s()))
+        events, num = self._controller.core.events, _last(call)
+        last = list(itertools.islice(events, max(0, len(events) - num), None))
+        return Reply(views.events_view(last, self._controller.now_s()))
 
     async def _story(self, call: Call) -> Reply:
         story = self._controller.core.story(call.name)[-_last(call) :]

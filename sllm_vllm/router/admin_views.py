@@ -139,7 +139,7 @@ def replicas_view(controller: Controller) -> Record:
 
 def _replica(controller: Controller, replica: Replica) -> Record:
     now_s = controller.now_s()
-    report = controller.engines.reports.get(replica.id)
+    report = controller.report_of(replica.id)
     is_coming = replica.state is ReplicaState.ORDERED
     return {
         "id": replica.id,
@@ -184,7 +184,7 @@ def nodes_view(controller: Controller) -> Record:
 
 
 def _node(controller: Controller, node: Node) -> Record:
-    is_local = node.id == controller.engines.name
+    report = controller.node_reports().get(node.id)
     return {
         "id": node.id,
         "num_slots": node.num_slots,
@@ -194,7 +194,7 @@ def _node(controller: Controller, node: Node) -> Record:
         "load_s": max(0.0, node.load_until_s - controller.now_s()),
         "tiers": {model: tier.name for model, tier in node.tiers.items()},
         "replicas": [replica.id for replica in node.replicas.values() if replica.model],
-        "report": _node_report(controller.node_report) if is_local and controller.node_report is not None else None,
+        "report": None if report is None else _node_report(report),
     }
 
 
@@ -203,13 +203,14 @@ def _node_report(report: NodeReport) -> Record:
     return report.model_dump(mode="json", include=fields)
 
 
-def store_view(controller: Controller) -> Record:
-    """Checkpoints and hops as the node's last report has them. ``problem``: why the store does not answer, or empty."""
-    report = controller.node_report
-    if report is None:
-        return {"node": controller.engines.name, "problem": "no report yet", "checkpoints": [], "hops": {}}
-    known = report.model_dump(mode="json", include={"checkpoints", "hops"})
-    return {"node": controller.engines.name, "problem": report.store, **known}
+def stores_view(controller: Controller) -> Record:
+    """Checkpoints and hops as nodes' last reports have them. ``problem``: why a store does not answer, or empty."""
+    return {
+        "stores": [
+            {"node": name, "problem": report.store, **report.model_dump(mode="json", include={"checkpoints", "hops"})}
+            for name, report in controller.node_reports().items()
+        ]
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- stories

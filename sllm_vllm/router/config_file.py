@@ -30,6 +30,7 @@ from sllm_vllm.router.config import (
     StoreSection,
 )
 from sllm_vllm.router.config_migration import MigrationSection
+from sllm_vllm.router.config_ray import RaySection
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.units import KIB, MIB
 
@@ -46,6 +47,7 @@ _SECTIONS: dict[str | int, type[BaseModel]] = {
     "node": NodeSection,
     "store": StoreSection,
     "migration": MigrationSection,
+    "ray": RaySection,
     "defaults": ModelDefaults,
     "models": ModelConfig,
 }
@@ -58,8 +60,15 @@ _PROBLEMS = {
 }
 """What pydantic says in Python's words."""
 _FIXED_SECTIONS = ("node", "store")
-_FIXED_KEYS = ("server.host", "server.port", "migration.enabled", "migration.moves_max")
-_LIVE_SECTIONS = ("keys", "server", "migration")
+_FIXED_KEYS = (
+    "server.host",
+    "server.port",
+    "migration.enabled",
+    "migration.moves_max",
+    "ray.resource",
+    "ray.state",
+)
+_LIVE_SECTIONS = ("keys", "server", "migration", "ray")
 
 _TRUE, _FALSE, _NULL = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")

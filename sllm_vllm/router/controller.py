@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import ChainMap, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sllm_vllm.node.protocol import NodeReport
+from sllm_vllm.node.protocol import NodeReport, ReplicaReport
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import (
@@ -26,14 +25,15 @@ from sllm_vllm.router.core.events import (
     MoveAsked,
     MoveFailed,
     MoveRequest,
+    NodeLost,
     PrefetchModel,
-    Refusal,
     RejectRequest,
     ReplicaEnded,
     ReplicaReady,
     RequestArrived,
     RequestEnded,
     RequestFailed,
+    RequestFound,
     RequestGone,
     RequestMoved,
     StartReplica,
@@ -41,48 +41,42 @@ from sllm_vllm.router.core.events import (
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import RequestFacts, ResumeSample
+from sllm_vllm.router.core.facts import RequestFacts, ResumeSample, Tier
 from sllm_vllm.router.core.limits import MoveLimits, RouterLimits, ScalingLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
-from sllm_vllm.router.engines import Engines, Node
-from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.engines import Node
+from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
+from sllm_vllm.router.member import Member
 from sllm_vllm.router.movability import Movability
-from sllm_vllm.router.node_watch import NodeWatch
+from sllm_vllm.router.refusals import rejected, stopping
 from sllm_vllm.router.weights_size import weights_nbytes
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 OUTCOMES_MAX = 256
-_STATUS = {
-    Refusal.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
-    Refusal.DELETED: (404, "invalid_request_error", "model_not_found"),
-    Refusal.QUEUE_FULL: (429, "rate_limit_error", "queue_full"),
-    Refusal.TOO_LATE: (503, "server_error", "no_capacity"),
-    Refusal.NO_START: (503, "server_error", "engine_start_failed"),
-    Refusal.ENGINE_FAILED: (502, "server_error", "engine_failed"),
-}
 
 
 class Controller:
-    """One router's decisions, for one node in this process.
+    """One router's decisions, for nodes in this process or elsewhere.
 
     Args:
         directory: engines' working directory.
         moves_max: requests that move between engines at once; 0: none ever does.
         estimator: what was learned before.
+        on_lost: called with the name of a node whose agent did not answer, once it was written off.
         clock: seconds; the core's time.
     """
 
     def __init__(
         self,
-        node: Node,
         *,
         waiting_max: int,
         directory: Path,
         moves_max: int = 0,
         estimator: Estimator | None = None,
+        on_lost: Callable[[str], None] = lambda name: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scaling = ScalingLimits(name_suffix=f"-{secrets.token_hex(2)}")
@@ -95,39 +89,69 @@ class Controller:
         self._served: tuple[ServedModel, ...] = ()
         self._directory = directory
         self._clock = clock
-        self._engines = Engines("local", node, self._tell)
+        self._on_lost = on_lost
+        self._members: dict[str, Member] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._movability = Movability(self._tell) if moves_max else None
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._followers: dict[str, OnMove] = {}
         """By request: who is to be told that it moves."""
-        self._watch = NodeWatch(self._engines.name, node, self.models, tell=self._tell)
         self._nbytes: dict[str, int] = {}
         """Of the weights of models by their source, as the source's own files had it when it was measured last."""
-        self._tasks: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------------------------------------------- its life
 
     async def start(self) -> None:
-        """Take the node in, and begin to count time."""
-        await self._watch.join()
-        loop = asyncio.get_running_loop()
-        work = (self._tick(), self._watch.keep_reporting(), self._watch.watch_warm())
-        self._tasks = [loop.create_task(one) for one in work]
-        for task in self._tasks:
-            task.add_done_callback(_tell_failure)
+        """Begin to count time."""
+        self._ticking = asyncio.get_running_loop().create_task(self._tick())
+        self._ticking.add_done_callback(_tell_failure)
+
+    async def add_node(
+        self, name: str, node: Node, requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]] = dict
+    ) -> None:
+        """Take a node in, with the replicas that run there already.
+
+        Args:
+            requests: tells, by replica, those that an earlier life of this router sent there.
+
+        Raises:
+            NodeError: its agent does not answer.
+        """
+        assert name not in self._members, f"node {name} is there already"
+        member = Member(name, node, self.models, tell=self._tell, on_lost=lambda reason: self.lose_node(name, reason))
+        self._members[name] = member
+        try:
+            await member.join(requests)
+        except BaseException:
+            if self._members.get(name) is member:
+                del self._members[name]
+            await member.close()
+            raise
+
+    def lose_node(self, name: str, reason: str) -> None:
+        """Write a node off, with all that ran on it; one that is not there is lost already."""
+        member = self._members.pop(name, None)
+        if member is None:
+            return
+        logger.warning("event=node_lost node=%s reason=%r", name, reason)
+        leaving = asyncio.get_running_loop().create_task(member.close())
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+        self._tell(NodeLost(name))
+        self._on_lost(name)
 
     async def close(self) -> None:
         """Stop deciding; who still waits is told."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._watch.close()
+        self._ticking.cancel()
+        await asyncio.gather(self._ticking, return_exceptions=True)
+        for member in self._members.values():
+            await member.close()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         if self._movability is not None:
             await self._movability.close()
-        await self._engines.close()
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(Rejected(503, "server_error", "The router is stopping.", retry_after_s=5.0))
+                future.set_exception(stopping())
 
     # ----------------------------------------------------------------------------------------------------- as a gate
 
@@ -136,14 +160,23 @@ class Controller:
         return self._served
 
     def is_ready(self) -> bool:
-        """As soon as the node is known, and as long as nothing that has to run for ever has ended."""
-        return self._watch.report is not None and not any(task.done() for task in self._tasks)
+        """As soon as a node is known, and as long as nothing that has to run for ever has ended."""
+        return not self._ticking.done() and any(member.is_well for member in self._members.values())
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         """See ``Gate``."""
         future = self._waiting[facts.id] = asyncio.get_running_loop().create_future()
         self._tell(RequestArrived(facts))
         return await self._ticket(facts.id, future)
+
+    def found(self, facts: RequestFacts, replica: str) -> None:
+        """A request runs on a replica already: an earlier life of this router sent it there."""
+        self._tell(RequestFound(facts, replica))
+
+    def gone(self, request: str) -> None:
+        """Nobody waits for it any more, or reads it: whoever did is gone with it."""
+        self._followers.pop(request, None)
+        self._tell(RequestGone(request))
 
     def first_byte(self, ticket: Ticket) -> None:
         """See ``Gate``."""
@@ -178,6 +211,10 @@ class Controller:
         samples = self._samples(order, report)
         self._tell(MoveFailed(ticket.request, order.target.replica, reason, is_lasting=is_lasting, samples=samples))
 
+    def call_off_move(self, request: str, order: MoveOrder) -> None:
+        """Nobody knows whether it was followed."""
+        self._tell(MoveFailed(request, order.target.replica, "whoever streams it began anew"))
+
     def _samples(self, order: MoveOrder, report: MoveReport) -> tuple[ResumeSample, ...]:
         target = self.core.cluster.replicas.get(order.target.replica)
         if target is None:
@@ -206,10 +243,12 @@ class Controller:
         self.models[model.name] = model
         self._created.setdefault(model.name, int(time.time()))
         self._list_served()
-        tiers, nbytes = self._watch.what_is_known(model)
-        spec = replace(model.spec(model.generation), nbytes=nbytes or self._nbytes.get(model.source, 0))
-        self._tell(ModelDeployed(spec, tiers))
-        self._watch.refresh()
+        known = [member.watch.what_is_known(model) for member in self._members.values()]
+        tiers = dict[str, Tier](ChainMap(*(dict(there) for there, _ in known)))
+        nbytes = max((num for _, num in known), default=0) or self._nbytes.get(model.source, 0)
+        self._tell(ModelDeployed(replace(model.spec(model.generation), nbytes=nbytes), tiers))
+        for member in self._members.values():
+            member.watch.refresh()
 
     def delete(self, name: str) -> None:
         """Serve it no more; requests that run are answered."""
@@ -241,43 +280,47 @@ class Controller:
         """So many requests may wait from now on."""
         self.core.queues.set_total_max(waiting_max)
 
-    @property
-    def engines(self) -> Engines:
-        """The node's replicas that were ordered here."""
-        return self._engines
+    def node_reports(self) -> dict[str, NodeReport]:
+        """Nodes' last reports, by name."""
+        return {name: one.report for name, one in self._members.items() if one.report is not None}
 
-    @property
-    def node_report(self) -> NodeReport | None:
-        """The node's last one."""
-        return self._watch.report
+    def replica_reports(self) -> dict[str, ReplicaReport]:
+        """What agents said last of replicas that live, by id."""
+        return {name: report for one in self._members.values() for name, report in one.engines.reports.items()}
+
+    def report_of(self, replica: str) -> ReplicaReport | None:
+        """What its agent said of it last; None if it does not live."""
+        member = self._member_of(replica)
+        return None if member is None else member.engines.reports.get(replica)
+
+    def _member_of(self, replica: str) -> Member | None:
+        known = self.core.cluster.replicas.get(replica)
+        return None if known is None else self._members.get(known.node)
 
     def now_s(self) -> float:
         """The core's time."""
         return self._clock()
 
-    def recent(self, num_max: int) -> list[tuple[float, Event | Action]]:
-        """The core's last events and actions, oldest first."""
-        events = self.core.events
-        return list(itertools.islice(events, max(0, len(events) - num_max), None))
-
     # --------------------------------------------------------------------------------------------------------- effects
 
     def _tell(self, event: Event) -> None:
         now_s = self._clock()
+        # Its start, or its end, may have made a checkpoint, or brought one into memory.
+        member = self._member_of(event.replica) if isinstance(event, ReplicaReady | ReplicaEnded) else None
         actions = self.core.handle(event, now_s)
         self.counts.note(event, actions, now_s)
         for action in actions:
             self._do(action)
         if self._movability is not None:
             self._follow_movability(self._movability, event)
-        if isinstance(event, ReplicaReady | ReplicaEnded):  # it may have made a checkpoint, or brought one into memory
-            self._watch.refresh()
+        if member is not None:
+            member.watch.refresh()
 
     def _follow_movability(self, movability: Movability, event: Event) -> None:
         match event:
-            case ReplicaReady() if (replica := self.core.cluster.replicas.get(event.replica)) is not None:
-                report = self._engines.reports[event.replica]
-                movability.ask(replica.id, replica.model, url=report.url or "", api_key=report.api_key or "")
+            case ReplicaReady() if (report := self.report_of(event.replica)) is not None:
+                model = self.core.cluster.replicas[event.replica].model
+                movability.ask(event.replica, model, url=report.url or "", api_key=report.api_key or "")
             case ReplicaEnded():
                 movability.forget(event.replica)
 
@@ -289,13 +332,15 @@ class Controller:
                 self._reject(action)
             case StartReplica():
                 logger.info("event=start replica=%s model=%r node=%s", action.replica, action.model, action.node)
-                self._engines.start(action.replica, self.models[action.model], str(self._directory))
+                engines = self._members[action.node].engines
+                engines.start(action.replica, self.models[action.model], str(self._directory))
             case StopReplica():
                 logger.info("event=stop replica=%s reason=%r", action.replica, action.reason)
-                self._engines.stop(action.replica)
+                self._members[action.node].engines.stop(action.replica)
             case PrefetchModel():
-                self._engines.prefetch(self.models[action.model])
-                self._watch.prefetch_ordered(action.model)
+                member = self._members[action.node]
+                member.engines.prefetch(self.models[action.model])
+                member.watch.prefetch_ordered(action.model)
             case MoveRequest():
                 self._order_move(action)
 
@@ -314,7 +359,8 @@ class Controller:
 
     def _ticket_of(self, request: str, replica: str) -> Ticket:
         """Of a request that the core knows, for a replica that is ready."""
-        report = self._engines.reports[replica]
+        report = self.report_of(replica)
+        assert report is not None
         assert report.url is not None
         assert report.api_key is not None
         known = self.core.requests[request]
@@ -334,11 +380,9 @@ class Controller:
             future.set_result(ticket)
 
     def _reject(self, action: RejectRequest) -> None:
-        status, kind, code = _STATUS[action.why]
         future = self._waiting.get(action.request)
         if future is not None and not future.done():
-            message = f"{action.why.value[0].upper()}{action.why.value[1:]}: {action.reason}"
-            future.set_exception(Rejected(status, kind, message, retry_after_s=action.retry_after_s, code=code))
+            future.set_exception(rejected(action))
 
     async def _tick(self) -> None:
         while True:

@@ -24,9 +24,11 @@ from sllm_vllm.router.config_file import compare, read_key_digests, read_router_
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.estimates_file import read_estimates, write_record
 from sllm_vllm.router.ingress import Ingress
+from sllm_vllm.router.kept_models import KeptModels
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.state_store import SqliteStore, StateError
 from sllm_vllm.router.watch import Message, Receive, Send
 from sllm_vllm.unix_listener import listening, locked, make_private_directory
 
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 ADMIN_KEY_NAME = "admin.key"
 ESTIMATES_NAME = "estimates.json"
+STATE_NAME = "state.sqlite"
+NODE_NAME = "local"
 SAVE_S = 60.0
 _BACKLOG = 2048
 
@@ -110,7 +114,7 @@ class RouterProcess:
             async with self._controller(agent) as controller, _served(agent, node_socket, stopped):
                 settings = await asyncio.to_thread(self._settings, self._config)
                 digests = await asyncio.to_thread(self._admin_digests, self._config)
-                self._admin = AdminApp(controller, key_digests=digests, reload=self.reload)
+                self._admin = AdminApp(controller, key_digests=digests, reload=self.reload, keep=self._kept.keep)
                 self._app = RouterApp(Ingress(controller, settings), self._admin)
                 loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._reload_or_tell()))
                 serving = loop.create_task(serve_app(self._app, settings, sockets=[client_socket]))
@@ -138,6 +142,7 @@ class RouterProcess:
             changes.require_live()
             settings = await asyncio.to_thread(self._settings, config)
             digests = await asyncio.to_thread(self._admin_digests, config)
+            self._kept.reread(config.models)
             await self._running.measure((*changes.added, *changes.restarted))
             self._running.set_waiting_max(config.server.waiting_max)
             for name in changes.removed:
@@ -163,16 +168,21 @@ class RouterProcess:
     async def _controller(self, agent: NodeAgent) -> AsyncIterator[Controller]:
         path = self._node.node_dir / ESTIMATES_NAME
         self._running = controller = Controller(
-            agent,
             waiting_max=self._config.server.waiting_max,
             directory=self._path.absolute().parent,
             moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
             estimator=await asyncio.to_thread(read_estimates, path),
         )
-        await controller.measure(self._config.models)
-        for model in self._config.models:
+        self._kept = KeptModels(SqliteStore(self._node.node_dir / STATE_NAME), self._config.models)
+        try:
+            models = await self._kept.all()
+        except StateError as error:
+            raise ConfigError(f"{error}; mend the file, or remove it with what was deployed by hand") from None
+        await controller.measure(models)
+        for model in models:
             controller.deploy(model)
         await controller.start()
+        await controller.add_node(NODE_NAME, agent)
         saving = asyncio.get_running_loop().create_task(_save_now_and_then(controller, path))
         try:
             yield controller

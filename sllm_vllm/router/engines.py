@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
-from sllm_vllm.errors import NodeError
+from sllm_vllm.errors import NodeError, NodeUnavailable
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport, StartReport
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.core.events import Event, ReplicaEnded, ReplicaReady
-from sllm_vllm.router.core.facts import StartSample, Tier
+from sllm_vllm.router.core.facts import FoundReplica, RequestFacts, StartSample, Tier
 
 logger = logging.getLogger(__name__)
 
 PROCESS_PHASES = ("process", "imports", "workers")
 INIT_PHASES = ("init", "profile", "compile", "warmup", "graphs", "http")
 WEIGHTS_PHASE = "weights"
+MODEL_LABEL, GENERATION_LABEL, LINEAGE_LABEL = "sllm/model", "sllm/generation", "sllm/lineage"
+"""What a later life of the router reads of a replica that it finds."""
 _TIERS = {"store": Tier.HOST, "disk": Tier.DISK}
 _REASON_CHARS_MAX = 500
+_FOUND = {"starting", "loading", "ready", "unwell", "stopping"}
+"""States of a replica that has slots."""
 
 
 class Node(Protocol):
@@ -38,13 +42,15 @@ class Engines:
 
     Args:
         tell: gets what becomes of them.
+        on_lost: called, perhaps more than once, when the agent does not answer: nothing is known of its replicas then.
     """
 
-    def __init__(self, name: str, node: Node, tell: Callable[[Event], None]) -> None:
+    def __init__(self, name: str, node: Node, tell: Callable[[Event], None], *, on_lost: Callable[[str], None]) -> None:
         self.name = name
         self.node = node
         self.reports: dict[str, ReplicaReport] = {}
         self._tell = tell
+        self._on_lost = on_lost
         self._tasks: set[asyncio.Task[None]] = set()
         self._called_off: set[str] = set()
 
@@ -58,8 +64,32 @@ class Engines:
             directory=directory,
             num_slots=model.num_accelerators,
             waits=True,
+            labels=_labels_of(model),
         )
         self._in_background(self._live(order, model.name))
+
+    def find(
+        self, replicas: tuple[ReplicaReport, ...], requests: Mapping[str, tuple[RequestFacts, ...]]
+    ) -> tuple[FoundReplica, ...]:
+        """Take over what an earlier life of this router ordered, and call off what still waits for slots.
+
+        Args:
+            requests: those that run on each replica, by whoever streams them.
+        """
+        found = []
+        for report in replicas:
+            model = report.labels.get(MODEL_LABEL)
+            if model is None or report.has_ended:
+                continue
+            if report.state not in _FOUND:
+                self._in_background(self._stop(report.id))
+                continue
+            self.reports[report.id] = report
+            self._in_background(self._watch(report.id, model))
+            if report.state == "stopping":
+                self._called_off.add(report.id)
+            found.append(_found(report, model, requests.get(report.id, ())))
+        return tuple(found)
 
     def stop(self, replica: str) -> None:
         """Have one end; ``ReplicaEnded`` follows."""
@@ -83,6 +113,9 @@ class Engines:
         assert replica is not None
         try:
             self.reports[replica] = await self.node.ensure_replica(order)
+        except NodeUnavailable as error:
+            self._on_lost(error.problem)
+            return
         except NodeError as error:
             self._called_off.discard(replica)
             self._tell(ReplicaEnded(replica, error.problem, is_fault=True))
@@ -100,6 +133,9 @@ class Engines:
                 if report.is_ready and not was_ready:
                     was_ready = True
                     self._tell(ReplicaReady(replica, sample_of(report, model, self.name)))
+        except NodeUnavailable as error:
+            self._on_lost(error.problem)
+            return
         except NodeError as error:  # the agent does not know it (any more): its slots are not to be held for ever
             reason = error.problem
         self.reports.pop(replica)
@@ -110,6 +146,8 @@ class Engines:
     async def _stop(self, replica: str) -> None:
         try:
             await self.node.stop_replica(replica)
+        except NodeUnavailable as error:
+            self._on_lost(error.problem)
         except NodeError as error:  # it ended meanwhile, and is told of by its watch
             logger.info("event=stop_in_vain replica=%s reason=%r", replica, error.problem)
 
@@ -122,6 +160,24 @@ class Engines:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("event=task_failed", exc_info=error)
+
+
+def _labels_of(model: ModelConfig) -> dict[str, str]:
+    spec = model.spec(model.generation)
+    return {MODEL_LABEL: spec.name, GENERATION_LABEL: str(spec.generation), LINEAGE_LABEL: str(spec.lineage)}
+
+
+def _found(report: ReplicaReport, model: str, requests: tuple[RequestFacts, ...]) -> FoundReplica:
+    return FoundReplica(
+        id=report.id,
+        model=model,
+        generation=int(report.labels.get(GENERATION_LABEL, "0")),
+        lineage=int(report.labels.get(LINEAGE_LABEL, "0")),
+        num_slots=len(report.slots),
+        is_ready=report.state in {"ready", "unwell"},
+        is_stopping=report.state == "stopping",
+        requests=requests,
+    )
 
 
 def sample_of(report: ReplicaReport, model: str, node: str) -> StartSample | None:

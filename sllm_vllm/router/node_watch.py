@@ -1,4 +1,4 @@
-"""The controller's view of its node: reads its report now and then, and at once when something may have changed it."""
+"""The controller's view of a node: reads its report now and then, and at once when something may have changed it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 
-from sllm_vllm.errors import SllmError
+from sllm_vllm.errors import NodeUnavailable, SllmError
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.core.events import Event, NodeJoined, NodeReported
-from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.router.core.facts import FoundReplica, Tier
 from sllm_vllm.router.engines import Node
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,19 @@ class NodeWatch:
     Args:
         models: those that are served; read at every report.
         tell: gets the events.
+        on_lost: called when the agent does not answer.
     """
 
     def __init__(
-        self, name: str, node: Node, models: Mapping[str, ModelConfig], *, tell: Callable[[Event], None]
+        self,
+        name: str,
+        node: Node,
+        models: Mapping[str, ModelConfig],
+        *,
+        tell: Callable[[Event], None],
+        on_lost: Callable[[str], None],
     ) -> None:
+        self._on_lost = on_lost
         self.report: NodeReport | None = None
         self._name = name
         self._node = node
@@ -50,11 +58,19 @@ class NodeWatch:
         self._tiers: dict[str, Tier] = {}
         self._prefetches: dict[str, asyncio.Task[None]] = {}
 
-    async def join(self) -> None:
-        """Ask for the first report, and take the node in with it."""
+    async def join(self, find: Callable[[NodeReport], tuple[FoundReplica, ...]]) -> None:
+        """Ask for the first report, and take the node in with it.
+
+        Args:
+            find: says which of the replicas in it are taken over.
+
+        Raises:
+            NodeError: there is none.
+        """
         report = await self._node.report()
         first = self._taken(report)
-        self._tell(NodeJoined(self._name, len(report.slots), is_warm=first.is_warm, report=first))
+        found = find(report)
+        self._tell(NodeJoined(self._name, len(report.slots), is_warm=first.is_warm, report=first, found=found))
         self._tell(first)
 
     async def keep_reporting(self) -> None:
@@ -66,6 +82,8 @@ class NodeWatch:
             self._stale.clear()
             try:
                 report = await self._node.report()
+            except NodeUnavailable as error:
+                self._on_lost(error.problem)
             except SllmError as error:
                 logger.warning("event=no_report node=%s reason=%s", self._name, error)
             else:
@@ -75,7 +93,11 @@ class NodeWatch:
     async def watch_warm(self) -> None:
         """Until cancelled: tell of a warm parent as soon as it has imported, and not with the next report."""
         while True:
-            is_warm = await self._node.wait_warm(WARM_S)
+            try:
+                is_warm = await self._node.wait_warm(WARM_S)
+            except NodeUnavailable as error:
+                self._on_lost(error.problem)
+                return
             if is_warm and self.report is not None and self.report.warm.pid is None:
                 self.refresh()
             await asyncio.sleep(REPORT_S)  # one that is there is asked for again, and one that never comes, too

@@ -34,6 +34,7 @@ from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.state_store import StateError
 from sllm_vllm.router.watch import Message, Receive, Send
 from tests.router.fake_gate import Answer, until
 
@@ -44,6 +45,7 @@ ENGINE_KEY = "the-engines-secret"
 HUB_TOKEN = "hf_secret"
 SECRETS = (ADMIN_KEY, ENGINE_KEY, HUB_TOKEN)
 TIMEOUT_S = 60.0
+UNKEEPABLE = "org/unkeepable"
 
 
 @dataclass
@@ -163,6 +165,7 @@ def _report(order: ReplicaOrder) -> ReplicaReport:
         start=_start("weights"),
         log="logs/a",
         tail=("Traceback", "it broke"),
+        labels=order.labels,
     )
 
 
@@ -245,7 +248,7 @@ async def serving_admin(
 ) -> AsyncIterator[ServedAdmin]:
     """All of it, on the caller's loop; the core's invariants have to hold at the end."""
     node = FakeNode(num_slots)
-    controller = Controller(node, waiting_max=100, directory=directory)
+    controller = Controller(waiting_max=100, directory=directory)
     reloads: list[str | ConfigError] = []
 
     async def reload() -> str:
@@ -254,8 +257,16 @@ async def serving_admin(
             raise told
         return told
 
-    admin = AdminApp(controller, key_digests=[digest_of(key) for key in keys], reload=reload)
+    kept: dict[str, ModelConfig | None] = {}
+
+    async def keep(name: str, model: ModelConfig | None) -> None:
+        if name == UNKEEPABLE:
+            raise StateError("the disk is full")
+        kept[name] = model
+
+    admin = AdminApp(controller, key_digests=[digest_of(key) for key in keys], reload=reload, keep=keep)
     await controller.start()
+    await controller.add_node("local", node)
     listener = socket.create_server(("127.0.0.1", 0))
     started = asyncio.Event()
     running = asyncio.create_task(

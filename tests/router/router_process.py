@@ -104,6 +104,8 @@ class RouterUnderTest:
     process: subprocess.Popen[bytes]
     url: str
     answer_s_max: float = ANSWER_MAX_S
+    admin_key: str = ""
+    """Empty: the one that the router has written."""
 
     @property
     def log(self) -> str:
@@ -120,7 +122,7 @@ class RouterUnderTest:
         return self._send(urllib.request.Request(f"{self.url}{path}", data, headers))
 
     def admin(self, path: str, method: str = "GET", body: object = None) -> Answer:
-        key = (self.directory / "node" / "admin.key").read_text().strip()
+        key = self.admin_key or (self.directory / "node" / "admin.key").read_text().strip()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         data = None if body is None else json.dumps(body).encode()
         return self._send(urllib.request.Request(f"{self.url}/sllm/v1/{path}", data, headers, method=method))

@@ -31,7 +31,7 @@ ROUTES = [
     ("GET", f"{V1}/nodes"),
     ("POST", f"{V1}/nodes/local/drain"),
     ("POST", f"{V1}/nodes/local/undrain"),
-    ("GET", f"{V1}/store"),
+    ("GET", f"{V1}/stores"),
     ("GET", f"{V1}/events"),
     ("GET", f"{V1}/story/{MODEL}"),
     ("GET", f"{V1}/explain/{MODEL}"),
@@ -211,7 +211,7 @@ async def test_a_model_whose_starts_fail(served: ServedAdmin) -> None:
 async def test_replicas_with_their_agents_report(served: ServedAdmin) -> None:
     served.node.may_be_ready.clear()
     await served.deploy(MODEL, min_replicas=1)
-    await until(lambda: served.controller.engines.reports, "the agent's report")
+    await until(lambda: served.controller.replica_reports(), "the agent's report")
     (replica,) = (await served.get(f"{V1}/replicas"))["replicas"]
     assert (replica["model"], replica["node"], replica["state"], replica["ongoing"]) == (MODEL, "local", "ordered", 0)
     assert replica["ready_in_s"] > 0
@@ -252,17 +252,15 @@ async def test_nodes_and_draining_one(served: ServedAdmin) -> None:
     assert await served.replica(MODEL) != replica
 
 
-async def test_store(served: ServedAdmin) -> None:
+async def test_stores(served: ServedAdmin) -> None:
     checkpoint = CheckpointReport(name="tiny-1", nbytes=100, resident_nbytes=50, tiers=("disk",), model=MODEL)
     served.node.checkpoints = (checkpoint,)
     await served.deploy(MODEL, min_replicas=1)
-    await until(lambda: (report := served.controller.node_report) and report.checkpoints, "a report with it")
-    assert await served.get(f"{V1}/store") == {
-        "node": "local",
-        "problem": "no daemon answers",
-        "checkpoints": [{**checkpoint.model_dump(), "tiers": ["disk"]}],
-        "hops": {"disk": {"bps": 2e9, "limit_bps": None}},
-    }
+    await until(lambda: served.controller.node_reports()["local"].checkpoints, "a report with it")
+    (found,) = (await served.get(f"{V1}/stores"))["stores"]
+    assert (found["node"], found["problem"]) == ("local", "no daemon answers")
+    assert found["checkpoints"] == [{**checkpoint.model_dump(), "tiers": ["disk"]}]
+    assert found["hops"] == {"disk": {"bps": 2e9, "limit_bps": None}}
 
 
 # ------------------------------------------------------------------------------------------------------------- stories

@@ -15,7 +15,7 @@ import pytest
 from sllm_vllm.node.protocol import ReplicaReport
 from sllm_vllm.router import admin_client
 from sllm_vllm.router.admin_client import AdminClient, AdminError
-from sllm_vllm.router.admin_views import ITEMS_SHOWN_MAX, explain_view, nodes_view, plain, replicas_view, store_view
+from sllm_vllm.router.admin_views import ITEMS_SHOWN_MAX, explain_view, nodes_view, plain, replicas_view, stores_view
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.events import NodeReported, Refusal, RejectRequest
@@ -40,8 +40,9 @@ class StubbornNode(FakeNode):
 
 
 @contextlib.asynccontextmanager
-async def running(controller: Controller) -> AsyncIterator[None]:
+async def running(controller: Controller, node: FakeNode) -> AsyncIterator[None]:
     await controller.start()
+    await controller.add_node("local", node)
     try:
         yield
     finally:
@@ -51,8 +52,8 @@ async def running(controller: Controller) -> AsyncIterator[None]:
 
 async def test_a_start_that_waits_for_another_replicas_slots(tmp_path: Path) -> None:
     node = StubbornNode()
-    controller = Controller(node, waiting_max=10, directory=tmp_path)
-    async with running(controller):
+    controller = Controller(waiting_max=10, directory=tmp_path)
+    async with running(controller, node):
         controller.deploy(ModelConfig(name="old"))
         controller.deploy(ModelConfig(name="new", accelerators=2))
         ticket = await asyncio.wait_for(controller.acquire(RequestFacts("r-1", "old")), 60)
@@ -77,8 +78,8 @@ async def test_a_start_that_waits_for_another_replicas_slots(tmp_path: Path) -> 
 async def test_a_model_whose_starts_fail(tmp_path: Path) -> None:
     node, now_s = FakeNode(), [1000.0]
     node.refusal = "no slot is free"
-    controller = Controller(node, waiting_max=10, directory=tmp_path, clock=lambda: now_s[0])
-    async with running(controller):
+    controller = Controller(waiting_max=10, directory=tmp_path, clock=lambda: now_s[0])
+    async with running(controller, node):
         controller.deploy(ModelConfig(name=MODEL, min_replicas=1))
         back_off = controller.core.models[MODEL].back_off
         for num_failures in (1, 2, 3):
@@ -91,8 +92,8 @@ async def test_a_model_whose_starts_fail(tmp_path: Path) -> None:
 
 
 def test_before_the_first_report(tmp_path: Path) -> None:
-    controller = Controller(FakeNode(), waiting_max=10, directory=tmp_path)
-    assert store_view(controller) == {"node": "local", "problem": "no report yet", "checkpoints": [], "hops": {}}
+    controller = Controller(waiting_max=10, directory=tmp_path)
+    assert stores_view(controller) == {"stores": []}
     assert nodes_view(controller) == {"nodes": []}
 
 

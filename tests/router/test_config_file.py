@@ -28,6 +28,7 @@ from sllm_vllm.router.config_file import (
 )
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+SECTIONS = "keys, server, node, store, migration, ray, defaults, models"
 
 
 def refusal(text: str, path: Path) -> str:
@@ -74,7 +75,7 @@ def test_a_large_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing", "null", "- a", "text"])
 def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
-    said = "it has to be a mapping of sections: keys, server, node, store, migration, defaults, models"
+    said = f"it has to be a mapping of sections: {SECTIONS}"
     assert refusal(text, tmp_path / "a.yaml") == said
 
 
@@ -92,8 +93,8 @@ def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
         ("store: {dir: 5}", "store.dir: unknown key; known: directory, socket"),
         ("keys: {client: 5}", "keys.client: unknown key; did you mean `clients`?"),
         ("keys: {clients: [{fil: a, env: A}]}", "keys.clients[0].fil: unknown key; did you mean `file`?"),
-        ('"a\\nb": 1', "a?b: unknown key; known: keys, server, node, store, migration, defaults, models"),
-        ("x" * 100 + ": 1", "x" * 80 + "…: unknown key; known: keys, server, node, store, migration, defaults, models"),
+        ('"a\\nb": 1', f"a?b: unknown key; known: {SECTIONS}"),
+        ("x" * 100 + ": 1", "x" * 80 + f"…: unknown key; known: {SECTIONS}"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, problem: str, tmp_path: Path) -> None:

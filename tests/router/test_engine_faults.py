@@ -133,12 +133,12 @@ def test_without_its_store_the_router_serves_and_says_so(tmp_path: Path, pool: T
     with store_daemon(tmp_path / "store", log_dir=tmp_path) as store:
         write_config(tmp_path, "fine", "family", "turns-ill", slots=3)
         with running_router(tmp_path) as router:
-            assert router.admin("store").body["problem"] == ""
+            assert router.admin("stores").body["stores"][0]["problem"] == ""
             os.kill(store.process.pid, signal.SIGSTOP)
             assert router.post("fine").status == 200
             store.kill()
-            wait_until(lambda: router.admin("store").body["problem"], "the loss to be known")
-            names = [one["name"] for one in router.admin("store").body["checkpoints"]]
+            wait_until(lambda: router.admin("stores").body["stores"][0]["problem"], "the loss to be known")
+            names = [one["name"] for one in router.admin("stores").body["stores"][0]["checkpoints"]]
             assert len(names) == 1  # it lies on the disk
             assert [router.post(model).status for model in ("fine", "family", "turns-ill")] == [200] * 3
             assert "Traceback" not in router.log

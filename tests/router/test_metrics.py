@@ -20,7 +20,7 @@ from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.gate import Outcome, Rejected, Ticket
 from tests.router.fake_gate import until
-from tests.router.fake_node import FakeNode, ServedAdmin, serving_admin
+from tests.router.fake_node import ServedAdmin, serving_admin
 
 MODEL = "meta/tiny"
 Samples = dict[tuple[str, ...], float]
@@ -127,7 +127,8 @@ async def test_a_deleted_model_has_no_series(served: ServedAdmin) -> None:
 
 
 async def test_many_models_have_a_bounded_number_of_series(tmp_path: Path) -> None:
-    controller = Controller(FakeNode(), waiting_max=100, directory=tmp_path)
+    controller = Controller(waiting_max=100, directory=tmp_path)
+    await controller.start()
     for number in range(SERIES_MAX + 10):
         controller.deploy(ModelConfig(name=f"m-{number:05}"))
     busy = f"m-{SERIES_MAX + 9:05}"

@@ -34,11 +34,12 @@ def never_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def running(node: FakeNode, directory: Path, *models: ModelConfig) -> AsyncIterator[Controller]:
-    controller = Controller(node, waiting_max=10, directory=directory)
+    controller = Controller(waiting_max=10, directory=directory)
     await controller.measure(models)
     for model in models:
         controller.deploy(model)
     await controller.start()
+    await controller.add_node("local", node)
     try:
         yield controller
     finally:
@@ -60,7 +61,7 @@ async def test_the_plan_after_a_start_knows_the_checkpoint_that_it_made(tmp_path
     async with running(node, tmp_path, ModelConfig(name=MODEL, max_replicas=2)) as controller:
         assert explain_view(controller, MODEL)["plans"][0]["tier"] == "REMOTE"
         asking = asyncio.create_task(controller.acquire(RequestFacts("r-1", MODEL)))
-        await until(lambda: controller.engines.reports, "the start")
+        await until(lambda: controller.replica_reports(), "the start")
         node.checkpoints = (checkpoint(resident=100),)
         node.may_be_ready.set()
         controller.finished(await asyncio.wait_for(asking, 60), DONE)
@@ -73,10 +74,10 @@ async def test_the_plan_after_an_end_knows_what_left_memory(tmp_path: Path) -> N
     node = FakeNode()
     node.checkpoints = (checkpoint(resident=100),)
     async with running(node, tmp_path, ModelConfig(name=MODEL, min_replicas=1)) as controller:
-        await until(lambda: any(one.is_ready for one in controller.engines.reports.values()), "its replica")
+        await until(lambda: any(one.is_ready for one in controller.replica_reports().values()), "its replica")
         assert tier_of(controller) is Tier.HOST
         node.checkpoints = (checkpoint(),)
-        controller.drain(next(iter(controller.engines.reports)))
+        controller.drain(next(iter(controller.replica_reports())))
         await until(lambda: tier_of(controller) is Tier.DISK, "the new tier")
 
 
@@ -108,7 +109,7 @@ async def test_a_prefetch_that_comes_to_nothing_is_not_followed_for_ever(tmp_pat
     node.checkpoints = (checkpoint(resident=10),)
     async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
         controller._do(PrefetchModel(MODEL, "local"))
-        await until(lambda: not controller._watch._prefetches, "nobody to look for it")
+        await until(lambda: not controller._members["local"].watch._prefetches, "nobody to look for it")
         assert tier_of(controller) is Tier.DISK
         assert (node.num_reports < 4) == bool(store)
 
@@ -191,5 +192,5 @@ def test_what_is_no_directory_has_no_weights(tmp_path: Path) -> None:
 async def test_a_router_is_not_ready_when_what_must_run_for_ever_has_ended(tmp_path: Path) -> None:
     async with running(FakeNode(), tmp_path, ModelConfig(name=MODEL)) as controller:
         assert controller.is_ready()
-        controller._tasks[0].cancel()
+        controller._members["local"]._tasks[0].cancel()
         await until(lambda: not controller.is_ready(), "it to be told")

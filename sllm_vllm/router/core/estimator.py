@@ -2,7 +2,7 @@
 
 Every term is the weighted median of its last samples, so that one strange start changes nothing and a lasting change is
 followed after three. What was never seen is taken from the nearest thing that was: the same model on other nodes,
-other models on the same node, at last the defaults.
+other models on the same node, other models on other nodes, at last the defaults.
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ class _Table(Generic[Entry]):
             self._entries.popitem(last=False)
 
 
-def _keys(model: str, node: str) -> tuple[Key, Key, Key]:
+def _keys(model: str, node: str) -> tuple[Key, ...]:
     """Where to look, the best first."""
-    return (model, node), (model, None), (None, node)
+    return (model, node), (model, None), (None, node), (None, None)
 
 
 class Estimator:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, ResumeSample, StartSample, Tier
+from sllm_vllm.router.core.facts import FoundReplica, ModelSpec, RequestFacts, ResumeSample, StartSample, Tier
 
 # ------------------------------------------------------------------------------------------------------------ events
 
@@ -49,6 +49,8 @@ class NodeJoined:
     is_warm: bool = True
     report: NodeReported | None = None
     """Its first one, if it came with it: so that the first start knows where the weights are."""
+    found: tuple[FoundReplica, ...] = ()
+    """What runs on it already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,14 @@ class RequestArrived:
     """Somebody wants an answer."""
 
     facts: RequestFacts
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFound:
+    """It runs on a replica already: an earlier life of the router sent it there."""
+
+    facts: RequestFacts
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +185,7 @@ Event = (
     | NodeReported
     | NodeLost
     | RequestArrived
+    | RequestFound
     | RequestGone
     | FirstByte
     | RequestEnded

@@ -72,6 +72,23 @@ class RequestFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundReplica:
+    """A replica that runs already when its node joins: an earlier life of the router ordered it.
+
+    ``requests``: those that are streamed from it. It has slots, also while it starts or stops.
+    """
+
+    id: str
+    model: str
+    generation: int
+    lineage: int
+    num_slots: int
+    is_ready: bool
+    is_stopping: bool = False
+    requests: tuple[RequestFacts, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StartSample:
     """What one start took, by its engine's own report."""
 

@@ -9,6 +9,7 @@ from sllm_vllm.router.core.cluster import Replica, ReplicaState
 from sllm_vllm.router.core.events import NodeJoined, NodeReported
 from sllm_vllm.router.core.model_state import ModelState
 from sllm_vllm.router.core.queues import ModelQueues
+from sllm_vllm.router.core.recovery import Recovery
 from sllm_vllm.router.core.scaling import Scaling
 
 
@@ -20,9 +21,16 @@ class Membership:
     """
 
     def __init__(
-        self, scaling: Scaling, models: Mapping[str, ModelState], queues: ModelQueues, *, touched: dict[str, None]
+        self,
+        scaling: Scaling,
+        models: Mapping[str, ModelState],
+        queues: ModelQueues,
+        *,
+        recovery: Recovery,
+        touched: dict[str, None],
     ) -> None:
         self._scaling = scaling
+        self._recovery = recovery
         self._cluster = scaling.cluster
         self._models = models
         self._queues = queues
@@ -30,13 +38,14 @@ class Membership:
         self.cordoned: set[str] = set()
         """Names of nodes, whether they are there or not."""
 
-    def joined(self, event: NodeJoined) -> None:
-        """A node is there."""
+    def joined(self, event: NodeJoined, now_s: float) -> None:
+        """A node is there, perhaps with replicas on it."""
         self._cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
-        if event.node in self.cordoned:
-            self._cluster.set_cordoned(event.node, True)
         if event.report is not None:
             self.reported(event.report)
+        self._recovery.replicas_found(event.found, event.node, now_s)
+        if event.node in self.cordoned:
+            self.drain(event.node, now_s)
         self._touch_wanting()
 
     def reported(self, event: NodeReported) -> None:
@@ -64,6 +73,15 @@ class Membership:
             self._scaling.pin(replica.model)
             self._touched[replica.model] = None
         return gone
+
+    def drain_asked(self, target: str, now_s: float) -> None:
+        """An operator wants a node, or one replica, to be left."""
+        if target in self._cluster.nodes:
+            self.drain(target, now_s)
+        elif (replica := self._cluster.replicas.get(target)) is not None:
+            self._scaling.drain(target, now_s)
+            self._scaling.pin(replica.model)
+            self._touched[replica.model] = None
 
     def drain(self, node: str, now_s: float) -> None:
         """Nothing new starts there; what starts is called off, what is idle ends, what is busy ends when it is idle."""

@@ -169,11 +169,12 @@ class Moves:
             self._forget(request)
             self._leave(target, request, now_s)
 
-    def target_gone(self, target: Replica) -> None:
-        """Requests that moved there stay where they are; whoever moves them will notice, too."""
+    def target_gone(self, target: Replica, now_s: float) -> None:
+        """Requests that moved there stay where they are; whoever moves them will notice, too, in a moment."""
         for request_id in target.ongoing:
             request = self._requests.get(request_id)
             if request is not None and request.target == target.id:
+                request.move_after_s = now_s + self.limits.pause_s
                 self._forget(request)
 
     def _forget(self, request: Request) -> None:

@@ -33,6 +33,7 @@ from sllm_vllm.router.core.events import (
     RequestArrived,
     RequestEnded,
     RequestFailed,
+    RequestFound,
     RequestGone,
     RequestMoved,
     Ticked,
@@ -45,6 +46,7 @@ from sllm_vllm.router.core.membership import Membership
 from sllm_vllm.router.core.model_state import ModelState, Picture, Request
 from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
+from sllm_vllm.router.core.recovery import Recovery
 from sllm_vllm.router.core.scaling import Scaling
 from sllm_vllm.router.core.starving import fits_somewhere
 from sllm_vllm.router.core.story import is_about
@@ -76,11 +78,18 @@ class RouterCore:
         self.suspects = Suspects()
         self._touched: dict[str, None] = {}
         """Models whose queues or replicas changed in this event."""
-        self.membership = Membership(self.scaling, self.models, self.queues, touched=self._touched)
         self.deployments = Deployments(
-            self.scaling, self.models, self.queues, requests=self.requests, reject_deleted=self._reject_deleted
+            self.scaling,
+            self.models,
+            self.queues,
+            requests=self.requests,
+            reject_deleted=lambda request, name: self._reject(request, Refusal.DELETED, f"model {name!r} was deleted"),
         )
         self.moves = Moves(self.limits.moves, self.scaling, picture, touched=self._touched)
+        self._recovery = Recovery(self.scaling, picture, touched=self._touched)
+        self.membership = Membership(
+            self.scaling, picture.models, self.queues, recovery=self._recovery, touched=self._touched
+        )
         self._has_new_room = False
         """Slots, or idle replicas, that others could use."""
         self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
@@ -111,7 +120,7 @@ class RouterCore:
     def _note(self, event: Event, now_s: float) -> None:
         """Into the story, but for what comes all the time, and without what it says of each model."""
         if isinstance(event, NodeJoined):
-            self.events.append((now_s, replace(event, report=None)))
+            self.events.append((now_s, replace(event, report=None, found=())))
         elif not isinstance(event, Ticked | NodeReported):
             self.events.append((now_s, event))
 
@@ -163,17 +172,19 @@ class RouterCore:
             case ModelDeleted():
                 self.deployments.deleted(event.model, now_s)
             case NodeJoined():
-                self.membership.joined(event)
+                self.membership.joined(event, now_s)
                 self._has_new_room = True
+            case RequestFound():
+                self._recovery.request_found(event.facts, event.replica, now_s)
             case NodeReported():
                 self.membership.reported(event)
             case NodeLost():
                 for replica in self.membership.lost(event.node, now_s):
-                    self.moves.target_gone(replica)
+                    self.moves.target_gone(replica, now_s)
                     self._samples.pop(replica.id, None)
                     self.suspects.discard(replica.id)
             case DrainAsked():
-                self._drain_asked(event.target, now_s)
+                self.membership.drain_asked(event.target, now_s)
             case UndrainAsked():
                 self.membership.undrain(event.node)
                 self._has_new_room = True
@@ -331,7 +342,7 @@ class RouterCore:
         self.suspects.discard(event.replica)
         if replica is None:
             return
-        self.moves.target_gone(replica)
+        self.moves.target_gone(replica, now_s)
         self._has_new_room = True
         self._touched[replica.model] = None
         self.scaling.pin(replica.model)
@@ -362,14 +373,6 @@ class RouterCore:
             if old.generation != state.spec.generation:
                 self.scaling.drain(old.id, now_s)
 
-    def _drain_asked(self, target: str, now_s: float) -> None:
-        if target in self.cluster.nodes:
-            self.membership.drain(target, now_s)
-        elif (replica := self.cluster.replicas.get(target)) is not None:
-            self.scaling.drain(target, now_s)
-            self.scaling.pin(replica.model)
-            self._touched[replica.model] = None
-
     def _ticked(self, now_s: float) -> None:
         for facts in self.queues.expire(now_s):
             del self.requests[facts.id]
@@ -384,11 +387,8 @@ class RouterCore:
         self.scaling.end_idle(now_s)
         self.scaling.actions.extend(self.scaling.foresight.prefetches(now_s))
         self.scaling.drain_for_starving(now_s)
-        self._touched.update(dict.fromkeys(self.scaling.rested(now_s)))
+        self._touched.update(dict.fromkeys(self.scaling.to_consider(now_s)))
         self._has_new_room = True
-
-    def _reject_deleted(self, request: str, model: str) -> None:
-        self._reject(request, Refusal.DELETED, f"model {model!r} was deleted")
 
     def _why_too_late(self, spec: ModelSpec) -> str:
         if self._has_replica(spec.name) or fits_somewhere(self.cluster, spec.accelerators):

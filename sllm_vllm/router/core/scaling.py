@@ -45,8 +45,8 @@ class Scaling:
         self._blocking: str | None = None
         """Who has waited too long, and whose turn for a drain comes next: nobody who waits may overtake it."""
         self.foresight = Foresight(self.cluster, estimator, models, lead_s=self.limits.prefetch_s)
-        self._resting = Alarms()
-        """The end of a model's back-off."""
+        self._later = Alarms()
+        """When models are to be considered again."""
         self._num_started = 0
         self.actions: list[Action] = []
         self.resumed: list[str] = []
@@ -70,7 +70,7 @@ class Scaling:
         if num_now > wanted:
             self._shed(state, wanted, now_s)
         while num_now < wanted:
-            if state.back_off.is_resting(now_s) or (num_now and not self._pays(state, waiting, num_now)):
+            if state.back_off.is_resting(now_s) or (num_now and not self._pays(state, num_now, now_s)):
                 break
             if not self._start_one(state, now_s, may_evict=waiting > 0):
                 if fits_somewhere(self.cluster, spec.accelerators):
@@ -158,12 +158,19 @@ class Scaling:
         oldest_s = self._queues.oldest_s(model)
         return oldest_s is not None and now_s - oldest_s > self.limits.starve_s
 
-    def _pays(self, state: ModelState, waiting: int, num_now: int) -> bool:
-        """Whether another replica would be there before those that are have room again."""
-        if not waiting or not state.service_s:
+    def _pays(self, state: ModelState, num_now: int, now_s: float) -> bool:
+        """Whether another replica would be there before those that are have room again. Asked again when somebody has
+        waited as long as a start takes: requests that run are longer then than others were."""
+        model = state.spec.name
+        oldest_s, waiting = self._queues.oldest_s(model), self._queues.waiting(model)
+        if oldest_s is None or not state.service_s:
             return True
         rounds = waiting / (num_now * state.spec.ongoing_max)
-        return self.estimator.startup_s(state.spec) < max(1.0, rounds) * state.service_s
+        startup_s = self.estimator.startup_s(state.spec)
+        if startup_s <= max(now_s - oldest_s, max(1.0, rounds) * state.service_s):
+            return True
+        self._later.set(model, oldest_s + startup_s)
+        return False
 
     def num_coming(self, model: str) -> int:
         """Replicas on their way."""
@@ -289,10 +296,10 @@ class Scaling:
         """It was deleted; its replicas end in their own time."""
         self._hungry.discard(model)
         self.predictions.pop(model, None)
-        self._resting.discard(model)
+        self._later.discard(model)
         self.foresight.forget_model(model)
 
-    # --------------------------------------------------------------------------------------------------- stopping
+    # --------------------------------------------------------------------------------- stopping, failing to start
 
     def stop(self, replica_id: str, reason: str, now_s: float) -> None:
         """End a replica that has no request."""
@@ -368,16 +375,14 @@ class Scaling:
                 self.call_off(pending, now_s)
         return replica
 
-    # ---------------------------------------------------------------------------------------------------- back-off
-
     def failed(self, state: ModelState, reason: str, now_s: float) -> None:
         """A start of a model failed."""
         state.back_off.failed(reason, now_s)
-        self._resting.set(state.spec.name, state.back_off.until_s)
+        self._later.set(state.spec.name, state.back_off.until_s)
 
-    def rested(self, now_s: float) -> list[str]:
-        """Models whose back-off is over."""
-        return list(self._resting.due(now_s))
+    def to_consider(self, now_s: float) -> list[str]:
+        """Models whose time has come: see ``_later``."""
+        return list(self._later.due(now_s))
 
     # ------------------------------------------------------------------------------------------------------- values
 

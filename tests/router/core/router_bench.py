@@ -205,10 +205,14 @@ class RouterBench:
                 assert self.ready[action.replica] not in self.drained, f"{action.request} goes to a drained node"
                 self.books.running[action.request] = action.replica
                 self.dispatched.append(action.request)
+            case MoveRequest() if action.request in self.lost:
+                pass  # whoever has it will notice, and then it runs nowhere
             case MoveRequest():
                 assert self.books.running[action.request] == action.source
                 assert action.target in self.ready, f"{action.request} moves to {action.target}, which is not ready"
-                assert action.request not in self.moving, f"{action.request} moves twice"
+                before = self.moving.get(action.request)
+                is_over = before is None or before.target not in self.core.cluster.replicas
+                assert is_over, f"{action.request} moves twice"
                 self.moving[action.request] = action
             case RejectRequest():
                 del self.books.waiting[action.request]

@@ -289,13 +289,13 @@ def test_samples_that_can_not_be_are_passed_over(seconds: float) -> None:
 
 
 def test_least_recently_used_is_forgotten() -> None:
-    estimator = Estimator(keys_max=5)
+    estimator = Estimator(keys_max=6)
     estimator.observe_stop("a", "n", 1.0)
     estimator.observe_stop("b", "n", 2.0)
     assert estimator.stop_s("a", "n") == 1.0  # used, so it outlives b
     estimator.observe_stop("c", "x", 4.0)
     assert estimator.stop_s("a", "n") == 1.0
-    assert estimator.stop_s("b", "y") == DEFAULTS.stop_s
+    assert estimator.stop_s("b", "y") == estimator.stop_s("nobody", "y") == 2.0
 
 
 @st.composite
@@ -335,7 +335,7 @@ def test_record_is_bounded_and_keeps_the_most_recent() -> None:
         estimator.observe_stop(f"m{index}", "n", 1.0)
     tables: Any = estimator.to_record()["tables"]
     assert len(tables["stop"]) == RECORD_KEYS_MAX
-    assert tables["stop"][-1] == [None, "n", [1.0] * 8]
+    assert tables["stop"][-2:] == [[None, "n", [1.0] * 8], [None, None, [1.0] * 8]]
 
 
 def test_record_of_a_larger_estimator_is_cut() -> None:
@@ -344,7 +344,7 @@ def test_record_of_a_larger_estimator_is_cut() -> None:
         estimator.observe_stop(model, "n", 1.0)
     restored = Estimator.from_record(estimator.to_record(), keys_max=2)
     tables: Any = restored.to_record()["tables"]
-    assert [row[:2] for row in tables["stop"]] == [["c", None], [None, "n"]]
+    assert [row[:2] for row in tables["stop"]] == [[None, "n"], [None, None]]
 
 
 JSON = st.recursive(

@@ -224,3 +224,19 @@ def test_the_fewest_requests_are_in_the_way(num_slots: int, expected: Room | Non
     assert find_room(cluster, "new", num_slots, may_end=lambda replica: True) == expected
     assert find_room(cluster, "new", num_slots, may_end=lambda replica: False) is None
     cluster.validate()
+
+
+def test_who_waits_behind_requests_that_are_longer_than_they_used_to_be_gets_another_replica() -> None:
+    """At first it would be there too late for a queue that is over in a moment."""
+    bench = bench_of(2)
+    bench.deploy("m", ongoing_max=1, target_ongoing=1, max_replicas=2)
+    short = bench.ask("m")
+    bench.start()
+    bench.wait(0.1)
+    bench.end(short)
+    bench.ask("m")
+    bench.ask("m")
+    bench.wait(0.5)
+    assert not bench.starting
+    bench.wait(0.6)  # longer than a start takes
+    assert [order.model for order in bench.starting.values()] == ["m"]

@@ -1,0 +1,213 @@
+"""The node agent as a Ray actor, and a node as it is seen through one. The only file of this package that knows Ray.
+
+One actor a node, pinned to it and there again when it was killed. It holds the node's accelerators as Ray resources: so
+Ray gives them to nobody else, and the agent uses none that Ray gave away. Its engines die with it, as everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sllm_vllm.config import NodeConfig
+from sllm_vllm.errors import NodeBusy, NodeError, NodeUnavailable
+from sllm_vllm.node.agent import NodeAgent
+from sllm_vllm.node.core.ray_nodes import RayNodeFacts, config_there
+from sllm_vllm.node.daemon import WORDS
+from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport
+from sllm_vllm.node.server import Server
+from sllm_vllm.unix_listener import listening, locked, make_private_directory
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "sllm"
+CALLS_MAX = 10_000
+"""At once, of one actor; most of them wait for something."""
+LOCK_S_MAX = 20.0
+"""How long the lock of an agent that was just killed is waited for."""
+_LOCK_PAUSE_S = 0.2
+_MEND = "Ray starts it again; see the actor's log"
+
+T = TypeVar("T")
+
+
+class RayAgent:
+    """The actor. Its agent starts with the first call, on the actor's loop; its methods are the agent's."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        log_as_actor()
+        self._config = config
+        self._starting: asyncio.Task[NodeAgent] | None = None
+        self._held = contextlib.AsyncExitStack()
+
+    async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
+        """See ``NodeAgent``."""
+        return await (await self._agent()).ensure_replica(order)
+
+    async def stop_replica(self, replica_id: str) -> ReplicaReport:
+        """See ``NodeAgent``."""
+        return await (await self._agent()).stop_replica(replica_id)
+
+    async def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]:
+        """See ``NodeAgent``."""
+        async for report in (await self._agent()).watch(replica_id):
+            yield report
+
+    async def report(self, *, with_memory: bool = False) -> NodeReport:
+        """See ``NodeAgent``."""
+        return await (await self._agent()).report(with_memory=with_memory)
+
+    async def wait_warm(self, timeout_s: float) -> bool:
+        """See ``NodeAgent``."""
+        return await (await self._agent()).wait_warm(timeout_s)
+
+    async def prefetch_model(self, arguments: tuple[str, ...]) -> None:
+        """See ``NodeAgent``."""
+        await (await self._agent()).prefetch_model(arguments)
+
+    async def close(self) -> None:
+        """End its engines; whoever calls this ends the actor then."""
+        if self._starting is not None:
+            await asyncio.shield(self._starting)
+            await self._held.aclose()
+
+    async def _agent(self) -> NodeAgent:
+        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> NodeAgent:
+        """Take the node's folder, start the agent, and let the commands on this machine in."""
+        config = self._config
+        make_private_directory(config.node_dir, WORDS)
+        listener = await _entered(self._held, config)
+        agent = NodeAgent(config)
+        await agent.start()
+        self._held.push_async_callback(agent.close)
+        server = Server(agent, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        await server.start()
+        accepting = asyncio.get_running_loop().create_task(server.serve(listener))
+        self._held.push_async_callback(server.close)
+        self._held.callback(accepting.cancel)
+        return agent
+
+
+async def _entered(held: contextlib.AsyncExitStack, config: NodeConfig) -> Any:  # noqa: ANN401 - a socket
+    """The folder's lock and socket; those of a process that was killed come free a moment later."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + LOCK_S_MAX
+    while True:
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(locked(config.node_dir / "lock", config.socket_path, WORDS))
+                listener = stack.enter_context(listening(config.socket_path, WORDS))
+                held.enter_context(stack.pop_all())
+                return listener
+        except NodeBusy:
+            if loop.time() > deadline_s:
+                raise
+            await asyncio.sleep(_LOCK_PAUSE_S)
+
+
+class RayNode:
+    """A node, through its actor: what ``router/engines.py`` asks of one. Every call raises ``NodeUnavailable`` if there
+    is no actor (any more), or a new one that knows nothing."""
+
+    def __init__(self, name: str, actor: Any) -> None:  # noqa: ANN401 - Ray has no types
+        self.name = name
+        self._actor = actor
+
+    async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
+        """See ``NodeAgent``."""
+        return await self._answer(self._actor.ensure_replica.remote(order))
+
+    async def stop_replica(self, replica_id: str) -> ReplicaReport:
+        """See ``NodeAgent``."""
+        return await self._answer(self._actor.stop_replica.remote(replica_id))
+
+    async def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]:
+        """See ``NodeAgent``."""
+        answers = self._actor.watch.options(num_returns="streaming").remote(replica_id)
+        while True:
+            try:
+                reference = await anext(answers)
+            except StopAsyncIteration:
+                return
+            except RayError as error:
+                raise self._told(error) from None
+            yield await self._answer(reference)
+
+    async def report(self, *, with_memory: bool = False) -> NodeReport:
+        """See ``NodeAgent``."""
+        return await self._answer(self._actor.report.remote(with_memory=with_memory))
+
+    async def wait_warm(self, timeout_s: float) -> bool:
+        """See ``NodeAgent``."""
+        return await self._answer(self._actor.wait_warm.remote(timeout_s))
+
+    async def prefetch_model(self, arguments: tuple[str, ...]) -> None:
+        """See ``NodeAgent``."""
+        await self._answer(self._actor.prefetch_model.remote(arguments))
+
+    async def close(self) -> None:
+        """End its engines, and the actor."""
+        with contextlib.suppress(NodeError):
+            await self._answer(self._actor.close.remote())
+        ray.kill(self._actor)
+
+    async def _answer(self, reference: Awaitable[T]) -> T:
+        try:
+            return await reference
+        except RayError as error:
+            raise self._told(error) from None
+
+    def _told(self, error: RayError) -> NodeError:
+        if isinstance(error, RayTaskError):
+            if isinstance(error.cause, NodeError):
+                return error.cause
+            return NodeError(self.name, f"its agent failed: {error.cause!r}", _MEND)
+        return NodeUnavailable(self.name, f"its agent does not answer ({type(error).__name__})", _MEND)
+
+
+def agent_on(node: RayNodeFacts, config: NodeConfig) -> RayNode:
+    """The agent of a node, made if there is none. Returns at once: its first answer comes when it has started."""
+    options = {
+        "name": f"agent-{node.id}",
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_concurrency": CALLS_MAX,
+        "num_gpus": node.num_gpus,
+        "num_cpus": node.num_cpus,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+    }
+    return RayNode(node.name, ray.remote(RayAgent).options(**options).remote(config_there(config, node)))
+
+
+def forget_agent(node_id: str) -> None:
+    """A node has left for ever; its actor would wait for it to come back."""
+    with contextlib.suppress(ValueError, RayError):
+        ray.kill(ray.get_actor(f"agent-{node_id}", namespace=NAMESPACE))
+
+
+def log_as_actor() -> None:
+    """What is logged goes to the actor's own file, which Ray keeps and shows."""
+    own = logging.getLogger("sllm_vllm")
+    if not own.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", datefmt="%m-%d %H:%M:%S")
+        )
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)
+        own.propagate = False

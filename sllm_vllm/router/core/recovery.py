@@ -1,0 +1,91 @@
+"""What an earlier life of the router left running: replicas that are found, and requests on them. Pure.
+
+``RouterCore``'s part about its own restart. The truth about replicas is their agents', that about requests is theirs
+who stream them; here both come together again. Nothing that runs is ended because its router did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sllm_vllm.router.core.cluster import Replica, ReplicaState
+from sllm_vllm.router.core.facts import FoundReplica, RequestFacts
+from sllm_vllm.router.core.model_state import Picture, Request
+from sllm_vllm.router.core.scaling import Scaling
+
+
+class Recovery:
+    """Takes replicas and requests in as if they had been ordered here. ``touched`` gets their models."""
+
+    def __init__(self, scaling: Scaling, picture: Picture, *, touched: dict[str, None]) -> None:
+        self._scaling = scaling
+        self._cluster = scaling.cluster
+        self._models = picture.models
+        self._requests = picture.requests
+        self._touched = touched
+
+    def replicas_found(self, found: Iterable[FoundReplica], node: str, now_s: float) -> None:
+        """They run on a node that has just joined; what is of no use any more ends, after its requests."""
+        for one in found:
+            if one.id not in self._cluster.replicas and one.num_slots <= self._cluster.free_slots(node):
+                self._replica_found(one, node, now_s)
+
+    def request_found(self, facts: RequestFacts, replica_id: str, now_s: float) -> None:
+        """Somebody streams it from a replica. One that is known, or whose replica is gone, changes nothing."""
+        replica = self._cluster.replicas.get(replica_id)
+        if replica is None or facts.id in self._requests:
+            return
+        if replica.state is ReplicaState.READY:
+            self._take_in(facts, replica, now_s)
+        elif replica.state is ReplicaState.DRAINING:
+            self._cluster.set_state(replica_id, ReplicaState.READY, now_s)
+            self._take_in(facts, replica, now_s)
+            self._cluster.set_state(replica_id, ReplicaState.DRAINING, now_s)
+            self._scaling.leaving[replica.model] = None
+
+    def _replica_found(self, found: FoundReplica, node: str, now_s: float) -> None:
+        replica = Replica(
+            id=found.id,
+            model=found.model,
+            node=node,
+            generation=found.generation,
+            lineage=found.lineage,
+            num_slots=found.num_slots,
+            state_since_s=now_s,
+            ordered_s=now_s,
+            ready_at_s=now_s,
+        )
+        self._cluster.add_replica(replica)
+        self._touched[found.model] = None
+        state = self._models.get(found.model)
+        is_current = state is not None and state.spec.generation == found.generation
+        if found.is_stopping:
+            self._cluster.set_state(found.id, ReplicaState.STOPPING, now_s)
+        elif found.is_ready:
+            self._cluster.set_state(found.id, ReplicaState.READY, now_s)
+            for facts in found.requests:
+                if facts.id not in self._requests:
+                    self._take_in(facts, replica, now_s)
+            if not is_current:
+                self._scaling.drain(found.id, now_s)
+            elif not replica.ongoing:
+                self._scaling.became_idle(replica, now_s)
+            self._scaling.pin(found.model)
+        elif not is_current:
+            self._scaling.stop(found.id, "its model was changed", now_s)
+
+    def _take_in(self, facts: RequestFacts, replica: Replica, now_s: float) -> None:
+        """It has its place. How far it is nobody says, so nothing is learned of its first token."""
+        self._requests[facts.id] = Request(
+            facts,
+            arrived_s=now_s,
+            replica=replica.id,
+            dispatched_s=now_s,
+            attempt=1,
+            is_answered=True,
+            answered_s=now_s,
+        )
+        self._cluster.begin_request(replica.id, facts.id, prefix=facts.prefix, now_s=now_s)
+        if (state := self._models.get(facts.model)) is not None:
+            state.num_ongoing += 1
+        self._touched[facts.model] = None

@@ -1,0 +1,79 @@
+"""Models that were deployed, changed or deleted through the API, kept over a restart. For the router's loop.
+
+A record holds against the configuration's file as long as that says the same of the model as when the record was made:
+who edits the file later is heard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config_file import parse_router_config
+from sllm_vllm.router.state_store import VALUE_NBYTES_MAX, StateError, StateStore
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "models/"
+
+
+class KeptModels:
+    """The records, in a store.
+
+    Args:
+        written: models of the configuration's file.
+    """
+
+    def __init__(self, store: StateStore, written: Iterable[ModelConfig]) -> None:
+        self._store = store
+        self._written: Mapping[str, ModelConfig] = {model.name: model for model in written}
+
+    async def all(self) -> list[ModelConfig]:
+        """What is to be served: the file's models as they are now, and others.
+
+        Raises:
+            StateError: the store does not answer; to begin without what it knows would be worse than not to begin.
+        """
+        models = dict(self._written)
+        for key, value in (await self._store.items(_PREFIX)).items():
+            name = key.removeprefix(_PREFIX)
+            try:
+                record = json.loads(value)
+                if record["written"] != self._digest(name):
+                    continue
+                if record["model"] is None:
+                    models.pop(name, None)
+                else:
+                    models[name] = parse_router_config({"models": [record["model"]]}).models[0]
+            except (ValueError, KeyError, TypeError, ConfigError) as error:
+                logger.error("event=model_not_restored model=%r reason=%r", name, str(error))
+        return list(models.values())
+
+    async def keep(self, name: str, model: ModelConfig | None) -> None:
+        """Remember what is served under a name from now on; None: nothing.
+
+        Raises:
+            StateError: it could not be kept.
+        """
+        key = _PREFIX + name
+        if model is None and name not in self._written:
+            await self._store.delete(key)
+            return
+        told = None if model is None else model.model_dump(mode="json", exclude_defaults=True)
+        value = json.dumps({"model": told, "written": self._digest(name)}).encode()
+        if len(value) > VALUE_NBYTES_MAX:
+            raise StateError(f"model {name!r} is too large to be kept")
+        await self._store.put(key, value)
+
+    def reread(self, written: Iterable[ModelConfig]) -> None:
+        """The file was read again."""
+        self._written = {model.name: model for model in written}
+
+    def _digest(self, name: str) -> str:
+        """Of what the file says of a model; empty if it says nothing."""
+        model = self._written.get(name)
+        return "" if model is None else hashlib.sha256(model.model_dump_json().encode()).hexdigest()

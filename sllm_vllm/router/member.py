@@ -1,0 +1,86 @@
+"""One node as the controller works with it: its replicas, its reports, and the tasks that keep both true. One loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from sllm_vllm.node.protocol import NodeReport
+from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.core.events import Event
+from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.engines import Engines, Node
+from sllm_vllm.router.node_watch import NodeWatch
+
+logger = logging.getLogger(__name__)
+
+
+class Member:
+    """A node, from when it joins until it is lost.
+
+    Args:
+        models: those that are served.
+        tell: gets the events of it.
+        on_lost: called once if its agent does not answer (any more), with the reason.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        node: Node,
+        models: Mapping[str, ModelConfig],
+        *,
+        tell: Callable[[Event], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.name = name
+        self._when_lost = on_lost
+        self._is_lost = False
+        self.engines = Engines(name, node, tell, on_lost=self._lost)
+        self.watch = NodeWatch(name, node, models, tell=tell, on_lost=self._lost)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def report(self) -> NodeReport | None:
+        """The node's last one."""
+        return self.watch.report
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it was heard of, and everything that has to run for ever does."""
+        return self.report is not None and not any(task.done() for task in self._tasks)
+
+    async def join(self, requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]]) -> None:
+        """Take it in with what runs on it already.
+
+        Args:
+            requests: tells, by replica, those that are streamed from it.
+
+        Raises:
+            NodeError: its agent does not answer.
+        """
+        await self.watch.join(lambda report: self.engines.find(report.replicas, requests()))
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(one) for one in (self.watch.keep_reporting(), self.watch.watch_warm())]
+        for task in self._tasks:
+            task.add_done_callback(self._tell_failure)
+
+    async def close(self) -> None:
+        """Follow nothing of it any more."""
+        self._is_lost = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.watch.close()
+        await self.engines.close()
+
+    def _lost(self, reason: str) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            self._when_lost(reason)
+
+    def _tell_failure(self, task: asyncio.Task[None]) -> None:
+        """None of them ever ends by itself: without one the router is blind there, and that must not be silent."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("event=member_failed node=%s", self.name, exc_info=error)

@@ -1,0 +1,277 @@
+"""The controller as a Ray actor: one in a cluster, detached, there again when it was killed. Owns the core's process.
+
+It takes in the nodes that Ray knows, lets ingresses in, and keeps what must outlive it. When it is made anew, it learns
+from agents what runs, from ingresses what they stream, and from its store what is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from sllm_vllm.errors import ConfigError, NodeError
+from sllm_vllm.node.core.ray_nodes import RayNodeFacts, nodes_for_agents
+from sllm_vllm.node.ray_agent import RayNode, agent_on, forget_agent, log_as_actor
+from sllm_vllm.router.admin import AdminApp
+from sllm_vllm.router.config import RouterConfig
+from sllm_vllm.router.config_file import compare, parse_router_config, read_key_digests
+from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.core.estimator import Estimator
+from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.gate import Ticket
+from sllm_vllm.router.gate_service import GateService
+from sllm_vllm.router.kept_models import KeptModels
+from sllm_vllm.router.ray_state import RayStore
+from sllm_vllm.router.remote import Answer, Held, News, Note, Unknown, Welcome
+from sllm_vllm.router.state_store import StateError, StateStore, open_state_store
+from sllm_vllm.router.watch import Message
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""Between two looks at the cluster."""
+RETURN_S = 3.0
+"""What ingresses of an earlier life get to come back, before nodes join."""
+JOIN_S_MAX = 20.0
+"""What nodes that are there get to join, before tickets are given without them."""
+SAVE_S = 60.0
+_LIFE, _ESTIMATES = "life", "estimates"
+
+
+class RayController:
+    """The actor. Everything starts with the first call, on the actor's loop; see ``ControllerLink`` for the calls.
+
+    Args:
+        told: the configuration as JSON, with digests instead of keys.
+        directory: engines' working directory, on every node.
+        version: of the configuration: a higher one counts.
+    """
+
+    def __init__(self, told: str, directory: str, version: float) -> None:
+        log_as_actor()
+        self._config = _read(told)
+        self._directory = Path(directory)
+        self._version = version
+        self._starting: asyncio.Task[GateService] | None = None
+        self._nodes: dict[str, RayNode] = {}
+        """By Ray's id: those that have joined, or are about to."""
+        self._names: dict[str, str] = {}
+        """Ray's id by name."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._alone_since_s: float | None = None
+
+    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+        """See ``ControllerLink``."""
+        return await (await self._service()).enter(ingress, held)
+
+    async def acquire(self, ingress: str, facts: RequestFacts) -> Answer:
+        """See ``ControllerLink``."""
+        return await (await self._service()).acquire(ingress, facts)
+
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
+        """See ``ControllerLink``."""
+        return await (await self._service()).retry(ingress, ticket, facts=facts, reason=reason)
+
+    async def note(self, ingress: str, notes: Sequence[Note]) -> bool:
+        """See ``ControllerLink``."""
+        return await (await self._service()).note(ingress, notes)
+
+    async def poll(self, ingress: str, version: int) -> News | Unknown:
+        """See ``ControllerLink``."""
+        return await (await self._service()).poll(ingress, version)
+
+    async def configure(self, told: str, version: float) -> str:
+        """Follow a newer configuration, as a reload on one machine does; says why not, or nothing."""
+        service = await self._service()
+        if version <= self._version:
+            return ""
+        config = _read(told)
+        try:
+            changes = compare(self._config, config)
+            changes.require_live()
+        except ConfigError as error:
+            return str(error)
+        self._config, self._version = config, version
+        self._kept.reread(config.models)
+        await self._controller.measure((*changes.added, *changes.restarted))
+        self._controller.set_waiting_max(config.server.waiting_max)
+        for name in changes.removed:
+            if name in self._controller.models:
+                self._controller.delete(name)
+        for model in (*changes.added, *changes.restarted, *changes.adjusted):
+            self._controller.deploy(model)
+        self._admin.set_keys(_admin_digests(config))
+        service.set_settings(config.ingress_settings(_client_digests(config)))
+        return ""
+
+    async def admin(self, scope: Message, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """One request of an operator: its head as ASGI has it, and its body. Returns status, headers and body."""
+        await self._service()
+        sent: list[Message] = []
+        pieces = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Message:
+            for piece in pieces:
+                return piece
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await self._admin(scope, receive, send)
+        return sent[0]["status"], sent[0]["headers"], b"".join(one.get("body", b"") for one in sent[1:])
+
+    # ------------------------------------------------------------------------------------------------------- its life
+
+    async def _service(self) -> GateService:
+        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> GateService:
+        config = self._config
+        self._store = _store_of(config)
+        was_there = await self._store.get(_LIFE) is not None
+        await self._store.put(_LIFE, b"1")
+        self._controller = controller = Controller(
+            waiting_max=config.server.waiting_max,
+            directory=self._directory,
+            moves_max=config.migration.moves_max if config.migration.enabled else 0,
+            estimator=await self._estimator(),
+            on_lost=self._lost,
+        )
+        self._kept = KeptModels(self._store, config.models)
+        models = await self._kept.all()
+        await controller.measure(models)
+        for model in models:
+            controller.deploy(model)
+        await controller.start()
+        service = GateService(controller, config.ingress_settings(_client_digests(config)), clock=time.monotonic)
+        self._admin = AdminApp(controller, key_digests=_admin_digests(config), reload=_no_reload, keep=self._kept.keep)
+        for work in (self._follow_cluster(service, was_there=was_there), self._keep_house(service)):
+            self._in_background(work)
+        logger.info("event=controller_started models=%d was_there=%s", len(models), was_there)
+        return service
+
+    async def _estimator(self) -> Estimator:
+        told = await self._store.get(_ESTIMATES)
+        try:
+            return Estimator() if told is None else Estimator.from_record(json.loads(told))
+        except ValueError as error:
+            logger.warning("event=estimates_lost reason=%r", str(error))
+            return Estimator()
+
+    async def _follow_cluster(self, service: GateService, *, was_there: bool) -> None:
+        """Until cancelled: nodes that come, join; nodes that go are written off."""
+        if was_there:
+            await asyncio.sleep(RETURN_S)
+        joining: dict[str, asyncio.Task[None]] = {}
+        opened_at_s = asyncio.get_running_loop().time() + JOIN_S_MAX
+        while True:
+            found = {node.id: node for node in await self._look()}
+            for node_id in [known for known in self._nodes if known not in found]:
+                self._gone(node_id)
+            for node in found.values():
+                if node.id not in self._nodes and node.id not in joining:
+                    joining[node.id] = self._in_background(self._join(node, service))
+            joining = {node_id: task for node_id, task in joining.items() if not task.done()}
+            if not joining or asyncio.get_running_loop().time() > opened_at_s:
+                service.open()
+            await asyncio.sleep(LOOK_S)
+
+    async def _look(self) -> list[RayNodeFacts]:
+        told = await asyncio.to_thread(ray.nodes)
+        return nodes_for_agents(told, resource=self._config.ray.resource)
+
+    async def _join(self, node: RayNodeFacts, service: GateService) -> None:
+        agent = await asyncio.to_thread(agent_on, node, self._config.node_config())
+        try:
+            await self._controller.add_node(node.name, agent, service.held_by_replica)
+        except NodeError as error:
+            logger.warning("event=join_failed node=%s reason=%s", node.name, error)
+            return
+        self._nodes[node.id], self._names[node.name] = agent, node.id
+        logger.info("event=node_joined node=%s address=%s", node.name, node.address)
+
+    def _gone(self, node_id: str) -> None:
+        """Ray says that a node is gone."""
+        name = self._nodes.pop(node_id).name
+        self._names.pop(name, None)
+        self._controller.lose_node(name, "it has left the cluster")
+        self._in_background(asyncio.to_thread(forget_agent, node_id))
+
+    def _lost(self, name: str) -> None:
+        """The agent of a node did not answer. If the node is there, it joins again with its next agent."""
+        node_id = self._names.pop(name, None)
+        if node_id is not None:
+            self._nodes.pop(node_id, None)
+
+    async def _keep_house(self, service: GateService) -> None:
+        """Until cancelled: write off who is silent, save now and then, and end if nobody is left to serve."""
+        saved_s = time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            service.sweep()
+            if time.monotonic() - saved_s > SAVE_S:
+                saved_s = time.monotonic()
+                await self._save_estimates()
+            if service.num_ingresses:
+                self._alone_since_s = None
+            elif self._alone_since_s is None:
+                self._alone_since_s = time.monotonic()
+            elif time.monotonic() - self._alone_since_s > self._config.ray.linger:
+                logger.info("event=controller_ends reason='no ingress is left'")
+                await self._end()
+
+    async def _end(self) -> None:
+        """End all engines and agents, keep what was learned, and be no more."""
+        me = ray.get_runtime_context().current_actor
+        await self._save_estimates()
+        await self._controller.close()
+        await asyncio.gather(*(node.close() for node in self._nodes.values()), return_exceptions=True)
+        ray.kill(me)
+
+    async def _save_estimates(self) -> None:
+        try:
+            await self._store.put(_ESTIMATES, json.dumps(self._controller.core.estimator.to_record()).encode())
+        except StateError as error:
+            logger.warning("event=estimates_not_written reason=%s", error)
+
+    def _in_background(self, work: Any) -> asyncio.Task[None]:  # noqa: ANN401 - a coroutine of any result
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("event=task_failed", exc_info=error)
+
+
+def _read(told: str) -> RouterConfig:
+    return parse_router_config(json.loads(told))
+
+
+def _client_digests(config: RouterConfig) -> tuple[str, ...]:
+    return read_key_digests(config.keys.clients, "keys.clients")
+
+
+def _admin_digests(config: RouterConfig) -> tuple[str, ...]:
+    return read_key_digests(config.keys.admin, "keys.admin")
+
+
+def _store_of(config: RouterConfig) -> StateStore:
+    return RayStore() if config.ray.state.startswith("ray:") else open_state_store(config.ray.state)
+
+
+async def _no_reload() -> str:
+    raise ConfigError("the file is read where the application is deployed from: deploy it again with `serve`")

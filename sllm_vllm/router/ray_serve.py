@@ -1,0 +1,173 @@
+"""The router as a Ray Serve application: `serve run sllm_vllm.router.ray_serve:app`, or `:build` with arguments.
+
+Ingress replicas hold clients' connections and stream from engines themselves; they ask the one controller where to.
+Keys are read where the application is built; the cluster gets their digests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sllm_vllm.config import router_config_path
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.node.ray_agent import NAMESPACE
+from sllm_vllm.router.config import RouterConfig
+from sllm_vllm.router.config_file import read_key_digests, read_router_config
+from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.gate import Ticket
+from sllm_vllm.router.ray_controller import RayController
+from sllm_vllm.router.remote import Answer, ControllerGone, Held, News, Note, Unknown, Welcome
+from sllm_vllm.router.remote_app import RemoteApp
+from sllm_vllm.router.watch import Message
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CONTROLLER = "controller"
+CALLS_MAX = 100_000
+"""At once, of the controller; nearly all of them wait for an engine."""
+_HEAD = "node:__internal_head__"
+"""The resource that only the head has."""
+
+
+class Arguments(BaseModel):
+    """Of ``build``, as in `serve run sllm_vllm.router.ray_serve:build config=router.yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str | None = Field(default=None, description="the router's configuration; by itself SLLM_ROUTER_CONFIG")
+
+
+class RayLink:
+    """The controller's actor, made if there is none, as an ingress talks to it.
+
+    Args:
+        told: the configuration as JSON; ``version`` says which of two is newer.
+    """
+
+    def __init__(self, told: str, directory: str, version: float) -> None:
+        self._made_of = (told, directory, version)
+        self._actor: Any = None
+
+    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+        """See ``ControllerLink``. Looks for the actor anew: the last one may have ended for good."""
+        told, _, version = self._made_of
+        try:
+            self._actor = controller_actor(*self._made_of)
+        except (RayError, ValueError) as error:
+            raise ControllerGone(str(error)) from None
+        if problem := await self._answer(self._actor.configure.remote(told, version)):
+            logger.error("event=configuration_refused reason=%r", problem)
+        return await self._answer(self._actor.enter.remote(ingress, held))
+
+    async def acquire(self, ingress: str, facts: RequestFacts) -> Answer:
+        """See ``ControllerLink``."""
+        return await self._answer(self._actor.acquire.remote(ingress, facts))
+
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
+        """See ``ControllerLink``."""
+        return await self._answer(self._actor.retry.remote(ingress, ticket, facts=facts, reason=reason))
+
+    async def note(self, ingress: str, notes: Sequence[Note]) -> bool:
+        """See ``ControllerLink``."""
+        return await self._answer(self._actor.note.remote(ingress, notes))
+
+    async def poll(self, ingress: str, version: int) -> News | Unknown:
+        """See ``ControllerLink``."""
+        return await self._answer(self._actor.poll.remote(ingress, version))
+
+    async def admin(self, scope: Message, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """A request of an operator."""
+        return await self._answer(self._actor.admin.remote(scope, body))
+
+    async def _answer(self, reference: Awaitable[T]) -> T:
+        try:
+            return await reference
+        except RayTaskError as error:
+            raise ControllerGone(f"it failed: {error.cause!r}") from None
+        except RayError as error:
+            raise ControllerGone(type(error).__name__) from None
+
+
+def controller_actor(told: str, directory: str, version: float) -> Any:  # noqa: ANN401 - Ray has no types
+    """The cluster's controller. On the head, if it can be: whoever loses that loses the cluster anyway."""
+    heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+    options = {
+        "name": CONTROLLER,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_concurrency": CALLS_MAX,
+        "num_cpus": 0,
+        **({"scheduling_strategy": NodeAffinitySchedulingStrategy(heads[0], soft=True)} if heads else {}),
+    }
+    return ray.remote(RayController).options(**options).remote(told, directory, version)
+
+
+def build(arguments: Arguments) -> serve.Application:
+    """The application of a configuration, for `serve run`, `serve build` and `serve deploy`.
+
+    Raises:
+        ConfigError: there is none, or it is wrong, or lets everybody in without saying so.
+    """
+    said = arguments.config or router_config_path()
+    if said is None:
+        raise ConfigError("no configuration: give config=FILE to :build, or set SLLM_ROUTER_CONFIG")
+    path = Path(said).absolute()
+    config = _with_digests(read_router_config(path))
+    told = config.model_dump_json(exclude_defaults=True)
+    link = (told, str(path.parent), time.time())
+
+    def make_app() -> RemoteApp:
+        return RemoteApp(RayLink(*link), name=f"{os.uname().nodename}-{uuid.uuid4().hex[:12]}")
+
+    @serve.ingress(make_app)
+    class SllmIngress:
+        """Clients' connections."""
+
+    deployment = serve.deployment(
+        SllmIngress,
+        name="sllm-ingress",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=config.server.requests_max,
+        graceful_shutdown_timeout_s=30.0,
+        autoscaling_config={
+            "min_replicas": config.ray.ingress_min,
+            "max_replicas": max(config.ray.ingress_min, config.ray.ingress_max),
+            "target_ongoing_requests": config.ray.ingress_ongoing,
+        },
+    )
+    return deployment.bind()
+
+
+def _with_digests(config: RouterConfig) -> RouterConfig:
+    """The same, with digests in the place of keys."""
+    clients, admin = (
+        [{"sha256": digest} for digest in read_key_digests(getattr(config.keys, which), f"keys.{which}")]
+        for which in ("clients", "admin")
+    )
+    if not clients and not config.keys.insecure_no_keys:
+        raise ConfigError("who may use it: give `keys.clients`, or say `keys.insecure_no_keys: true`")
+    keys = {"clients": clients, "admin": admin, "insecure_no_keys": config.keys.insecure_no_keys}
+    return config.model_copy(update={"keys": type(config.keys).model_validate(keys)})
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - as modules have it
+    """``app`` is built when it is asked for: an import reads no file."""
+    if name == "app":
+        return build(Arguments())
+    raise AttributeError(name)

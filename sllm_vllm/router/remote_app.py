@@ -1,0 +1,97 @@
+"""An ingress whose controller is in another process, as an ASGI app. Its lifespan is its session's. One loop."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from sllm_vllm.router.body import BodyReader
+from sllm_vllm.router.ingress import Ingress
+from sllm_vllm.router.openai_errors import SERVER, ApiError
+from sllm_vllm.router.remote import ControllerGone, ControllerLink
+from sllm_vllm.router.remote_gate import RemoteGate
+from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.watch import Message, Receive, Send, send_last
+
+logger = logging.getLogger(__name__)
+
+_ADMIN_BODIES = IngressSettings(body_nbytes_max=1 << 20, bodies_nbytes_max=16 << 20)
+_SCOPE = ("type", "method", "path", "query_string", "headers")
+"""What an operator's request is passed on with."""
+
+
+class AppLink(ControllerLink, Protocol):
+    """A controller from afar that serves operators, too."""
+
+    async def admin(self, scope: Message, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Status, headers and body. Raises ``ControllerGone``."""
+        ...
+
+
+class RemoteApp:
+    """Requests for models go to the ingress of the settings in force; those of operators to the controller."""
+
+    def __init__(self, link: AppLink, *, name: str) -> None:
+        self._link = link
+        self._gate = RemoteGate(name, link, on_settings=self._set_settings)
+        self._bodies = BodyReader(_ADMIN_BODIES)
+        self._settings: IngressSettings | None = None
+        self._ingress: Ingress | None = None
+        self._replaced: list[Ingress] = []
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, or the app's life."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] != "http":
+            return
+        elif scope["path"].startswith("/sllm/") or scope["path"] == "/metrics":
+            await self._pass_on(scope, receive, send)
+        else:
+            assert self._ingress is not None, "its lifespan has not begun"
+            await self._ingress(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self._gate.start()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self._gate.close()
+                for ingress in (*self._replaced, *([] if self._ingress is None else [self._ingress])):
+                    ingress.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
+        try:
+            async with self._bodies.read(scope["headers"], receive) as body:
+                status, headers, answer = await self._link.admin({key: scope[key] for key in _SCOPE}, body)
+        except ApiError as error:
+            status, headers, answer = _refusal(error)
+        except ControllerGone:
+            gone = ApiError(503, "The controller is starting again.", kind=SERVER, code="controller_gone")
+            status, headers, answer = _refusal(gone)
+        await send_last(
+            send,
+            {"type": "http.response.start", "status": status, "headers": headers},
+            {"type": "http.response.body", "body": answer, "more_body": False},
+        )
+
+    def _set_settings(self, settings: IngressSettings) -> None:
+        """From now on; requests that the old ingress has are answered by it."""
+        if settings == self._settings:
+            return
+        self._settings = settings
+        if self._ingress is not None:
+            self._replaced.append(self._ingress)
+        self._ingress = Ingress(self._gate, settings)
+        for idle in [one for one in self._replaced if one.is_idle]:
+            idle.close()
+            self._replaced.remove(idle)
+
+
+def _refusal(error: ApiError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    length = str(len(error.body)).encode()
+    return error.status, [(b"content-type", b"application/json"), (b"content-length", length)], error.body

@@ -1,0 +1,175 @@
+"""The Serve application on a real Ray cluster, over engines that start in a moment; whatever can die is killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+
+from tests.ray_bench import RESOURCE, RayBench, fake_sections, ray_cluster
+from tests.router.router_process import Cut, Stream
+from tests.waiting import wait_until
+
+NODES = ("a", "b")
+CAPACITY = 2
+"""Requests at once, of an engine."""
+INGRESSES = 2
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayBench]:
+    """Two nodes with two places each, and two ingresses."""
+    directory = tmp_path_factory.mktemp("ray")
+    with ray_cluster(directory, *NODES) as bench:
+        bench.deploy(**sections(directory))
+        bench.wait_for_nodes(*NODES)
+        yield bench
+
+
+def sections(directory: Path, **more: Any) -> dict[str, Any]:
+    models = {"fine": {}, "family": {"max_replicas": 1}, "noisy": {"max_replicas": 1}}  # as many as there are places
+    made = fake_sections(
+        directory,
+        defaults={"ongoing_max": CAPACITY, "target_ongoing": CAPACITY, "max_replicas": 2, "keep_alive": 600},
+        models=[{"name": name, "source": f"/models/{name}", **values} for name, values in models.items()],
+    )
+    made["ray"] |= {"ingress_min": INGRESSES, "ingress_max": INGRESSES}
+    return made | more
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as threads:
+        yield threads
+
+
+def slow_stream(bench: RayBench, model: str, user: str, *, events: int = 200) -> Stream:
+    """One that takes some seconds, and has begun."""
+    stream = bench.router.streaming(model, user=user, fake={"events": events, "pace_s": 0.03})
+    assert stream.event()["choices"][0]["text"] == f"{user}/0 "
+    return stream
+
+
+def assert_whole(stream: Stream, user: str, *, events: int = 200) -> None:
+    texts = [event["choices"][0]["text"] for event in stream.rest() if isinstance(event, dict) and event.get("choices")]
+    assert [text for text in texts if text] == [f"{user}/{number} " for number in range(1, events)]
+
+
+def end_of(stream: Stream) -> str:
+    """How it ended: properly, with an error's code, or cut."""
+    try:
+        last = stream.rest()[-1]
+    except Cut:
+        return "cut"
+    return last if isinstance(last, str) else str(last["error"]["code"])
+
+
+def assert_all_capacity_is_back(bench: RayBench, model: str, pool: ThreadPoolExecutor) -> None:
+    """As many streams as may be at once all begin."""
+    wait_until(lambda: bench.router.num_ongoing() == 0, "all places to be free")
+    stuck = {"fake": {"stalls_after": 1}, "user": "full"}
+    streams = list(pool.map(lambda _: bench.router.streaming(model, **stuck), range(2 * CAPACITY)))
+    assert [stream.event()["choices"][0]["text"] for stream in streams] == ["full/0 "] * len(streams)
+    for stream in streams:
+        stream.close()
+    wait_until(lambda: bench.router.num_ongoing() == 0, "them to be gone")
+
+
+def assert_nothing_is_held_twice(bench: RayBench) -> None:
+    """Ray counts no processor of the nodes as free, and the router no place that a replica has."""
+    wait_until(lambda: living_nodes() == set(bench.nodes), "Ray to know who lives")
+    wait_until(lambda: "CPU" not in ray.available_resources(), "the agents to hold all processors")
+    for view in bench.node_views().values():
+        owners = [slot["replica"] for slot in view["report"]["slots"] if slot["replica"]]
+        assert len(owners) <= view["num_slots"] == 2
+    pids = [one["report"]["pid"] for one in bench.router.admin("replicas").body["replicas"] if one["report"]]
+    assert len(set(pids)) == len(pids)
+
+
+def living_nodes() -> set[str]:
+    """Those that take engines, as Ray sees them."""
+    return {one["NodeName"] for one in ray.nodes() if one["Alive"] and RESOURCE in one["Resources"]}
+
+
+def nodes_of(bench: RayBench, model: str) -> set[str]:
+    """Those that have a replica of it."""
+    return {one["node"] for one in bench.router.admin("replicas").body["replicas"] if one["model"] == model}
+
+
+def ends_expected(bench: RayBench, lost: str) -> set[str]:
+    """Of streams that fill all replicas of ``fine``, when a node of theirs is lost."""
+    assert lost in nodes_of(bench, "fine")
+    return {"engine_failed", "[DONE]"} if nodes_of(bench, "fine") - {lost} else {"engine_failed"}
+
+
+def test_models_are_served_from_all_nodes_and_everything_is_held_by_the_agents(
+    bench: RayBench, pool: ThreadPoolExecutor
+) -> None:
+    for model in ("fine", "family", "noisy"):
+        assert bench.router.post(model).status == 200
+    assert bench.router.post("nobody's").status == 404
+    assert_nothing_is_held_twice(bench)
+    assert_all_capacity_is_back(bench, "fine", pool)
+
+
+def test_a_controller_that_is_killed_costs_no_stream_and_no_request(bench: RayBench, pool: ThreadPoolExecutor) -> None:
+    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2)]
+    replicas = {one["id"] for one in bench.router.admin("replicas").body["replicas"]}
+    bench.kill_controller()
+    later = [bench.router.post_later(pool, "family", user=f"v{num}") for num in range(4)]
+    for num, stream in enumerate(streams):
+        assert_whole(stream, f"u{num}")
+    assert [one.result().status for one in later] == [200] * len(later)
+    bench.wait_for_nodes(*NODES)
+    kept = {one["id"] for one in bench.router.admin("replicas").body["replicas"]}
+    assert replicas <= kept
+    assert_nothing_is_held_twice(bench)
+    assert_all_capacity_is_back(bench, "fine", pool)
+
+
+def test_an_agent_that_is_killed_costs_its_own_streams_alone(bench: RayBench, pool: ThreadPoolExecutor) -> None:
+    stays = slow_stream(bench, "noisy", "stays")
+    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+    (other,) = set(NODES) - nodes_of(bench, "noisy")
+    expected = ends_expected(bench, other)
+    bench.kill_agent(other)
+    assert {end_of(stream) for stream in streams} == expected
+    assert_whole(stays, "stays")
+    assert bench.router.post("fine").status == 200
+    bench.wait_for_nodes(*NODES)
+    assert_nothing_is_held_twice(bench)
+    assert_all_capacity_is_back(bench, "fine", pool)
+
+
+def test_an_ingress_that_is_killed_costs_its_own_streams_alone(bench: RayBench, pool: ThreadPoolExecutor) -> None:
+    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+    bench.kill_ingress()
+    assert {end_of(stream) for stream in streams} == {"[DONE]", "cut"}
+    assert_all_capacity_is_back(bench, "fine", pool)
+
+
+def test_a_node_that_is_lost_is_written_off_and_another_takes_its_place(
+    bench: RayBench, pool: ThreadPoolExecutor
+) -> None:
+    stays = slow_stream(bench, "noisy", "stays")
+    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+    (gone,) = set(NODES) - nodes_of(bench, "noisy")
+    expected = ends_expected(bench, gone)
+    bench.kill_node(gone)
+    ends = {end_of(stream) for stream in streams}
+    assert ends & {"engine_failed", "cut"}
+    assert ends <= expected | {"cut"}, "cut: of an ingress that was there, too"
+    assert end_of(stays) in ("[DONE]", "cut")
+    assert bench.router.post("fine").status == 200
+    bench.wait_for_nodes(*bench.nodes)
+    bench.add_node("c")
+    bench.wait_for_nodes(*bench.nodes)
+    assert_nothing_is_held_twice(bench)
+    assert_all_capacity_is_back(bench, "fine", pool)
