@@ -190,7 +190,14 @@ def test_faults_of_all_loads_are_told() -> None:
 
 
 def test_a_tree_has_what_descends_but_for_what_is_left_out() -> None:
-    script = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print('started', flush=True); sys.stdin.read()"
+    script = """if True:
+        import subprocess, sys, time
+        subprocess.Popen(["sleep", "60"])
+        while time.process_time() < 0.1:  # ten times the kernel's tick
+            pass
+        print("started", flush=True)
+        sys.stdin.read()
+    """
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()

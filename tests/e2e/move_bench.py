@@ -27,6 +27,8 @@ from tests.waiting import wait_until
 
 STEP_S = 0.01
 """Of an engine, at least: so that a switch comes soon after the token that it was ordered at."""
+HELD_STEP_S = 0.1
+"""Of an engine that a request is to leave, until it has: on a busy machine, too, it should not end before."""
 _SLOW = """
 import os, time
 
@@ -35,7 +37,8 @@ def register():
     stock = EngineCore.step
 
     def step(self):
-        time.sleep(float(os.environ.get("SLOW_STEP_S", "0")))
+        is_held = os.path.exists(os.environ.get("SLOW_HELD", ""))
+        time.sleep(float(os.environ["SLOW_HELD_STEP_S" if is_held else "SLOW_STEP_S"]))
         return stock(self)
 
     EngineCore.step = step
@@ -66,6 +69,10 @@ class TwoEnginesGate:
     outcomes: list[Outcome] = field(default_factory=list)
     is_first: Callable[[str], int] = lambda _: 0
     """Which engine a request begins at."""
+    holds: Sequence[Path] = ()
+    """Files of the engines: while one is there, that engine is slow."""
+    held: dict[str, int] = field(default_factory=dict)
+    """Which engine a request is about to leave."""
 
     def served(self) -> Sequence[ServedModel]:
         return (ServedModel(self.model, 1, self.model),)
@@ -81,6 +88,7 @@ class TwoEnginesGate:
         assert self.tickets.pop(ticket.request) == ticket
         self.followers.pop(ticket.request)
         self.outcomes.append(outcome)
+        self._let_go(ticket.request)
 
     async def retry(self, ticket: Ticket, reason: str) -> Ticket:
         raise Rejected(502, "server_error", reason)
@@ -91,9 +99,11 @@ class TwoEnginesGate:
     def moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport) -> None:
         self.tickets[ticket.request] = order.target
         self.moves.setdefault(ticket.request, []).append(report)
+        self._let_go(ticket.request)
 
     def not_moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport, *, reason: str, is_lasting: bool) -> None:
         self.refusals.setdefault(ticket.request, []).append(reason)
+        self._let_go(ticket.request)
 
     def is_ready(self) -> bool:
         return True
@@ -103,7 +113,14 @@ class TwoEnginesGate:
         for request, ticket in self.tickets.items():
             if request.startswith(name) and request in self.followers:
                 here = [one.id for one in self.engines].index(ticket.replica)
+                self.held[request] = here
+                self.holds[here].touch()
                 self.followers[request](MoveOrder(ticket.replica, self._ticket(request, 1 - here)))
+
+    def _let_go(self, request: str) -> None:
+        here = self.held.pop(request, None)
+        if here is not None and here not in self.held.values():
+            self.holds[here].unlink(missing_ok=True)
 
     def of(self, told: dict[str, list[Any]], name: str) -> list[Any]:
         """What was told of the request with this X-Request-Id."""
@@ -174,11 +191,15 @@ async def move_bench(
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(slow), os.environ.get("PYTHONPATH", "")])))
         patch.syspath_prepend(str(slow))  # the agent names all plugins that it finds
         patch.setenv("SLOW_STEP_S", str(step_s))
+        patch.setenv("SLOW_HELD_STEP_S", str(max(step_s, HELD_STEP_S)))
         async with warm_agent(directory, migration=True) as agent:
-            engines = [await ready(agent, order(model, *arguments)) for _ in range(2)]
+            holds = [directory / f"held-{number}" for number in range(2)]
+            engines = [
+                await ready(agent, order(model, *arguments, environment={"SLOW_HELD": str(held)})) for held in holds
+            ]
             for engine in engines:
                 await asyncio.to_thread(wait_movable, engine)
-            gate = TwoEnginesGate(engines, str(model), is_first=is_first or (lambda _: 0))
+            gate = TwoEnginesGate(engines, str(model), is_first=is_first or (lambda _: 0), holds=holds)
             async with _served(gate) as url:
                 authorization = {"Authorization": f"Bearer {engines[0].api_key}"}
                 direct = Client(engines[0].url or "", str(model), authorization)
