@@ -1,4 +1,4 @@
-"""Real servers on loopback: nginx, and an S3 server that checks signatures. They end with the test process."""
+"""Real servers on loopback: nginx, Redis, etcd, an S3 server that checks signatures. They end with the test process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
+
 BUCKET = "models"
-NGINX_REQUIRED = "SLLM_TEST_NGINX_REQUIRED"
-"""Set where a missing nginx is a failure instead of a skipped test."""
+SERVERS_REQUIRED = "SLLM_TEST_SERVERS_REQUIRED"
+"""Set where a missing server is a failure instead of a skipped test."""
 
 _NGINX = """
 daemon off; master_process off; pid {state}/pid; error_log stderr notice;
@@ -78,11 +81,7 @@ class S3:
 @contextlib.contextmanager
 def nginx_server(root: Path, directives: str = "") -> Iterator[Nginx]:
     """Serve the files below ``root``; ``directives`` go into the server block."""
-    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if binary is None:
-        if os.environ.get(NGINX_REQUIRED):
-            pytest.fail("there is no nginx on this machine")
-        pytest.skip("there is no nginx on this machine")
+    binary = _program("nginx")
     with tempfile.TemporaryDirectory() as state:
         port = _free_port()
         config = Path(state, "nginx.conf")
@@ -119,6 +118,60 @@ def s3_server() -> Iterator[S3]:
             own = {"aws_access_key_id": key["AccessKeyId"], "aws_secret_access_key": key["SecretAccessKey"]}
             boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **own).create_bucket(Bucket=BUCKET)
             yield S3(endpoint, key["AccessKeyId"], key["SecretAccessKey"])
+
+
+@contextlib.contextmanager
+def redis_server(password: str) -> Iterator[str]:
+    """Its URL, with the password."""
+    port = _free_port()
+    command = [_program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with _child([*command, "--requirepass", password]):
+        wait_until(lambda: _listens(port), "redis")
+        yield f"redis://:{password}@127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def etcd_server() -> Iterator[str]:
+    """Its URL."""
+    client, peer = (f"http://127.0.0.1:{_free_port()}" for _ in range(2))
+    with tempfile.TemporaryDirectory() as state:
+        command = [
+            _program("etcd"),
+            "--data-dir",
+            state,
+            "--listen-client-urls",
+            client,
+            "--advertise-client-urls",
+            client,
+        ]
+        command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+        command += ["--initial-cluster", f"default={peer}"]
+        with _child(command, stderr=subprocess.DEVNULL):
+            wait_until(lambda: _is_healthy(client), "etcd")
+            yield client.replace("http://", "etcd://")
+
+
+def _program(name: str) -> str:
+    """Where it is; skips the test if it is nowhere."""
+    binary = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if binary is None:
+        if os.environ.get(SERVERS_REQUIRED):
+            pytest.fail(f"there is no {name} on this machine")
+        pytest.skip(f"there is no {name} on this machine")
+    return binary
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(json.load(answer)["health"] == "true")
+    except OSError:
+        return False
 
 
 def _free_port() -> int:

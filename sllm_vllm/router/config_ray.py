@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sllm_vllm.router.config_values import Count, Duration, Text
 
-SCHEMES = ("ray", "sqlite", "redis", "rediss", "etcd")
+SCHEMES = ("ray", "sqlite", "redis", "rediss", "etcd", "etcds")
 
 
 class RaySection(BaseModel):

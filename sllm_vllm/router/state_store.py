@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
 
@@ -21,6 +21,8 @@ from sllm_vllm.errors import ConfigError
 
 VALUE_NBYTES_MAX = 16 << 20
 TIMEOUT_S = 10.0
+CONNECTIONS_MAX = 8
+"""To a server, at once; whoever comes later waits."""
 PREFIX = "sllm/"
 """Of every name, in stores that belong to others, too."""
 
@@ -108,7 +110,14 @@ class RedisStore:
             from redis import asyncio as redis
         except ModuleNotFoundError:
             raise ConfigError("redis: is not installed; add it with `pip install redis`") from None
-        self._client: Any = redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS_MAX,
+            timeout=TIMEOUT_S,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+        )
+        self._client: Any = redis.Redis.from_pool(pool)
         self._server = _without_password(url)
 
     async def get(self, name: str) -> bytes | None:
@@ -151,11 +160,14 @@ class RedisStore:
 
 
 class EtcdStore:
-    """An etcd server, through the JSON gateway of its third version."""
+    """An etcd server, through the JSON gateway of its third version; ``etcds:`` is one behind TLS."""
 
     def __init__(self, url: str) -> None:
-        self._server = url.replace("etcd://", "http://", 1).rstrip("/")
+        parts = urlsplit(url)
+        self._user = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
+        self._server = _without_password(url).replace("etcd", "http", 1)
         self._session: aiohttp.ClientSession | None = None
+        self._token: str | None = None
 
     async def get(self, name: str) -> bytes | None:
         """See ``StateStore``."""
@@ -186,16 +198,41 @@ class EtcdStore:
             await self._session.close()
 
     async def _ask(self, what: str, **body: str) -> dict[str, Any]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
+        if self._user is None:
+            return await self._post(f"kv/{what}", body)
+        if self._token is None:
+            await self._authenticate(self._user)
         try:
-            async with self._session.post(f"{self._server}/v3/kv/{what}", json=body) as answer:
+            return await self._post(f"kv/{what}", body)
+        except _Unauthenticated:  # a token lives for minutes
+            await self._authenticate(self._user)
+            return await self._post(f"kv/{what}", body)
+
+    async def _authenticate(self, user: tuple[str, str]) -> None:
+        self._token = None
+        answer = await self._post("auth/authenticate", {"name": user[0], "password": user[1]})
+        self._token = str(answer.get("token", ""))
+
+    async def _post(self, what: str, body: dict[str, str]) -> dict[str, Any]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX)
+            )
+        headers = {} if self._token is None else {"Authorization": self._token}
+        try:
+            async with self._session.post(f"{self._server}/v3/{what}", json=body, headers=headers) as answer:
+                if answer.status == 401:
+                    raise _Unauthenticated(f"{self._server}: it does not know this user (any more)")
                 if answer.status != 200:
                     raise StateError(f"{self._server}: it answers {answer.status}")
                 found: dict[str, Any] = await answer.json(content_type=None)
                 return found
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise StateError(f"{self._server}: {error or type(error).__name__}") from None
+
+
+class _Unauthenticated(StateError):
+    """The user is not known, or the token is too old."""
 
 
 def open_state_store(url: str) -> StateStore:
@@ -209,7 +246,7 @@ def open_state_store(url: str) -> StateStore:
         return SqliteStore(Path(rest))
     if scheme in {"redis", "rediss"}:
         return RedisStore(url)
-    if scheme == "etcd" and rest.startswith("//"):
+    if scheme in {"etcd", "etcds"} and rest.startswith("//"):
         return EtcdStore(url)
     raise ConfigError(f"{_without_password(url)!r} names no store; give sqlite:PATH, redis://… or etcd://…")
 
