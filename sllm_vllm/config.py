@@ -216,6 +216,11 @@ class NodeConfig(BaseModel):
         max_length=253,
         description="address that engines listen on; another than loopback where their router is on another machine",
     )
+    ray_address: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="engines' workers are placed on the nodes of this Ray cluster, by vLLM's own Ray executor",
+    )
     load_format: str = Field(
         default="sllm", description="--load-format of engines whose order does not say; '' for vLLM's"
     )

@@ -162,3 +162,5 @@ class NodeReport(_Message):
     """Empty if the store's daemon answers, else why not."""
     timings: tuple[EngineTiming, ...]
     """The last starts, oldest first."""
+    peer: str = ""
+    """Where other nodes can pull this one's checkpoints from, with the key to it; empty if they can't."""

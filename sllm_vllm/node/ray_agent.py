@@ -19,12 +19,14 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sllm_vllm.config import NodeConfig
-from sllm_vllm.errors import NodeBusy, NodeError, NodeUnavailable
+from sllm_vllm.errors import NodeBusy, NodeError, NodeUnavailable, SllmError
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.core.ray_nodes import RayNodeFacts, config_there
 from sllm_vllm.node.daemon import WORDS
+from sllm_vllm.node.peer_server import PeerServer
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport
 from sllm_vllm.node.server import Server
+from sllm_vllm.store.transfer import pull_checkpoint
 from sllm_vllm.unix_listener import listening, locked, make_private_directory
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,10 @@ CALLS_MAX = 10_000
 """At once, of one actor; most of them wait for something."""
 LOCK_S_MAX = 20.0
 """How long the lock of an agent that was just killed is waited for."""
+PULLS_MAX = 2
+"""Checkpoints that come from other nodes at once."""
 _LOCK_PAUSE_S = 0.2
+_MEND_PULL = "see both nodes' logs; its engine reads the weights itself meanwhile"
 _MEND = "Ray starts it again; see the actor's log"
 
 T = TypeVar("T")
@@ -48,6 +53,8 @@ class RayAgent:
         self._config = config
         self._starting: asyncio.Task[NodeAgent] | None = None
         self._held = contextlib.AsyncExitStack()
+        self._peers = PeerServer(config.store_dir, config.engine_host)
+        self._pulls = asyncio.Semaphore(PULLS_MAX)
 
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
         """See ``NodeAgent``."""
@@ -63,8 +70,9 @@ class RayAgent:
             yield report
 
     async def report(self, *, with_memory: bool = False) -> NodeReport:
-        """See ``NodeAgent``."""
-        return await (await self._agent()).report(with_memory=with_memory)
+        """See ``NodeAgent``; and where others can pull this node's checkpoints from."""
+        report = await (await self._agent()).report(with_memory=with_memory)
+        return report.model_copy(update={"peer": self._peers.url})
 
     async def wait_warm(self, timeout_s: float) -> bool:
         """See ``NodeAgent``."""
@@ -73,6 +81,22 @@ class RayAgent:
     async def prefetch_model(self, arguments: tuple[str, ...]) -> None:
         """See ``NodeAgent``."""
         await (await self._agent()).prefetch_model(arguments)
+
+    async def pull_checkpoint(self, url: str) -> None:
+        """Copy another node's checkpoint here; few at once, the others wait.
+
+        Raises:
+            NodeError: it did not come; nothing half of it is seen.
+        """
+        await self._agent()
+        async with self._pulls:
+            try:
+                pulled = await pull_checkpoint(url, self._config.store_dir)
+            except SllmError as error:
+                raise NodeError(
+                    self._config.store_dir, f"a peer's checkpoint did not come: {error}", _MEND_PULL
+                ) from None
+        logger.info("event=pulled place=%s bytes=%d was_there=%s", pulled.place, pulled.nbytes, pulled.was_there)
 
     async def close(self) -> None:
         """End its engines; whoever calls this ends the actor then."""
@@ -98,6 +122,8 @@ class RayAgent:
         accepting = asyncio.get_running_loop().create_task(server.serve(listener))
         self._held.push_async_callback(server.close)
         self._held.callback(accepting.cancel)
+        await self._peers.start()
+        self._held.push_async_callback(self._peers.close)
         return agent
 
 
@@ -158,6 +184,10 @@ class RayNode:
         """See ``NodeAgent``."""
         await self._answer(self._actor.prefetch_model.remote(arguments))
 
+    async def pull_checkpoint(self, url: str) -> None:
+        """See ``RayAgent``."""
+        await self._answer(self._actor.pull_checkpoint.remote(url))
+
     async def close(self) -> None:
         """End its engines, and the actor."""
         with contextlib.suppress(NodeError):
@@ -187,11 +217,12 @@ def agent_on(node: RayNodeFacts, config: NodeConfig) -> RayNode:
         "get_if_exists": True,
         "max_restarts": -1,
         "max_concurrency": CALLS_MAX,
-        "num_gpus": node.num_gpus,
-        "num_cpus": node.num_cpus,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+        "num_gpus": 0 if node.is_wide else node.num_gpus,
+        "num_cpus": 0 if node.is_wide else node.num_cpus,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.host or node.id, soft=False),
     }
-    return RayNode(node.name, ray.remote(RayAgent).options(**options).remote(config_there(config, node)))
+    there = config_there(config, node, ray.get_runtime_context().gcs_address)
+    return RayNode(node.name, ray.remote(RayAgent).options(**options).remote(there))
 
 
 def forget_agent(node_id: str) -> None:

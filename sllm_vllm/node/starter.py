@@ -97,7 +97,7 @@ class EngineStarter:
 
     def describe_slot(self, slot: int) -> str:
         """A slot in words."""
-        return describe_slot(slot, self.hardware, self.num_slots)
+        return describe_slot(slot, self.hardware, self._policy)
 
     async def close(self) -> None:
         """End the warm parent."""
@@ -135,7 +135,7 @@ async def open_starter(config: NodeConfig) -> EngineStarter:
     """
     hardware = await asyncio.to_thread(detect_hardware, config.gpus, config.memory_bytes, visible_gpus())
     num_slots = config.slots or default_num_slots(hardware)
-    if hardware.gpus and num_slots > len(hardware.gpus):
+    if hardware.gpus and num_slots > len(hardware.gpus) and config.ray_address is None:
         raise ConfigError(f"{num_slots} slots are wanted, and there are {len(hardware.gpus)} GPUs")
     environment = child_environment(SLLM_STORE_DIR=str(config.store_dir))
     if config.store_socket is not None:
@@ -147,6 +147,7 @@ async def open_starter(config: NodeConfig) -> EngineStarter:
         kv_nbytes=config.kv_bytes,
         pin=config.pin,
         load_format=config.load_format,
+        ray_address=config.ray_address,
         environment=environment,
     )
     return EngineStarter(config, hardware, policy)

@@ -76,6 +76,8 @@ class LaunchPolicy:
     kv_nbytes: int | None = None
     pin: bool | None = None
     load_format: str = ""
+    ray_address: str | None = None
+    """Set where vLLM's Ray executor places engines' workers on several nodes; slots are those nodes' accelerators."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """The agent's own, which engines inherit."""
 
@@ -123,8 +125,11 @@ def cpus_of(slots: Sequence[int], hardware: Hardware, num_slots: int) -> tuple[i
     return tuple(sorted(found))
 
 
-def describe_slot(slot: int, hardware: Hardware, num_slots: int) -> str:
+def describe_slot(slot: int, hardware: Hardware, policy: LaunchPolicy) -> str:
     """A slot in words."""
+    num_slots = policy.num_slots
+    if policy.ray_address is not None:
+        return f"one of {num_slots} accelerators of several nodes"
     if hardware.gpus:
         gpu = hardware.gpus[slot]
         return f"GPU {gpu.id}, {format_nbytes(gpu.nbytes)}"
@@ -173,7 +178,13 @@ def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: 
         added += ["--load-format", policy.load_format]
     whole = {**policy.environment, **environment, "VLLM_API_KEY": place.api_key}
     cpus: tuple[int, ...] = ()
-    if hardware.gpus:
+    if policy.ray_address is not None:
+        whole.pop("CUDA_VISIBLE_DEVICES", None)  # Ray gives each worker its own
+        whole["RAY_ADDRESS"] = policy.ray_address
+        num_threads = len(hardware.cpus)
+        if fills_in and option_value(arguments, "--distributed-executor-backend") is None:
+            added += ["--distributed-executor-backend", "ray"]
+    elif hardware.gpus:
         whole["CUDA_VISIBLE_DEVICES"] = ",".join(hardware.gpus[slot].id for slot in slots)
         num_threads = max(1, len(hardware.cpus) * len(slots) // policy.num_slots)
     else:

@@ -261,8 +261,19 @@ def test_a_slot_is_pinned_where_it_has_processors_enough(num_slots: int, pin: bo
 
 
 def test_a_slot_is_described_by_what_it_has() -> None:
-    assert describe_slot(1, CUDA, 2) == "GPU GPU-b, 80.00 GiB"
-    assert describe_slot(1, CPU, 4) == "cpu 2,3, 8.00 GiB"
+    assert describe_slot(1, CUDA, LaunchPolicy(2)) == "GPU GPU-b, 80.00 GiB"
+    assert describe_slot(1, CPU, LaunchPolicy(4)) == "cpu 2,3, 8.00 GiB"
+    assert describe_slot(9, CUDA, LaunchPolicy(16, ray_address="r:1")) == "one of 16 accelerators of several nodes"
+
+
+def test_an_engine_over_several_nodes_leaves_its_workers_to_rays_executor() -> None:
+    policy = LaunchPolicy(16, ray_address="r:1", environment={"CUDA_VISIBLE_DEVICES": ""})
+    planned = launch("--tensor-parallel-size", "16", slots=tuple(range(16)), hardware=CUDA, policy=policy)
+    assert option_value(planned.arguments, "--distributed-executor-backend") == "ray"
+    assert planned.environment["RAY_ADDRESS"] == "r:1"
+    assert "CUDA_VISIBLE_DEVICES" not in planned.environment
+    said = launch("--distributed-executor-backend=mp", slots=(0,), hardware=CUDA, policy=policy)
+    assert option_value(said.arguments, "--distributed-executor-backend") == "mp"
 
 
 # ----------------------------------------------------------------------------------------------------- environment
