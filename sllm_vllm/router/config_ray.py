@@ -20,6 +20,16 @@ class RaySection(BaseModel):
         max_length=200,
         description="custom Ray resource of nodes that take engines; by itself all with GPUs, or, if none has, CPUs",
     )
+    wide_resource: Text | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="custom Ray resource of nodes whose accelerators engines share that are larger than a node; these"
+        " nodes are one to the router, `wide`, and vLLM's own Ray executor places the engines' workers",
+    )
+    copies: Count = Field(
+        default=2, ge=1, le=1000, description="nodes that a hot checkpoint is copied to, ahead of need; 1: it never is"
+    )
     ingress_min: Count = Field(default=1, ge=1, le=1000, description="ingress replicas that are always there")
     ingress_max: Count = Field(default=4, ge=1, le=1000, description="ingress replicas at most")
     ingress_ongoing: Count = Field(

@@ -26,7 +26,6 @@ from sllm_vllm.router.core.events import (
     MoveFailed,
     MoveRequest,
     NodeLost,
-    PrefetchModel,
     RejectRequest,
     ReplicaEnded,
     ReplicaReady,
@@ -36,19 +35,18 @@ from sllm_vllm.router.core.events import (
     RequestFound,
     RequestGone,
     RequestMoved,
-    StartReplica,
-    StopReplica,
     Ticked,
     UndrainAsked,
 )
 from sllm_vllm.router.core.facts import RequestFacts, ResumeSample, Tier
-from sllm_vllm.router.core.limits import MoveLimits, RouterLimits, ScalingLimits
+from sllm_vllm.router.core.limits import CopyLimits, MoveLimits, RouterLimits, ScalingLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engines import Node
 from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
 from sllm_vllm.router.member import Member
 from sllm_vllm.router.movability import Movability
+from sllm_vllm.router.node_orders import NodeOrders
 from sllm_vllm.router.refusals import rejected, stopping
 from sllm_vllm.router.weights_size import weights_nbytes
 
@@ -64,8 +62,8 @@ class Controller:
     Args:
         directory: engines' working directory.
         moves_max: requests that move between engines at once; 0: none ever does.
+        holders_max: nodes that a hot checkpoint is copied to, at most; 0: none ever is.
         estimator: what was learned before.
-        on_lost: called with the name of a node whose agent did not answer, once it was written off.
         clock: seconds; the core's time.
     """
 
@@ -75,22 +73,23 @@ class Controller:
         waiting_max: int,
         directory: Path,
         moves_max: int = 0,
+        holders_max: int = 0,
         estimator: Estimator | None = None,
-        on_lost: Callable[[str], None] = lambda name: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scaling = ScalingLimits(name_suffix=f"-{secrets.token_hex(2)}")
         moves = MoveLimits(is_on=moves_max > 0, moves_max=max(1, moves_max))
-        self.core = RouterCore(RouterLimits(waiting_max=waiting_max, scaling=scaling, moves=moves), estimator)
+        copies = CopyLimits(holders_max=holders_max)
+        limits = RouterLimits(waiting_max=waiting_max, scaling=scaling, moves=moves, copies=copies)
+        self.core = RouterCore(limits, estimator)
         self.models: dict[str, ModelConfig] = {}
         self.outcomes: deque[tuple[Ticket, Outcome]] = deque(maxlen=OUTCOMES_MAX)
         self.counts = Counts()
         self._created: dict[str, int] = {}
         self._served: tuple[ServedModel, ...] = ()
-        self._directory = directory
         self._clock = clock
-        self._on_lost = on_lost
         self._members: dict[str, Member] = {}
+        self._orders = NodeOrders(self._members, self.models, directory)
         self._leaving: set[asyncio.Task[None]] = set()
         self._movability = Movability(self._tell) if moves_max else None
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
@@ -107,18 +106,29 @@ class Controller:
         self._ticking.add_done_callback(_tell_failure)
 
     async def add_node(
-        self, name: str, node: Node, requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]] = dict
+        self,
+        name: str,
+        node: Node,
+        requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]] = dict,
+        *,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """Take a node in, with the replicas that run there already.
 
         Args:
             requests: tells, by replica, those that an earlier life of this router sent there.
+            on_lost: called when its agent does not answer (any more), once it was written off.
 
         Raises:
             NodeError: its agent does not answer.
         """
         assert name not in self._members, f"node {name} is there already"
-        member = Member(name, node, self.models, tell=self._tell, on_lost=lambda reason: self.lose_node(name, reason))
+
+        def lose(reason: str) -> None:
+            self.lose_node(name, reason)
+            on_lost()
+
+        member = Member(name, node, self.models, tell=self._tell, on_lost=lose)
         self._members[name] = member
         try:
             await member.join(requests)
@@ -138,7 +148,6 @@ class Controller:
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
         self._tell(NodeLost(name))
-        self._on_lost(name)
 
     async def close(self) -> None:
         """Stop deciding; who still waits is told."""
@@ -236,7 +245,7 @@ class Controller:
     async def measure(self, models: Sequence[ModelConfig]) -> None:
         """Look how large models' sources are, where they are directories: their first start is predicted by it."""
         for source in dict.fromkeys(model.source for model in models):
-            self._nbytes[source] = await asyncio.to_thread(weights_nbytes, self._directory / source)
+            self._nbytes[source] = await asyncio.to_thread(weights_nbytes, self._orders.directory / source)
 
     def deploy(self, model: ModelConfig) -> None:
         """Serve a model, or serve it otherwise from now on."""
@@ -330,19 +339,10 @@ class Controller:
                 self._give_ticket(action)
             case RejectRequest():
                 self._reject(action)
-            case StartReplica():
-                logger.info("event=start replica=%s model=%r node=%s", action.replica, action.model, action.node)
-                engines = self._members[action.node].engines
-                engines.start(action.replica, self.models[action.model], str(self._directory))
-            case StopReplica():
-                logger.info("event=stop replica=%s reason=%r", action.replica, action.reason)
-                self._members[action.node].engines.stop(action.replica)
-            case PrefetchModel():
-                member = self._members[action.node]
-                member.engines.prefetch(self.models[action.model])
-                member.watch.prefetch_ordered(action.model)
             case MoveRequest():
                 self._order_move(action)
+            case _:
+                self._orders.give(action)
 
     def _order_move(self, action: MoveRequest) -> None:
         """Tell whoever streams it. Later, as it may answer at once, and the core is still being obeyed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sllm_vllm.errors import NodeError, NodeUnavailable
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport, StartReport
@@ -37,25 +37,46 @@ class Node(Protocol):
     async def prefetch_model(self, arguments: tuple[str, ...]) -> None: ...
 
 
+@runtime_checkable
+class Puller(Protocol):
+    """A node that can pull checkpoints from others."""
+
+    async def pull_checkpoint(self, url: str) -> None: ...
+
+
 class Engines:
     """Replicas that were ordered of one node. ``reports`` has the last word about each that lives.
 
     Args:
         tell: gets what becomes of them.
         on_lost: called, perhaps more than once, when the agent does not answer: nothing is known of its replicas then.
+        on_pulled: called when it has one more checkpoint.
     """
 
-    def __init__(self, name: str, node: Node, tell: Callable[[Event], None], *, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        node: Node,
+        tell: Callable[[Event], None],
+        *,
+        on_lost: Callable[[str], None],
+        on_pulled: Callable[[], None] = lambda: None,
+    ) -> None:
         self.name = name
         self.node = node
         self.reports: dict[str, ReplicaReport] = {}
         self._tell = tell
         self._on_lost = on_lost
+        self._on_pulled = on_pulled
         self._tasks: set[asyncio.Task[None]] = set()
         self._called_off: set[str] = set()
 
-    def start(self, replica: str, model: ModelConfig, directory: str) -> None:
-        """Order a replica; ``ReplicaReady`` and ``ReplicaEnded`` follow."""
+    def start(self, replica: str, model: ModelConfig, directory: str, *, peer: str | None = None) -> None:
+        """Order a replica; ``ReplicaReady`` and ``ReplicaEnded`` follow.
+
+        Args:
+            peer: where to pull its checkpoint from first; without success its engine looks for the weights itself.
+        """
         order = ReplicaOrder(
             id=replica,
             model=model.source,
@@ -66,7 +87,7 @@ class Engines:
             waits=True,
             labels=_labels_of(model),
         )
-        self._in_background(self._live(order, model.name))
+        self._in_background(self._live(order, model.name, peer))
 
     def find(
         self, replicas: tuple[ReplicaReport, ...], requests: Mapping[str, tuple[RequestFacts, ...]]
@@ -101,16 +122,26 @@ class Engines:
         """Have a model's checkpoint read ahead; nothing comes of it if there is none, or no store."""
         self._in_background(self.node.prefetch_model((model.source, *model.engine_order_arguments())))
 
+    def copy(self, peer: str) -> None:
+        """Have it pull a checkpoint; nothing comes of it if it can't."""
+        self._in_background(self._pull(peer))
+
     async def close(self) -> None:
         """Let go of all; who owns the node ends its engines."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _live(self, order: ReplicaOrder, model: str) -> None:
+    async def _live(self, order: ReplicaOrder, model: str, peer: str | None) -> None:
         """One replica from its order to its end."""
         replica = order.id
         assert replica is not None
+        if peer is not None:
+            await self._pull(peer)
+            if replica in self._called_off:
+                self._called_off.discard(replica)
+                self._tell(ReplicaEnded(replica, "it was called off", is_fault=False))
+                return
         try:
             self.reports[replica] = await self.node.ensure_replica(order)
         except NodeUnavailable as error:
@@ -142,6 +173,18 @@ class Engines:
         is_fault = replica not in self._called_off
         self._called_off.discard(replica)
         self._tell(ReplicaEnded(replica, reason or reason_of(report), is_fault=is_fault))
+
+    async def _pull(self, peer: str) -> None:
+        if not isinstance(self.node, Puller):
+            return
+        try:
+            await self.node.pull_checkpoint(peer)
+        except NodeUnavailable as error:
+            self._on_lost(error.problem)
+        except NodeError as error:
+            logger.warning("event=not_pulled node=%s reason=%s", self.name, error)
+        else:
+            self._on_pulled()
 
     async def _stop(self, replica: str) -> None:
         try:

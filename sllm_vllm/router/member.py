@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-from sllm_vllm.node.protocol import NodeReport
+from sllm_vllm.node.protocol import CheckpointReport, NodeReport
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.core.events import Event
 from sllm_vllm.router.core.facts import RequestFacts
@@ -37,14 +37,24 @@ class Member:
         self.name = name
         self._when_lost = on_lost
         self._is_lost = False
-        self.engines = Engines(name, node, tell, on_lost=self._lost)
         self.watch = NodeWatch(name, node, models, tell=tell, on_lost=self._lost)
+        self.engines = Engines(name, node, tell, on_lost=self._lost, on_pulled=self.watch.refresh)
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def report(self) -> NodeReport | None:
         """The node's last one."""
         return self.watch.report
+
+    def checkpoint_of(self, model: ModelConfig) -> CheckpointReport | None:
+        """A model's checkpoint there, as the last report has it."""
+        return self.watch.checkpoint_of(model)
+
+    def checkpoint_url(self, model: ModelConfig) -> str | None:
+        """Where other nodes can pull it from, with the key to it; None if there is none."""
+        checkpoint = self.checkpoint_of(model)
+        peer = "" if self.report is None else self.report.peer
+        return f"{peer}/{checkpoint.name}" if checkpoint is not None and peer else None
 
     @property
     def is_well(self) -> bool:

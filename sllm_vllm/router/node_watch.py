@@ -107,6 +107,10 @@ class NodeWatch:
         checkpoint = _checkpoint_of(model, self._checkpoints)
         return ({}, 0) if checkpoint is None else ({self._name: _tier_of(checkpoint)}, checkpoint.nbytes)
 
+    def checkpoint_of(self, model: ModelConfig) -> CheckpointReport | None:
+        """A model's checkpoint, as the last report has it."""
+        return _checkpoint_of(model, self._checkpoints)
+
     def refresh(self) -> None:
         """A start, an end or a prefetch may have moved a checkpoint: read the report now."""
         self._stale.set()

@@ -145,8 +145,8 @@ class RayController:
             waiting_max=config.server.waiting_max,
             directory=self._directory,
             moves_max=config.migration.moves_max if config.migration.enabled else 0,
+            holders_max=config.ray.copies,
             estimator=await self._estimator(),
-            on_lost=self._lost,
         )
         self._kept = KeptModels(self._store, config.models)
         models = await self._kept.all()
@@ -189,12 +189,15 @@ class RayController:
 
     async def _look(self) -> list[RayNodeFacts]:
         told = await asyncio.to_thread(ray.nodes)
-        return nodes_for_agents(told, resource=self._config.ray.resource)
+        section = self._config.ray
+        return nodes_for_agents(told, resource=section.resource, wide_resource=section.wide_resource)
 
     async def _join(self, node: RayNodeFacts, service: GateService) -> None:
         agent = await asyncio.to_thread(agent_on, node, self._config.node_config())
         try:
-            await self._controller.add_node(node.name, agent, service.held_by_replica)
+            await self._controller.add_node(
+                node.name, agent, service.held_by_replica, on_lost=lambda: self._lost(node.name)
+            )
         except NodeError as error:
             logger.warning("event=join_failed node=%s reason=%s", node.name, error)
             return

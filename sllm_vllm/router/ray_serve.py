@@ -6,6 +6,7 @@ Keys are read where the application is built; the cluster gets their digests.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -24,7 +25,7 @@ from sllm_vllm.config import router_config_path
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.ray_agent import NAMESPACE
 from sllm_vllm.router.config import RouterConfig
-from sllm_vllm.router.config_file import read_key_digests, read_router_config
+from sllm_vllm.router.config_file import parse_router_config, read_key_digests, read_router_config
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Ticket
 from sllm_vllm.router.ray_controller import RayController
@@ -118,6 +119,17 @@ def controller_actor(told: str, directory: str, version: float) -> Any:  # noqa:
     return ray.remote(RayController).options(**options).remote(told, directory, version)
 
 
+def link_of(config: str) -> tuple[str, str, float]:
+    """What ``RayLink`` is made of, for the configuration in a file.
+
+    Raises:
+        ConfigError: it is wrong, or lets everybody in without saying so.
+    """
+    path = Path(config).absolute()
+    told = _with_digests(read_router_config(path)).model_dump_json(exclude_defaults=True)
+    return told, str(path.parent), time.time()
+
+
 def build(arguments: Arguments) -> serve.Application:
     """The application of a configuration, for `serve run`, `serve build` and `serve deploy`.
 
@@ -127,10 +139,8 @@ def build(arguments: Arguments) -> serve.Application:
     said = arguments.config or router_config_path()
     if said is None:
         raise ConfigError("no configuration: give config=FILE to :build, or set SLLM_ROUTER_CONFIG")
-    path = Path(said).absolute()
-    config = _with_digests(read_router_config(path))
-    told = config.model_dump_json(exclude_defaults=True)
-    link = (told, str(path.parent), time.time())
+    link = link_of(said)
+    config = parse_router_config(json.loads(link[0]))
 
     def make_app() -> RemoteApp:
         return RemoteApp(RayLink(*link), name=f"{os.uname().nodename}-{uuid.uuid4().hex[:12]}")

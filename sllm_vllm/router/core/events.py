@@ -271,4 +271,13 @@ class PrefetchModel:
     node: str
 
 
-Action = StartReplica | StopReplica | Dispatch | MoveRequest | RejectRequest | PrefetchModel
+@dataclass(frozen=True, slots=True)
+class CopyCheckpoint:
+    """Have a node pull a model's checkpoint from another one: the model is hot. Its reports tell when it is there."""
+
+    model: str
+    source: str
+    node: str
+
+
+Action = StartReplica | StopReplica | Dispatch | MoveRequest | RejectRequest | PrefetchModel | CopyCheckpoint

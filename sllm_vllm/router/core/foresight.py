@@ -1,4 +1,4 @@
-"""What is done for requests that are likely: how long an idle replica stays, which checkpoint is read ahead. Pure."""
+"""What is done for requests that are likely: how long an idle replica stays, what is read ahead or copied. Pure."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Mapping
 
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.cluster import Cluster, Replica
+from sllm_vllm.router.core.copies import Copies
 from sllm_vllm.router.core.estimator import Estimator
-from sllm_vllm.router.core.events import PrefetchModel
+from sllm_vllm.router.core.events import CopyCheckpoint, PrefetchModel
 from sllm_vllm.router.core.facts import Tier
 from sllm_vllm.router.core.keep_alive import keep_alive_s
+from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.model_state import ModelState
 
 
 class Foresight:
-    """When to look at an idle replica, or a sleeping model, again. Owned by ``Scaling``, which acts on it.
-
-    ``lead_s``: how long before its likely arrival a model is prefetched.
-    """
+    """When to look at an idle replica, or a sleeping model, again. Owned by ``Scaling``, which acts on it."""
 
     def __init__(
-        self, cluster: Cluster, estimator: Estimator, models: Mapping[str, ModelState], *, lead_s: float
+        self, cluster: Cluster, estimator: Estimator, models: Mapping[str, ModelState], *, limits: RouterLimits
     ) -> None:
         self._cluster = cluster
         self._estimator = estimator
         self._models = models
-        self._lead_s = lead_s
+        self._lead_s = limits.scaling.prefetch_s
+        self._copies = Copies(cluster, models, limits.copies)
         self._idle = Alarms()
         """The end of a replica's keep-alive."""
         self._prefetches = Alarms()
@@ -48,18 +48,20 @@ class Foresight:
 
     def arrived(self, state: ModelState, now_s: float) -> None:
         """A request of a model came: it may be time to think of the next one."""
+        self._copies.asked(state.spec.name)
         next_s = state.arrivals.next_after_s(now_s, 0.5)
         if next_s is not None and next_s > self._lead_s:
             self._prefetches.set(state.spec.name, now_s + next_s - self._lead_s)
         else:
             self._prefetches.discard(state.spec.name)
 
-    def prefetches(self, now_s: float) -> list[PrefetchModel]:
-        """Checkpoints to read: their models are likely next and have no replica."""
+    def errands(self, now_s: float) -> list[PrefetchModel | CopyCheckpoint]:
+        """Checkpoints to read, whose models are likely next and have no replica; and those to copy."""
         models = [one for one in self._prefetches.due(now_s) if one in self._models]
         sleeping = [model for model in models if not self._cluster.replicas_of(model)]
         places = [(model, node) for model in sleeping for node in self._cluster.candidates(model, 0, 1)]
-        return [PrefetchModel(*place) for place in places if self._cluster.tier(place[1], place[0]) is not Tier.HOST]
+        read = [PrefetchModel(*place) for place in places if self._cluster.tier(place[1], place[0]) is not Tier.HOST]
+        return [*read, *self._copies.due(now_s)]
 
     def forget_model(self, model: str) -> None:
         """It was deleted."""

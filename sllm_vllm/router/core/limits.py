@@ -34,6 +34,16 @@ class MoveLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyLimits:
+    """Copies of hot checkpoints between nodes. ``holders_max``: nodes that have one, at most; less than 2: nothing is
+    ever copied. ``at_once_max``: in the cluster. ``copy_s_max``: after so long it is given up."""
+
+    holders_max: int = 0
+    at_once_max: int = 2
+    copy_s_max: float = 900.0
+
+
+@dataclass(frozen=True, slots=True)
 class RouterLimits:
     """``waiting_max``: requests that wait, of all models. ``attempts_max``: replicas a request is sent to.
     ``story_max``: events and actions that are remembered."""
@@ -43,3 +53,4 @@ class RouterLimits:
     story_max: int = 20_000
     scaling: ScalingLimits = field(default_factory=ScalingLimits)
     moves: MoveLimits = field(default_factory=MoveLimits)
+    copies: CopyLimits = field(default_factory=CopyLimits)

@@ -385,7 +385,7 @@ class RouterCore:
             if (replica := self.cluster.replicas.get(replica_id)) is not None:
                 self._touched[replica.model] = None
         self.scaling.end_idle(now_s)
-        self.scaling.actions.extend(self.scaling.foresight.prefetches(now_s))
+        self.scaling.actions.extend(self.scaling.foresight.errands(now_s))
         self.scaling.drain_for_starving(now_s)
         self._touched.update(dict.fromkeys(self.scaling.to_consider(now_s)))
         self._has_new_room = True

@@ -44,7 +44,7 @@ class Scaling:
         self._hungry = Hungry(queues)
         self._blocking: str | None = None
         """Who has waited too long, and whose turn for a drain comes next: nobody who waits may overtake it."""
-        self.foresight = Foresight(self.cluster, estimator, models, lead_s=self.limits.prefetch_s)
+        self.foresight = Foresight(self.cluster, estimator, models, limits=limits)
         self._later = Alarms()
         """When models are to be considered again."""
         self._num_started = 0

@@ -1,0 +1,93 @@
+"""Copies of hot checkpoints on more nodes, before they are needed there. Pure; owned by ``Foresight``.
+
+A model whose replicas have half the requests they are meant for gets its next replica soon; the checkpoint should lie
+on one node more than the model has replicas then, or that start waits for the remote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sllm_vllm.router.core.cluster import Cluster
+from sllm_vllm.router.core.events import CopyCheckpoint
+from sllm_vllm.router.core.limits import CopyLimits
+from sllm_vllm.router.core.model_state import ModelState
+
+HOT_SHARE = 0.5
+"""Of the requests that a model's replicas are meant for."""
+LOOK_S = 5.0
+MODELS_MAX = 64
+"""Hot models that are looked at at once; the others at the next look."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    source: str
+    until_s: float
+
+
+class Copies:
+    """Which copies are to be made now. One that never appears counts as failed after ``copy_s_max``."""
+
+    def __init__(self, cluster: Cluster, models: Mapping[str, ModelState], limits: CopyLimits) -> None:
+        self._cluster = cluster
+        self._models = models
+        self._limits = limits
+        self._asked: dict[str, None] = {}
+        """Models that were asked since the last look."""
+        self._copying: dict[tuple[str, str], _Copying] = {}
+        """By model and the node that it goes to."""
+        self._next_s = 0.0
+
+    def asked(self, model: str) -> None:
+        """A request for it came."""
+        if self._limits.holders_max > 1 and len(self._cluster.nodes) > 1:
+            self._asked[model] = None
+
+    def due(self, now_s: float) -> list[CopyCheckpoint]:
+        """Copies to begin; few at once, and one at a time from and to each node."""
+        if now_s < self._next_s or not (self._asked or self._copying):
+            return []
+        self._next_s = now_s + LOOK_S
+        self._forget_ended(now_s)
+        made = []
+        for model in list(self._asked)[:MODELS_MAX]:
+            del self._asked[model]
+            if len(self._copying) < self._limits.at_once_max and (copy := self._copy_of(model)) is not None:
+                self._copying[model, copy.node] = _Copying(copy.source, now_s + self._limits.copy_s_max)
+                made.append(copy)
+        return made
+
+    def _forget_ended(self, now_s: float) -> None:
+        """It is there, or will not come, or one of the nodes is gone."""
+        nodes = self._cluster.nodes
+        for (model, node), copying in list(self._copying.items()):
+            is_there = node in nodes and model in nodes[node].tiers
+            if is_there or node not in nodes or copying.source not in nodes or now_s >= copying.until_s:
+                del self._copying[model, node]
+
+    def _copy_of(self, model: str) -> CopyCheckpoint | None:
+        state = self._models.get(model)
+        if state is None:
+            return None
+        spec, num_replicas = state.spec, len(self._cluster.replicas_of(model))
+        if not num_replicas or state.num_ongoing < HOT_SHARE * num_replicas * spec.target_ongoing:
+            return None
+        nodes = self._cluster.nodes
+        holders = {name for name, node in nodes.items() if model in node.tiers}
+        receiving = {node for of, node in self._copying if of == model}
+        wanted = min(self._limits.holders_max, num_replicas + 1)
+        if len(holders) + len(receiving) >= wanted:
+            return None
+        busy = {node for _, node in self._copying} | {one.source for one in self._copying.values()}
+        sources = sorted(holders - busy)
+        targets = [
+            node
+            for name, node in nodes.items()
+            if name not in holders | busy and not node.is_cordoned and node.num_slots >= spec.accelerators
+        ]
+        if not sources or not targets:
+            return None
+        best = min(targets, key=lambda node: (-node.num_free, len(node.tiers), node.id))
+        return CopyCheckpoint(model, sources[0], best.id)
