@@ -100,9 +100,18 @@ def load_model(fill: Fill) -> "torch.nn.Module":
     return module
 
 
+def look_at_models_here() -> None:
+    """vLLM asks a process of its own what a model's class is like, for CUDA's sake: twenty seconds for each."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
+
+
 def engine_config(fill: Fill) -> "VllmConfig":
     """A new engine config with as many tensor-parallel ranks as this process's group has; loads the plugins."""
     from vllm.engine.arg_utils import EngineArgs
+
+    look_at_models_here()
 
     rank, world_size = _rank_and_world_size()
     arguments: dict[str, Any] = {

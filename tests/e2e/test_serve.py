@@ -30,14 +30,22 @@ def outcome_of(report: Path) -> str:
     return outcome
 
 
-@pytest.mark.e2e
-def test_converting_and_loading_start_answer_like_stock(model_dir: ModelDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("--enforce-eager",), id="eager", marks=pytest.mark.e2e),
+        pytest.param((), id="compiled", marks=pytest.mark.e2e_long),
+    ],
+)
+def test_converting_and_loading_start_answer_like_stock(
+    model_dir: ModelDir, tmp_path: Path, how: tuple[str, ...]
+) -> None:
     model, report = model_dir("llama"), tmp_path / "report.json"
-    with vllm_server(model, tmp_path) as stock:
+    with vllm_server(model, tmp_path, *how) as stock:
         expected = answers(stock)
     outcomes = []
     for _ in range(2):
-        with vllm_server(model, tmp_path, *sllm_arguments(tmp_path / "store", report)) as ours:
+        with vllm_server(model, tmp_path, *how, *sllm_arguments(tmp_path / "store", report)) as ours:
             assert answers(ours) == expected
         outcomes.append(outcome_of(report))
     assert outcomes == ["converted", "loaded"]

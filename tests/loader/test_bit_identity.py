@@ -90,6 +90,7 @@ def test_two_tensor_parallel_ranks(model_dir: ModelDir, tmp_path: Path) -> None:
         assert results == {model.name: (["converted", "loaded"], []) for model in models}
 
 
+@pytest.mark.e2e_long
 def test_two_pipeline_parallel_ranks(model_dir: ModelDir, tmp_path: Path) -> None:
     models = [model_dir("llama"), model_dir("qwen3")]
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}

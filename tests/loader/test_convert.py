@@ -271,6 +271,7 @@ def unpublish(checkpoint: Path, root: Path, *, ranks: list[int]) -> None:
             (staging / partition.path).unlink()
 
 
+@pytest.mark.e2e_long
 def test_two_ranks_killed_and_gone_on_with(model_dir: ModelDir, tmp_path: Path) -> None:
     """As a user does it: in processes of their own, once interrupted, then to the end."""
     store, model = tmp_path / "store", model_dir()

@@ -59,13 +59,19 @@ def test_weights_are_those_of_the_stock_loader(setting: Setting) -> None:
         assert_same(tensors_after_load_weights(setting.fill), expected)
 
 
+def packs(module: torch.nn.Module) -> bool:
+    """Whether vLLM made copies of weights for its kernels: it does where the processor has AVX-512."""
+    return any(not weight.numel() for weight in module.parameters())
+
+
 def test_packed_modules_give_their_spans_back_and_the_embedding_keeps_its_own(setting: Setting) -> None:
     with setting.daemon(Script()) as daemon:
         module = load_model(setting.fill)
         assert setting.report() == ("loaded", "store")
         num_spans = len(daemon.chunks_of_spans(setting.checkpoint.partition(0)))
         with daemon.changed:
-            assert daemon.changed.wait_for(lambda: len(daemon.released) > 0, WAIT_MAX_S)
+            if packs(module):
+                assert daemon.changed.wait_for(lambda: len(daemon.released) > 0, WAIT_MAX_S)
             assert len(daemon.released) < num_spans
             assert daemon.num_open == 1
         del module

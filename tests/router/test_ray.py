@@ -4,44 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("ray")
 
-import ray
-
-from tests.ray_bench import RESOURCE, RayBench, fake_sections, ray_cluster
-from tests.router.router_process import Cut, Stream
+from tests.ray_bench import RayBench, end_of, fake_sections, ray_bench
+from tests.router.router_process import Stream
 from tests.waiting import wait_until
 
 NODES = ("a", "b")
 CAPACITY = 2
 """Requests at once, of an engine."""
-INGRESSES = 2
+MODELS: dict[str, dict[str, Any]] = {"fine": {}, "family": {"max_replicas": 1}, "noisy": {"max_replicas": 1}}
+"""As many replicas as there are places."""
+INGRESSES = {"ingress_min": 2, "ingress_max": 2}
+DEFAULTS = {"ongoing_max": CAPACITY, "target_ongoing": CAPACITY, "max_replicas": 2, "keep_alive": 600}
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayBench]:
     """Two nodes with two places each, and two ingresses."""
     directory = tmp_path_factory.mktemp("ray")
-    with ray_cluster(directory, *NODES) as bench:
-        bench.deploy(**sections(directory))
+    with ray_bench(directory, *NODES) as bench:
+        bench.deploy(fake_sections(directory, MODELS, ray=INGRESSES, defaults=DEFAULTS))
         bench.wait_for_nodes(*NODES)
         yield bench
-
-
-def sections(directory: Path, **more: Any) -> dict[str, Any]:
-    models = {"fine": {}, "family": {"max_replicas": 1}, "noisy": {"max_replicas": 1}}  # as many as there are places
-    made = fake_sections(
-        directory,
-        defaults={"ongoing_max": CAPACITY, "target_ongoing": CAPACITY, "max_replicas": 2, "keep_alive": 600},
-        models=[{"name": name, "source": f"/models/{name}", **values} for name, values in models.items()],
-    )
-    made["ray"] |= {"ingress_min": INGRESSES, "ingress_max": INGRESSES}
-    return made | more
 
 
 @pytest.fixture
@@ -62,15 +51,6 @@ def assert_whole(stream: Stream, user: str, *, events: int = 200) -> None:
     assert [text for text in texts if text] == [f"{user}/{number} " for number in range(1, events)]
 
 
-def end_of(stream: Stream) -> str:
-    """How it ended: properly, with an error's code, or cut."""
-    try:
-        last = stream.rest()[-1]
-    except Cut:
-        return "cut"
-    return last if isinstance(last, str) else str(last["error"]["code"])
-
-
 def assert_all_capacity_is_back(bench: RayBench, model: str, pool: ThreadPoolExecutor) -> None:
     """As many streams as may be at once all begin."""
     wait_until(lambda: bench.router.num_ongoing() == 0, "all places to be free")
@@ -82,31 +62,10 @@ def assert_all_capacity_is_back(bench: RayBench, model: str, pool: ThreadPoolExe
     wait_until(lambda: bench.router.num_ongoing() == 0, "them to be gone")
 
 
-def assert_nothing_is_held_twice(bench: RayBench) -> None:
-    """Ray counts no processor of the nodes as free, and the router no place that a replica has."""
-    wait_until(lambda: living_nodes() == set(bench.nodes), "Ray to know who lives")
-    wait_until(lambda: "CPU" not in ray.available_resources(), "the agents to hold all processors")
-    for view in bench.node_views().values():
-        owners = [slot["replica"] for slot in view["report"]["slots"] if slot["replica"]]
-        assert len(owners) <= view["num_slots"] == 2
-    pids = [one["report"]["pid"] for one in bench.router.admin("replicas").body["replicas"] if one["report"]]
-    assert len(set(pids)) == len(pids)
-
-
-def living_nodes() -> set[str]:
-    """Those that take engines, as Ray sees them."""
-    return {one["NodeName"] for one in ray.nodes() if one["Alive"] and RESOURCE in one["Resources"]}
-
-
-def nodes_of(bench: RayBench, model: str) -> set[str]:
-    """Those that have a replica of it."""
-    return {one["node"] for one in bench.router.admin("replicas").body["replicas"] if one["model"] == model}
-
-
 def ends_expected(bench: RayBench, lost: str) -> set[str]:
     """Of streams that fill all replicas of ``fine``, when a node of theirs is lost."""
-    assert lost in nodes_of(bench, "fine")
-    return {"engine_failed", "[DONE]"} if nodes_of(bench, "fine") - {lost} else {"engine_failed"}
+    assert lost in bench.nodes_of("fine")
+    return {"engine_failed", "[DONE]"} if bench.nodes_of("fine") - {lost} else {"engine_failed"}
 
 
 def test_models_are_served_from_all_nodes_and_everything_is_held_by_the_agents(
@@ -115,36 +74,36 @@ def test_models_are_served_from_all_nodes_and_everything_is_held_by_the_agents(
     for model in ("fine", "family", "noisy"):
         assert bench.router.post(model).status == 200
     assert bench.router.post("nobody's").status == 404
-    assert_nothing_is_held_twice(bench)
+    bench.assert_nothing_is_held_twice()
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
 def test_a_controller_that_is_killed_costs_no_stream_and_no_request(bench: RayBench, pool: ThreadPoolExecutor) -> None:
     streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2)]
-    replicas = {one["id"] for one in bench.router.admin("replicas").body["replicas"]}
+    replicas = {one["id"] for one in bench.replicas()}
     bench.kill_controller()
     later = [bench.router.post_later(pool, "family", user=f"v{num}") for num in range(4)]
     for num, stream in enumerate(streams):
         assert_whole(stream, f"u{num}")
     assert [one.result().status for one in later] == [200] * len(later)
     bench.wait_for_nodes(*NODES)
-    kept = {one["id"] for one in bench.router.admin("replicas").body["replicas"]}
+    kept = {one["id"] for one in bench.replicas()}
     assert replicas <= kept
-    assert_nothing_is_held_twice(bench)
+    bench.assert_nothing_is_held_twice()
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
 def test_an_agent_that_is_killed_costs_its_own_streams_alone(bench: RayBench, pool: ThreadPoolExecutor) -> None:
     stays = slow_stream(bench, "noisy", "stays")
     streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
-    (other,) = set(NODES) - nodes_of(bench, "noisy")
+    (other,) = set(NODES) - bench.nodes_of("noisy")
     expected = ends_expected(bench, other)
     bench.kill_agent(other)
     assert {end_of(stream) for stream in streams} == expected
     assert_whole(stays, "stays")
     assert bench.router.post("fine").status == 200
     bench.wait_for_nodes(*NODES)
-    assert_nothing_is_held_twice(bench)
+    bench.assert_nothing_is_held_twice()
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
@@ -160,7 +119,7 @@ def test_a_node_that_is_lost_is_written_off_and_another_takes_its_place(
 ) -> None:
     stays = slow_stream(bench, "noisy", "stays")
     streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
-    (gone,) = set(NODES) - nodes_of(bench, "noisy")
+    (gone,) = set(NODES) - bench.nodes_of("noisy")
     expected = ends_expected(bench, gone)
     bench.kill_node(gone)
     ends = {end_of(stream) for stream in streams}
@@ -171,5 +130,5 @@ def test_a_node_that_is_lost_is_written_off_and_another_takes_its_place(
     bench.wait_for_nodes(*bench.nodes)
     bench.add_node("c")
     bench.wait_for_nodes(*bench.nodes)
-    assert_nothing_is_held_twice(bench)
+    bench.assert_nothing_is_held_twice()
     assert_all_capacity_is_back(bench, "fine", pool)
