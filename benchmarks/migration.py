@@ -45,6 +45,9 @@ MODEL = "m"
 PROMPTS = (100, 1000, 4000)
 ROUNDS = {100: 5, 1000: 3, 4000: 1}
 TOKENS, MOVE_AT = 120, 20
+PROMPT_SHARE = 8
+"""A token more for so many of the prompt, so that the answer does not end before the target has caught up."""
+OTHERS_TOKENS_MAX = 4000
 TRIES_MAX = 5
 """Of a move whose request ends first: engines that share processors stall now and then, moved or not."""
 ANSWER_S_MAX = 900.0
@@ -52,7 +55,7 @@ GAP_TIMES_MAX = 3.0
 SHARE_MAX = 0.1
 ARGUMENTS = {
     "enforce-eager": True,
-    "max-model-len": 4608,
+    "max-model-len": 6144,
     "hf-overrides": '{"max_position_embeddings": 8192}',
     "block-size": 32,
     "dtype": "bfloat16",
@@ -113,7 +116,7 @@ def main() -> int:
 
 def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
     """All of it. Returns the exit status."""
-    console, samples = Console(), list[Sample]()
+    console, samples, status = Console(), list[Sample](), 0
     progress = Progress(console)
     with progress.step("making the model"):
         models = {MODEL: ensure_model(workspace, arguments.size)}
@@ -131,13 +134,13 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
                         )
     except (RouterFailed, OSError) as error:
         console.print(str(error), markup=False)
-        return 1
+        status = 1
     verdicts = [verdict for prompt in arguments.prompts for verdict in verdicts_of(samples, prompt)]
     show(console, samples, verdicts)
     if arguments.json is not None:
         lines = [machine(), *({"kind": "move", **asdict(sample)} for sample in samples), *verdicts]
         arguments.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return 0
+    return status
 
 
 def sections_of(migration: dict[str, object]) -> dict[str, Any]:
@@ -193,10 +196,10 @@ class Bench:
     def _try_move(self, way: str, prompt: int, *, with_other: bool) -> Sample | None:
         """None if the request ended first."""
         num_moved_before = len(_MOVED.findall(self._router.log.read_text()))
-        num = TOKENS * (3 if with_other else 1)
+        num = (TOKENS + prompt // PROMPT_SHARE) * (3 if with_other else 1)
         stream = self._begin(prompt, num)
         self._wait_tokens(stream, MOVE_AT)
-        other = self._begin(20, 10 * num) if with_other else None
+        other = self._begin(20, min(10 * num, OTHERS_TOKENS_MAX)) if with_other else None
         if other is not None:
             self._wait_tokens(other, MOVE_AT)
         ordered_s = time.monotonic()

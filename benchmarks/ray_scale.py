@@ -1,0 +1,221 @@
+"""What the one controller of a Ray cluster can do, and what it costs a request: a real local cluster, no engines.
+
+*Ingresses*: clients that are to the controller what ingress replicas are (the same session, over the same Ray calls),
+1, 2 and 4 of them, each an actor of its own: tickets a second with 32 asked for at once by each, and seconds for one
+when one asks alone. Beside them requests through Serve's proxy, an ingress replica and a fake engine, one at a time:
+the ticket's share of such a request. *Nodes*: 10, 100 and 1,000 that report as agents do, through Ray, each with eight
+slots and twenty checkpoints: the controller's processor time for them alone, and the same tickets meanwhile.
+
+Client, controller, proxy and engine share this machine's processors. Exits with 1 if a ticket fails.
+
+    python -m benchmarks.ray_scale --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cold_start import machine
+from benchmarks.progress import Progress
+from benchmarks.ray_cluster import RayCluster, ray_cluster, sections_of
+from benchmarks.ray_simulated import DONE, Reporter, SimulatedController, SimulatedLink
+from benchmarks.supervise import CACHE_DEFAULT, ROOT, Workspace, run_supervised
+from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.ray_serve import RayLink, link_of
+from sllm_vllm.router.remote import ControllerLink
+from sllm_vllm.router.remote_gate import RemoteGate
+
+INGRESSES = (1, 2, 4)
+NODES = (10, 100, 1000)
+AT_ONCE = 32
+LOAD_S, ALONE, IDLE_S = 10.0, 500, 20.0
+GOAL_S = 0.003
+MODEL = "fine"
+_FREE = {"num_cpus": 0, "max_concurrency": 10_000}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One setting. Seconds; ``busy``: the controller's processor time a second while nobody asks."""
+
+    kind: str
+    num_ingresses: int
+    num_nodes: int
+    tickets_per_s: float
+    p50_s: float
+    p99_s: float
+    busy: float = 0.0
+    request_p50_s: float = 0.0
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the lines of JSON")
+    parser.add_argument("--cache", type=Path, default=CACHE_DEFAULT, help="directory for the run")
+    arguments = parser.parse_args()
+    return run_supervised(lambda workspace: measure(workspace, arguments.json), arguments.cache.resolve())
+
+
+def measure(workspace: Workspace, json_path: Path | None) -> int:
+    """All of it. Returns the exit status."""
+    console = Console()
+    progress = Progress(console)
+    rows = []
+    with ray_cluster(RayCluster, workspace.run, "a", environment={"PYTHONPATH": str(ROOT)}) as cluster:
+        for num in INGRESSES:
+            with progress.step(f"tickets to {num} ingresses"):
+                rows.append(with_ingresses(cluster, workspace, num))
+        for num in NODES:
+            with progress.step(f"{num} nodes that report"):
+                rows.append(with_nodes(num))
+    show(console, rows)
+    if json_path is not None:
+        lines = [machine(), *(asdict(row) for row in rows)]
+        json_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- ingresses
+
+
+def with_ingresses(cluster: RayCluster, workspace: Workspace, num: int) -> Row:
+    """The application's own controller, with one replica of a fake engine, and so many clients of it."""
+    if num == INGRESSES[0]:
+        defaults = {"ongoing_max": 10_000, "target_ongoing": 10_000, "keep_alive": 3600}
+        engine = [sys.executable, str(ROOT / "benchmarks" / "overhead_engine.py"), "serve"]
+        node = {"memory": "1GiB", "warm": False, "engine_command": engine}
+        cluster.deploy(sections_of(workspace.run, {MODEL: {"source": "/models/fine"}}, node=node, defaults=defaults))
+    link = RayLink(*link_of(str(cluster.directory / "router.yaml"))[:2], 0.0)
+    clients = [_client(link) for _ in range(num)]
+    ray.get([client.alone.remote([MODEL], 20) for client in clients])
+    request_s = [_request_s(cluster.url) for _ in range(ALONE)]
+    row = _measured("ingresses", clients, [MODEL], num_nodes=1)
+    return replace(row, request_p50_s=statistics.median(request_s))
+
+
+def _request_s(url: str) -> float:
+    """Of one request through Serve, down to its last byte."""
+    body = json.dumps({"model": MODEL, "prompt": "hello", "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    begun_s = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        answer.read()
+    return time.perf_counter() - begun_s
+
+
+class TicketClient:
+    """To the controller an ingress; it asks for tickets and gives them back at once."""
+
+    def __init__(self, link: ControllerLink) -> None:
+        self._link = link
+        self._gate: RemoteGate | None = None
+        self._num_asked = 0
+
+    async def alone(self, models: Sequence[str], num: int) -> list[float]:
+        """Seconds of so many tickets, one after the other."""
+        return [await self._ask(random.choice(models)) for _ in range(num)]
+
+    async def load(self, models: Sequence[str], seconds: float) -> int:
+        """Tickets in this time, with ``AT_ONCE`` asked for at once."""
+        until_s = time.perf_counter() + seconds
+
+        async def keep_asking() -> int:
+            num = 0
+            while time.perf_counter() < until_s:
+                await self._ask(random.choice(models))
+                num += 1
+            return num
+
+        return sum(await asyncio.gather(*(keep_asking() for _ in range(AT_ONCE))))
+
+    async def _ask(self, model: str) -> float:
+        if self._gate is None:
+            self._gate = RemoteGate(f"client-{os.getpid()}", self._link, on_settings=lambda _: None)
+            await self._gate.start()
+        self._num_asked += 1
+        begun_s = time.perf_counter()
+        ticket = await self._gate.acquire(RequestFacts(f"{os.getpid()}-{self._num_asked}", model))
+        took_s = time.perf_counter() - begun_s
+        self._gate.first_byte(ticket)
+        self._gate.finished(ticket, DONE)
+        return took_s
+
+
+def _client(link: ControllerLink) -> Any:  # noqa: ANN401 - Ray has no types
+    return ray.remote(TicketClient).options(**_FREE).remote(link)
+
+
+def _measured(kind: str, clients: Sequence[Any], models: Sequence[str], *, num_nodes: int) -> Row:
+    """One client alone, then all at once."""
+    alone_s = sorted(ray.get(clients[0].alone.remote(models, ALONE)))
+    num = sum(ray.get([client.load.remote(models, LOAD_S) for client in clients]))
+    for client in clients:
+        ray.kill(client)
+    return Row(
+        kind=kind,
+        num_ingresses=len(clients),
+        tickets_per_s=num / LOAD_S,
+        p50_s=statistics.median(alone_s),
+        p99_s=alone_s[int(0.99 * len(alone_s))],
+        num_nodes=num_nodes,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- nodes
+
+
+def with_nodes(num: int) -> Row:
+    """A controller with so many simulated nodes, a model and a replica on each, and one client."""
+    reporter = ray.remote(Reporter).options(**_FREE).remote()
+    controller = ray.remote(SimulatedController).options(**_FREE).remote(reporter, num)
+    models = ray.get(controller.start.remote())
+    client = _client(SimulatedLink(controller))
+    ray.get(client.alone.remote(models, 20))
+    before_s = ray.get(controller.processor_s.remote())
+    time.sleep(IDLE_S)  # what is measured is what it does meanwhile
+    busy = (ray.get(controller.processor_s.remote()) - before_s) / IDLE_S
+    row = replace(_measured("nodes", [client], models, num_nodes=num), busy=busy)
+    for actor in (controller, reporter):
+        ray.kill(actor)
+    return row
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """A table for a person, and the goal."""
+    table = Table(title="tickets of one controller", title_justify="left", box=None)
+    for name in ("ingresses", "nodes", "tickets/s", "P50 ms", "P99 ms", "of a request's P50", "busy with reports"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        share = f"{row.p50_s / row.request_p50_s:.0%} of {row.request_p50_s * 1e3:.1f} ms" if row.request_p50_s else ""
+        busy = f"{row.busy:.1%}" if row.kind == "nodes" else ""
+        counts = (str(row.num_ingresses), str(row.num_nodes), f"{row.tickets_per_s:,.0f}")
+        table.add_row(*counts, f"{row.p50_s * 1e3:.2f}", f"{row.p99_s * 1e3:.2f}", share, busy)
+    console.print(table)
+    p50_s = rows[0].p50_s
+    console.print(
+        f"P50 of a ticket at most {GOAL_S * 1e3:.0f} ms: {p50_s * 1e3:.2f} ms: {'yes' if p50_s <= GOAL_S else 'NO'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
