@@ -139,13 +139,14 @@ def plan_starts(
 def best_plan(plans: Sequence[Plan], *, slack_s: float = SLACK_S) -> Plan | None:
     """Of a sorted list the one that costs others least, among those at most ``slack_s``, or 5 %, after the first.
 
-    A plan without victims costs nobody anything; equal ones keep their order.
+    A plan without victims costs nobody anything. Of equal ones that where the weights are nearest, and then the first:
+    no prediction tells them apart, and a checkpoint that is there need not be fetched or kept twice.
     """
     if not plans:
         return None
     latest_s = _latest_s(plans[0].estimate.total_s, slack_s)
     near = [plan for plan in plans if plan.estimate.total_s <= latest_s]
-    return min(near, key=lambda plan: (bool(plan.victims), plan.loss_s))
+    return min(near, key=lambda plan: (bool(plan.victims), plan.loss_s, plan.tier))
 
 
 def _latest_s(first_s: float, slack_s: float) -> float:

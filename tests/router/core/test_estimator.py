@@ -10,17 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sllm_vllm.router.core.estimator import (
-    DEFAULTS,
+from sllm_vllm.router.core.estimator import DEFAULTS, Estimator, StartDefaults
+from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, StartSample, Term, Tier
+from sllm_vllm.router.core.samples import (
     POINTS_MAX,
     RECORD_KEYS_MAX,
     SAMPLE_WEIGHTS,
-    Estimator,
-    StartDefaults,
     fit_line,
     weighted_median,
 )
-from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, StartSample, Term, Tier
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -153,6 +151,21 @@ def test_same_model_on_the_same_node_is_believed_before_all_others() -> None:
     assert terms(estimator)[Term.WEIGHTS] == 3.0
 
 
+def test_one_slow_start_hardly_speaks_against_its_node() -> None:
+    estimator = taught([start(node="slow", seconds=9.0), *(start(node="other", seconds=3.0) for _ in range(4))])
+    slow_s, other_s = (terms(estimator, node)[Term.INIT] for node in ("slow", "other"))
+    assert pytest.approx(other_s) == 3.0
+    assert slow_s == pytest.approx((9.0 + 2 * 3.0) / 3)
+    for _ in range(8):
+        estimator.observe_start(start(node="slow", seconds=9.0))
+    assert terms(estimator, "slow")[Term.INIT] == pytest.approx(9.0)
+
+
+def test_where_a_model_starts_on_one_node_alone_that_is_what_it_takes_there() -> None:
+    estimator = taught([start(seconds=seconds) for seconds in (3.0, 4.0, 5.0)])
+    assert terms(estimator)[Term.INIT] == terms(estimator, "another")[Term.INIT] == 4.0
+
+
 def test_same_model_elsewhere_comes_before_another_model_here() -> None:
     estimator = taught([start("m", "other", seconds=9.0), start("other", "n", seconds=6.0)])
     assert terms(estimator)[Term.PROCESS] == 9.0
@@ -193,6 +206,13 @@ def test_one_load_of_another_model_here_comes_before_what_the_node_measured() ->
     estimator.observe_hops("n", {Tier.DISK: 8e9, Tier.HOST: 80e9})
     assert estimator.weights_s(SPEC, "n", Tier.DISK) == pytest.approx(16.3)
     assert estimator.weights_s(SPEC, "n", Tier.HOST) == pytest.approx(0.4)
+
+
+def test_a_load_that_was_never_seen_takes_no_longer_than_one_from_farther() -> None:
+    estimator = taught([start(seconds=0.1, tier=Tier.REMOTE)])
+    assert [terms(estimator, tier=tier)[Term.WEIGHTS] for tier in Tier] == pytest.approx([0.1, 0.1, 0.1])
+    estimator.observe_start(start(seconds=0.3, tier=Tier.DISK))
+    assert [terms(estimator, tier=tier)[Term.WEIGHTS] for tier in Tier] == pytest.approx([0.3, 0.3, 0.1])
 
 
 def test_tiers_are_learned_apart() -> None:

@@ -314,6 +314,15 @@ def test_plan_that_stops_nobody_is_taken_if_it_is_hardly_later(
     assert best.kind is kind
 
 
+def test_of_starts_that_are_nearly_as_soon_that_beside_its_checkpoint_is_taken() -> None:
+    def plan(node: str, tier: Tier, seconds: float) -> Plan:
+        return Plan(START, node, tier, is_warm=True, estimate=Estimate({Term.WEIGHTS: seconds}), victims=())
+
+    remote, disk, late = plan("a", Tier.REMOTE, 2.0), plan("b", Tier.DISK, 2.05), plan("c", Tier.HOST, 2.5)
+    assert best_plan([remote, disk, late]) is disk
+    assert best_plan([remote, late]) is remote
+
+
 def test_of_evictions_that_are_nearly_as_soon_the_cheapest_is_taken() -> None:
     """At most slack later than the soonest; so all must be listed that are."""
     cluster = cluster_of(n1=1, n2=1, n3=1)
