@@ -35,8 +35,8 @@ from sllm_vllm.router.admin_client import AdminClient, AdminError
 NODES = ("a", "b", "c")
 ARCHITECTURES = ("llama", "opt", "qwen2", "gpt2")
 QUESTION = "Hello, my name is"
-NUM_TOKENS, NUM_STREAMED = 16, 600
-WAIT_S_MAX = 180.0
+NUM_TOKENS, NUM_STREAMED = 16, 200
+WAIT_S_MAX = 120.0
 _WHOLE = "whole"
 
 

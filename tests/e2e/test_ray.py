@@ -24,7 +24,7 @@ NODES = ("a", "b", "c")
 MODELS = ("llama", "opt", "qwen2", "gpt2")
 START_MAX_S = 400.0
 """Of a request that a cold engine is started for, on a busy machine."""
-TOKENS = 900
+TOKENS = 300
 """Of a stream that something is killed under."""
 MEANWHILE = 4
 """Requests to each model while something is dead."""
@@ -168,7 +168,7 @@ def test_a_start_elsewhere_pulls_the_checkpoint_from_its_node(bench: RayBench, s
     )
     assert start is not None
     assert start.load["outcome"] == "loaded", start.load
-    assert bench.router.admin(f"nodes/{first}/undrain", "POST").status == 202
+    assert bench.router.admin(f"nodes/{first}/undrain", "POST").status == 200
 
 
 def test_a_controller_that_is_killed_costs_nothing(bench: RayBench, said: dict[str, str], told: dict[str, str]) -> None:
