@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup fix check test cover e2e compat sim sim-store bench gpu demo lock clean
+.PHONY: help setup fix check test cover e2e compat sim sim-store bench gpu demo demo-ray lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench: $(READY) ## load time beside the other loaders; ARGS="--help" for its opt
 demo: $(READY) ## what it is good for: weights, then many models behind one address
 	@$(BIN)/python benchmarks/demo.py $(ARGS)
 	@$(BIN)/python -m benchmarks.router_demo
+
+demo-ray: $(READY) ## four models on a Ray cluster of three nodes on this machine, whose parts are killed under load
+	@$(BIN)/python -m benchmarks.ray_demo $(ARGS)
 
 # On a GPU machine there may be no .venv, and PYTHON may have torch and pytest alone. So only the files that have such a
 # test are collected, and options of pytest's plug-ins are left out.

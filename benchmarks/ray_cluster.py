@@ -141,7 +141,7 @@ def ray_cluster(
             ray.init(address=cluster.address, namespace="tests", log_to_driver=False)
             port = free_port()
             serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host="127.0.0.1", port=port))
-            made = kind(directory, cluster, port, environment or {})
+            made = kind(directory, cluster, port, {"RAY_worker_niceness": "0", **(environment or {})})
             for name in names:
                 made.add_node(name)
             yield made
