@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ NODES = ("a", "b", "c")
 MODELS = ("llama", "opt", "qwen2", "gpt2")
 START_MAX_S = 400.0
 """Of a request that a cold engine is started for, on a busy machine."""
-TOKENS = 300
+TOKENS = 900
 """Of a stream that something is killed under."""
 MEANWHILE = 4
 """Requests to each model while something is dead."""
@@ -108,6 +108,12 @@ class LongAnswer:
         return "ended without an end"
 
 
+def begin(bench: RayBench, models: Sequence[str]) -> list[tuple[str, LongAnswer]]:
+    """One of each, all at once: when the last has begun, the first is not to have ended."""
+    with ThreadPoolExecutor(len(models)) as pool:
+        return list(zip(models, pool.map(lambda model: LongAnswer(bench, model), models), strict=True))
+
+
 def text_of(event: dict[str, Any]) -> str:
     return "".join(choice["text"] for choice in event["choices"])
 
@@ -123,7 +129,7 @@ def assert_all_is_well(bench: RayBench, said: dict[str, str]) -> None:
 @contextlib.contextmanager
 def load(bench: RayBench, *, may_fail: bool = False) -> Iterator[dict[str, LongAnswer]]:
     """A long stream of every model, and plain requests that come meanwhile: all are answered, or get a clean error."""
-    answers = {model: LongAnswer(bench, model) for model in MODELS}
+    answers = dict(begin(bench, MODELS))
     asked = {"max_tokens": 16, "temperature": 0}
     with ThreadPoolExecutor(len(MODELS)) as pool:
         meanwhile = [bench.router.post_later(pool, model, **asked) for model in MODELS for _ in range(MEANWHILE)]
@@ -197,7 +203,7 @@ def test_an_agent_that_is_killed_costs_the_streams_of_its_engines(
 def test_an_ingress_that_is_killed_costs_its_own_streams(
     bench: RayBench, said: dict[str, str], told: dict[str, str]
 ) -> None:
-    answers = [(model, LongAnswer(bench, model)) for model in (*MODELS, *MODELS)]
+    answers = begin(bench, (*MODELS, *MODELS))
     bench.kill_ingress()
     outcomes = [(model, one.outcome()) for model, one in answers]
     assert all(outcome in (told[model], "cut") for model, outcome in outcomes)
