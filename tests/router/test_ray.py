@@ -93,6 +93,17 @@ def test_a_controller_that_is_killed_costs_no_stream_and_no_request(bench: RayBe
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
+def test_what_was_deployed_by_hand_outlives_the_controller(bench: RayBench) -> None:
+    added = {"name": "by-hand", "source": "/models/fine"}
+    assert bench.router.admin("models", "POST", added).status == 201
+    bench.kill_controller()
+    wait_until(lambda: bench.router.admin("models").status == 200, "the next controller")
+    names = {one["name"] for one in bench.router.admin("models").body["models"]}
+    assert names == {*MODELS, "by-hand"}
+    assert bench.router.admin("models/by-hand", "DELETE").status == 200
+    bench.wait_for_nodes(*NODES)
+
+
 def test_an_agent_that_is_killed_costs_its_own_streams_alone(bench: RayBench, pool: ThreadPoolExecutor) -> None:
     stays = slow_stream(bench, "noisy", "stays")
     streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
