@@ -32,7 +32,7 @@ DONE = Outcome("done", 200, first_byte_s=None, seconds=0.01, prompt_tokens=None,
 class Reporter:
     """All simulated agents' half of a report: it comes through Ray, as from an actor on its node."""
 
-    def report(self, name: str, replicas: tuple[ReplicaReport, ...]) -> NodeReport:
+    async def report(self, name: str, replicas: tuple[ReplicaReport, ...]) -> NodeReport:
         """Of one node."""
         return NodeReport(
             version="0",

@@ -128,7 +128,8 @@ class Controller:
             self.lose_node(name, reason)
             on_lost()
 
-        member = Member(name, node, self.models, tell=self._tell, on_lost=lose)
+        count = self._members.__len__
+        member = Member(name, node, self.models, tell=self._tell, on_lost=lose, num_nodes=count)
         self._members[name] = member
         try:
             await member.join(requests)

@@ -23,6 +23,7 @@ class Member:
         models: those that are served.
         tell: gets the events of it.
         on_lost: called once if its agent does not answer (any more), with the reason.
+        num_nodes: how many there are, this one among them.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class Member:
         *,
         tell: Callable[[Event], None],
         on_lost: Callable[[str], None],
+        num_nodes: Callable[[], int] = lambda: 1,
     ) -> None:
         self.name = name
         self._when_lost = on_lost
         self._is_lost = False
-        self.watch = NodeWatch(name, node, models, tell=tell, on_lost=self._lost)
+        self.watch = NodeWatch(name, node, models, tell=tell, on_lost=self._lost, num_nodes=num_nodes)
         self.engines = Engines(name, node, tell, on_lost=self._lost, on_pulled=self.watch.refresh)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -18,6 +18,8 @@ from sllm_vllm.router.engines import Node
 logger = logging.getLogger(__name__)
 
 REPORT_S = 5.0
+REPORTS_PER_S_MAX = 20.0
+"""Of all nodes: with more than a hundred each is asked less often. What happens on one is told at once, in any case."""
 PAUSE_S = 0.1
 """Least time between two reports, however much happens."""
 WARM_S = 60.0
@@ -35,6 +37,7 @@ class NodeWatch:
         models: those that are served; read at every report.
         tell: gets the events.
         on_lost: called when the agent does not answer.
+        num_nodes: how many there are.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class NodeWatch:
         *,
         tell: Callable[[Event], None],
         on_lost: Callable[[str], None],
+        num_nodes: Callable[[], int] = lambda: 1,
     ) -> None:
         self._on_lost = on_lost
+        self._num_nodes = num_nodes
         self.report: NodeReport | None = None
         self._name = name
         self._node = node
@@ -77,7 +82,7 @@ class NodeWatch:
         """Until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REPORT_S):
+                async with asyncio.timeout(max(REPORT_S, self._num_nodes() / REPORTS_PER_S_MAX)):
                     await self._stale.wait()
             self._stale.clear()
             try:

@@ -18,6 +18,7 @@ from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.events import PrefetchModel, ReplicaEnded
 from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.gate import Outcome
+from sllm_vllm.router.node_watch import NodeWatch
 from sllm_vllm.router.weights_size import weights_nbytes
 from tests.router.fake_gate import until
 from tests.router.fake_node import FakeNode
@@ -100,6 +101,24 @@ async def test_a_prefetch_is_followed_to_its_end(tmp_path: Path) -> None:
         assert tier_of(controller) is Tier.DISK
         node.checkpoints = (checkpoint(resident=100),)
         await until(lambda: tier_of(controller) is Tier.HOST, "the new tier")
+
+
+async def test_with_many_nodes_each_is_asked_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_watch, "REPORT_S", 0.01)
+    monkeypatch.setattr(node_watch, "PAUSE_S", 0.0)
+    nodes = [FakeNode(), FakeNode()]
+
+    def watching(node: FakeNode, num_nodes: int) -> NodeWatch:
+        return NodeWatch("n", node, {}, tell=lambda _: None, on_lost=lambda _: None, num_nodes=lambda: num_nodes)
+
+    watches = [watching(nodes[0], 1), watching(nodes[1], 10_000)]
+    tasks = [asyncio.create_task(watch.keep_reporting()) for watch in watches]
+    await until(lambda: nodes[0].num_reports > 5, "reports of the one that is alone")
+    assert nodes[1].num_reports == 0
+    watches[1].refresh()
+    await until(lambda: nodes[1].num_reports == 1, "one that is asked for")
+    for task in tasks:
+        task.cancel()
 
 
 @pytest.mark.parametrize("store", ["", "no daemon answers"])
