@@ -82,6 +82,9 @@ def measure(workspace: Workspace, json_path: Path | None) -> int:
     progress = Progress(console)
     rows = []
     with ray_cluster(RayCluster, workspace.run, "a", environment={"PYTHONPATH": str(ROOT)}) as cluster:
+        with progress.step("bare calls from actor to actor"):
+            bare_s = bare_call_s()
+        progress.say(f"a bare call: {bare_s * 1e3:.2f} ms")
         for num in INGRESSES:
             with progress.step(f"tickets to {num} ingresses"):
                 rows.append(with_ingresses(cluster, workspace, num))
@@ -92,7 +95,7 @@ def measure(workspace: Workspace, json_path: Path | None) -> int:
             progress.say(told_of(rows[-1]))
     show(console, rows)
     if json_path is not None:
-        lines = [machine(), *(asdict(row) for row in rows)]
+        lines = [machine(), {"kind": "bare_call", "p50_s": bare_s}, *(asdict(row) for row in rows)]
         json_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return 0
 
@@ -123,6 +126,31 @@ def _request_s(url: str) -> float:
     with urllib.request.urlopen(request, timeout=60) as answer:
         answer.read()
     return time.perf_counter() - begun_s
+
+
+class Echo:
+    """Does nothing: what a call to an actor takes by itself."""
+
+    async def call(self) -> None:
+        """Return."""
+
+
+def bare_call_s() -> float:
+    """Median seconds of a bare call from actor to actor, as often as tickets are asked for alone."""
+
+    class Caller:
+        async def time(self, echo: Any) -> list[float]:  # noqa: ANN401 - Ray has no types
+            took_s = []
+            for _ in range(ALONE):
+                begun_s = time.perf_counter()
+                await echo.call.remote()
+                took_s.append(time.perf_counter() - begun_s)
+                await asyncio.sleep(PAUSE_S)
+            return took_s
+
+    echo, caller = (ray.remote(kind).options(**_FREE).remote() for kind in (Echo, Caller))
+    took_s: list[float] = ray.get(caller.time.remote(echo))
+    return statistics.median(took_s)
 
 
 class TicketClient:
