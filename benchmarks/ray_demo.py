@@ -35,7 +35,7 @@ from sllm_vllm.router.admin_client import AdminClient, AdminError
 NODES = ("a", "b", "c")
 ARCHITECTURES = ("llama", "opt", "qwen2", "gpt2")
 QUESTION = "Hello, my name is"
-NUM_TOKENS, NUM_STREAMED = 16, 200
+NUM_TOKENS, NUM_STREAMED = 16, 500
 WAIT_S_MAX = 120.0
 _WHOLE = "whole"
 
@@ -97,6 +97,8 @@ class Demo:
         self._client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0)
         self._said: dict[str, str] = {}
         self._told: dict[str, str] = {}
+        self._begun: set[str] = set()
+        """Models whose streams have their first token."""
 
     # --------------------------------------------------------------------------------------------------------- acts
 
@@ -131,8 +133,9 @@ class Demo:
         for what, kill in self._victims():
             self.wait(self.is_warm, "warm parents")  # or starts would be cold, and slower than the import that goes on
             with ThreadPoolExecutor(2 * len(ARCHITECTURES)) as pool:
+                self._begun.clear()
                 streams = {name: pool.submit(self.stream, name) for name in ARCHITECTURES}
-                self.wait(lambda: self.num_ongoing() >= len(ARCHITECTURES), "streams")
+                self.wait(lambda: self._begun >= streams.keys(), "streams")
                 kill()
                 asked = [pool.submit(self.outcome_of, name) for name in ARCHITECTURES]
                 ends = {name: self.judged(name, one.result()) for name, one in streams.items()}
@@ -188,6 +191,7 @@ class Demo:
                 stream=True,
                 extra_body={"ignore_eos": True},
             ):
+                self._begun.add(name)
                 parts += [choice.text for choice in event.choices]
         except (openai.OpenAIError, httpx.HTTPError) as error:
             return f"!{type(error).__name__}"
@@ -205,10 +209,6 @@ class Demo:
         """Of a model, those that are ready."""
         found = self._admin.get("replicas")["replicas"]
         return [one for one in found if one["model"] == name and one["state"] == "ready"]
-
-    def num_ongoing(self) -> int:
-        """Requests that engines have."""
-        return sum(one["ongoing"] for one in self._admin.get("replicas")["replicas"])
 
     def end_all(self) -> None:
         """Have all replicas end."""
