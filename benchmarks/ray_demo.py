@@ -135,7 +135,7 @@ class Demo:
             with ThreadPoolExecutor(2 * len(ARCHITECTURES)) as pool:
                 self._begun.clear()
                 streams = {name: pool.submit(self.stream, name) for name in ARCHITECTURES}
-                self.wait(lambda: self._begun >= streams.keys(), "streams")
+                self.wait(lambda: self._begun == set(ARCHITECTURES), "streams")
                 kill()
                 asked = [pool.submit(self.outcome_of, name) for name in ARCHITECTURES]
                 ends = {name: self.judged(name, one.result()) for name, one in streams.items()}
