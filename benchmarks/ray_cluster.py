@@ -81,11 +81,14 @@ class RayCluster:
         actor = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
         ray.kill(actor, no_restart=False)
 
+    def ingresses(self) -> list[int]:
+        """Processes of those that live."""
+        actors = ray._private.state.actors().values()  # the public way asks the dashboard
+        return [one["Pid"] for one in actors if one["State"] == "ALIVE" and "sllm-ingress" in one["Name"]]
+
     def kill_ingress(self) -> None:
         """SIGKILL to the process of one of them."""
-        actors = ray._private.state.actors().values()  # the public way asks the dashboard
-        living = [one for one in actors if one["State"] == "ALIVE" and "sllm-ingress" in one["Name"]]
-        os.kill(living[0]["Pid"], signal.SIGKILL)
+        os.kill(self.ingresses()[0], signal.SIGKILL)
 
     def living_nodes(self) -> set[str]:
         """Those that take engines, as Ray sees them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -121,7 +123,19 @@ def test_an_agent_that_is_killed_costs_its_own_streams_alone(bench: RayBench, po
 def test_an_ingress_that_is_killed_costs_its_own_streams_alone(bench: RayBench, pool: ThreadPoolExecutor) -> None:
     streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
     bench.kill_ingress()
-    assert {end_of(stream) for stream in streams} == {"[DONE]", "cut"}
+    assert {end_of(stream) for stream in streams} <= {"[DONE]", "cut"}  # Serve does not tell which had how many
+    assert_all_capacity_is_back(bench, "fine", pool)
+
+
+def test_all_ingresses_that_are_killed_come_back_and_give_back_their_places(
+    bench: RayBench, pool: ThreadPoolExecutor
+) -> None:
+    wait_until(lambda: len(bench.ingresses()) == INGRESSES["ingress_min"], "both")
+    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+    for pid in bench.ingresses():
+        os.kill(pid, signal.SIGKILL)
+    assert {end_of(stream) for stream in streams} == {"cut"}
+    wait_until(lambda: len(bench.ingresses()) == INGRESSES["ingress_min"], "their successors")
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
