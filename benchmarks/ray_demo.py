@@ -127,7 +127,7 @@ class Demo:
         """Kill one part after the other under load. Whether all ended as it should, and everything is served again."""
         self._told = {name: self.stream(name) for name in ARCHITECTURES}
         table = Table(title="killed while every model streams", title_justify="left", box=None)
-        for name in ("what", *ARCHITECTURES, "meanwhile", "free in Ray"):
+        for name in ("what", *ARCHITECTURES, "asked", "free"):
             table.add_column(name, no_wrap=True)
         is_well = True
         for what, kill in self._victims():
@@ -159,10 +159,10 @@ class Demo:
             cluster.add_node("d")
 
         return (
-            ("controller", cluster.kill_controller),
+            ("the controller", cluster.kill_controller),
             ("an ingress", cluster.kill_ingress),
-            ("agent, llama's", lambda: cluster.kill_agent(node_of_llama())),
-            ("node, llama's", lose_node),
+            ("llama's agent", lambda: cluster.kill_agent(node_of_llama())),
+            ("llama's node", lose_node),
         )
 
     # ---------------------------------------------------------------------------------------------------- questions
@@ -175,7 +175,7 @@ class Demo:
     def outcome_of(self, name: str) -> str:
         """Whether it was answered, in a word."""
         try:
-            return "answered" if self.ask(name) == self._said[name] else "WRONG"
+            return "ok" if self.ask(name) == self._said[name] else "WRONG"
         except openai.OpenAIError as error:
             return type(error).__name__
 
@@ -201,7 +201,7 @@ class Demo:
         """How a stream ended, in a word."""
         if told == self._told[name]:
             return _WHOLE
-        return {"!APIError": "error event", "!RemoteProtocolError": "cut", "!APIConnectionError": "cut"}.get(
+        return {"!APIError": "error", "!RemoteProtocolError": "cut", "!APIConnectionError": "cut"}.get(
             told, told if told[:1] == "!" else "WRONG"
         )
 
