@@ -110,6 +110,13 @@ class RayAgent:
         return await asyncio.shield(self._starting)
 
     async def _start(self) -> NodeAgent:
+        try:
+            return await self._enter()
+        except BaseException:
+            await self._held.aclose()  # or the next attempt would find the folder taken, by this one
+            raise
+
+    async def _enter(self) -> NodeAgent:
         """Take the node's folder, start the agent, and let the commands on this machine in."""
         config = self._config
         make_private_directory(config.node_dir, WORDS)
