@@ -183,8 +183,8 @@ class RayController:
                 if node.id not in self._nodes and node.id not in joining:
                     joining[node.id] = self._in_background(self._join(node, service))
             joining = {node_id: task for node_id, task in joining.items() if not task.done()}
-            if not joining or asyncio.get_running_loop().time() > opened_at_s:
-                service.open()
+            if found.keys() <= self._nodes.keys() or asyncio.get_running_loop().time() > opened_at_s:
+                service.open()  # not before: what runs on a node that is not in yet would be started again elsewhere
             await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> list[RayNodeFacts]:
