@@ -74,8 +74,13 @@ class Streamed:
     """One stream: when each event with text came, in seconds of the clock."""
 
     at_s: list[float] = field(default_factory=list)
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     begun_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Those that have come."""
+        return len(self.token_ids)
 
     def gaps_s(self, since_s: float = 0.0, until_s: float = float("inf")) -> list[float]:
         """Pauses between two events that end in this time."""
@@ -266,16 +271,16 @@ class Bench:
 
 
 class Stream(threading.Thread):
-    """A client that reads a stream to its end, or until it is told to stop."""
+    """A client that reads a stream to its end, or until it is told to stop. Greedy, if ``sampling`` says nothing."""
 
-    def __init__(self, url: str, prompt: list[int], num_tokens: int) -> None:
+    def __init__(self, url: str, prompt: list[int], num_tokens: int, *, name: str = "", **sampling: object) -> None:
         super().__init__(daemon=True)
         self.streamed = Streamed()
         self.problem = ""
         self.stop = threading.Event()
         body = {"model": MODEL, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
-        body |= {"stream": True, "return_token_ids": True}
-        headers = {"Content-Type": "application/json"}
+        body |= {"stream": True, "return_token_ids": True, **sampling}
+        headers = {"Content-Type": "application/json"} | ({"X-Request-Id": name} if name else {})
         self._request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
 
     def run(self) -> None:
@@ -292,10 +297,9 @@ class Stream(threading.Thread):
             self.problem = repr(error)
 
     def _note(self, event: dict[str, Any]) -> None:
-        num = len(event["choices"][0]["token_ids"])
-        if num:
+        if token_ids := event["choices"][0]["token_ids"]:
             self.streamed.at_s.append(time.monotonic())
-            self.streamed.num_tokens += num
+            self.streamed.token_ids.extend(token_ids)
 
 
 def verdicts_of(samples: Sequence[Sample], prompt: int) -> list[dict[str, Any]]:
