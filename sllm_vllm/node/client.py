@@ -26,6 +26,7 @@ from sllm_vllm.node.protocol import NAME_PATTERN, NodeReport, ReplicaOrder, Repl
 from sllm_vllm.unix_listener import is_trusted, open_channel
 
 MEND_UNAVAILABLE = "start one with `sllm-vllm node serve` or `sllm-vllm run`"
+PROBLEM_DIED = "the agent ended in the middle"
 MEND_DIED = "see agent.log beside the socket"
 MEND_ODD = "restart the agent: it may be of another version"
 TIMEOUT_S = 30.0
@@ -57,6 +58,8 @@ class NodeClient:
         self.socket_path = socket_path
         self._timeout_s = timeout_s
         self._silent_s = silent_s
+        self._has_answered = False
+        """Whoever is gone after that was there before."""
 
     def is_there(self) -> bool:
         """Whether an agent accepts connections."""
@@ -184,6 +187,8 @@ class NodeClient:
         try:
             connection.connect()
         except OSError as error:
+            if self._has_answered:
+                raise NodeUnavailable(self.socket_path, PROBLEM_DIED, MEND_DIED) from None
             said = error.strerror or str(error)
             raise NodeUnavailable(self.socket_path, f"no agent runs ({said})", MEND_UNAVAILABLE) from None
         if not is_trusted(connection.peer_uid):
@@ -199,17 +204,18 @@ class NodeClient:
         except TimeoutError:
             problem = "the agent does not answer"
         except (OSError, HTTPException):
-            problem = "the agent ended in the middle"
+            problem = PROBLEM_DIED
         else:
             return
         raise NodeUnavailable(self.socket_path, problem, MEND_DIED)
 
-    @staticmethod
-    def _sent(connection: _UnixConnection, method: str, path: str, *, body: bytes | None = None) -> HTTPResponse:
+    def _sent(self, connection: _UnixConnection, method: str, path: str, *, body: bytes | None = None) -> HTTPResponse:
         kind = {"Content-Type": "application/json"} if body is not None else {}
         with contextlib.suppress(BrokenPipeError):  # refused while it was sent: the answer says why
             connection.request(method, path, body=body, headers={**kind, "Connection": "close"})
-        return connection.getresponse()
+        response = connection.getresponse()
+        self._has_answered = True
+        return response
 
     def _checked(self, response: HTTPResponse) -> bytes:
         """The whole body of a good answer; that of another is raised."""

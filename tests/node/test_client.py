@@ -181,6 +181,15 @@ def test_an_agent_that_is_killed_in_the_middle_of_a_stream(tmp_path: Path) -> No
     assert not client.is_there()
 
 
+def test_agent_that_dies_between_two_calls_was_there_before(tmp_path: Path) -> None:
+    with agent_process(tmp_path / "node") as (client, process):
+        client.order(ReplicaOrder(model="slow", id="s"))
+        process.kill()
+        process.wait()
+        with pytest.raises(NodeUnavailable, match=r"ended in the middle.*agent\.log"):
+            client.replica("s")
+
+
 def test_an_agent_that_does_not_answer(tmp_path: Path) -> None:
     with agent_process(tmp_path / "node") as (_, process):
         process.send_signal(signal.SIGSTOP)
