@@ -3,10 +3,9 @@
 A real router over four models of three architectures on two slots. A model that has an engine loses it before it is
 asked, so each request starts one, on free slots or in the place of another. After each start its prediction, made
 before it, is compared with what happened, from the decision to the first byte. The first starts of each model teach;
-the others are judged. Prints a
-table, and whether the median error is at most 10 %, the 95th percentile at most 25 %. Beside it stands what the machine's
-own unsteadiness leaves: the error of one who knew beforehand the median of these very starts, by model and by whether
-another engine had to leave. Exits with 1 if a request fails.
+the others are judged. Prints a table, and whether the median error is at most 10 %, the 95th percentile at most 25 %.
+Beside it stands what the machine's own unsteadiness leaves: the error of one who knew beforehand the median of these
+very starts, by model and by whether another engine had to leave. Exits with 1 if a request fails.
 
     python -m benchmarks.start_predictions --json FILE
 """
