@@ -101,6 +101,8 @@ class Sample:
     num_rounds: int = 0
     num_filled: int = 0
     nbytes: int = 0
+    held_s: float = 0.0
+    """That the router held the source's stream back at the switch; the rest of the gap comes before and after."""
     other_apart_s: float = 0.0
     other_gap_s: float = 0.0
     """Of the stream that ran on the target: the longest pause while the other one moved."""
@@ -219,6 +221,7 @@ class Bench:
             return None
         gaps_s = stream.streamed.gaps_s(ordered_s)
         num_moved, num_rounds, num_filled, nbytes = map(int, found[:4])
+        held_s = float(found[4]) / 1000
         return Sample(
             way=way,
             prompt=prompt,
@@ -229,6 +232,7 @@ class Bench:
             num_rounds=num_rounds,
             num_filled=num_filled,
             nbytes=nbytes,
+            held_s=held_s,
             other_apart_s=statistics.median(other.streamed.gaps_s(until_s=ordered_s)) if other else 0.0,
             other_gap_s=max(other.streamed.gaps_s(ordered_s, moved_s), default=0.0) if other else 0.0,
         )
@@ -321,7 +325,7 @@ def verdicts_of(samples: Sequence[Sample], prompt: int) -> list[dict[str, Any]]:
 def show(console: Console, samples: Sequence[Sample], verdicts: Sequence[dict[str, Any]]) -> None:
     """Tables for a person."""
     table = Table(title="what a client notices, medians", title_justify="left", box=None)
-    for name in ("prompt", "way", "n", "gap s", "most s", "events apart s", "move s", "rounds", "computed", "kB sent"):
+    for name in ("prompt", "way", "n", "gap s", "most", "held s", "apart s", "move s", "rounds", "computed", "kB sent"):
         table.add_column(name, justify="left" if name == "way" else "right")
     for prompt, way in dict.fromkeys((one.prompt, one.way) for one in samples if not one.other_apart_s):
         table.add_row(*_row([one for one in samples if (one.prompt, one.way) == (prompt, way)]))
@@ -343,7 +347,8 @@ def _row(found: Sequence[Sample]) -> list[str]:
     def median(name: str) -> float:
         return float(statistics.median(getattr(one, name) for one in found))
 
-    times = [f"{median('gap_s'):.3f}", f"{max(one.gap_s for one in found):.3f}", f"{median('apart_s'):.3f}"]
+    times = [f"{median('gap_s'):.3f}", f"{max(one.gap_s for one in found):.3f}"]
+    times += [f"{median(name):.3f}" for name in ("held_s", "apart_s")]
     counts = [f"{median(name):.0f}" for name in ("num_rounds", "num_filled")]
     head = [str(found[0].prompt), found[0].way, str(len(found))]
     return [*head, *times, f"{median('move_s'):.2f}", *counts, f"{median('nbytes') / 1000:.1f}"]

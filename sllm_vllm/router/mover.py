@@ -130,7 +130,8 @@ class Mover:
         if _RESUME not in reply.body:
             return Refused(str(reply.body.get("immovable", "it can't be moved")), is_lasting=True)
         self._told = reply.body
-        return SourceTold(len(reply.body["prompt_token_ids"]), tuple(len(tokens) for tokens in self._open_choices()))
+        num_outputs = tuple(len(tokens) for tokens in self._open_choices())
+        return SourceTold(len(reply.body["prompt_token_ids"]), num_outputs, at_s=time.monotonic())
 
     def _open_choices(self) -> list[list[int]]:
         return [one["token_ids"] for one in self._told[_RESUME]["choices"] if one["finish_reason"] is None]

@@ -6,7 +6,9 @@ prefix cache while the source goes on; the next round has only what is new. ``ro
 When to switch. The target's cache holds whole blocks, so whatever was done before, what lies beyond the last whole
 block is computed at the switch: while the client waits. Another round pays if it makes one more block whole, and if the
 target computes faster than the source generates: else what is left never gets less. Otherwise, and after
-``rounds_max``, switch.
+``rounds_max``, switch; but where computing what lies in the open block takes the target long enough to be noticed, by
+its speed in the rounds, the source is first let run to the end of that block, which one more round makes whole. So a
+slow target, or one with large blocks, makes the client wait for a few tokens and not for up to a whole block of them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from enum import Enum
 
 MOVE_ROUNDS_MAX = 6
 ROUND_TOKENS_MAX = 2048
+UNNOTICED_SHARE = 0.25
+"""Of the time from one token to the next: what the open block may take at the switch, before its end is waited for."""
+WAITS_MAX = 4
+"""Looks at a source that is let run to the end of a block; one that has stopped is not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +40,11 @@ class MigrationLimits:
 
 @dataclass(frozen=True, slots=True)
 class SourceTold:
-    """What the request has now: tokens of its prompt, and of each choice's output that has not ended."""
+    """What the request has at a time: tokens of its prompt, and of each choice's output that has not ended."""
 
     num_prompt: int
     num_outputs: tuple[int, ...]
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,13 @@ class Migration:
         """What the source had when the last round began."""
         self._num_last = 0
         """Tokens of that round, of the choice with the most."""
+        self._filled_s = 0.0
+        """All rounds together."""
+        self._first: tuple[float, int] | None = None
+        """When the source was asked first, and the tokens of its first choice."""
+        self._is_waiting = False
+        """For the end of the source's block."""
+        self._num_waits = 0
 
     def begin(self) -> list[MigrationAction]:
         """What is to be done first."""
@@ -163,6 +177,7 @@ class Migration:
             case SourceTold() if self.phase is Phase.ASKING:
                 return self._source_told(event)
             case Filled() if self.phase is Phase.FILLING:
+                self._filled_s += event.seconds
                 return self._filled()
             case WentOn() if self.phase is Phase.SWITCHING:
                 self._become(Phase.MOVED)
@@ -187,9 +202,15 @@ class Migration:
             self._reached = (event.num_prompt if self._reached else 0,) * len(totals)
             self._seen = ()
         self._num_prompt = event.num_prompt
-        if self.num_rounds >= self._limits.rounds_max or not self._pays(totals):
-            self._become(Phase.SWITCHING)
-            return [Switch()]
+        if self._first is None:
+            self._first = event.at_s, totals[0]
+        if self.num_rounds >= self._limits.rounds_max:
+            return self._switch()
+        if not self._pays(totals):
+            wait_s = self._wait_for_block_s(totals, event.at_s)
+            return [AskSource(wait_s)] if wait_s else self._switch()
+        if self._is_waiting:
+            self._is_waiting, self._num_waits = False, WAITS_MAX  # it is as little as it gets
         self.num_rounds += 1
         self._num_last = max(total - there for total, there in zip(totals, self._reached, strict=True))
         self._goal = self._seen = totals
@@ -202,7 +223,28 @@ class Migration:
         if not any(total // block > there // block for total, there in pairs):
             return False
         grown = max((new - old for new, old in zip(totals, self._seen, strict=True)), default=0) if self._seen else 0
-        return not grown or grown < self._num_last
+        return not grown or grown < self._num_last or self._is_waiting
+
+    def _switch(self) -> list[MigrationAction]:
+        self._become(Phase.SWITCHING)
+        return [Switch()]
+
+    def _wait_for_block_s(self, totals: tuple[int, ...], at_s: float) -> float:
+        """Until the source is expected to have filled its open block; 0 if that is not worth it.
+
+        Several choices fill theirs at different times, and are not waited for.
+        """
+        assert self._first is not None
+        (first_s, first), total, there, block = self._first, totals[0], self._reached[0], self._block_tokens
+        if len(totals) != 1 or not self.num_filled or total <= first or self._num_waits >= WAITS_MAX:
+            return 0.0
+        num_open = total - there // block * block
+        token_s = (at_s - first_s) / (total - first)
+        if num_open >= block or num_open * self._filled_s / self.num_filled <= UNNOTICED_SHARE * token_s:
+            return 0.0
+        self._is_waiting = True
+        self._num_waits += 1
+        return (block - total % block) * token_s
 
     def _filled(self) -> list[MigrationAction]:
         pause_s = self._limits.round_pause_s

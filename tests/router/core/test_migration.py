@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_vllm.router.core.migration import (
+    WAITS_MAX,
     AskSource,
     Fill,
     Filled,
@@ -34,8 +35,8 @@ def migration(**limits: float) -> Migration:
     return Migration(MigrationLimits(**limits), block_tokens=BLOCK, model_tokens_max=LONGEST)  # type: ignore[arg-type]
 
 
-def told(num_prompt: int, *num_outputs: int) -> SourceTold:
-    return SourceTold(num_prompt, num_outputs)
+def told(num_prompt: int, *num_outputs: int, at_s: float = 0.0) -> SourceTold:
+    return SourceTold(num_prompt, num_outputs, at_s)
 
 
 def run(one: Migration, *events: MigrationEvent) -> list[MigrationAction]:
@@ -87,6 +88,59 @@ def test_a_long_round_is_cut_and_spares_others_between() -> None:
     assert (one.num_rounds, one.num_filled) == (1, 150)
 
 
+# The target takes 0.01 s a token in the first round, the source 0.1 s: ten tokens more meanwhile, in blocks of 16.
+SLOW = (told(100, 0, at_s=0.0), Filled(1.0), told(100, 10, at_s=1.0))
+
+
+def test_the_end_of_a_block_is_waited_for_if_the_target_is_slow_to_compute_an_open_one() -> None:
+    """14 tokens of an open block take it longer than a token takes the source; after the wait it is one."""
+    one = migration()
+    (wait,) = run(one, *SLOW)  # 110 tokens; the block ends at 112
+    assert isinstance(wait, AskSource)
+    assert wait.after_s == pytest.approx(0.2)
+    assert one.handle(told(100, 13, at_s=1.3)) == [Fill((113,), num_new=13)]
+    assert one.handle(Filled(0.1)) == [AskSource()]
+    assert one.handle(told(100, 14, at_s=1.4)) == [Switch()]
+
+
+def test_a_block_is_waited_for_once() -> None:
+    """What the source generates during the last round is as little as it gets."""
+    one = migration()
+    run(one, *SLOW, told(100, 13, at_s=1.3), Filled(0.8))
+    assert one.handle(told(100, 21, at_s=2.1)) == [Switch()]
+
+
+def test_an_open_block_that_nobody_notices_is_not_waited_for() -> None:
+    """14 tokens at 1 ms are less than a quarter of the 100 ms that the source takes for one."""
+    assert run(migration(), told(100, 0, at_s=0.0), Filled(0.1), told(100, 10, at_s=1.0)) == [Switch()]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        (told(100, 0, 0, at_s=0.0), Filled(1.0), told(100, 10, 10, at_s=1.0)),
+        (told(100, 0, at_s=0.0), Filled(1.0), told(100, 0, at_s=1.0)),
+    ],
+    ids=["several choices", "a source that stands still"],
+)
+def test_whose_block_does_not_end_alike_or_at_all_is_not_waited_for(events: Sequence[MigrationEvent]) -> None:
+    assert run(migration(), *events) == [Switch()]
+
+
+def test_a_source_that_stops_is_not_waited_for_long() -> None:
+    one = migration()
+    actions = run(one, *SLOW)
+    for _ in range(WAITS_MAX - 1):
+        assert [type(action) for action in actions] == [AskSource]
+        actions = one.handle(told(100, 11, at_s=2.0))
+    assert [type(action) for action in actions] == [AskSource]
+    assert one.handle(told(100, 11, at_s=2.0)) == [Switch()]
+
+
+def test_rounds_that_were_all_made_are_not_waited_beyond() -> None:
+    assert run(migration(rounds_max=1), *SLOW) == [Switch()]
+
+
 def test_choices_share_their_prompt() -> None:
     assert run(migration(), told(100, 10, 20)) == [Fill((110, 120), num_new=130)]
 
@@ -135,15 +189,20 @@ def test_nothing_follows_its_end(ending: Sequence[MigrationEvent]) -> None:
     start=st.integers(0, 200),
     grown=st.lists(st.integers(0, 300), min_size=8, max_size=8),
     most=st.integers(16, 4096),
+    token_s=st.sampled_from([0.0, 0.001, 0.1]),
 )
-def test_rounds_are_bounded_and_never_compute_twice(prompt: int, start: int, grown: list[int], most: int) -> None:
+def test_rounds_are_bounded_and_never_compute_twice(
+    prompt: int, start: int, grown: list[int], most: int, token_s: float
+) -> None:
     one = migration(round_tokens_max=most, rounds_max=5)
     actions, output, asked, filled = one.begin(), start, 0, 0
     while actions != [Switch()] and one.phase is not Phase.ENDED:
         (action,) = actions
         if isinstance(action, AskSource):
             asked += 1
-            actions = one.handle(told(prompt, output))
+            assert asked <= 1 + 5 + WAITS_MAX
+            output += round(action.after_s / token_s) if token_s else 0
+            actions = one.handle(told(prompt, output, at_s=output * token_s))
         else:
             assert isinstance(action, Fill)
             assert action.num_new <= most
