@@ -6,6 +6,7 @@ A leg reads from one engine until a ``Mover`` diverts it; then the target's answ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Leg:
         self._next: asyncio.Task[EngineConnection] | None = None
         """The target's answer, once the source's is diverted."""
         self._held_at_s = 0.0
+        self._has_given = asyncio.Event()
         self._mover: asyncio.Task[None] | None = None
 
     # ---------------------------------------------------------------------------------------------------- the answer
@@ -99,6 +101,7 @@ class Leg:
                 return rest
             if events := self._whole_events(data):
                 self._transcript.note(events)
+                self._has_given.set()
                 return events
 
     @property
@@ -155,6 +158,15 @@ class Leg:
                 self._mover = start(self, order)
 
         self._gate.follow(self.ticket, on_order)
+
+    async def wait_given(self, seconds_max: float) -> None:
+        """Until the client of a stream gets its next events: what is held from then on, it misses latest."""
+        if self._transcript is None:
+            return
+        self._has_given.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds_max):
+                await self._has_given.wait()
 
     def hold(self) -> bool:
         """Give the client nothing more until ``release`` or ``divert``; False if there is nothing to be held."""

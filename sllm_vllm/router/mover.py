@@ -39,6 +39,8 @@ from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
 
 logger = logging.getLogger(__name__)
 
+GIVEN_S_MAX = 0.25
+"""For an event of the source, right after which its stream is held."""
 PROOF_PAUSE_S = 0.01
 PROOF_PAUSE_S_MAX = 0.05
 _RESUME = "resume"
@@ -161,6 +163,7 @@ class Mover:
     # --------------------------------------------------------------------------------------------------------- switch
 
     async def _switch(self) -> MigrationEvent:
+        await self._leg.wait_given(GIVEN_S_MAX)
         if not self._leg.hold():
             return SourceEnded()
         told = await self._ask_source()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sllm_vllm.router import mover
 from tests.router.fake_gate import until
 from tests.router.move_bench import NUM_TOKENS, assert_whole, bench
 from tests.router.moving_engine import CREATED, KEY, text_of
@@ -50,6 +51,21 @@ async def test_the_source_streams_on_while_the_target_catches_up() -> None:
         await one.b.allow(NUM_TOKENS)
         assert_whole(await one.ended())
     assert one.b.fills == [20, 26]
+
+
+async def test_a_stream_is_held_right_after_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the pause that its client notices is as short as it can be."""
+    monkeypatch.setattr(mover, "GIVEN_S_MAX", 60.0)
+    async with bench() as one:
+        await one.a.allow(17)
+        await one.has(17)
+        one.gate.order_move("b")
+        await until(lambda: one.b.fills, "the round")
+        await one.a.allow(18)
+        await until(lambda: one.b.running, "the request at its target")
+        await one.b.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert json.loads(one.b.bodies[-1]["vllm_xargs"][KEY])["choices"][0]["token_ids"] == list(range(18))
 
 
 async def test_an_answer_that_does_not_stream_is_moved_too() -> None:
