@@ -7,9 +7,9 @@ with a prompt of its own, so that no cache knows it:
 * *no rounds*: the target computes everything at the switch;
 * *restart*: what preempting costs: until a new request with such a prompt has as many tokens again.
 
-The gap is the pause between two events of the stream at the switch; beside it stands the longest of all pauses after the
-order, which a machine that is busy with the rounds may make, too. The distance of two events is the median of all. A
-first move for each length, in which the target's kernels are made, does not count. Beside a move another request
+The gap is the pause between two events of the stream at the switch; beside it stands the longest of all pauses after
+the order, which a machine that is busy with the rounds may make, too. The distance of two events is the median of all.
+A first move, in which the target's kernels are made, does not count. Beside a move another request
 streams on the target: its longest pause is what the rounds cost it, with prefills of 2,048 tokens at once and of 256.
 Every moved stream must have all its tokens, once. Exits with 1 if a request fails.
 
@@ -46,10 +46,10 @@ MODEL = "m"
 PROMPTS = (100, 1000, 4000)
 ROUNDS = {100: 5, 1000: 3, 4000: 1}
 TOKENS, MOVE_AT = 120, 20
-AT_SWITCH = 2
 PROMPT_SHARE = 8
 """A token more for so many of the prompt, so that the answer does not end before the target has caught up."""
-OTHERS_TOKENS_MAX = 4000
+BESIDE_MAX, OTHERS_TOKENS_MAX = 1000, 4000
+"""Of prompts that move beside another stream; it takes minutes for longer ones."""
 TRIES_MAX = 5
 """Of a move whose request ends first: engines that share processors stall now and then, moved or not."""
 ANSWER_S_MAX = 900.0
@@ -77,8 +77,6 @@ class Streamed:
 
     at_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    num_by: list[int] = field(default_factory=list)
-    """Tokens that had come with each event."""
     begun_s: float = 0.0
 
     @property
@@ -91,11 +89,10 @@ class Streamed:
         pairs = zip(self.at_s, self.at_s[1:], strict=False)
         return [after - before for before, after in pairs if since_s <= after <= until_s]
 
-    def gap_after_s(self, num_tokens: int) -> float:
-        """The longest pause near that token: an engine may have one or two more than the client was given."""
-        near = range(num_tokens - AT_SWITCH, num_tokens + AT_SWITCH + 1)
-        events = zip(self.at_s, self.at_s[1:], self.num_by[1:], strict=False)
-        return max(after - before for before, after, num in events if num in near)
+    def gap_at_s(self, at_s: float) -> float:
+        """The pause in which that moment lies."""
+        pairs = zip(self.at_s, self.at_s[1:], strict=False)
+        return next(after - before for before, after in pairs if before <= at_s <= after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +141,10 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
         with running_router(workspace, models, slots=2, **sections_of(SETTINGS["rounds"])) as router:
             bench = Bench(workspace, models, router)
             bench.wait_movable()
+            bench.make_kernels(arguments.prompts[0])
             for prompt in arguments.prompts:
-                bench.make_kernels(prompt)
                 for number in range(arguments.rounds or ROUNDS.get(prompt, 3)):
-                    for sample in bench.round_of(prompt, with_other=number == 0):
+                    for sample in bench.round_of(prompt, with_other=number == 0 and prompt <= BESIDE_MAX):
                         samples.append(sample)
                         progress.say(
                             f"{sample.way}, prompt {prompt}: gap {sample.gap_s:.3f} s of {sample.apart_s:.3f} s"
@@ -242,7 +239,7 @@ class Bench:
         return Sample(
             way=way,
             prompt=prompt,
-            gap_s=stream.streamed.gap_after_s(num_moved),
+            gap_s=stream.streamed.gap_at_s(moved_s - held_s / 2),
             apart_s=statistics.median(stream.streamed.gaps_s()),
             longest_s=max(stream.streamed.gaps_s(ordered_s)),
             move_s=moved_s - ordered_s,
@@ -322,7 +319,6 @@ class Stream(threading.Thread):
         if token_ids := event["choices"][0]["token_ids"]:
             self.streamed.at_s.append(time.monotonic())
             self.streamed.token_ids.extend(token_ids)
-            self.streamed.num_by.append(len(self.streamed.token_ids))
 
 
 def verdicts_of(samples: Sequence[Sample], prompt: int) -> list[dict[str, Any]]:
