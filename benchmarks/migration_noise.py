@@ -69,6 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, help="how many, each asked five times")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each answer")
     parser.add_argument("--at-once", type=int, default=AT_ONCE, help="requests beside each other")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="of the model, as random_models.py has it")
     parser.add_argument("--json", type=Path, help="file for the lines of JSON")
@@ -87,7 +88,7 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
     try:
         with running_router(workspace, models, slots=2, **sections_of(arguments.dtype)) as router:
             Bench(workspace, models, router).wait_movable()
-            asker = Asker(router)
+            asker = Asker(router, arguments.tokens)
             for number in range(0, arguments.prompts, arguments.at_once):
                 group = range(number, min(number + arguments.at_once, arguments.prompts))
                 found.extend(asker.compare(group))
@@ -98,6 +99,7 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
     show(console, found, arguments)
     if arguments.json is not None:
         setting = {"kind": "setting", "dtype": arguments.dtype, "size": arguments.size, "at_once": arguments.at_once}
+        setting |= {"tokens": arguments.tokens}
         lines = [machine(), setting, *({"kind": "answer", **asdict(one)} for one in found)]
         arguments.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
     is_wrong = arguments.dtype == "float32" and any(one.was_moved and one.differs_at is not None for one in found)
@@ -114,8 +116,9 @@ def sections_of(dtype: str) -> dict[str, Any]:
 class Asker:
     """Asks one router all ways."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, num_tokens: int) -> None:
         self._router = router
+        self._num_tokens = num_tokens
         self._num_asked = 0
 
     def compare(self, prompts: Sequence[int]) -> Iterator[Compared]:
@@ -138,8 +141,10 @@ class Asker:
             mover.start()
         for one in asked:
             one.stream.join(ANSWER_S_MAX)
-            if one.stream.streamed.num_tokens != TOKENS:
-                told = f"{one.name}: {one.stream.streamed.num_tokens} tokens of {TOKENS}: {one.stream.problem}"
+            if one.stream.streamed.num_tokens != self._num_tokens:
+                told = (
+                    f"{one.name}: {one.stream.streamed.num_tokens} tokens of {self._num_tokens}: {one.stream.problem}"
+                )
                 raise RouterFailed(f"{told}\n{self._router.log_tail()}")
         for mover in movers:
             mover.join()
@@ -151,7 +156,7 @@ class Asker:
         sampling: dict[str, object] = {} if is_greedy(prompt) else {"temperature": 1.0, "seed": prompt}
         self._num_asked += 1
         name = f"p{prompt}-{self._num_asked}"
-        stream = Stream(self._router.url, tokens, TOKENS, name=name, **sampling)
+        stream = Stream(self._router.url, tokens, self._num_tokens, name=name, **sampling)
         stream.start()
         return Named(name, prompt, stream)
 
