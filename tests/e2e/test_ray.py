@@ -24,7 +24,7 @@ NODES = ("a", "b", "c")
 MODELS = ("llama", "opt", "qwen2", "gpt2")
 START_MAX_S = 400.0
 """Of a request that a cold engine is started for, on a busy machine."""
-TOKENS = 900
+TOKENS = 1900
 """Of a stream that something is killed under."""
 MEANWHILE = 4
 """Requests to each model while something is dead."""
@@ -38,7 +38,7 @@ def bench(model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Iter
     del variables["VLLM_CPU_KVCACHE_SPACE"]  # the agent's own share counts
     with ray_bench(directory, *NODES, environment=variables) as bench:
         bench.answer_s_max = START_MAX_S
-        arguments = {"enforce-eager": True, "max-model-len": 1024}
+        arguments = {"enforce-eager": True, "max-model-len": 2048}
         bench.deploy(
             sections_of(
                 directory,
