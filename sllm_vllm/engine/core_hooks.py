@@ -118,14 +118,17 @@ class _Past:
 def _accept_of(managers: Any) -> Any:
     """How a manager lets a request's grammar accept new tokens, leaving out those of its reasoning.
 
-    Before ``accept_tokens`` (there since 0.30) the scheduler put it together from two of its methods.
+    Before ``accept_tokens`` (there since 0.30) the scheduler put it together from two of its methods, and a third had
+    been asked before the first token, whose answer is that there is no reasoning in the prompt, or no end of it.
     """
     if hasattr(managers, "accept_tokens"):
         return require(managers, "accept_tokens", "request", "new_token_ids")
     should_advance = require(managers, "should_advance", "request", "new_token_ids")
     trim = require(managers, "trim_reasoning_for_advance", "request", "new_token_ids")
+    settle_reasoning = require(managers, "should_fill_bitmask", "request")
 
     def accept(self: Any, request: Any, new_token_ids: list[int]) -> bool:
+        settle_reasoning(self, request)
         if not should_advance(self, request, new_token_ids=new_token_ids):
             return True
         rest: Any = trim(self, request, new_token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -53,10 +54,10 @@ def hooked(refused: int | None = None) -> Any:
     return module.StructuredOutputManager()
 
 
-def request_owning(*tokens: int) -> Any:
+def request_owning(*tokens: int, prompt: Sequence[int] = (1, 2)) -> Any:
     return SimpleNamespace(
         request_id="r",
-        prompt_token_ids=[1, 2],
+        prompt_token_ids=list(prompt),
         output_token_ids=list(tokens),
         num_output_tokens=len(tokens),
         structured_output_request=Record(),
@@ -191,6 +192,12 @@ def test_a_manager_that_only_says_what_is_reasoning_accepts_the_rest() -> None:
             del request
             return Grammar()
 
+        def should_fill_bitmask(self, request: Any) -> bool:
+            record = request.structured_output_request
+            if record.reasoning_ended is None:
+                record.reasoning_ended = 9 in request.prompt_token_ids
+            return bool(record.reasoning_ended)
+
         def should_advance(self, request: Any, new_token_ids: list[int]) -> bool:
             record = request.structured_output_request
             record.reasoning_ended = record.reasoning_ended or 9 in new_token_ids
@@ -208,3 +215,7 @@ def test_a_manager_that_only_says_what_is_reasoning_accepts_the_rest() -> None:
     assert request.structured_output_request.reasoning_ended is True
     with pytest.raises(ValueError, match="refuses token 7"):
         module.StructuredOutputManager()._create_grammar(request_owning(9, 7))
+    ended_before = request_owning(5, 6, prompt=(1, 9))
+    ended_before.structured_output_request.reasoning_ended = None  # nobody has asked yet
+    assert module.StructuredOutputManager()._create_grammar(ended_before).taken == [5, 6]
+    assert ended_before.structured_output_request.reasoning_ended is True
