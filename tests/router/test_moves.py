@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sllm_vllm.router import mover
+from sllm_vllm.router.leg import Leg
 from tests.router.fake_gate import until
 from tests.router.move_bench import NUM_TOKENS, assert_whole, bench
 from tests.router.moving_engine import CREATED, KEY, text_of
@@ -55,12 +56,19 @@ async def test_the_source_streams_on_while_the_target_catches_up() -> None:
 
 async def test_a_stream_is_held_right_after_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the pause that its client notices is as short as it can be."""
+    waits, stock = asyncio.Event(), Leg.wait_given
+
+    async def telling(leg: Leg, seconds_max: float) -> None:
+        waits.set()  # nobody else runs until it waits
+        await stock(leg, seconds_max)
+
+    monkeypatch.setattr(Leg, "wait_given", telling)
     monkeypatch.setattr(mover, "GIVEN_S_MAX", 60.0)
     async with bench() as one:
         await one.a.allow(17)
         await one.has(17)
         one.gate.order_move("b")
-        await until(lambda: one.b.fills, "the round")
+        await until(waits.is_set, "the switch")
         await one.a.allow(18)
         await until(lambda: one.b.running, "the request at its target")
         await one.b.allow(NUM_TOKENS)
