@@ -9,9 +9,9 @@ with a prompt of its own, so that no cache knows it:
 
 The gap is the pause between two events of the stream at the switch; beside it stands the longest of all pauses after
 the order, which a machine that is busy with the rounds may make, too. The distance of two events is the median of all.
-A first move, in which the target's kernels are made, does not count. Beside a move another request
-streams on the target: its longest pause is what the rounds cost it, with prefills of 2,048 tokens at once and of 256.
-Every moved stream must have all its tokens, once. Exits with 1 if a request fails.
+A first move, in which the target's kernels are made, does not count. Beside a move of a prompt that is not too long
+another request streams on the target: its longest pause is what the rounds cost it, with prefills of 2,048 tokens at
+once and of 256. Every moved stream must have all its tokens, once. Exits with 1 if a request fails.
 
     python -m benchmarks.migration --json FILE
 """

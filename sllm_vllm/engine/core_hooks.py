@@ -118,8 +118,8 @@ class _Past:
 def _accept_of(managers: Any) -> Any:
     """How a manager lets a request's grammar accept new tokens, leaving out those of its reasoning.
 
-    Before ``accept_tokens`` (there since 0.30) the scheduler put it together from two of its methods, and a third had
-    been asked before the first token, whose answer is that there is no reasoning in the prompt, or no end of it.
+    Before ``accept_tokens`` (there since 0.30) the scheduler put it together from two of its methods; a third, asked
+    before the first token, settles whether the prompt has ended the reasoning.
     """
     if hasattr(managers, "accept_tokens"):
         return require(managers, "accept_tokens", "request", "new_token_ids")
