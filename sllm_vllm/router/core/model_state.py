@@ -12,6 +12,8 @@ BACK_OFF_S = 1.0
 BACK_OFF_S_MAX = 60.0
 _DOUBLINGS_MAX = 16
 """More would pass the maximum anyway, and after a thousand the range of a float."""
+STEADY_S = 30.0
+"""A replica that has been ready for so long works: the failures before it are forgotten."""
 FAILURES_MAX = 3
 """Failed starts in a row after which waiting requests are told, and new ones refused until the next attempt."""
 SERVICE_SHARE = 0.2
@@ -20,7 +22,10 @@ SERVICE_SHARE = 0.2
 
 @dataclass(slots=True)
 class BackOff:
-    """Failed starts of a model in a row: each doubles the pause before the next attempt."""
+    """Failed starts of a model in a row: each doubles the pause before the next attempt.
+
+    A replica that ends by its own fault before it was ready for ``STEADY_S`` is a failed start, too.
+    """
 
     num_failures: int = 0
     until_s: float = 0.0
@@ -35,7 +40,7 @@ class BackOff:
         self.until_s = now_s + min(BACK_OFF_S_MAX, BACK_OFF_S * 2.0 ** min(self.num_failures - 1, _DOUBLINGS_MAX))
 
     def succeeded(self) -> None:
-        """It starts after all."""
+        """A replica of it works, or it is to be tried at once."""
         self.num_failures, self.until_s, self.reason = 0, 0.0, ""
 
     def is_resting(self, now_s: float) -> bool:

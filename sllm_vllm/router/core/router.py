@@ -43,7 +43,7 @@ from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, RequestFacts, 
 from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.membership import Membership
-from sllm_vllm.router.core.model_state import ModelState, Picture, Request
+from sllm_vllm.router.core.model_state import STEADY_S, ModelState, Picture, Request
 from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.recovery import Recovery
@@ -54,8 +54,6 @@ from sllm_vllm.router.core.suspects import Suspects
 
 CHOICES_MAX = 8
 """Replicas that are looked at for a request, those with the fewest first."""
-YOUNG_S = 30.0
-"""A replica that ends by its own fault so soon after it was ready counts as a failed start."""
 
 
 class RouterCore:
@@ -327,7 +325,7 @@ class RouterCore:
         if state is None or state.spec.generation != replica.generation:
             self.scaling.stop(event.replica, "its model was changed", now_s)
             return
-        state.back_off.succeeded()
+        self.scaling.became_ready(state, now_s)
         self.scaling.pin(replica.model)
         self._end_old_generations(state, now_s)
         self._serve(replica.model, now_s)
@@ -349,7 +347,7 @@ class RouterCore:
         state = self.models.get(replica.model)
         if state is None or not event.is_fault:
             return
-        if replica.ready_s is None or now_s - replica.ready_s < YOUNG_S:
+        if replica.ready_s is None or now_s - replica.ready_s < STEADY_S:
             self.scaling.failed(state, event.reason, now_s)
         if state.back_off.is_hopeless and not self._has_replica(replica.model):
             self._reject_waiting(state, now_s)
@@ -377,13 +375,14 @@ class RouterCore:
         for facts in self.queues.expire(now_s):
             del self.requests[facts.id]
             state = self.models[facts.model]
-            if state.back_off.reason:
+            if state.back_off.reason and not self._has_replica(facts.model):
                 self._reject_no_start(facts.id, state, now_s)
             else:
                 self._reject(facts.id, Refusal.TOO_LATE, self._why_too_late(state.spec), retry_after_s=1.0)
         for replica_id in self.suspects.cleared(now_s):
             if (replica := self.cluster.replicas.get(replica_id)) is not None:
                 self._touched[replica.model] = None
+        self.scaling.forget_failures(now_s)
         self.scaling.end_idle(now_s)
         self.scaling.actions.extend(self.scaling.foresight.errands(now_s))
         self.scaling.drain_for_starving(now_s)

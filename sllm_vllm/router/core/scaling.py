@@ -17,7 +17,7 @@ from sllm_vllm.router.core.facts import ModelSpec, StartSample
 from sllm_vllm.router.core.foresight import Foresight
 from sllm_vllm.router.core.hungry import Hungry
 from sllm_vllm.router.core.limits import RouterLimits
-from sllm_vllm.router.core.model_state import ModelState, Picture, Prediction
+from sllm_vllm.router.core.model_state import STEADY_S, ModelState, Picture, Prediction
 from sllm_vllm.router.core.pending import PendingStart, PendingStarts, slug_of
 from sllm_vllm.router.core.placement import Plan, PlanKind, Relocation, best_plan, plan_starts
 from sllm_vllm.router.core.queues import ModelQueues
@@ -47,6 +47,8 @@ class Scaling:
         self.foresight = Foresight(self.cluster, estimator, models, limits=limits)
         self._later = Alarms()
         """When models are to be considered again."""
+        self._steady = Alarms()
+        """When models whose starts have failed have had a replica for ``STEADY_S``."""
         self._num_started = 0
         self.actions: list[Action] = []
         self.resumed: list[str] = []
@@ -297,6 +299,7 @@ class Scaling:
         self._hungry.discard(model)
         self.predictions.pop(model, None)
         self._later.discard(model)
+        self._steady.discard(model)
         self.foresight.forget_model(model)
 
     # --------------------------------------------------------------------------------- stopping, failing to start
@@ -375,8 +378,20 @@ class Scaling:
                 self.call_off(pending, now_s)
         return replica
 
+    def became_ready(self, state: ModelState, now_s: float) -> None:
+        """A start of a model succeeded, for now: an engine that dies seconds later must not be started without end."""
+        if state.back_off.num_failures:
+            self._steady.set(state.spec.name, now_s + STEADY_S)
+
+    def forget_failures(self, now_s: float) -> None:
+        """Models that have had a replica for ``STEADY_S`` work again."""
+        for model in self._steady.due(now_s):
+            if (state := self._models.get(model)) is not None:
+                state.back_off.succeeded()
+
     def failed(self, state: ModelState, reason: str, now_s: float) -> None:
-        """A start of a model failed."""
+        """A start of a model failed, or what was started lived too short."""
+        self._steady.discard(state.spec.name)
         state.back_off.failed(reason, now_s)
         self._later.set(state.spec.name, state.back_off.until_s)
 

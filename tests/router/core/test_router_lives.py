@@ -8,7 +8,7 @@ from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.events import PrefetchModel, Refusal, Ticked
 from sllm_vllm.router.core.facts import Tier
 from sllm_vllm.router.core.limits import RouterLimits
-from sllm_vllm.router.core.model_state import BACK_OFF_S_MAX, FAILURES_MAX, BackOff
+from sllm_vllm.router.core.model_state import BACK_OFF_S_MAX, FAILURES_MAX, STEADY_S, BackOff
 from tests.router.core.router_bench import RouterBench
 
 
@@ -70,6 +70,59 @@ def test_after_three_in_a_row_who_waits_is_told_and_the_next_attempt_serves() ->
     again = bench.ask("a")
     bench.start()
     assert again in bench.books.running
+
+
+@pytest.mark.parametrize("alive_s", [0.0, 3.0, STEADY_S - 1])
+def test_an_engine_that_dies_soon_after_it_was_ready_is_started_less_and_less_often(alive_s: float) -> None:
+    bench = bench_with(min_replicas=1)
+    pauses_s = []
+    for _ in range(8):
+        replica = bench.start()
+        bench.wait(alive_s)
+        bench.crash(replica)
+        died_s = bench.now_s
+        while not bench.starting:
+            bench.wait(0.25)
+        pauses_s.append(bench.now_s - died_s)
+    assert pauses_s == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, BACK_OFF_S_MAX, BACK_OFF_S_MAX]
+
+
+def test_who_waits_for_an_engine_that_dies_again_and_again_is_told() -> None:
+    bench = bench_with(min_replicas=1)
+    for _ in range(FAILURES_MAX):
+        replica = bench.start()
+        bench.wait(3.0)
+        bench.crash(replica)
+        bench.wait(4.0)
+    bench.fail_start(reason="it ends by signal 11")
+    request = bench.ask("a")
+    rejected = bench.books.rejected[request]
+    assert (rejected.why, rejected.reason) == (Refusal.NO_START, "it ends by signal 11")
+
+
+def test_failures_are_forgotten_when_a_replica_has_lived_for_a_while_and_not_before() -> None:
+    bench = bench_with(min_replicas=1)
+    back_off = bench.core.models["a"].back_off
+    bench.fail_start()
+    bench.wait(1.0)
+    replica = bench.start()
+    bench.wait(STEADY_S - 1)
+    assert back_off.num_failures == 1
+    bench.wait(1.0)
+    assert (back_off.num_failures, back_off.reason) == (0, "")
+    bench.crash(replica)
+    assert bench.starting  # at once: it was no failed start
+
+
+def test_a_request_that_waits_too_long_beside_a_busy_replica_is_not_told_of_an_old_failure() -> None:
+    bench = bench_with(queue_s_max=5.0, ongoing_max=1, max_replicas=1)
+    bench.ask("a")
+    bench.fail_start(reason="no such file")
+    bench.wait(1.0)
+    bench.start()
+    request = bench.ask("a")
+    bench.wait(6.0)
+    assert bench.books.rejected[request].why is Refusal.TOO_LATE
 
 
 def test_deploying_again_tries_at_once() -> None:
