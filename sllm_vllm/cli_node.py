@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllm_vllm.cli_engines import NodeDir, add_engine_commands, client_of, node_root, replica_row
-from sllm_vllm.cli_output import age, print_section, short
+from sllm_vllm.cli_engines import REPLICA_CUT, NodeDir, add_engine_commands, client_of, node_root, replica_row
+from sllm_vllm.cli_output import age, command_group, print_done, print_section
 from sllm_vllm.cli_store import Json, StoreDir, log_to_stderr, store_root, validated, with_options
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_engine_commands", "node_app"]
 
-node_app = typer.Typer(
-    name="node", help="The agent that runs engines on this machine's accelerators.", no_args_is_help=True
-)
+node_app = command_group("node", "The agent that runs engines on this machine's accelerators.")
 
 
 @dataclass(kw_only=True)
@@ -62,7 +60,10 @@ _FIELD_OF = {"memory": "memory_bytes", "kv_memory": "kv_bytes", "start_timeout":
 @node_app.command()
 @with_options(ServeOptions)
 def serve(options: ServeOptions) -> None:
-    """Run the agent until it is told to stop: SIGTERM, SIGINT or `sllm-vllm node stop`. Its engines end with it."""
+    """Run the agent.
+
+    SIGTERM, SIGINT or `sllm-vllm node stop` ends it, and its engines.
+    """
     config = _node_config(options)
     from sllm_vllm.errors import NodeBusy
     from sllm_vllm.node.daemon import serve as serve_node
@@ -96,12 +97,15 @@ def _node_config(options: ServeOptions) -> NodeConfig:
 def stop(
     timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Longest to wait for its end.")] = 120.0,
     node_dir: NodeDir = None,
+    as_json: Json = False,
 ) -> None:
     """End the agent and every engine of it. Returns when they are gone."""
     client = client_of(node_dir)
     living = sum(not replica.has_ended for replica in client.report().replicas)
     client.stop(wait_s=timeout)
-    typer.echo(f"stopped: {client.socket_path.parent} ({living} {'engine' if living == 1 else 'engines'} ended)")
+    place = client.socket_path.parent
+    line = f"stopped: {place} ({living} {'engine' if living == 1 else 'engines'} ended)"
+    print_done({"done": "stopped", "node_dir": place, "engines": living}, line, as_json=as_json)
 
 
 @node_app.command()
@@ -110,7 +114,7 @@ def status(
     memory: Annotated[bool, typer.Option("--memory", help="Measure the warm parent's memory, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the agent's slots, engines and checkpoints, and what the last starts took."""
+    """Show slots, engines, checkpoints, and what starts took."""
     client = client_of(node_dir)
     report = client.report(with_memory=memory)
     if as_json:
@@ -118,10 +122,12 @@ def status(
         return
     _print_summary(report, client.socket_path)
     print_section("slots", [_slot_row(slot) for slot in report.slots])
-    print_section("replicas", [replica_row(replica) for replica in report.replicas if not replica.has_ended])
+    print_section(
+        "replicas", [replica_row(replica) for replica in report.replicas if not replica.has_ended], cut=REPLICA_CUT
+    )
     print_section("checkpoints", [_checkpoint_row(checkpoint) for checkpoint in report.checkpoints])
     print_section("hops", [_hop_row(hop, rates) for hop, rates in report.hops.items()])
-    print_section("starts", [_timing_row(timing) for timing in report.timings])
+    print_section("starts", [_timing_row(timing) for timing in report.timings], cut=("seconds by phase",))
 
 
 def _print_summary(report: NodeReport, socket: Path) -> None:
@@ -147,8 +153,12 @@ def _checkpoint_row(checkpoint: CheckpointReport) -> dict[str, object]:
     from sllm_vllm.units import format_nbytes
 
     share = f"{checkpoint.resident_nbytes / checkpoint.nbytes:.0%}" if checkpoint.nbytes else "-"
-    name, size = short(checkpoint.name), format_nbytes(checkpoint.nbytes)
-    return {"name": name, "size": size, "memory": share, "tiers": " ".join(checkpoint.tiers)}
+    return {
+        "name": checkpoint.name,
+        "size": format_nbytes(checkpoint.nbytes),
+        "memory": share,
+        "tiers": " ".join(checkpoint.tiers),
+    }
 
 
 def _hop_row(hop: str, rates: Mapping[str, Any]) -> dict[str, object]:

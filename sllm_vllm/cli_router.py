@@ -5,7 +5,6 @@ Everything but typer is imported inside the commands.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllm_vllm.cli_output import age, or_dash, print_section, print_table, short
+from sllm_vllm.cli_output import (
+    age,
+    command_group,
+    one_line,
+    or_dash,
+    print_done,
+    print_json,
+    print_section,
+    print_table,
+)
 from sllm_vllm.cli_store import Json, log_to_stderr, with_options
 
 if TYPE_CHECKING:
     from sllm_vllm.router.admin_client import AdminClient
 
-URL_DEFAULT = "http://127.0.0.1:8000"
-_FIELDS_CHARS_MAX = 160
 
-Url = Annotated[str, typer.Option("--url", help="Where the router listens.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="Where the router listens. Default: SLLM_URL, or this machine's router, or port 8000."),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -41,24 +50,24 @@ def add_router_commands(app: typer.Typer) -> None:
     app.add_typer(config_app)
 
 
-config_app = typer.Typer(name="config", help="The router's configuration.", no_args_is_help=True)
+config_app = command_group("config", "The router's configuration.")
 
 
-def _client(url: str, key_file: Path | None) -> AdminClient:
-    from sllm_vllm.router.admin_client import AdminClient, read_admin_key
+def _client(url: str | None, key_file: Path | None) -> AdminClient:
+    from sllm_vllm.router.admin_client import AdminClient, find_url, read_admin_key
 
-    return AdminClient(url, read_admin_key(key_file))
-
-
-def _print_json(record: object) -> None:
-    typer.echo(json.dumps(record, indent=2))
+    found, was_said = find_url(url)
+    return AdminClient(found, read_admin_key(key_file, is_elsewhere=was_said))
 
 
 # --------------------------------------------------------------------------------------------------------- the process
 
 
 def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The router's configuration.")]) -> None:
-    """Serve what CONFIG says until SIGTERM or SIGINT; SIGHUP, or `sllm-vllm reload`, reads it again."""
+    """Serve the models of CONFIG at one address.
+
+    Until SIGTERM or SIGINT; SIGHUP, or `sllm-vllm reload`, reads CONFIG again.
+    """
     from sllm_vllm.router.daemon import serve as serve_router
 
     log_to_stderr()
@@ -70,38 +79,38 @@ def schema() -> None:
     """Print every key of the router's configuration as a JSON schema."""
     from sllm_vllm.router.config_file import router_config_schema
 
-    _print_json(router_config_schema())
+    print_json(router_config_schema())
 
 
 # -------------------------------------------------------------------------------------------------------------- status
 
 
-def status(url: Url = URL_DEFAULT, key_file: KeyFile = None, as_json: Json = False) -> None:
+def status(url: Url = None, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show models, replicas, slots, and what the last starts took."""
     client = _client(url, key_file)
     facts = {**client.get("models"), **client.get("replicas"), **client.get("nodes")}
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
-    print_section("models", [_model_row(model) for model in facts["models"]])
-    print_section("replicas", [_replica_row(replica) for replica in facts["replicas"]])
+    print_section("models", [_model_row(model) for model in facts["models"]], cut=("problem",))
+    print_section("replicas", [_replica_row(replica) for replica in facts["replicas"]], cut=("model",))
     print_section("nodes", [_node_row(node) for node in facts["nodes"]])
     predictions = [(model["name"], model["prediction"]) for model in facts["models"] if model["prediction"]]
-    print_section("last starts", [_start_row(name, prediction) for name, prediction in predictions])
+    print_section("last starts", [_start_row(name, prediction) for name, prediction in predictions], cut=("model",))
 
 
-def requests(url: Url = URL_DEFAULT, key_file: KeyFile = None, as_json: Json = False) -> None:
+def requests(url: Url = None, key_file: KeyFile = None, as_json: Json = False) -> None:
     """Show requests that are not answered yet, the oldest first."""
     found = _client(url, key_file).get("requests")
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        print_section("requests", [_request_row(request) for request in found["requests"]])
+        print_section("requests", [_request_row(request) for request in found["requests"]], cut=("model",))
 
 
 def _request_row(request: Mapping[str, Any]) -> dict[str, object]:
     where = {"replica": or_dash(request["replica"]), "moving to": or_dash(request["target"])}
-    return {"request": request["id"], "model": short(request["model"]), **where, "age": age(request["age_s"])}
+    return {"request": request["id"], "model": request["model"], **where, "age": age(request["age_s"])}
 
 
 def _model_row(model: Mapping[str, Any]) -> dict[str, object]:
@@ -109,7 +118,7 @@ def _model_row(model: Mapping[str, Any]) -> dict[str, object]:
     back_off = model["back_off"]
     failed = "" if back_off is None else f"{back_off['num_failures']} failed starts: {back_off['reason']}"
     counts = {"ongoing": model["ongoing"], "waiting": model["waiting"]}
-    return {"model": model["name"], "replicas": replicas or "-", **counts, "problem": failed[:_FIELDS_CHARS_MAX]}
+    return {"model": model["name"], "replicas": replicas or "-", **counts, "problem": failed}
 
 
 def _replica_row(replica: Mapping[str, Any]) -> dict[str, object]:
@@ -118,7 +127,7 @@ def _replica_row(replica: Mapping[str, Any]) -> dict[str, object]:
     phase = f" ({start['phase']})" if start is not None and ready_in_s is not None else ""
     return {
         "replica": replica["id"],
-        "model": short(replica["model"]),
+        "model": replica["model"],
         "node": replica["node"],
         "state": replica["state"] + phase,
         "for": age(replica["in_state_s"]),
@@ -137,7 +146,7 @@ def _node_row(node: Mapping[str, Any]) -> dict[str, object]:
 def _start_row(model: str, prediction: Mapping[str, Any]) -> dict[str, object]:
     kind = f"{prediction['kind']} {prediction['tier']} {'warm' if prediction['is_warm'] else 'cold'}"
     return {
-        "model": short(model),
+        "model": model,
         "replica": prediction["replica"],
         "plan": kind,
         "ago": age(prediction["ago_s"]),
@@ -155,12 +164,12 @@ def _seconds(value: float | None) -> str:
 
 def deploy(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="YAML or JSON: one model, or a list under `models`.")],
-    url: Url = URL_DEFAULT,
+    url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Serve models, or serve them otherwise, until the router ends; its configuration file stays as it is."""
+    """Add models to a running router, or change them. Its configuration file stays as it is."""
     models = _read_models(file)
     client = _client(url, key_file)
     done: list[dict[str, Any]] = []
@@ -169,7 +178,7 @@ def deploy(
         if not as_json:
             typer.echo(f"{done[-1]['done']}: {done[-1]['name']}")
     if as_json:
-        _print_json(done)
+        print_json(done)
 
 
 def _read_models(file: str) -> list[dict[str, Any]]:
@@ -209,22 +218,23 @@ def _text_of(path: Path, file: str) -> str:
         raise ConfigError(f"it is not UTF-8: byte {error.start} is wrong") from None
 
 
-def delete(name: ModelName, url: Url = URL_DEFAULT, key_file: KeyFile = None, *, as_json: Json = False) -> None:
-    """Serve a model no more. Requests that run are answered, those that wait are not."""
+def delete(name: ModelName, url: Url = None, key_file: KeyFile = None, *, as_json: Json = False) -> None:
+    """Stop serving a model. Requests that run are answered, those that wait are refused."""
     reply = _client(url, key_file).delete("models", name)
-    _print_done(reply, f"deleted: {reply['deleted']}", as_json=as_json)
+    print_done(reply, f"deleted: {reply['deleted']}", as_json=as_json)
 
 
 def drain(
     target: Annotated[str, typer.Argument(metavar="ID", help="A replica, or a node.")],
-    url: Url = URL_DEFAULT,
+    url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Send a replica, or all of a node, no more requests, and end it when its last one has ended.
+    """Send no more requests to a replica, or to all of a node.
 
-    On a node nothing starts any more, until `sllm-vllm undrain` or the router's end.
+    It ends when its last request has ended. On a node nothing starts any more, until
+    `sllm-vllm undrain` or the router's end.
     """
     from sllm_vllm.router.admin_client import AdminError
 
@@ -240,45 +250,38 @@ def drain(
         except AdminError as second:
             raise (error if second.code == "node_not_found" else second) from None
         told = f"drained: {reply['node']} takes no starts; ending: {', '.join(reply['replicas']) or 'nothing'}"
-    _print_done(reply, told, as_json=as_json)
+    print_done(reply, told, as_json=as_json)
 
 
 def migrate(
     request: Annotated[str, typer.Argument(metavar="REQUEST", help="As `sllm-vllm requests` shows it.")],
     to: Annotated[str | None, typer.Option(help="Replica; without it the one with the fewest requests.")] = None,
-    url: Url = URL_DEFAULT,
+    url: Url = None,
     *,
     key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
-    """Move a request that runs to another replica of its model; its client does not notice."""
+    """Move a running request to another replica. Its client does not notice."""
     reply = _client(url, key_file).post("requests", request, "migrate", body=None if to is None else {"to": to})
-    _print_done(reply, f"moving to {reply['target']}; what comes of it: sllm-vllm story {request}", as_json=as_json)
+    print_done(reply, f"moving to {reply['target']}; what comes of it: sllm-vllm story {request}", as_json=as_json)
 
 
 def undrain(
     node: Annotated[str, typer.Argument(metavar="NODE", help="As `sllm-vllm status` shows it.")],
-    url: Url = URL_DEFAULT,
+    url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Let a node that was drained take starts again."""
     reply = _client(url, key_file).post("nodes", node, "undrain")
-    _print_done(reply, f"takes starts: {reply['node']}", as_json=as_json)
+    print_done(reply, f"takes starts: {reply['node']}", as_json=as_json)
 
 
-def reload(url: Url = URL_DEFAULT, key_file: KeyFile = None, *, as_json: Json = False) -> None:
+def reload(url: Url = None, key_file: KeyFile = None, *, as_json: Json = False) -> None:
     """Let the router read its configuration again."""
     reply = _client(url, key_file).post("reload")
-    _print_done(reply, f"reloaded: {reply['changed']}", as_json=as_json)
-
-
-def _print_done(reply: object, told: str, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(reply)
-    else:
-        typer.echo(told)
+    print_done(reply, f"reloaded: {reply['changed']}", as_json=as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------- why
@@ -286,15 +289,15 @@ def _print_done(reply: object, told: str, *, as_json: bool) -> None:
 
 def story(
     target: Annotated[str, typer.Argument(metavar="ID", help="A request, replica, model or node.")],
-    url: Url = URL_DEFAULT,
+    url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Show the last that the router was told, and did, about a request, replica, model or node."""
+    """Show the last events about a request, replica, model or node."""
     found = _client(url, key_file).get("story", target)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for event in found["events"]:
         typer.echo(f"{age(event['ago_s']):>8} ago  {event['kind']:<16}  {_fields(event['fields'])}")
@@ -306,21 +309,23 @@ def _fields(fields: Mapping[str, Any]) -> str:
     for key, value in fields.items():
         flat |= value if isinstance(value, dict) else {key: value}
     said = [f"{key}={value}" for key, value in flat.items() if value not in (None, "", [], {})]
-    line = " ".join("".join(char if char.isprintable() else "?" for char in word) for word in said)
-    return line if len(line) <= _FIELDS_CHARS_MAX else f"{line[:_FIELDS_CHARS_MAX]}…"
+    return one_line(" ".join(said))
 
 
 def explain(
     name: Annotated[str, typer.Argument(metavar="MODEL", help="As `sllm-vllm status` shows it.")],
-    url: Url = URL_DEFAULT,
+    url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Show what a request for MODEL would meet now, how one more replica could start, and how predictions came true."""
+    """Show what a request for MODEL would meet now, and why.
+
+    Also how one more replica could start, and what the last prediction came to.
+    """
     found = _client(url, key_file).get("explain", name)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     request = found["request"]
     words = (request["what"], request["replica"], request["why"])
@@ -381,7 +386,10 @@ class SimulateOptions:
 
 @with_options(SimulateOptions)
 def simulate(options: SimulateOptions) -> None:
-    """Run the router's own core, and others' policies, over a simulated cluster and compare what requests waited."""
+    """Simulate the router and other policies on a cluster.
+
+    Runs the router's own core, and compares what requests waited.
+    """
     from sllm_vllm.simulate.command import Options, run_simulation
 
     given = {**vars(options), "json": options.as_json, "policies": tuple(options.policies or ())}

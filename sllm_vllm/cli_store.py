@@ -12,13 +12,23 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-from sllm_vllm.cli_output import age, or_dash, print_section, print_table, short, wrong_usage
+from sllm_vllm.cli_output import (
+    age,
+    command_group,
+    or_dash,
+    print_done,
+    print_json,
+    print_section,
+    print_table,
+    shown,
+    wrong_usage,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -34,9 +44,7 @@ PREFETCH_S_MAX = 24 * 3600.0
 _CONFIG_NBYTES_MAX = 1 << 20
 _NAME_MAX = 4096
 
-store_app = typer.Typer(
-    name="store", help="The daemon that keeps checkpoints in this machine's memory.", no_args_is_help=True
-)
+store_app = command_group("store", "The daemon that keeps checkpoints in this machine's memory.")
 
 StoreDir = Annotated[
     Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
@@ -107,7 +115,7 @@ _FIELD_OF = {"memory": "memory_bytes", "disk": "disk_bytes", "slot_size": "slot_
 @store_app.command()
 @with_options(ServeOptions)
 def serve(options: ServeOptions) -> None:
-    """Run the daemon until it is told to stop: SIGTERM, SIGINT or `sllm-vllm store stop`."""
+    """Run the daemon. SIGTERM, SIGINT or `sllm-vllm store stop` ends it."""
     config = _store_config(options)
     from sllm_vllm.store.daemon import serve as serve_store
 
@@ -191,11 +199,10 @@ def _order(socket: Path, order: OrderName, name: str | None = None, *, wait: boo
         return client.order(message, timeout_s=PREFETCH_S_MAX if wait else None)
 
 
-def _print_done(done: str, reply: Mapping[str, object]) -> None:
-    from sllm_vllm.cli_output import shown
-
+def _print_reply(done: str, subject: object, reply: Mapping[str, object], *, as_json: bool) -> None:
     facts = ", ".join(f"{key.removesuffix('_nbytes')} {shown(key, value)}" for key, value in reply.items())
-    typer.echo(f"{done} ({facts})" if facts else done)
+    line = f"{done}: {subject}" + (f" ({facts})" if facts else "")
+    print_done({"done": done, "what": str(subject), **reply}, line, as_json=as_json)
 
 
 @store_app.command()
@@ -205,47 +212,48 @@ def prefetch(
     *,
     store_dir: StoreDir = None,
     socket: Socket = None,
+    as_json: Json = False,
 ) -> None:
     """Read a checkpoint into memory ahead of its use."""
     reply = _order(_socket_path(store_dir, socket), "prefetch", name, wait=wait)
-    _print_done(f"{'prefetched' if wait else 'prefetching'}: {name}", reply)
+    _print_reply("prefetched" if wait else "prefetching", name, reply, as_json=as_json)
 
 
 @store_app.command()
-def evict(name: Name, store_dir: StoreDir = None, socket: Socket = None) -> None:
+def evict(name: Name, store_dir: StoreDir = None, socket: Socket = None, *, as_json: Json = False) -> None:
     """Drop a checkpoint from memory, but for what engines use. It stays on disk."""
-    _print_done(f"evicted: {name}", _order(_socket_path(store_dir, socket), "evict", name))
+    _print_reply("evicted", name, _order(_socket_path(store_dir, socket), "evict", name), as_json=as_json)
 
 
 @store_app.command()
-def pin(name: Name, store_dir: StoreDir = None, socket: Socket = None) -> None:
+def pin(name: Name, store_dir: StoreDir = None, socket: Socket = None, *, as_json: Json = False) -> None:
     """Read a checkpoint into memory and keep it there."""
-    _print_done(f"pinned: {name}", _order(_socket_path(store_dir, socket), "pin", name))
+    _print_reply("pinned", name, _order(_socket_path(store_dir, socket), "pin", name), as_json=as_json)
 
 
 @store_app.command()
-def unpin(name: Name, store_dir: StoreDir = None, socket: Socket = None) -> None:
+def unpin(name: Name, store_dir: StoreDir = None, socket: Socket = None, *, as_json: Json = False) -> None:
     """Let a pinned checkpoint be evicted again."""
-    _print_done(f"unpinned: {name}", _order(_socket_path(store_dir, socket), "unpin", name))
+    _print_reply("unpinned", name, _order(_socket_path(store_dir, socket), "unpin", name), as_json=as_json)
 
 
 @store_app.command()
-def stop(store_dir: StoreDir = None, socket: Socket = None) -> None:
+def stop(store_dir: StoreDir = None, socket: Socket = None, as_json: Json = False) -> None:
     """End the daemon. Engines run on."""
     path = _socket_path(store_dir, socket)
-    _print_done(f"stopping: {path}", _order(path, "stop"))
+    _print_reply("stopping", path, _order(path, "stop"), as_json=as_json)
 
 
 @store_app.command()
 def status(store_dir: StoreDir = None, socket: Socket = None, as_json: Json = False) -> None:
-    """Show what the daemon holds, for whom, and how fast its hops are."""
+    """Show what the daemon holds, for whom, and its hops' rates."""
     facts = _order(_socket_path(store_dir, socket), "status")
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     _print_summary(facts)
     print_section("pool", [_pool_row(facts["pool"])])
-    print_section("tiers", [_tier_row(tier, entry) for tier, entry in facts["tiers"].items()])
+    print_section("tiers", [_tier_row(tier, entry) for tier, entry in facts["tiers"].items()], cut=("where",))
     print_section("checkpoints", [_checkpoint_row(entry) for entry in facts["checkpoints"]])
     print_section("leases", [_lease_row(entry) for entry in facts["leases"]])
     print_section("hops", [_hop_row(hop, entry) for hop, entry in facts["hops"].items()])
@@ -273,8 +281,6 @@ def _pool_row(pool: Mapping[str, int]) -> dict[str, object]:
 
 
 def _tier_row(tier: str, entry: Mapping[str, Any]) -> dict[str, object]:
-    from sllm_vllm.cli_output import shown
-
     return {
         "tier": tier,
         "checkpoints": or_dash(entry.get("checkpoints")),
@@ -288,7 +294,7 @@ def _checkpoint_row(entry: Mapping[str, Any]) -> dict[str, object]:
     from sllm_vllm.units import format_nbytes
 
     return {
-        "name": short(entry["name"]),
+        "name": entry["name"],
         "rank": entry["rank"],
         "size": format_nbytes(entry["nbytes"]),
         "memory": f"{entry['resident_nbytes'] / entry['nbytes']:.0%}" if entry["nbytes"] else "-",
@@ -301,7 +307,7 @@ def _checkpoint_row(entry: Mapping[str, Any]) -> dict[str, object]:
 
 def _lease_row(entry: Mapping[str, Any]) -> dict[str, object]:
     counts = {key: entry[key] for key in ("wanted", "given", "kept")}
-    name = {"lease": entry["token"], "name": short(entry["name"]), "rank": entry["rank"], "pid": entry["pid"]}
+    name = {"lease": entry["token"], "name": entry["name"], "rank": entry["rank"], "pid": entry["pid"]}
     return {**name, "as": "map" if entry["hold"] else "copy", **counts, "age": age(entry["age_s"])}
 
 
@@ -319,8 +325,10 @@ def calibrate(
     file: Annotated[
         Path | None, typer.Option(help="File to read. Default: the store's largest partition, or a temporary file.")
     ] = None,
+    *,
+    as_json: Json = False,
 ) -> None:
-    """Measure the device below the store by depth and chunk size; the daemon heeds it from its next start on."""
+    """Measure the disk by depth and chunk size. The daemon uses it from its next start."""
     from sllm_vllm.config import StoreConfig
     from sllm_vllm.store.calibrate import MeasurePlan, largest_partition, measure_device
 
@@ -330,6 +338,9 @@ def calibrate(
         typer.echo("a daemon is running: what it reads and writes meanwhile disturbs the figures", err=True)
     source = file or largest_partition(root, plan.sample_nbytes // 4)
     measured = measure_device(StoreConfig(store_dir=root).state_dir, source, plan)
+    if as_json:
+        print_json(asdict(measured))
+        return
     typer.echo(f"read: {measured.file or 'a temporary file'}" + ("" if measured.is_direct else " (not past the cache)"))
     rows = [_figure_row("read", figure, measured.read_bps) for figure in measured.reads]
     print_table(str(root), rows + [_figure_row("write", figure, measured.write_bps) for figure in measured.writes])

@@ -24,6 +24,7 @@ Url = Annotated[
 StoreDir = Annotated[
     Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def add_transfer_commands(app: typer.Typer) -> None:
@@ -38,8 +39,9 @@ def push(
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another checkpoint there.")] = False,
     store_dir: StoreDir = None,
+    as_json: Json = False,
 ) -> None:
-    """Copy CHECKPOINT to URL, whose last part is its name there. Each byte is checked on the way."""
+    """Copy CHECKPOINT to URL. Each byte is checked on the way; the last part of URL is its name there."""
     from sllm_vllm.checkpoint.reader import open_checkpoint
     from sllm_vllm.store.transfer import push_checkpoint
 
@@ -48,15 +50,15 @@ def push(
         directory = _store_root(store_dir) / checkpoint
     opened = open_checkpoint(directory.absolute())
     done = _watched("pushing", lambda told: push_checkpoint(opened, url, overwrite=overwrite, on_progress=told))
-    _say(done, "pushed")
+    _say(done, "pushed", as_json=as_json)
 
 
-def pull(url: Url, store_dir: StoreDir = None) -> None:
+def pull(url: Url, store_dir: StoreDir = None, as_json: Json = False) -> None:
     """Copy the checkpoint at URL into the store. One that was broken off goes on where it stopped."""
     from sllm_vllm.store.transfer import pull_checkpoint
 
     done = _watched("pulling", lambda told: pull_checkpoint(url, _store_root(store_dir), on_progress=told))
-    _say(done, "pulled")
+    _say(done, "pulled", as_json=as_json)
 
 
 def _watched(title: str, transfer: Callable[[OnProgress], Coroutine[Any, Any, Transferred]]) -> Transferred:
@@ -70,11 +72,13 @@ def _watched(title: str, transfer: Callable[[OnProgress], Coroutine[Any, Any, Tr
         return asyncio.run(transfer(lambda done, total: progress.update(bar, completed=done, total=total)))
 
 
-def _say(done: Transferred, verb: str) -> None:
+def _say(done: Transferred, verb: str, *, as_json: bool) -> None:
+    from sllm_vllm.cli_output import print_done
     from sllm_vllm.units import format_nbytes
 
     told = "already there" if done.was_there else verb
-    typer.echo(f"{told}: {done.place} ({format_nbytes(done.nbytes)})")
+    record = {"done": told, "place": done.place, "nbytes": done.nbytes}
+    print_done(record, f"{told}: {done.place} ({format_nbytes(done.nbytes)})", as_json=as_json)
 
 
 def _store_root(store_dir: Path | None) -> Path:

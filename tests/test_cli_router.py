@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
 
 import pytest
-import typer
 
 from sllm_vllm import cli
+from sllm_vllm.cli_output import command_group
 from sllm_vllm.cli_router import add_router_commands
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.router.admin_client import AdminClient
+from sllm_vllm.router.admin_client import AdminClient, write_url
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.simulate import command
 from tests.node.commands import Run, caller, use_folders
@@ -28,7 +31,7 @@ MODEL = "meta/tiny"
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = command_group("sllm-vllm", "The router's commands.")
     add_router_commands(app)
     monkeypatch.setattr(cli, "app", app)
     return caller(capfd, monkeypatch)
@@ -258,12 +261,49 @@ def test_an_unknown_model(run: Run, served: AdminThread) -> None:
     assert err.endswith("There is no model `no/body`.\n")
 
 
+def test_the_address_comes_from_a_variable(run: Run, served: AdminThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLLM_URL", served.served.url)
+    assert run("status")[0] == 0
+    assert run("requests", "--url", "http://127.0.0.1:1")[0] == 1
+    monkeypatch.setenv("SLLM_URL", "localhost:8000")
+    code, _, err = run("status")
+    assert (code, err.startswith("sllm-vllm: SLLM_URL: it has to be like")) == (1, True)
+
+
+def test_the_address_comes_from_this_machines_router(
+    run: Run, served: AdminThread, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on another port than the default; never from what another process has left."""
+    monkeypatch.delenv("SLLM_URL", raising=False)
+    host, port = urlsplit(served.served.url).hostname, urlsplit(served.served.url).port
+    assert host is not None
+    assert port is not None
+    write_url(folder, host, port)
+    assert run("status")[0] == 1
+    with socket.socket(socket.AF_UNIX) as listener:  # as the router's process has it
+        listener.bind(str(folder / "socket"))
+        listener.listen()
+        assert run("status")[0] == 0
+        (folder / "router.url").write_text(f"{served.served.url} {os.getpid() + 1}\n")
+        assert run("status")[0] == 1
+
+
+@pytest.mark.parametrize("command", ["status", "requests", "reload"])
+def test_where_no_router_ever_ran(run: Run, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLLM_URL", raising=False)
+    (folder / "admin.key").unlink()
+    code, out, err = run(command)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("sllm-vllm: no router has run here yet")
+    assert "start one with `sllm-vllm serve CONFIG`" in err
+
+
 def test_no_router(run: Run, folder: Path) -> None:
     with AdminThread(folder) as gone:
         address = gone.served.url
     code, out, err = run("status", "--url", address)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "no router answers (Connection refused); is `sllm-vllm serve` running?" in err
+    assert "no router answers (Connection refused); start one with `sllm-vllm serve CONFIG`" in err
 
 
 @pytest.mark.parametrize("address", ["ftp://a", "localhost:8000", "http://me:secret@a", "http://a:x", "http://a?b=c"])

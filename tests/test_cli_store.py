@@ -74,11 +74,10 @@ def served(monkeypatch: pytest.MonkeyPatch, store: Path) -> list[StoreConfig]:
     return configs
 
 
-def test_status_fits_a_hundred_columns(run: Run, daemon: ScriptedDaemon) -> None:
+def test_status_shows_names_whole(run: Run, daemon: ScriptedDaemon) -> None:
     daemon.answer = Reply(data=STATUS)
     code, out, err = run("status")
     assert (code, err) == (0, "")
-    assert max(len(line) for line in out.splitlines()) <= 100
     for expected in (
         "pid 4242",
         "up 2.0 h",
@@ -88,7 +87,8 @@ def test_status_fits_a_hundred_columns(run: Run, daemon: ScriptedDaemon) -> None
         "12.5 s",
     ):
         assert expected in out
-    assert len(re.findall(r"^org--a-model-.*…-0{19}[01] +[01] +140\.00 GiB +71%", out, re.MULTILINE)) == 2
+    names = [re.escape(entry["name"]) for entry in STATUS["checkpoints"][:2]]
+    assert all(re.search(rf"^{name} +[01] +140\.00 GiB +71%", out, re.MULTILINE) for name in names)
     assert re.search(r"^on-disk-alone +- +0 B +-  +DISK +0 +-", out, re.MULTILINE)
     assert re.search(r"^123456 .* 4194304  map +10000 +10000 +10000  3\.5 s", out, re.MULTILINE)
     assert daemon.orders == [Order(order="status")]

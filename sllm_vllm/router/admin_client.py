@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,23 @@ from urllib.parse import quote, urlsplit
 from sllm_vllm.config import default_node_dir, read_variable
 from sllm_vllm.errors import ConfigError, SllmError
 from sllm_vllm.units import KIB, MIB
+from sllm_vllm.unix_listener import is_trusted, open_channel
 
 KEY_VARIABLE = "SLLM_ADMIN_KEY"
+URL_VARIABLE = "SLLM_URL"
+URL_DEFAULT = "http://127.0.0.1:8000"
 ADMIN_KEY_NAME = "admin.key"
 """In the node's folder: the key that a router makes for its own user."""
+URL_NAME = "router.url"
+"""In the node's folder: where the router that runs there listens."""
 REPLY_NBYTES_MAX = 256 * MIB
 TIMEOUT_S = 60.0
 _KEY_FILE_NBYTES_MAX = 64 * KIB
+_URL_NBYTES_MAX = 4096
 _KEY = re.compile(r"[!-~]{1,1024}")
+
+
+_NO_ROUTER = f"start one with `sllm-vllm serve CONFIG`, or say where it is with --url or {URL_VARIABLE}"
 
 
 class AdminError(SllmError):
@@ -30,8 +40,47 @@ class AdminError(SllmError):
         self.code = code
 
 
-def read_admin_key(file: Path | None) -> str:
+def find_url(given: str | None) -> tuple[str, bool]:
+    """The router's address: the given one, that of SLLM_URL, of the router in the node's folder, or the default.
+
+    Also whether it was said.
+
+    Raises:
+        ConfigError: the given one, or that of SLLM_URL, is no such address.
+    """
+    variable = read_variable(URL_VARIABLE) or None
+    for place, url in (("--url", given), (URL_VARIABLE, variable)):
+        if url is not None:
+            _split(url, place)
+            return url, True
+    return _recorded_url(default_node_dir()) or URL_DEFAULT, False
+
+
+def write_url(node_dir: Path, host: str, port: int) -> None:
+    """Note where this process's router listens, for this user's commands on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    staging = node_dir / f"{URL_NAME}.{os.getpid()}"
+    staging.write_text(f"http://{f'[{host}]' if ':' in host else host}:{port} {os.getpid()}\n", encoding="ascii")
+    staging.replace(node_dir / URL_NAME)
+
+
+def _recorded_url(node_dir: Path) -> str | None:
+    """What the process that has the node's socket now has noted; None if it is no router, or there is none."""
+    try:
+        with (node_dir / URL_NAME).open(encoding="ascii", errors="replace") as file:
+            url, _, pid = file.read(_URL_NBYTES_MAX).strip().partition(" ")
+        channel, owner, uid = open_channel(node_dir / "socket", TIMEOUT_S)
+        channel.close()
+    except OSError:
+        return None
+    return url if str(owner) == pid and is_trusted(uid) else None
+
+
+def read_admin_key(file: Path | None, *, is_elsewhere: bool = False) -> str:
     """The first key of ``file``; without one that of SLLM_ADMIN_KEY, or of the router's own file.
+
+    Args:
+        is_elsewhere: the router may be on another machine, so that it need not have a file on this one.
 
     Raises:
         ConfigError: there is none, or it is none. The message does not show it.
@@ -43,8 +92,13 @@ def read_admin_key(file: Path | None) -> str:
         with path.open("rb") as opened:
             lines = opened.read(_KEY_FILE_NBYTES_MAX).decode("ascii", "replace").splitlines()
     except OSError as error:
-        mend = "" if file is not None else f"; give --key-file, or set {KEY_VARIABLE}"
-        raise ConfigError(f"{path}: no admin key there ({error.strerror}){mend}") from None
+        if file is None and not is_elsewhere and isinstance(error, FileNotFoundError):
+            raise ConfigError(
+                f"no router has run here yet (there is no {path}): start one with `sllm-vllm serve CONFIG`; for one"
+                f" elsewhere, give --url and --key-file, or set {URL_VARIABLE} and {KEY_VARIABLE}"
+            ) from None
+        fix = "" if file is not None else f"; give --key-file, or set {KEY_VARIABLE}"
+        raise ConfigError(f"{path}: no admin key there ({error.strerror}){fix}") from None
     return _checked(next((line.strip() for line in lines if line.strip()), ""), str(path))
 
 
@@ -102,7 +156,7 @@ class AdminClient:
                 data = answer.read(REPLY_NBYTES_MAX + 1)
         except (OSError, http.client.HTTPException) as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise AdminError(f"{self._shown}: no router answers ({problem}); is `sllm-vllm serve` running?") from None
+            raise AdminError(f"{self._shown}: no router answers ({problem}); {_NO_ROUTER}") from None
         finally:
             connection.close()
         if len(data) > REPLY_NBYTES_MAX:
@@ -119,7 +173,7 @@ class AdminClient:
         return AdminError(f"{self._shown}: {message}", code=code)
 
 
-def _split(url: str) -> tuple[str, int, str, bool]:
+def _split(url: str, place: str = "--url") -> tuple[str, int, str, bool]:
     """Host, port, beginning of every path, and whether it is TLS."""
     try:
         parts = urlsplit(url)
@@ -128,6 +182,6 @@ def _split(url: str) -> tuple[str, int, str, bool]:
         parts, port = urlsplit(""), None
     is_plain = not (parts.username or parts.password or parts.query or parts.fragment)
     if parts.scheme not in {"http", "https"} or not parts.hostname or not is_plain:
-        raise ConfigError("--url: it has to be like http://127.0.0.1:8000, without a user or a query")
+        raise ConfigError(f"{place}: it has to be like http://127.0.0.1:8000, without a user or a query")
     is_tls = parts.scheme == "https"
     return parts.hostname, port or (443 if is_tls else 80), parts.path.rstrip("/"), is_tls

@@ -19,6 +19,7 @@ from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import WORDS
 from sllm_vllm.node.server import Server
 from sllm_vllm.router.admin import AdminApp
+from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
 from sllm_vllm.router.config import RouterConfig
 from sllm_vllm.router.config_file import compare, read_key_digests, read_router_config
 from sllm_vllm.router.controller import Controller
@@ -34,7 +35,6 @@ from sllm_vllm.unix_listener import listening, locked, make_private_directory
 
 logger = logging.getLogger(__name__)
 
-ADMIN_KEY_NAME = "admin.key"
 ESTIMATES_NAME = "estimates.json"
 STATE_NAME = "state.sqlite"
 NODE_NAME = "local"
@@ -119,6 +119,7 @@ class RouterProcess:
                 loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._reload_or_tell()))
                 serving = loop.create_task(serve_app(self._app, settings, sockets=[client_socket]))
                 host, port = client_socket.getsockname()[:2]
+                write_url(self._node.node_dir, host, port)
                 logger.info("event=router_serving url=http://%s:%d models=%d", host, port, len(self._config.models))
                 waiting = loop.create_task(stopped.wait())
                 await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sllm_vllm.config import child_environment
 from tests.router.router_process import is_alive, running_router, write_config
 from tests.waiting import wait_until
 
@@ -168,3 +172,17 @@ def test_a_low_soft_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
             assert found == min(hard, 1 << 18)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_commands_of_this_machine_find_the_router_and_its_key(tmp_path: Path) -> None:
+    """Its port is a free one, which no command is told."""
+    write_config(tmp_path, "fine")
+    environment = child_environment(SLLM_NODE_DIR=str(tmp_path / "node"))
+    for name in ("SLLM_URL", "SLLM_ADMIN_KEY"):
+        environment.pop(name, None)
+    command = [str(Path(sys.executable).with_name("sllm-vllm")), "status", "--json"]
+    with running_router(tmp_path):
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+        assert [model["name"] for model in json.loads(done.stdout)["models"]] == ["fine"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, b"no router answers" in done.stderr) == (1, True)
