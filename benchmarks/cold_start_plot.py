@@ -24,6 +24,7 @@ SHARE_MIN = 0.01
 COLORS = {
     "process": "#8c8c8c",
     "imports": "#4477aa",
+    "inspect": "#332288",
     "workers": "#66ccee",
     "init": "#228833",
     "weights": "#ee6677",

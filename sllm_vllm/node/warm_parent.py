@@ -6,8 +6,9 @@ twice, and the agent adopts it. So it lives on if this process ends, and ends wi
 which knows its pid by then, writes a byte into a pipe: one whose pid never reached the agent ends unborn.
 
 Stock vLLM does the rest: the engine's command line goes through vLLM's own parser and ``serve`` command. What is
-changed in this process, and so in its engines: vLLM's processes are forked instead of spawned, and the scan for kernels
-to override, which was done here, is not done again. DESIGN.md lists the hazards of forking.
+changed in this process, and so in its engines: vLLM's processes are forked instead of spawned, model classes are
+inspected in a fork (``model_inspection``), and the scan for kernels to override, which was done here, is not done
+again. DESIGN.md lists the hazards of forking.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
 from sllm_vllm.config import replace_environment
+from sllm_vllm.node.model_inspection import inspect_in_forks
 from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, WarmReady, installation
 
 _PR_SET_PDEATHSIG = 1
@@ -71,6 +73,7 @@ _FORKING = (
     "vllm.v1.executor.multiproc_executor",
 )
 """Modules that ask vLLM how to start a process."""
+_REGISTRY = "vllm.model_executor.models.registry"
 
 
 class Refused(Exception):
@@ -107,6 +110,9 @@ def prepare() -> Any:
             module.get_mp_context = _fork_context  # type: ignore[attr-defined]
     override_kernels_once(current_platform)
     parser = _parser()
+    registry = sys.modules.get(_REGISTRY)
+    if registry is not None:
+        inspect_in_forks(registry)
     gc.collect()
     gc.freeze()  # so that no collection in an engine touches, and so copies, the pages of what was imported
     return parser

@@ -15,7 +15,7 @@ from sllm_vllm.router.core.facts import FoundReplica, RequestFacts, StartSample,
 
 logger = logging.getLogger(__name__)
 
-PROCESS_PHASES = ("process", "imports", "workers")
+PROCESS_PHASES = ("process", "imports", "inspect", "workers")
 INIT_PHASES = ("init", "profile", "compile", "warmup", "graphs", "http")
 WEIGHTS_PHASE = "weights"
 MODEL_LABEL, GENERATION_LABEL, LINEAGE_LABEL = "sllm/model", "sllm/generation", "sllm/lineage"

@@ -72,6 +72,32 @@ async def test_a_warm_engine_answers_as_stock_does(
         assert [await asyncio.to_thread(stock.tokens, prompt, temperature=0) for prompt in PROMPTS] == found
 
 
+async def test_the_first_start_of_an_architecture_imports_vllm_in_no_new_interpreter(
+    agent: NodeAgent, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """With an empty cache folder vLLM inspects the model's class, in a fork, and keeps what it found."""
+    interpreters: set[str] = set()
+    report = await agent.ensure_replica(order(model_dir("llama"), environment={"VLLM_CACHE_ROOT": str(tmp_path)}))
+
+    def is_over(report: ReplicaReport) -> bool:
+        for pid in living_members(report.pid) if report.pid is not None else ():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+                interpreters.update([words] if "models.registry" in words else [])
+        return report.is_ready or report.has_ended
+
+    report = await watched(agent, report.id, is_over)
+    assert report.is_ready, (report.reason, report.tail)
+    assert report.start is not None
+    assert report.start.is_warm
+    assert interpreters == set()
+    assert report.start.seconds["inspect"] > 0
+    assert [path.name for path in (tmp_path / "modelinfos").iterdir()] == [
+        "vllm-model_executor-models-llama-LlamaForCausalLM.json"
+    ]
+    await stopped(agent, report.id)
+
+
 async def test_two_engines_answer_at_once_and_a_third_order_is_refused_or_waits(
     agent: NodeAgent, model_dir: ModelDir
 ) -> None:

@@ -23,6 +23,9 @@ class Phase(Enum):
     """From the order until the process runs."""
     IMPORTS = "importing"
     """Until its API server has read its arguments. A forked engine has none."""
+    INSPECT = "inspecting the model class"
+    """vLLM asks what an architecture that it has not seen can do. A forked engine says how long that took; in one that
+    was started cold it counts as ``WORKERS``."""
     WORKERS = "starting workers"
     """Reading the model's configuration; processes and imports of engine core and workers."""
     INIT = "initialising"
@@ -39,7 +42,7 @@ class Phase(Enum):
 
 
 RANKS = {phase: rank for rank, phase in enumerate(Phase)} | dict.fromkeys(
-    (Phase.PROFILE, Phase.COMPILE, Phase.WARMUP, Phase.GRAPHS), 5
+    (Phase.PROFILE, Phase.COMPILE, Phase.WARMUP, Phase.GRAPHS), 6
 )
 """A start never goes back to a phase of lower rank (a slower worker says late what another said before). Within a
 rank it goes to and fro: on a GPU compiling is part of profiling, on a CPU it comes after the KV cache."""
@@ -74,6 +77,7 @@ MARKS = (
 )
 
 TOLD = (
+    _mark(r"event=inspect_model seconds=(\d+(?:\.\d+)?)", Phase.INSPECT),
     _mark(r"Initializing model took (\d+(?:\.\d+)?) s", Phase.INIT),
     _mark(r"event=load_model .*construct_s=(\d+(?:\.\d+)?)", Phase.INIT),
     _mark(r"Graph capturing finished in (\d+(?:\.\d+)?) s", Phase.GRAPHS),

@@ -212,3 +212,13 @@ SCRAPS = st.sampled_from(
 def test_no_line_raises(lines: list[tuple[float, str]]) -> None:
     timings = timings_of(lines)
     assert all(seconds >= 0 for seconds in timings.seconds.values())
+
+
+def test_the_inspection_of_a_class_is_taken_from_the_phase_that_ran() -> None:
+    lines = [
+        (0.1, "INFO [utils.py:233] non-default args: {'model': 'm'}"),
+        (3.1, "INFO [model_inspection.py:46] event=inspect_model seconds=2.500"),
+        (4.1, "INFO [core.py:126] Initializing a V1 LLM engine"),
+        (5.1, "world_size=1 rank=0 local_rank=0"),
+    ]
+    assert rounded(lines) == {"PROCESS": 0.1, "IMPORTS": 0.0, "INSPECT": 2.5, "WORKERS": 2.5, "INIT": 0.0}
