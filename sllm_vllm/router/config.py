@@ -221,6 +221,11 @@ class ServerSection(_Section):
     connections_max: Count = Field(default=8192, ge=1, le=1_000_000, description="clients' connections at once")
     body_timeout: Duration = Field(default=60.0, gt=0, description="longest for a client to send its body")
     request_timeout: Duration = Field(default=3600.0, gt=0, description="longest for a request, waiting included")
+    slow_client_timeout: Duration = Field(
+        default=60.0,
+        gt=0,
+        description="longest for a client to take nothing while a part of its answer waits; then its connection ends",
+    )
     idle_timeout: Duration = Field(default=300.0, gt=0, description="longest between two pieces of an answer")
     cors_origins: tuple[str, ...] = Field(
         default=(), max_length=256, description="origins whose pages may read answers; '*' for any; by itself none"
@@ -339,6 +344,7 @@ class RouterConfig(_Section):
             body_s_max=server.body_timeout,
             request_s_max=server.request_timeout,
             idle_s_max=server.idle_timeout,
+            slow_client_s_max=server.slow_client_timeout,
             moves=self.migration.settings(),
         )
 

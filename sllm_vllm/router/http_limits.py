@@ -1,35 +1,45 @@
-"""uvicorn's httptools protocol with the limits it lacks: size and time of a request's head, connections, pipelining.
+"""uvicorn's httptools protocol with the limits it lacks: size and time of a request's head, connections, pipelining,
+clients that take nothing.
 
 A second request that arrives before the first is answered is dropped, and the connection closes after the answer:
 uvicorn would not notice any more that the first one's client left. Trailers are dropped; uvicorn would take them for
-headers.
+headers. A request that offers another protocol (``Upgrade: h2c``) is answered in HTTP/1.1, which RFC 9110, 7.8, allows.
+A client may end its side of the connection after its request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from sllm_vllm.router.client_state import ClientCounts, HalfClosed, SlowClient
+from sllm_vllm.router.headers import values_of
 from sllm_vllm.router.openai_errors import ApiError
 from sllm_vllm.router.settings import IngressSettings
 
+logger = logging.getLogger(__name__)
+
 _HEADER_NBYTES = len(": \r\n")
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 _PHRASES = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
-def limited_protocol(settings: IngressSettings) -> type[LimitedProtocol]:
+def limited_protocol(settings: IngressSettings, counts: ClientCounts) -> type[LimitedProtocol]:
     """The class to give to uvicorn, which makes its instances itself."""
-    return type("_Protocol", (LimitedProtocol,), {"settings": settings})
+    return type("_Protocol", (LimitedProtocol,), {"settings": settings, "counts": counts})
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection of a client. ``settings`` is set on a subclass."""
+    """One connection of a client. ``settings`` and ``counts`` are set on a subclass."""
 
     settings: IngressSettings
+    counts: ClientCounts
 
     def __init__(
         self,
@@ -43,11 +53,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self._is_surplus = False
         self._head_nbytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_head_repeated = False
+        self._slow: SlowClient | None = None
+        self._half_closed: HalfClosed | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Hang up on one too many."""
         super().connection_made(transport)
+        self.counts.num_open = len(self.connections)
         if len(self.connections) > self.settings.connections_max:
+            self.counts.refuse(self.settings.connections_max, self.loop.time())
             transport.close()
             return
         self._await_head()
@@ -55,20 +70,90 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
         self._stop_timer()
+        if self._slow is not None:
+            self._slow.stop()
+        if self._half_closed is not None:
+            self._half_closed.stop()
         super().connection_lost(exc)
+        self.counts.num_open = len(self.connections)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answer to a whole request; without one, close it.
+
+        A client that ends its side once its answer has begun has left: it would have ended it with its request.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_started or cycle.more_body:
+            return False
+        cycle.keep_alive = False
+        may_be_interrupted = self.scope["http_version"] == "1.1"
+        self._half_closed = HalfClosed(self.transport, loop=self.loop, end=self.transport.abort)
+        self._half_closed.watch(lambda: may_be_interrupted and not cycle.response_started)
+        return True
+
+    def pause_writing(self) -> None:
+        """The client takes less than there is for it."""
+        super().pause_writing()
+        self._watch_slow()
+
+    def resume_writing(self) -> None:
+        """It has taken most of it."""
+        super().resume_writing()
+        if self._slow is not None:
+            self._slow.stop()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn does; a connection that closes waits for a client's progress, not forever."""
+        super().on_response_complete()
+        if self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self._watch_slow()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection; one with bytes left would stay open as long as its client."""
+        if self.transport.get_write_buffer_size():
+            self._end_slow(self.transport.get_write_buffer_size())
+        else:
+            super().timeout_keep_alive_handler()
 
     def data_received(self, data: bytes) -> None:
         """Count what belongs to a head that is not complete yet; what is complete is measured below."""
         if self._is_surplus or self.transport.is_closing():
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._is_in_head:
             self._head_nbytes += len(data)
             if self._head_nbytes > self.settings.head_nbytes_max:
                 self._refuse(431, "The headers are too large.")
 
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if not self._is_surplus:
+                self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Read the body that follows: the parser ended at the head, so a new one gets a head with the same framing."""
+        if self.parser.get_method() == b"CONNECT":  # what follows is no HTTP
+            self._is_surplus = True
+            self.cycle.keep_alive = False
+            super().on_message_complete()
+            return
+        framing = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] in _FRAMING)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        self._is_head_repeated = True
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n")
+        if rest:
+            self._parse(rest)
+
     def on_message_begin(self) -> None:
         """A request begins."""
+        if self._is_head_repeated:
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._is_surplus = True
             self.cycle.keep_alive = False
@@ -80,20 +165,27 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """As uvicorn does, unless the request is dropped."""
-        if not self._is_surplus:
+        if not self._is_surplus and not self._is_head_repeated:
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """As uvicorn does, unless it is a trailer."""
-        if self._is_in_head and not self._is_surplus:
+        if self._is_in_head and not self._is_surplus and not self._is_head_repeated:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Let the request in if its head is small enough."""
         if self._is_surplus:
             return
+        if self._is_head_repeated:
+            self._is_head_repeated = False
+            return
         self._is_in_head = False
         self._stop_timer()
+        if len(values_of(self.headers, b"host")) > 1:  # RFC 9112, 3.2: proxies and servers differ in which counts
+            self._is_surplus = True
+            self._refuse(400, "The request has more than one Host header.")
+            return
         nbytes = len(self.url) + sum(len(name) + len(value) + _HEADER_NBYTES for name, value in self.headers)
         if nbytes > self.settings.head_nbytes_max:
             self._is_surplus = True
@@ -107,8 +199,8 @@ class LimitedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """As uvicorn does, unless the request is dropped."""
-        if not self._is_surplus:
+        """As uvicorn does, unless the request is dropped, or its body is still to be read."""
+        if not self._is_surplus and not self.parser.should_upgrade():
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -117,6 +209,18 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self._refuse(400, "The request is not HTTP as it should be.")
+
+    def _watch_slow(self) -> None:
+        if self._slow is None:
+            limit_s = self.settings.slow_client_s_max
+            self._slow = SlowClient(self.transport, limit_s, loop=self.loop, end=self._end_slow)
+        self._slow.begin()
+
+    def _end_slow(self, num_unsent: int) -> None:
+        self.counts.num_slow += 1
+        path = self.scope["path"] if self.scope is not None else ""
+        logger.warning("event=slow_client_ended client=%s path=%r unsent=%d", self.client, path[:200], num_unsent)
+        self.transport.abort()
 
     def _await_head(self) -> None:
         self._stop_timer()

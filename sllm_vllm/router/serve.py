@@ -12,6 +12,7 @@ from typing import Protocol
 import uvicorn
 
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.router.client_state import ClientCounts
 from sllm_vllm.router.http_limits import limited_protocol
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.watch import Message, Receive, Send
@@ -30,15 +31,22 @@ class App(Protocol):
 
 
 async def serve_app(
-    app: App, settings: IngressSettings, *, sockets: Sequence[socket.socket], started: asyncio.Event | None = None
+    app: App,
+    settings: IngressSettings,
+    *,
+    sockets: Sequence[socket.socket],
+    started: asyncio.Event | None = None,
+    counts: ClientCounts | None = None,
 ) -> None:
     """Serve on sockets that are bound, until cancelled; then requests get ``drain_s`` to end. Closes ``app``.
+
+    ``counts`` gets the numbers of clients' connections.
 
     Raises:
         ConfigError: there are no keys, and others than this machine can connect.
     """
     require_keys(settings, sockets)
-    server = _Server(_config(app, settings), started)
+    server = _Server(_config(app, settings, counts or ClientCounts()), started)
     serving = asyncio.create_task(server.serve(sockets=list(sockets)))
     try:
         await asyncio.shield(serving)
@@ -84,10 +92,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _config(app: App, settings: IngressSettings) -> uvicorn.Config:
+def _config(app: App, settings: IngressSettings, counts: ClientCounts) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=limited_protocol(settings),
+        http=limited_protocol(settings, counts),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -57,6 +57,9 @@ class IngressSettings(BaseModel):
         default=None, gt=0, description="longest from an engine's choice to its first byte; by itself no limit"
     )
     idle_s_max: float = Field(default=300.0, gt=0, description="longest between two pieces of an answer")
+    slow_client_s_max: float = Field(
+        default=60.0, gt=0, description="longest for a client to take nothing while a part of its answer waits"
+    )
     connect_s_max: float = Field(default=5.0, gt=0, description="longest to connect to an engine")
     engine_keep_alive_s: float = Field(
         default=3.0, gt=0, description="how long an idle connection to an engine stays; less than vLLM's 5 s"

@@ -18,6 +18,7 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from sllm_vllm.router.client_state import ClientCounts
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
 from sllm_vllm.router.ingress import Ingress
@@ -175,6 +176,7 @@ class Served:
 
     port: int
     gate: FakeGate
+    counts: ClientCounts = field(default_factory=ClientCounts)
 
     @property
     def url(self) -> str:
@@ -207,10 +209,11 @@ async def serving(gate: FakeGate, settings: IngressSettings | None = None) -> As
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     started = asyncio.Event()
     app = Ingress(gate, settings)
-    running = asyncio.create_task(serve_app(app, settings, sockets=[listener], started=started))
+    counts = ClientCounts()
+    running = asyncio.create_task(serve_app(app, settings, sockets=[listener], started=started, counts=counts))
     try:
         await asyncio.wait_for(started.wait(), 60)
-        yield Served(listener.getsockname()[1], gate)
+        yield Served(listener.getsockname()[1], gate, counts)
     finally:
         running.cancel()
         await asyncio.wait({running})
