@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ HEADER_NBYTES_MAX = 100_000_000
 """Largest header that the safetensors library itself accepts (its ``MAX_HEADER_SIZE``)."""
 STORE_STATE_DIR = ".store"
 """Folder inside the directory of checkpoints that belongs to the store's daemon: socket, lock, calibration, pins."""
+ADMIN_KEY_VARIABLE = "SLLM_ADMIN_KEY"
+"""Holds an operator's key for the commands of the router."""
 REQUEST_NBYTES_MAX = 256 * KIB
 REPLY_NBYTES_MAX = 16 * MIB
 """Largest message to, and from, the store's daemon."""
@@ -64,6 +66,12 @@ def is_migration_wanted() -> bool:
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with some variables set."""
     return {**os.environ, **overrides}
+
+
+def engine_environment(secret_variables: Collection[str], **overrides: str) -> dict[str, str]:
+    """This process's environment for engines and their warm parent: without the variables that hold a key of ours."""
+    hidden = {ADMIN_KEY_VARIABLE, *secret_variables}
+    return {name: value for name, value in child_environment(**overrides).items() if name not in hidden}
 
 
 def default_store_socket(store_dir: Path) -> Path:
@@ -215,6 +223,11 @@ class NodeConfig(BaseModel):
         default="127.0.0.1",
         max_length=253,
         description="address that engines listen on; another than loopback where their router is on another machine",
+    )
+    secret_variables: tuple[str, ...] = Field(
+        default=(),
+        max_length=10_100,
+        description="environment variables that engines do not get: those that hold keys of the router",
     )
     ray_address: str | None = Field(
         default=None,

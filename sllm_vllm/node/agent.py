@@ -39,7 +39,14 @@ from sllm_vllm.node.core.events import (
     TerminateEngine,
     Ticked,
 )
-from sllm_vllm.node.core.launch import UNREACHABLE_OPTIONS, Place, has_option, num_slots_of, option_value
+from sllm_vllm.node.core.launch import (
+    UNGUARDED_OPTIONS,
+    UNREACHABLE_OPTIONS,
+    Place,
+    has_option,
+    num_slots_of,
+    option_value,
+)
 from sllm_vllm.node.core.replica import ENDED, WELL_ONCE, ReplicaRow, State
 from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.logs import BoundedLog, read_log, remove_log, remove_old_logs
@@ -345,6 +352,9 @@ class NodeAgent:
         for name in UNREACHABLE_OPTIONS:
             if has_option(order.arguments, name):
                 raise OrderRefused(order.model, f"{name}: an engine listens where the agent says", "leave it out")
+        for name in UNGUARDED_OPTIONS:
+            if has_option(order.arguments, name):
+                raise OrderRefused(order.model, f"{name}: it opens a port that asks for no key", "leave it out")
         try:
             reservation = self._ports.reserve(order.port)
         except OSError as error:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sllm_vllm.errors import ConfigError
@@ -23,20 +23,27 @@ _QUERY_S_MAX = 20.0
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def detect_hardware(gpus: Sequence[str] | None, memory_nbytes: int | None, visible: str | None) -> Hardware:
+def detect_hardware(
+    gpus: Sequence[str] | None,
+    memory_nbytes: int | None,
+    visible: str | None,
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> Hardware:
     """What engines may use. Blocking.
 
     Args:
         gpus: indices or UUIDs that alone may be used; None for all; empty for none.
         memory_nbytes: for engines on the CPU; None for most of what is available now.
         visible: the value of CUDA_VISIBLE_DEVICES, which bounds the choice, too.
+        environment: of nvidia-smi; None for this process's own.
 
     Raises:
         ConfigError: a GPU that was named is not there.
     """
     found: list[tuple[int, Gpu]] = []
     if gpus is None or gpus:
-        found = _gpus()
+        found = _gpus(environment)
         for names in (visible.split(",") if visible is not None else None, gpus):
             found = found if names is None else _find_all(names, found)
     return Hardware(
@@ -70,13 +77,15 @@ def _find(name: str, gpus: Sequence[tuple[int, Gpu]]) -> tuple[int, Gpu]:
     raise ConfigError(f"there is no GPU {name!r}; nvidia-smi lists {len(gpus)}")
 
 
-def _gpus() -> list[tuple[int, Gpu]]:
+def _gpus(environment: Mapping[str, str] | None) -> list[tuple[int, Gpu]]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     command = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_S_MAX, check=True)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=_QUERY_S_MAX, check=True, env=environment
+        )
         return [parse_gpu(line) for line in answer.stdout.splitlines() if line.strip()]
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         logger.warning("event=no_gpus reason=%r", str(error))

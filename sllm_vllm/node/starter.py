@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from sllm_vllm.config import NodeConfig, child_environment, visible_gpus
+from sllm_vllm.config import NodeConfig, engine_environment, visible_gpus
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.cold_start import serve_command
 from sllm_vllm.node.core.events import ReplicaSpec
@@ -133,11 +133,13 @@ async def open_starter(config: NodeConfig) -> EngineStarter:
     Raises:
         ConfigError: a GPU that was named is not there, or more slots are wanted than there are GPUs.
     """
-    hardware = await asyncio.to_thread(detect_hardware, config.gpus, config.memory_bytes, visible_gpus())
+    environment = engine_environment(config.secret_variables, SLLM_STORE_DIR=str(config.store_dir))
+    hardware = await asyncio.to_thread(
+        detect_hardware, config.gpus, config.memory_bytes, visible_gpus(), environment=environment
+    )
     num_slots = config.slots or default_num_slots(hardware)
     if hardware.gpus and num_slots > len(hardware.gpus) and config.ray_address is None:
         raise ConfigError(f"{num_slots} slots are wanted, and there are {len(hardware.gpus)} GPUs")
-    environment = child_environment(SLLM_STORE_DIR=str(config.store_dir))
     if config.store_socket is not None:
         environment["SLLM_STORE_SOCKET"] = str(config.store_socket)
     if config.migration:

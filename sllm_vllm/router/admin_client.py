@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from sllm_vllm.config import ADMIN_KEY_VARIABLE as KEY_VARIABLE
 from sllm_vllm.config import default_node_dir, read_variable
 from sllm_vllm.errors import ConfigError, SllmError
 from sllm_vllm.units import KIB, MIB
 from sllm_vllm.unix_listener import is_trusted, open_channel
 
-KEY_VARIABLE = "SLLM_ADMIN_KEY"
 URL_VARIABLE = "SLLM_URL"
 URL_DEFAULT = "http://127.0.0.1:8000"
 ADMIN_KEY_NAME = "admin.key"

@@ -266,9 +266,19 @@ class KeysSection(_Section):
     admin: tuple[KeySource, ...] = Field(
         default=(), max_length=100, description="keys of the orders that deploy and remove models"
     )
+    hidden_variables: tuple[str, ...] = Field(
+        default=(),
+        max_length=10_100,
+        description="more environment variables that engines must not get; those of `env` are never theirs",
+    )
     insecure_no_keys: Flag = Field(
         default=False, description="listen on every address without keys: whoever reaches the port may use the models"
     )
+
+    def secret_variables(self) -> tuple[str, ...]:
+        """Environment variables that hold a key, or are to be hidden from engines for another reason."""
+        named = (source.env for source in (*self.clients, *self.admin) if source.env is not None)
+        return tuple(sorted({*named, *self.hidden_variables}))
 
 
 class RouterConfig(_Section):
@@ -328,6 +338,7 @@ class RouterConfig(_Section):
             warm=node.warm,
             engine_command=node.engine_command,
             migration=self.migration.enabled,
+            secret_variables=self.keys.secret_variables(),
         )
 
     def ingress_settings(self, key_digests: tuple[str, ...]) -> IngressSettings:

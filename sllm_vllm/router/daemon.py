@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvloop
 
+from sllm_vllm.config import read_variable
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.file_limit import raise_file_limit
 from sllm_vllm.key_file import open_key
@@ -131,6 +132,15 @@ class RouterProcess:
             await agent.close()
         logger.info("event=router_stopped")
 
+    def _require_hidden(self, config: RouterConfig) -> None:
+        """Refuse a key in a variable that engines and their warm parent already have in their environment."""
+        new = set(config.node_config().secret_variables) - set(self._node.secret_variables)
+        if told := sorted(name for name in new if read_variable(name) is not None):
+            raise ConfigError(
+                f"keys: running engines have {', '.join(told)} in their environment; restart the router, or give "
+                "the key as {file: PATH}"
+            )
+
     async def reload(self) -> str:
         """Read the file again and follow it; says what changed.
 
@@ -141,6 +151,7 @@ class RouterProcess:
             config = await asyncio.to_thread(read_router_config, self._path)
             changes = compare(self._config, config)
             changes.require_live()
+            self._require_hidden(config)
             settings = await asyncio.to_thread(self._settings, config)
             digests = await asyncio.to_thread(self._admin_digests, config)
             self._kept.reread(config.models)

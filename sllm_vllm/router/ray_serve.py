@@ -172,7 +172,12 @@ def _with_digests(config: RouterConfig) -> RouterConfig:
     )
     if not clients and not config.keys.insecure_no_keys:
         raise ConfigError("who may use it: give `keys.clients`, or say `keys.insecure_no_keys: true`")
-    keys = {"clients": clients, "admin": admin, "insecure_no_keys": config.keys.insecure_no_keys}
+    keys = {
+        "clients": clients,
+        "admin": admin,
+        "hidden_variables": config.keys.secret_variables(),  # the agents' machines may have them, too
+        "insecure_no_keys": config.keys.insecure_no_keys,
+    }
     return config.model_copy(update={"keys": type(config.keys).model_validate(keys)})
 
 

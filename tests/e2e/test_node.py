@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -32,6 +33,7 @@ from tests.e2e.real_agent import (
     warm_agent,
     watched,
 )
+from tests.listening import listening_addresses
 from tests.vllm_server import vllm_server
 from tests.waiting import wait_until
 
@@ -127,6 +129,27 @@ async def test_twenty_orders_at_once_are_served_in_turn(agent: NodeAgent, model_
 
     found = await asyncio.gather(*(serve() for _ in range(20)))
     assert all(one == found[0] for one in found)
+
+
+async def test_without_its_key_an_engine_answers_health_alone_at_its_one_port(
+    agent: NodeAgent, model_dir: ModelDir
+) -> None:
+    report = await ready(agent, order(model_dir("llama")))
+    asked = [("GET", "/metrics"), ("GET", "/load"), ("GET", "/docs"), ("GET", "/version"), ("POST", "/tokenize")]
+    asked += [("POST", "/invocations"), ("POST", "/scale_elastic_ep"), ("GET", "/v1/models"), ("GET", "/nothing")]
+    async with aiohttp.ClientSession(report.url) as session:
+        for method, path in asked:
+            async with session.request(method, path) as answer:
+                assert answer.status == 401, path
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+            await session.ws_connect("/v1/realtime")
+        async with session.get("/health") as answer:
+            assert answer.status == 200
+        async with session.get("/metrics", headers={"Authorization": f"Bearer {report.api_key}"}) as answer:
+            assert (answer.status, "vllm:num_requests_running" in await answer.text()) == (200, True)
+    assert report.pid is not None
+    assert listening_addresses(report.pid) == {("127.0.0.1", report.port)}
+    await stopped(agent, report.id)
 
 
 # -------------------------------------------------------------------------------------------------------------- faults

@@ -267,6 +267,15 @@ async def test_what_was_ordered_reaches_the_engine(tmp_path: Path) -> None:
     assert told["environment"]["SLLM_STORE_SOCKET"] == str(bench.config.store_socket)
 
 
+@pytest.mark.parametrize(
+    "option", ["--uds=/tmp/s", "--grpc", "--grpc-port=1", "--data-parallel-multi-port-external-lb"]
+)
+async def test_an_engine_opens_no_door_but_its_port(tmp_path: Path, option: str) -> None:
+    async with running_agent(tmp_path) as bench:
+        with pytest.raises(OrderRefused, match=option.partition("=")[0]):
+            await bench.order(arguments=(option,))
+
+
 async def test_without_a_store_nothing_is_prefetched(tmp_path: Path) -> None:
     async with running_agent(tmp_path, store_socket=tmp_path / "no-socket") as bench:
         with pytest.raises(StoreUnavailable, match="no daemon of the store"):

@@ -81,6 +81,17 @@ async def test_an_engine_is_forked_where_that_can_be(tmp_path: Path, warm: dict[
     assert Pool.last.is_closed
 
 
+async def test_keys_of_the_router_reach_neither_the_warm_parent_nor_an_engine(
+    tmp_path: Path, warm: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ROUTER_KEY", "SLLM_ADMIN_KEY", "KEPT"):
+        monkeypatch.setenv(name, "x")
+    async with running_agent(tmp_path, secret_variables=("ROUTER_KEY",), **warm) as bench:
+        await bench.ready()
+        for environment in (Pool.last.environment, Pool.last.orders[0].environment):
+            assert environment.keys() & {"ROUTER_KEY", "SLLM_ADMIN_KEY", "KEPT"} == {"KEPT"}
+
+
 async def test_without_a_warm_parent_an_engine_starts_cold_and_says_why(tmp_path: Path, warm: dict[str, Any]) -> None:
     async with running_agent(tmp_path, **warm) as bench:
         Pool.last.problem = "it is importing"

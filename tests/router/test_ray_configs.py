@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 from sllm_vllm.config import child_environment
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.config_file import parse_router_config
-from sllm_vllm.router.ray_serve import Arguments, build
+from sllm_vllm.router.ray_serve import Arguments, build, link_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -112,6 +113,15 @@ def test_keys_stay_where_they_are_read(tmp_path: Path) -> None:
     (tmp_path / "key").chmod(0o600)
     path.write_text(yaml.safe_dump({**read("demo.yaml"), "keys": {"clients": [{"file": str(tmp_path / "key")}]}}))
     assert b"a-secret-that-is" not in cloudpickle.dumps(build(Arguments(config=str(path))))
+
+
+def test_agents_of_a_cluster_know_which_variables_hold_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their machines may have them, too, and the cluster gets digests in the place of keys."""
+    monkeypatch.setenv("ROUTER_KEY", "a-key")
+    path = tmp_path / "router.yaml"
+    path.write_text("keys: {clients: [{env: ROUTER_KEY}], hidden_variables: [OTHER_KEY]}\n")
+    config = parse_router_config(json.loads(link_of(str(path))[0]))
+    assert config.node_config().secret_variables == ("OTHER_KEY", "ROUTER_KEY")
 
 
 def test_without_a_configuration_it_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sllm_vllm.config import child_environment
+from tests.benchmarks.process_tree import descendants
 from tests.router.router_process import is_alive, running_router, write_config
 from tests.waiting import wait_until
 
@@ -150,6 +151,37 @@ def test_keys_are_asked_for_and_the_admins_is_another(tmp_path: Path) -> None:
         assert router.admin("models").status == 200
         (tmp_path / "node" / "admin.key").write_text("a-client-key")
         assert router.admin("models").status in (401, 403)
+
+
+def test_no_process_below_the_router_gets_its_keys(tmp_path: Path) -> None:
+    """Neither through what it reads of its environment, nor through ``/proc/PID/environ``."""
+    given = {name: f"key-in-{name.lower()}" for name in ("CLIENT_KEY", "OPERATOR_KEY", "SLLM_ADMIN_KEY", "OTHER_KEY")}
+    keys = {"clients": [{"env": "CLIENT_KEY"}], "admin": [{"env": "OPERATOR_KEY"}], "hidden_variables": ["OTHER_KEY"]}
+    write_config(tmp_path, "fine", keys=keys)
+    with running_router(tmp_path, environment={**given, "KEPT": "1"}) as router:
+        router.admin_key = given["OPERATOR_KEY"]
+        assert router.post("fine", key=given["CLIENT_KEY"]).status == 200
+        told = router.ask_engine("/environment")["environment"]
+        assert (told.keys() & given.keys(), told["KEPT"]) == (set(), "1")
+        children = {pid for pid, _ in descendants(router.process.pid)}
+        assert set(router.pids("fine")) < children  # the watch for orphans is another
+        for pid in children:
+            assert b"key-in-" not in Path(f"/proc/{pid}/environ").read_bytes(), pid
+
+
+def test_a_key_that_engines_have_in_their_environment_is_refused_until_a_restart(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine", keys={"clients": [{"env": "FIRST_KEY"}]})
+    given = {"FIRST_KEY": "first", "LATER_KEY": "later"}
+    with running_router(tmp_path, environment=given) as router:
+        write_config(tmp_path, "fine", keys={"clients": [{"env": "FIRST_KEY"}, {"env": "LATER_KEY"}]})
+        answer = router.admin("reload", "POST")
+        assert answer.status == 400
+        assert "running engines have LATER_KEY in their environment" in answer.body["error"]["message"]
+        assert router.post("fine", key="first").status == 200
+        assert router.post("fine", key="later").status == 401
+    with running_router(tmp_path, environment=given) as router:
+        assert router.post("fine", key="later").status == 200
+        assert "LATER_KEY" not in router.ask_engine("/environment")["environment"]
 
 
 def test_what_a_router_learned_is_there_after_a_restart(tmp_path: Path) -> None:

@@ -21,8 +21,12 @@ PARALLEL_OPTIONS = (
     ("--pipeline-parallel-size", "-pp"),
     ("--data-parallel-size", "-dp"),
 )
-UNREACHABLE_OPTIONS = ("--headless", "--ssl-certfile", "--ssl-keyfile", "--uds")
+UNREACHABLE_OPTIONS = ("--headless", "--ssl-certfile", "--ssl-keyfile", "--uds", "--grpc")
 """With these nobody would answer where the agent asks for health."""
+UNGUARDED_OPTIONS = ("--grpc-port", "--data-parallel-supervisor-port", "--data-parallel-multi-port-external-lb")
+"""With these vLLM opens a second port, which asks for no key."""
+GUARD = ("--middleware", "sllm_vllm.engine.guard.EngineGuard")
+"""Has an engine ask for its key everywhere but at ``/health``."""
 COLD_VARIABLES = (
     "GLIBC_TUNABLES",
     "HF_",
@@ -168,8 +172,9 @@ def option_value(arguments: Sequence[str], *names: str) -> str | None:
 def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: LaunchPolicy) -> Launch:
     """How to launch what was ordered.
 
-    What the arguments say is left alone, but for host and port, which come last and so count. What they leave open is
-    filled in, unless they name a file of settings, which would be overruled by it.
+    What the arguments say is left alone, but for host and port, which come last and so count; the guard is added to any
+    middleware of theirs. What they leave open is filled in, unless they name a file of settings, which it would
+    overrule.
     """
     added: list[str] = []
     arguments, environment, slots = spec.arguments, dict(spec.environment), place.slots
@@ -177,6 +182,7 @@ def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: 
     if fills_in and policy.load_format and option_value(arguments, "--load-format") is None:
         added += ["--load-format", policy.load_format]
     whole = {**policy.environment, **environment, "VLLM_API_KEY": place.api_key}
+    whole.pop("VLLM_USE_RUST_FRONTEND", None)  # that frontend runs no middleware, so it would answer without the key
     cpus: tuple[int, ...] = ()
     if policy.ray_address is not None:
         whole.pop("CUDA_VISIBLE_DEVICES", None)  # Ray gives each worker its own
@@ -196,7 +202,7 @@ def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: 
         if fills_in and "VLLM_CPU_KVCACHE_SPACE" not in whole and _says_no_kv_size(arguments):
             added += ["--kv-cache-memory-bytes", str(_kv_nbytes(hardware, policy))]
     return Launch(
-        arguments=(spec.model, *arguments, *added, "--host", place.host, "--port", str(place.port)),
+        arguments=(spec.model, *arguments, *added, *GUARD, "--host", place.host, "--port", str(place.port)),
         environment=whole,
         cpus=cpus,
         num_threads=num_threads,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sllm_vllm.node.core.events import ReplicaSpec
 from sllm_vllm.node.core.launch import (
     COLD_VARIABLES,
+    GUARD,
     KV_NBYTES_MAX,
     KV_NBYTES_MIN,
     Gpu,
@@ -30,7 +31,7 @@ from sllm_vllm.units import GIB, MIB
 CPU = Hardware(cpus=(0, 1, 2, 3, 8, 9, 10, 11), memory_nbytes=32 * GIB)
 CUDA = Hardware(CPU.cpus, CPU.memory_nbytes, gpus=(Gpu("GPU-a", 80 * GIB), Gpu("GPU-b", 80 * GIB)))
 POLICY = LaunchPolicy(num_slots=2)
-LAST = ("--host", "127.0.0.1", "--port", "4000")
+LAST = (*GUARD, "--host", "127.0.0.1", "--port", "4000")
 KV = ("--kv-cache-memory-bytes", str(GIB))
 
 
@@ -71,7 +72,7 @@ def test_an_engine_listens_where_its_place_is() -> None:
 def test_the_model_comes_first_and_our_host_and_port_come_last(said: tuple[str, ...], hardware: Hardware) -> None:
     arguments = launch(*said, hardware=hardware).arguments
     assert arguments[: 1 + len(said)] == ("org/m", *said)
-    assert arguments[-4:] == LAST
+    assert arguments[-len(LAST) :] == LAST
 
 
 @pytest.mark.parametrize(
@@ -304,6 +305,14 @@ def test_an_order_may_choose_its_threads_and_the_agents_own_number_is_not_theirs
 def test_a_key_among_the_arguments_is_the_one_that_counts(said: tuple[str, ...]) -> None:
     assert launch(*said).api_key == "mine"
     assert launch().api_key == "secret"
+
+
+def test_the_guard_stands_beside_an_orders_own_middleware_and_under_a_file_of_settings() -> None:
+    for said in (("--middleware", "a.B"), ("--config", "settings.yaml")):
+        arguments = launch(*said).arguments
+        assert arguments[1:3] == said
+        assert arguments[-len(LAST) :] == LAST
+    assert "VLLM_USE_RUST_FRONTEND" not in launch(environment={"VLLM_USE_RUST_FRONTEND": "1"}).environment
 
 
 @pytest.mark.parametrize("prefix", COLD_VARIABLES)
