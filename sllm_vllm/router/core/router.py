@@ -197,7 +197,6 @@ class RouterCore:
         if state is None:
             self._reject(facts.id, Refusal.UNKNOWN_MODEL, f"no model {facts.model!r}")
             return
-        state.arrivals.note(now_s)
         self.scaling.foresight.arrived(state, now_s)
         if state.back_off.is_hopeless and state.back_off.is_resting(now_s) and not self._has_replica(facts.model):
             self._reject_no_start(facts.id, state, now_s)

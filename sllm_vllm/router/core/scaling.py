@@ -344,7 +344,7 @@ class Scaling:
             return
         state = self._models.get(replica.model)
         if replica.state is ReplicaState.READY and state is not None:
-            self.foresight.became_idle(replica, state, now_s)
+            self.foresight.became_idle(replica, state)
 
     def end_idle(self, now_s: float) -> None:
         """Stop replicas whose keep-alive is over."""

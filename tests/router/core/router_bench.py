@@ -109,13 +109,13 @@ class RouterBench:
         self.tell(RequestArrived(RequestFacts(name, model, **fields)))  # type: ignore[arg-type]
         return name
 
-    def start(self, replica: str | None = None, *, seconds: float = 0.0) -> str:
-        """An ordered replica (the first, unless named) becomes ready."""
+    def start(self, replica: str | None = None, *, seconds: float = 0.0, took_s: float = 1.0) -> str:
+        """An ordered replica (the first, unless named) becomes ready. ``took_s``: as its engine reports it."""
         replica = replica or next(iter(self.starting))
         ordered = self.starting.pop(replica)
         self.ready[replica] = ordered.node
         self.now_s += seconds
-        sample = StartSample(ordered.model, ordered.node, True, Tier.DISK, 1 << 20, 0.3, 0.4, 0.3)
+        sample = StartSample(ordered.model, ordered.node, True, Tier.DISK, 1 << 20, 0.3, took_s - 0.6, 0.3)
         self.tell(ReplicaReady(replica, sample))
         if self.is_movable:
             self.tell(ReplicaMovable(replica, is_movable=True))

@@ -247,6 +247,49 @@ def test_a_shorter_keep_alive_counts_at_once() -> None:
     assert bench.stopping
 
 
+def asked_seven_times_in_a_row(num_slots: int) -> RouterBench:
+    """After seven quick requests, on an engine whose start takes 20 s."""
+    bench = bench_with(num_slots=num_slots)
+    for number in range(7):
+        request = bench.ask("a")
+        if not number:
+            bench.start(seconds=20.0, took_s=20.0)
+        bench.now_s += 0.5
+        bench.end(request)
+    return bench
+
+
+def test_a_burst_does_not_end_the_only_engine_while_no_other_model_wants_its_slot() -> None:
+    bench = asked_seven_times_in_a_row(num_slots=1)
+    for _ in range(100):
+        bench.wait(1.0)
+    assert not bench.stopping
+    assert bench.ask("a") in bench.books.running
+
+
+def test_another_model_gets_the_slot_of_an_engine_that_idles_within_its_keep_alive() -> None:
+    bench = asked_seven_times_in_a_row(num_slots=1)
+    bench.deploy("b")
+    bench.ask("b")
+    assert list(bench.stopping.values()) == ["n"]
+
+
+def test_a_prefetch_is_for_the_next_burst_and_not_for_the_second_of_a_pair() -> None:
+    bench = RouterBench()
+    bench.node("n", 1, a=Tier.DISK)
+    bench.deploy("a", keep_alive_s=0.0)
+    for pause_s in (1200.0, 1200.0, 0.0):
+        first, second = bench.ask("a"), bench.ask("a")
+        bench.start()
+        bench.end(first)
+        bench.end(second)
+        bench.wait(0.25)
+        bench.stopped()
+        bench.now_s += pause_s
+    told = [action for _ in range(300) for action in bench.wait(5.0)]
+    assert PrefetchModel("a", "n") in told
+
+
 def test_a_model_deleted_while_it_starts_leaves_nothing() -> None:
     bench = bench_with()
     request = bench.ask("a")
