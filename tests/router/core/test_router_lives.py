@@ -274,15 +274,15 @@ def test_another_model_gets_the_slot_of_an_engine_that_idles_within_its_keep_ali
     assert list(bench.stopping.values()) == ["n"]
 
 
-def test_a_prefetch_is_for_the_next_burst_and_not_for_the_second_of_a_pair() -> None:
+def test_a_prefetch_is_for_the_next_burst_and_not_within_one() -> None:
     bench = RouterBench()
     bench.node("n", 1, a=Tier.DISK)
     bench.deploy("a", keep_alive_s=0.0)
     for pause_s in (1200.0, 1200.0, 0.0):
-        first, second = bench.ask("a"), bench.ask("a")
+        requests = [bench.ask("a") for _ in range(8)]
         bench.start()
-        bench.end(first)
-        bench.end(second)
+        for request in requests:
+            bench.end(request)
         bench.wait(0.25)
         bench.stopped()
         bench.now_s += pause_s
