@@ -78,9 +78,9 @@ def test_wrong_keep_alive_says_what_may_be_written() -> None:
 
 @pytest.mark.parametrize("written", [-1, "-1", "forever", "Forever", "infinite"])
 def test_a_keep_alive_without_end_points_to_min_replicas(written: object) -> None:
-    assert model_refusal(keep_alive=written) == (
-        "models[0].keep_alive: no replica stays without end for its keep_alive; write `min_replicas: 1` to keep one running"
-    )
+    said = model_refusal(keep_alive=written)
+    assert said.startswith("models[0].keep_alive: no replica stays without end")
+    assert said.endswith("write `min_replicas: 1` to keep one running")
 
 
 @pytest.mark.parametrize("written", ["much", "9" * 400, True, 1.5])

@@ -1,12 +1,12 @@
 """How long an idle replica is worth its memory, and what evicting it would cost. Pure; asked by the router's core.
 
-Arrivals closer to each other than a start or a request takes are one *burst*; what decides about an idle replica are the
-*pauses* between bursts. A replica that idles through a pause costs ``share`` of its node's accelerators for that long; one
-that was stopped before costs a start. A second of starting is worth ``idle_worth`` seconds of idling on a whole node, so
-idling longer than ``bound_s = idle_worth * startup / share`` never pays (RainbowCake's beta, Yu et al., ASPLOS 2024).
+Arrivals closer to each other than a start or a request takes are one *burst*; what decides about an idle replica are
+the *pauses* between bursts. A replica that idles through a pause costs ``share`` of its node's accelerators for that
+long; one that was stopped before costs a start. A second of starting is worth ``idle_worth`` seconds of idling on a
+whole node, so idling longer than ``idle_worth * startup / share`` never pays (RainbowCake's beta, Yu et al., 2024).
 
-Until ``pauses_min`` pauses were seen a replica stays that long: by the ski-rental argument it never costs more than twice
-the best choice. After that it stays as long as would have cost least over the last pauses, and never less than
+Until ``pauses_min`` pauses were seen a replica stays that long: by the ski-rental argument it never costs more than
+twice the best choice. After that it stays as long as would have cost least over the last pauses, and never less than
 ``floor_startups`` times its start. Whoever needs its slots evicts it before that; nothing else ends it.
 """
 
@@ -98,25 +98,26 @@ def keep_alive_s(
     arrivals: Arrivals, *, startup_s: float, share: float, limits: KeepAliveLimits = DEFAULT_LIMITS
 ) -> float:
     """How long a replica may idle; more for a longer startup, less for a larger ``share`` of its node."""
-    longest_s = min(limits.idle_s_max, limits.bound_s(startup_s, share))
+    bound_s = limits.bound_s(startup_s, share)
+    longest_s = min(limits.idle_s_max, bound_s)
     shortest_s = max(limits.idle_s_min, min(longest_s, limits.floor_startups * startup_s))
     pauses_s = sorted(arrivals.pauses_s)
     if len(pauses_s) < limits.pauses_min:
         return max(shortest_s, longest_s)
-    return max(shortest_s, _cheapest_s(pauses_s, longest_s, limits.bound_s(startup_s, share), limits))
+    return max(shortest_s, _cheapest_s(pauses_s, longest_s, start_cost_s=bound_s, margin=limits.margin))
 
 
-def _cheapest_s(pauses_s: list[float], longest_s: float, start_cost_s: float, limits: KeepAliveLimits) -> float:
+def _cheapest_s(pauses_s: list[float], longest_s: float, *, start_cost_s: float, margin: float) -> float:
     """The time that would have cost least over ``pauses_s``, which are sorted; of equal ones the longest.
 
-    Staying t costs the pauses that are shorter than t, and t and a start for each of the others; so only 0 and times just
-    after a pause can be best.
+    Staying t costs the pauses that are shorter than t, and t and a start for each of the others; so only 0 and times
+    just after a pause can be best.
     """
     num = len(pauses_s)
     best = (num * start_cost_s, 0.0)
     for index, (pause_s, sum_s) in enumerate(zip(pauses_s, accumulate(pauses_s), strict=True), 1):
         if pause_s <= longest_s:
-            stay_s = min(longest_s, limits.margin * pause_s)
+            stay_s = min(longest_s, margin * pause_s)
             best = min(best, (sum_s + (num - index) * (stay_s + start_cost_s), -stay_s))
     return -best[1]
 
@@ -124,7 +125,7 @@ def _cheapest_s(pauses_s: list[float], longest_s: float, start_cost_s: float, li
 def keep_value_s(
     arrivals: Arrivals, *, startup_s: float, now_s: float, limits: KeepAliveLimits = DEFAULT_LIMITS
 ) -> float:
-    """The startup that evicting it now is expected to cost: T, if it is asked again within the bound of a whole node."""
+    """The startup that evicting it now is expected to cost: T, if it is asked again within a whole node's bound."""
     gap_s = _gap_s(arrivals, now_s, limits)
     horizon_s = limits.bound_s(startup_s, 1.0)
     return startup_s * (1 - exp(-horizon_s / gap_s)) if gap_s > 0 else startup_s
