@@ -23,7 +23,7 @@ from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
 from sllm_vllm.router.config import RouterConfig
 from sllm_vllm.router.config_file import compare, read_key_digests, read_router_config
-from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.controller import Bounds, Controller
 from sllm_vllm.router.estimates_file import read_estimates, write_record
 from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.kept_models import KeptModels
@@ -182,7 +182,10 @@ class RouterProcess:
         self._running = controller = Controller(
             waiting_max=self._config.server.waiting_max,
             directory=self._path.absolute().parent,
-            moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
+            bounds=Bounds(
+                moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
+                poison=self._config.poison.limits(),
+            ),
             estimator=await asyncio.to_thread(read_estimates, path),
         )
         self._kept = KeptModels(SqliteStore(self._node.node_dir / STATE_NAME), self._config.models)

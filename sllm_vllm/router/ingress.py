@@ -11,10 +11,10 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
-from sllm_vllm.router.admission import read_body
+from sllm_vllm.router.admission import digest_of, read_body
 from sllm_vllm.router.body import BodyReader
 from sllm_vllm.router.gate import Gate, ServedModel
 from sllm_vllm.router.headers import Headers, shown_id, value_of, values_of
@@ -158,7 +158,8 @@ class Ingress:
             admission = read_body(body, content_type, takes_form=request.path in FORM_PATHS)
             request.model = admission.model
             self._require_model(admission.model)
-            call = Call(admission.facts(request.id), request.shown, target=target, headers=request.headers, body=body)
+            facts = replace(admission.facts(request.id), digest=await digest_of(target, body))
+            call = Call(facts, request.shown, target=target, headers=request.headers, body=body)
             extra = self._common_headers(request)
             if self._proxy is None:  # it needs a running loop
                 self._proxy = Proxy(self._gate, self._settings)

@@ -37,7 +37,7 @@ from sllm_vllm.router.core.events import (
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, StartSample, Tier
+from sllm_vllm.router.core.facts import FailureSign, ModelSpec, RequestFacts, StartSample, Tier
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.router import RouterCore
 
@@ -179,13 +179,13 @@ class RouterBench:
         self.books.ended.add(request)
         self.tell(RequestGone(request))
 
-    def notice(self, request: str) -> None:
+    def notice(self, request: str, sign: FailureSign = FailureSign.BROKE_OFF) -> None:
         """The ingress notices that its engine failed before a byte."""
         self.lost.pop(request, None)
         self.moving.pop(request, None)
         del self.books.running[request]
         self.books.waiting[request] = None
-        self.tell(RequestFailed(request, "connection reset"))
+        self.tell(RequestFailed(request, "connection reset", sign))
 
     def _take(self, action: Action) -> None:
         match action:

@@ -6,7 +6,7 @@ import pytest
 
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.events import PrefetchModel, Refusal, Ticked
-from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.router.core.facts import FailureSign, Tier
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.model_state import BACK_OFF_S_MAX, FAILURES_MAX, STEADY_S, BackOff
 from tests.router.core.router_bench import RouterBench
@@ -142,7 +142,7 @@ def test_time_that_a_request_was_with_a_replica_that_failed_it_is_no_time_of_wai
     replica = bench.start(seconds=10.0)
     bench.wait(100.0)
     bench.crash(replica)
-    bench.notice(request)
+    bench.notice(request, FailureSign.UNREACHED)
     bench.wait(5.0)
     assert request in bench.books.waiting
     bench.start()
@@ -155,7 +155,7 @@ def test_a_request_waits_no_longer_than_it_may_in_all_its_waits() -> None:
     replica = bench.start(seconds=10.0)
     bench.wait(100.0)
     bench.crash(replica)
-    bench.notice(request)
+    bench.notice(request, FailureSign.UNREACHED)
     bench.wait(10.0)
     assert bench.books.rejected[request].why is Refusal.TOO_LATE
 
@@ -192,7 +192,7 @@ def test_a_request_is_sent_to_so_many_replicas_and_then_told() -> None:
     for _ in range(2):
         bench.crash(bench.start())
         bench.wait(1.0)
-        bench.notice(request)
+        bench.notice(request, FailureSign.UNREACHED)
         bench.wait(1.0)
     assert bench.books.rejected[request].why is Refusal.ENGINE_FAILED
 
