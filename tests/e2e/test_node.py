@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -163,12 +164,20 @@ async def test_a_bad_argument_is_told_in_vllms_own_words(agent: NodeAgent) -> No
     assert any("unrecognized arguments: --no-such-argument" in line for line in report.tail)
 
 
-async def test_a_model_that_is_not_there_is_told_in_vllms_own_words(agent: NodeAgent, tmp_path: Path) -> None:
-    report = await agent.ensure_replica(order(tmp_path / "nothing"))
+async def test_a_model_that_is_not_there_is_refused(agent: NodeAgent, tmp_path: Path) -> None:
+    with pytest.raises(OrderRefused, match="nothing: No such file or directory"):
+        await agent.ensure_replica(order(tmp_path / "nothing"))
+
+
+async def test_a_model_without_weights_is_told_in_vllms_own_words(
+    agent: NodeAgent, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    model = tmp_path / "empty"
+    shutil.copytree(model_dir("llama"), model, ignore=shutil.ignore_patterns("*.safetensors"))
+    report = await agent.ensure_replica(order(model))
     report = await ended(agent, report.id)
-    assert report.state == "failed"
-    assert report.status not in (0, None)
-    assert any("nothing" in line for line in report.tail)
+    assert (report.state, report.status) == ("failed", 1)
+    assert report.cause == f"RuntimeError: Cannot find any model weights with `{model}`"
 
 
 async def test_a_port_that_somebody_took_meanwhile_fails_that_engine_alone(

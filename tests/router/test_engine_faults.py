@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from sllm_vllm.node.protocol import ReplicaReport
+from sllm_vllm.router.engines import reason_of
 from tests.router.router_process import RouterUnderTest, is_alive, running_router, write_config
 from tests.store.builders import make_checkpoint
 from tests.store.store_daemon import store_daemon
@@ -18,6 +20,23 @@ from tests.waiting import wait_until
 
 SOON = {"start_s": 5.5, "stop_s": 5.5, "health_s": 0.6}
 """Of an agent: as short as it takes them; an engine on a busy machine may still miss two answers."""
+FAILED = ReplicaReport(
+    id="m-1",
+    model="m",
+    state="failed",
+    reason="exited with status 1",
+    slots=(),
+    pid=None,
+    status=1,
+    port=None,
+    url=None,
+    api_key=None,
+    age_s=1.0,
+    in_state_s=0.0,
+    start=None,
+    log="",
+    tail=("Traceback (most recent call last):", "  For further information visit https://x", ""),
+)
 CAPACITY = 4
 """Requests at once."""
 
@@ -178,3 +197,14 @@ def kill_who_has(router: RouterUnderTest, said: str, num: int) -> None:
     wait_until(lambda: router.said_by_engines().count(said) == num, "an engine to have it")
     (pid,) = router.pids("fine")
     os.kill(pid, signal.SIGKILL)
+
+
+def test_the_reason_of_an_end_is_the_exception_and_the_last_line() -> None:
+    cause = "ModuleNotFoundError: No module named 'torchvision'"
+    last = "For further information visit https://x"
+    assert reason_of(FAILED) == f"exited with status 1: {last}"
+    told = reason_of(FAILED.model_copy(update={"cause": cause}))
+    assert told == f"exited with status 1: {cause} (its last line: {last})"
+    told = reason_of(FAILED.model_copy(update={"cause": cause, "tail": (f"(Worker pid=1) {cause}",)}))
+    assert told == f"exited with status 1: {cause}"
+    assert reason_of(FAILED.model_copy(update={"tail": ()})) == "exited with status 1"
