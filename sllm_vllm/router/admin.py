@@ -78,7 +78,6 @@ class AdminApp:
         key_digests: SHA-256 of each key that opens it.
         reload: reads the configuration again and says what changed; raises ConfigError.
         keep: remembers what is served under a name over a restart, None for nothing; raises StateError.
-        check: refuses a model that this machine can't serve, by ConfigError. Default: none is refused.
     """
 
     def __init__(
@@ -88,11 +87,9 @@ class AdminApp:
         key_digests: Iterable[str],
         reload: Callable[[], Awaitable[str]],
         keep: Callable[[str, ModelConfig | None], Awaitable[None]],
-        check: Callable[[ModelConfig], None] = lambda _: None,
     ) -> None:
         self._controller = controller
         self._keep = keep
-        self._check = check
         self._keys = Keys(key_digests)
         self._reload = reload
         self._bodies = BodyReader(_SETTINGS)
@@ -141,7 +138,7 @@ class AdminApp:
             raise wrong_method(scope["method"], tuple(methods)).closing()
         query = {key: values[-1] for key, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
         async with self._bodies.read(scope["headers"], receive) as body:
-            return await handler(Call(name, query, body))
+            return await handler(Call(name, query, bytes(body)))
 
     def _matches(self, path: str) -> Iterable[tuple[re.Match[str], dict[str, Handler]]]:
         for pattern, methods in self._routes.items():
@@ -180,10 +177,6 @@ class AdminApp:
 
     async def _deploy(self, call: Call) -> Reply:
         model = read_model(call.body)
-        try:
-            await asyncio.to_thread(self._check, model)
-        except ConfigError as error:
-            raise ApiError(400, str(error), code="invalid_model") from None
         await self._controller.measure([model])
         before = self._controller.models.get(model.name)
         await self._kept(model.name, model)

@@ -1,41 +1,47 @@
 """What is read of a request's body: the model, how long the prompt is, and how it begins. Pure.
 
-Of a JSON object only its top level is walked; values are skipped by the standard library's scanner. The body itself is
+Of a JSON object only its top level is walked. In a small body the standard library's scanner skips values, and checks
+them; in a large one, or one of many brackets, ``json_scan.py`` finds them without building any. The body itself is
 never changed.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
 from dataclasses import dataclass
 
+from sllm_vllm.router.body import Body
 from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.form_scan import NotAForm, scan_form
+from sllm_vllm.router.json_scan import Bounds, Member, NotJson, NotUtf8, TooMuch, scan_members
 from sllm_vllm.router.openai_errors import ApiError
 
 PREFIX_CHARS = 512
 """What of a prompt makes its prefix key."""
 NBYTES_A_TOKEN = 4
-HASHED_AT_ONCE_NBYTES_MAX = 1 << 20
-"""Larger bodies are hashed in a thread: one of 32 MiB takes some 40 ms."""
 MODEL_CHARS_MAX = 1024
 MEMBERS_MAX = 1000
 PARTS_MAX = 100
+DEPTH_MAX = 256
+CONTAINERS_MAX = 100_000
+SMALL_NBYTES = 1 << 15
+"""A body up to this is read at once: a few milliseconds at most."""
+SMALL_CONTAINERS = 2000
+"""Arrays and objects of a body that is read at once; they cost the most."""
 
 _PROMPTS = frozenset({"messages", "prompt", "input", "query", "text_1", "text"})
 _SPACE = re.compile(r"[ \t\n\r]*")
 _decoder = json.JSONDecoder()
-_BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;",]{1,70}))', re.IGNORECASE)
-_MODEL_PART = re.compile(
-    rb'content-disposition:[ \t]*form-data[ \t]*;[ \t]*name="?model"?[ \t]*(?:\r\n|$)', re.IGNORECASE
-)
+_NAME_NBYTES_MAX = 128
+"""No name that counts is longer, with each character escaped."""
+_MODEL_NBYTES_MAX = 12 * MODEL_CHARS_MAX
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a body says. ``prefix``: see ``RequestFacts``."""
+    """What a body says. ``model``: empty if it names none; ``prefix``: see ``RequestFacts``."""
 
     model: str
     prompt_tokens: int
@@ -46,7 +52,20 @@ class Admission:
         return RequestFacts(id=request, model=self.model, prompt_tokens=self.prompt_tokens, prefix=self.prefix)
 
 
-def read_body(body: bytes, content_type: bytes, *, takes_form: bool) -> Admission:
+@dataclass(frozen=True, slots=True)
+class BodyBounds:
+    """Of a JSON body: how deep its values may be nested, and how many arrays and objects it may have."""
+
+    depth: int = DEPTH_MAX
+    containers: int = CONTAINERS_MAX
+
+
+def is_small(body: Body) -> bool:
+    """Whether a body can be read on a loop that others wait for; any other belongs into a thread."""
+    return len(body) <= SMALL_NBYTES
+
+
+def read_body(body: Body, content_type: bytes, *, takes_form: bool, bounds: BodyBounds | None = None) -> Admission:
     """Read a request's body.
 
     Raises:
@@ -55,41 +74,80 @@ def read_body(body: bytes, content_type: bytes, *, takes_form: bool) -> Admissio
     kind = content_type.partition(b";")[0].strip().lower()
     if kind == b"multipart/form-data" and takes_form:
         return _read_form(body, content_type)
-    if kind in {b"multipart/form-data", b"application/x-www-form-urlencoded"}:
-        raise ApiError(415, "The body has to be JSON here.")
-    return read_json(body)
+    if kind != b"application/json":
+        shown = kind.decode("latin-1")[:MODEL_CHARS_MAX]
+        found = f"it has `Content-Type: {shown}`" if kind else "it has no Content-Type"
+        raise ApiError(415, f"The request needs JSON and the header `Content-Type: application/json`; {found}.")
+    return read_json(body, bounds)
 
 
-async def digest_of(target: str, body: bytes) -> str:
-    """A short name of what is asked: the same path and body, the same name."""
-    if len(body) <= HASHED_AT_ONCE_NBYTES_MAX:
-        return _digest(target, body)
-    return await asyncio.to_thread(_digest, target, body)
-
-
-def _digest(target: str, body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=16, key=hashlib.blake2b(target.encode()).digest()).hexdigest()
-
-
-def read_json(body: bytes) -> Admission:
+def read_json(body: Body, bounds: BodyBounds | None = None) -> Admission:
     """Read a JSON object.
 
     Raises:
         ApiError: 400 that says what is wrong with it.
     """
+    bounds = bounds or BodyBounds()
+    if is_small(body):
+        whole = bytes(body)
+        if whole.count(b"[") + whole.count(b"{") <= min(SMALL_CONTAINERS, bounds.depth):
+            return _read_small(whole)
+    return _read_large(body, bounds)
+
+
+def _read_small(body: bytes) -> Admission:
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise ApiError(400, f"The body is not UTF-8: byte {error.start} is wrong.") from None
     try:
         model, prefix = _walk(text)
-    except RecursionError:
-        raise ApiError(400, "The body is nested too deeply.") from None
     except json.JSONDecodeError as error:
         raise ApiError(400, f"The body is not JSON: {error.msg} at character {error.pos}.") from None
     except ValueError:  # int() refuses more than 4300 digits
         raise ApiError(400, "The body holds a number that is too large.") from None
     return Admission(_model(model), len(body) // NBYTES_A_TOKEN, prefix)
+
+
+def _read_large(body: Body, bounds: BodyBounds) -> Admission:
+    model: object = None
+    prefix = ""
+    try:
+        for member in scan_members(body, Bounds(bounds.depth, bounds.containers, MEMBERS_MAX)):
+            name = _scalar(member.name) if len(member.name) <= _NAME_NBYTES_MAX else ""
+            if name == "model":
+                if model is not None:
+                    raise _twice("body")
+                model = _model_value(body, member)
+            elif name in _PROMPTS:
+                prefix = prefix or _prefix(_beginning(body, member))
+    except NotUtf8 as error:
+        raise ApiError(400, f"The body is not UTF-8: {error}.") from None
+    except TooMuch as error:
+        raise ApiError(400, f"The body {error}.") from None
+    except NotJson as error:
+        raise ApiError(400, f"The body is not a JSON object: {error}.") from None
+    return Admission(_model(model), len(body) // NBYTES_A_TOKEN, prefix)
+
+
+def _scalar(written: bytes) -> object:
+    try:
+        return json.loads(written)
+    except ValueError:
+        raise NotJson("a name or `model` is wrong") from None
+
+
+def _model_value(body: Body, member: Member) -> object:
+    """The value; what is too long to be a model's name, or no text, is not read."""
+    written = bytes(body[member.start : min(member.end, member.start + _MODEL_NBYTES_MAX)])
+    is_whole = member.end - member.start == len(written)
+    return _scalar(written) if is_whole and written[:1] in b'"n' else 0
+
+
+def _beginning(body: Body, member: Member) -> str:
+    nbytes = 4 * PREFIX_CHARS  # UTF-8's longest
+    written = bytes(body[member.start : min(member.end, member.start + nbytes)])
+    return written.decode("utf-8", "ignore")[:PREFIX_CHARS]
 
 
 def _walk(text: str) -> tuple[object, str]:
@@ -110,7 +168,7 @@ def _walk(text: str) -> tuple[object, str]:
         value, at = _decoder.raw_decode(text, start)
         if name == "model":
             if model is not None:  # engines and proxies differ in which of two counts
-                raise ApiError(400, "`model` stands in the body twice.", param="model")
+                raise _twice("body")
             model = value
         elif name in _PROMPTS:
             prefix = prefix or _prefix(text[start : min(at, start + PREFIX_CHARS)])
@@ -153,26 +211,31 @@ def _prefix(beginning: str) -> str:
     return hashlib.blake2b(beginning.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
+def _twice(where: str) -> ApiError:
+    return ApiError(400, f"`model` stands in the {where} twice.", param="model")
+
+
 def _model(value: object) -> str:
     if value is None:
-        raise ApiError(400, "`model` is missing.", param="model")
+        return ""
     if not isinstance(value, str) or not 0 < len(value) <= MODEL_CHARS_MAX:
         raise ApiError(400, f"`model` has to be a text of 1 to {MODEL_CHARS_MAX} characters.", param="model")
     return value
 
 
-def _read_form(body: bytes, content_type: bytes) -> Admission:
+def _read_form(body: Body, content_type: bytes) -> Admission:
     """One plain field of a form; its files are not looked at."""
-    boundary = _BOUNDARY.search(content_type)
-    if boundary is None:
-        raise ApiError(400, "The form has no boundary.")
-    parts = (b"\r\n" + body).split(b"\r\n--" + (boundary[1] or boundary[2]), PARTS_MAX + 1)
-    if len(parts) > PARTS_MAX + 1:
-        raise ApiError(400, f"The form has more than {PARTS_MAX} parts.")
-    split = (part.partition(b"\r\n\r\n") for part in parts[1:])
-    models = [value for head, _, value in split if _MODEL_PART.search(head)]
+    try:
+        models = [one for one in scan_form(body, content_type, PARTS_MAX) if one.name == b"model"]
+    except NotAForm as error:
+        raise ApiError(400, str(error)) from None
     if len(models) > 1:
-        raise ApiError(400, "`model` stands in the form twice.", param="model")
-    model = models[0].decode("utf-8", "replace") if models else None
+        raise _twice("form")
+    if models and models[0].is_file:
+        raise ApiError(400, "`model` has to be a field of the form, without a file name.", param="model")
+    try:
+        model = models[0].value.decode() if models else None
+    except UnicodeDecodeError:
+        raise ApiError(400, "`model` is not UTF-8.", param="model") from None
     # An audio file says nothing of tokens.
     return Admission(_model(model), 0, "")

@@ -1,9 +1,14 @@
-"""Reads requests' bodies, whole, within limits of size, of time, and of all together. Lives on the ingress's loop."""
+"""Reads requests' bodies, whole, within limits of size, of time, and of all together. Lives on the ingress's loop.
+
+A large body is held once, in memory of its own that goes back to the system with it: pieces of it on the heap would
+leave holes that stay.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 from collections.abc import AsyncIterator
 
 from sllm_vllm.router.headers import Headers, value_of
@@ -15,6 +20,12 @@ _DISCARDED_BODIES_MAX = 4
 """How much more than is allowed is read and dropped, so that the client reads the refusal instead of a reset."""
 
 
+_MAPPED_NBYTES = 1 << 16
+"""From here on a body gets memory of its own."""
+
+Body = bytes | memoryview
+
+
 class BodyReader:
     """Knows what all bodies together hold: ``nbytes``."""
 
@@ -23,27 +34,29 @@ class BodyReader:
         self.nbytes = 0
 
     @contextlib.asynccontextmanager
-    async def read(self, headers: Headers, receive: Receive) -> AsyncIterator[bytes]:
+    async def read(self, headers: Headers, receive: Receive) -> AsyncIterator[Body]:
         """A body, counted as held until the block ends.
 
         Raises:
             ApiError: 413, 408 or 503: it is too large, too slow, or too much with all others.
             Ended: the client left before its end.
         """
-        pieces: list[bytes] = []
+        declared = _declared(headers)
+        held = _Held(declared or self._settings.body_nbytes_max)
         limit_s = self._settings.body_s_max
         try:
             try:
                 async with asyncio.timeout(limit_s):
-                    await self._fill(pieces, _declared(headers), receive=receive)
+                    await self._fill(held, declared, receive=receive)
             except TimeoutError:
                 message = f"The body took longer than {limit_s:g} s."
                 raise ApiError(408, message, kind="timeout_error").closing() from None
-            yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            yield held.body()
         finally:
-            self.nbytes -= sum(map(len, pieces))
+            self.nbytes -= held.nbytes
+            held.release()
 
-    async def _fill(self, pieces: list[bytes], declared: int, *, receive: Receive) -> None:
+    async def _fill(self, held: _Held, declared: int, *, receive: Receive) -> None:
         nbytes_max = self._settings.body_nbytes_max
         nbytes = 0
         if declared > nbytes_max * _DISCARDED_BODIES_MAX:
@@ -55,19 +68,61 @@ class BodyReader:
             if nbytes > nbytes_max * _DISCARDED_BODIES_MAX:
                 raise self._too_large()
             if piece and max(declared, nbytes) <= nbytes_max:
-                self._hold(piece, pieces)
+                self._hold(piece, held)
         if nbytes > nbytes_max:
             raise self._too_large()
 
-    def _hold(self, piece: bytes, pieces: list[bytes]) -> None:
+    def _hold(self, piece: bytes, held: _Held) -> None:
         if self.nbytes + len(piece) > self._settings.bodies_nbytes_max:
             raise overloaded("it holds as many bytes of requests as it may").closing()
         self.nbytes += len(piece)
-        pieces.append(piece)
+        held.add(piece)
 
     def _too_large(self) -> ApiError:
         nbytes_max = self._settings.body_nbytes_max
         return ApiError(413, f"The body is larger than {nbytes_max} bytes.", code="body_too_large").closing()
+
+
+class _Held:
+    """What was read of one body: on the heap while it is small, then in a mapping of ``nbytes_max``, used as needed."""
+
+    def __init__(self, nbytes_max: int) -> None:
+        self.nbytes = 0
+        self._nbytes_max = nbytes_max
+        self._small: bytes = b""
+        self._mapped: mmap.mmap | None = None
+        self._view: memoryview | None = None
+
+    def add(self, piece: bytes) -> None:
+        """The next piece."""
+        self.nbytes += len(piece)
+        if self._mapped is None and self.nbytes <= _MAPPED_NBYTES:
+            self._small = self._small + piece if self._small else piece
+            return
+        if self._mapped is None:
+            self._mapped = mmap.mmap(-1, self._nbytes_max, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._mapped.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would be held whole for a few bytes
+            self._mapped.write(self._small)
+            self._small = b""
+        self._mapped.write(piece)
+
+    def body(self) -> Body:
+        """The whole."""
+        if self._mapped is None:
+            return self._small
+        self._view = memoryview(self._mapped)[: self.nbytes]
+        return self._view
+
+    def release(self) -> None:
+        """Give the memory back now, whatever still refers to the body; if it is being sent or read, after that."""
+        self._small = b""
+        if self._mapped is None:
+            return
+        with contextlib.suppress(BufferError):
+            if self._view is not None:
+                self._view.release()
+            self._mapped.close()
+        self._mapped = self._view = None
 
 
 async def _next_piece(receive: Receive) -> tuple[bytes, bool]:

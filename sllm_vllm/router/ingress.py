@@ -5,17 +5,20 @@ Requests for models go through ``proxy.py``; everything else is answered here. R
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from urllib.parse import quote
 
-from sllm_vllm.router.admission import digest_of, read_body
-from sllm_vllm.router.body import BodyReader
+from sllm_vllm.router.admission import Admission, BodyBounds, is_small, read_body
+from sllm_vllm.router.body import Body, BodyReader
 from sllm_vllm.router.gate import Gate, ServedModel
 from sllm_vllm.router.headers import Headers, shown_id, value_of, values_of
 from sllm_vllm.router.keys import Keys, bearer_key
@@ -57,6 +60,8 @@ _ENGINE_PATH = re.compile(rb"/v1(?:/[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}){1,6}")
 _QUERY = re.compile(rb"[!-~]*")
 _MODELS = "/v1/models"
 _CORS_S = "600"
+READERS_MAX = 2
+"""Threads that read large bodies; more would only make the loop wait longer for the interpreter."""
 
 
 @dataclass(slots=True)
@@ -91,6 +96,8 @@ class Ingress:
         self._served: Sequence[ServedModel] | None = None
         self._names: dict[str, ServedModel] = {}
         self._bodies = BodyReader(settings)
+        self._bounds = BodyBounds(settings.json_depth_max, settings.json_containers_max)
+        self._readers = ThreadPoolExecutor(READERS_MAX, thread_name_prefix="body")
         self._open_document = json.dumps(openapi_document()).encode()
         self._local: dict[str, Callable[[], tuple[int, bytes]]] = {
             "/health": lambda: (200, b"{}"),
@@ -105,6 +112,7 @@ class Ingress:
 
     def close(self) -> None:
         """Close the connections to engines."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         if self._proxy is not None:
             self._proxy.close()
 
@@ -140,7 +148,7 @@ class Ingress:
             await self._send(request, report, status=status, body=body, send=send)
             return
         self._require_key(request)
-        if request.path == _MODELS or request.path.startswith(_MODELS + "/"):
+        if _is_models(request.path):
             _require(request, "GET", "HEAD")
             await self._send(request, report, status=200, body=self._models(request.path), send=send)
             return
@@ -154,16 +162,32 @@ class Ingress:
         if value_of(request.headers, b"content-encoding").lower() not in {b"", b"identity"}:
             raise ApiError(415, "A compressed body can't be read here.").closing()
         async with self._bodies.read(request.headers, receive) as body:
-            content_type = value_of(request.headers, b"content-type")
-            admission = read_body(body, content_type, takes_form=request.path in FORM_PATHS)
+            admission = self._named(await self._read(request, body))
             request.model = admission.model
             self._require_model(admission.model)
-            facts = replace(admission.facts(request.id), digest=await digest_of(target, body))
-            call = Call(facts, request.shown, target=target, headers=request.headers, body=body)
+            call = Call(admission.facts(request.id), request.shown, target=target, headers=request.headers, body=body)
             extra = self._common_headers(request)
             if self._proxy is None:  # it needs a running loop
                 self._proxy = Proxy(self._gate, self._settings)
             await self._proxy.run(call, report, receive=receive, send=send, extra=extra)
+
+    async def _read(self, request: Request, body: Body) -> Admission:
+        """What a body says; a large one is read in a thread, so that the loop goes on."""
+        content_type = value_of(request.headers, b"content-type")
+        takes_form = request.path in FORM_PATHS
+        read = partial(read_body, body, content_type, takes_form=takes_form, bounds=self._bounds)
+        if is_small(body):
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+
+    def _named(self, admission: Admission) -> Admission:
+        """With the model that is served, if the body names none and there is but one."""
+        if admission.model:
+            return admission
+        served = self._gate.served()
+        if len(served) != 1:
+            raise ApiError(400, "`model` is missing.", param="model")
+        return replace(admission, model=served[0].name)
 
     def _require_model(self, name: str) -> None:
         served = self._gate.served()
@@ -177,7 +201,7 @@ class Ingress:
         if self._keys.is_open:
             return
         keys = [bearer_key(values_of(request.headers, b"authorization"))]
-        if request.is_anthropic:
+        if request.is_anthropic or _is_models(request.path):  # Anthropic's clients list models, too
             keys += values_of(request.headers, b"x-api-key")[:1]
         if not any(self._keys.allow(key) for key in keys if key):
             raise unauthorized()
@@ -260,6 +284,10 @@ def _engine_target(request: Request) -> str:
     if not _QUERY.fullmatch(request.query):
         raise ApiError(400, "The query holds a character that has to be escaped.")
     return f"{path}?{request.query.decode()}" if request.query else path
+
+
+def _is_models(path: str) -> bool:
+    return path == _MODELS or path.startswith(_MODELS + "/")
 
 
 def _require(request: Request, *methods: str) -> None:

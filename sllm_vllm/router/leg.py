@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sllm_vllm.router.body import Body
 from sllm_vllm.router.gate import Gate, MoveOrder, MoveReport, Ticket
 from sllm_vllm.router.headers import Headers, value_of
 from sllm_vllm.router.transcript import Continuation, NotAligned, Transcript, split_events
@@ -25,7 +26,7 @@ class Asked:
 
     target: str
     headers: Headers
-    body: bytes
+    body: Body
     shown: str
 
     @property
@@ -103,11 +104,6 @@ class Leg:
                 self._transcript.note(events)
                 self._has_given.set()
                 return events
-
-    @property
-    def is_moving(self) -> bool:
-        """Whether it may go on elsewhere, as far as is known here."""
-        return self._is_moving
 
     @property
     def head(self) -> EngineConnection:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from typing import Any
 
+from sllm_vllm.router.admission import is_small
 from sllm_vllm.router.core.migration import (
     AskSource,
     Fill,
@@ -33,6 +34,7 @@ from sllm_vllm.router.engine_api import EngineApi, Reply, read_reply
 from sllm_vllm.router.gate import Gate, MoveOrder, MoveReport
 from sllm_vllm.router.headers import Headers, for_engine
 from sllm_vllm.router.leg import Leg, drop_answer, is_event_stream
+from sllm_vllm.router.moved_body import MovedBody, NotMovable
 from sllm_vllm.router.settings import MoveSettings
 from sllm_vllm.router.transcript import NotAligned
 from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
@@ -59,7 +61,7 @@ class Mover:
         self._upstream = upstream
         self._api = EngineApi(upstream)
         self._settings = settings
-        self._body: dict[str, Any] = {}
+        self._body: MovedBody | None = None
         self._resume_key = ""
         self._told: dict[str, Any] = {}
         self._answer: asyncio.Task[EngineConnection] | None = None
@@ -77,6 +79,8 @@ class Mover:
             self._fail(f"it took more than {self._settings.move_s_max:g} s", is_lasting=False)
         except EngineFailed as problem:
             self._fail(str(problem), is_lasting=False)
+        except NotMovable as problem:
+            self._fail(str(problem), is_lasting=True)
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # another version's routes say other things
             self._fail(f"an engine's answer is not understood: {error!r}", is_lasting=True)
         finally:
@@ -84,7 +88,7 @@ class Mover:
                 drop_answer(self._answer)
 
     async def _drive(self) -> None:
-        self._body = json.loads(self._leg.asked.body)
+        self._body = await self._read_body()
         state = await self._api.state(self._target)
         if not state.body.get("resume"):
             reason = state.body.get("reason") or f"it answers {state.status}"
@@ -104,6 +108,10 @@ class Mover:
             event = await self._do(actions.popleft())
             if event is not None:
                 actions.extend(migration.handle(event))
+
+    async def _read_body(self) -> MovedBody:
+        body = self._leg.asked.body
+        return MovedBody(body) if is_small(body) else await asyncio.to_thread(MovedBody, body)
 
     async def _do(self, action: MigrationAction) -> MigrationEvent | None:
         logger.debug("event=move_step request=%s action=%r", self._source.request, action)
@@ -155,9 +163,10 @@ class Mover:
 
     def _fill_body(self, tokens: list[int]) -> bytes:
         """One token after these, of the same adapter and the same part of the prefix cache."""
-        body = {"model": self._body["model"], "prompt": tokens, "max_tokens": 1, "temperature": 0.0}
+        assert self._body is not None
+        body = {"model": self._source.model, "prompt": tokens, "max_tokens": 1, "temperature": 0.0}
         if "cache_salt" in self._body:
-            body["cache_salt"] = self._body["cache_salt"]
+            body["cache_salt"] = self._body.get("cache_salt")
         return json.dumps(body, separators=(",", ":")).encode()
 
     # --------------------------------------------------------------------------------------------------------- switch
@@ -185,18 +194,23 @@ class Mover:
 
     def _resumed_body(self) -> bytes:
         """The client's own, with what it has got, and the prompt as it was: a template may name the time."""
+        assert self._body is not None
         resume = dict(self._told[_RESUME])
         if not self._is_chat:
             resume["step"] = 0  # no parser looks at single steps
-        xargs = {**(self._body.get(_XARGS) or {}), self._resume_key: json.dumps(resume, separators=(",", ":"))}
-        body = {**self._body, _XARGS: xargs}
-        if self._is_chat and not body.get(_TRANSFER) and not body.get("echo"):
-            body[_TRANSFER] = {"prompt_token_ids": self._told["prompt_token_ids"]}
-        return json.dumps(body, separators=(",", ":")).encode()
+        given = self._body.get(_XARGS)
+        xargs = {
+            **(given if isinstance(given, dict) else {}),
+            self._resume_key: json.dumps(resume, separators=(",", ":")),
+        }
+        members: dict[str, object] = {_XARGS: xargs}
+        if self._is_chat and not self._body.get(_TRANSFER) and not self._body.get("echo"):
+            members[_TRANSFER] = {"prompt_token_ids": self._told["prompt_token_ids"]}
+        return self._body.with_members(members)
 
     @property
     def _is_chat(self) -> bool:
-        return "messages" in self._body
+        return self._body is not None and "messages" in self._body
 
     async def _wait_went_on(self, owned: int) -> MigrationEvent:
         """Until the target has generated a token, ended, or refused. It may stand in the target's queue till then."""

@@ -10,6 +10,10 @@ from sllm_vllm.router.admission import MODEL_CHARS_MAX
 Schema = dict[str, Any]
 
 _NAME: Schema = {"type": "string", "minLength": 1, "maxLength": MODEL_CHARS_MAX}
+_NAME_OR_NONE: Schema = {
+    "anyOf": [_NAME, {"type": "null"}],
+    "description": "may be left out where one model is served",
+}
 _ERROR: Schema = {
     "type": "object",
     "required": ["error"],
@@ -116,8 +120,7 @@ def _get(summary: str, schema: Schema, *, is_open: bool = False, extra: Schema |
 def _post(properties: Schema) -> Schema:
     body = {
         "type": "object",
-        "required": ["model"],
-        "properties": {"model": _NAME, "stream": {"type": "boolean"}, **properties},
+        "properties": {"model": _NAME_OR_NONE, "stream": {"type": "boolean"}, **properties},
     }
     answer = {
         "description": "the engine's answer, unchanged",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.gate import MoveOrder, MoveReport, Outcome, Rejected, ServedModel, Ticket
 from sllm_vllm.router.settings import IngressSettings
 
 POLL_S = 2.0
@@ -80,13 +80,6 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
-class Proved:
-    """Its engine has generated a token."""
-
-    ticket: Ticket
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
     """It has ended."""
 
@@ -129,7 +122,7 @@ class NotMoved:
     is_lasting: bool
 
 
-Note = Began | Proved | Finished | Left | Followed | Moved | NotMoved
+Note = Began | Finished | Left | Followed | Moved | NotMoved
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +147,7 @@ class ControllerLink(Protocol):
         """A ticket for a request. Asked again it is the same request."""
         ...
 
-    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
         """Another ticket for one whose engine failed."""
         ...
 

@@ -67,7 +67,7 @@ class RemoteApp:
     async def _pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
             async with self._bodies.read(scope["headers"], receive) as body:
-                status, headers, answer = await self._link.admin({key: scope[key] for key in _SCOPE}, body)
+                status, headers, answer = await self._link.admin({key: scope[key] for key in _SCOPE}, bytes(body))
         except ApiError as error:
             status, headers, answer = _refusal(error)
         except ControllerGone:

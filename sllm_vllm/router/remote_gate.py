@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
+from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
 from sllm_vllm.router.remote import (
     NOTES_MAX,
     Answer,
@@ -27,7 +27,6 @@ from sllm_vllm.router.remote import (
     News,
     Note,
     NotMoved,
-    Proved,
     Refused,
     Unknown,
 )
@@ -92,20 +91,16 @@ class RemoteGate:
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         """See ``Gate``."""
-        return await self._ticket(facts)
+        return await self._ticket(facts, None, "")
 
-    async def retry(self, ticket: Ticket, failure: Failure) -> Ticket:
+    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
         """See ``Gate``."""
         self._followers.pop(ticket.request, None)
-        return await self._ticket(self._held.pop(ticket.request).facts, ticket, failure)
+        return await self._ticket(self._held.pop(ticket.request).facts, ticket, reason)
 
     def first_byte(self, ticket: Ticket) -> None:
         """See ``Gate``."""
         self._note(Began(ticket))
-
-    def first_token(self, ticket: Ticket) -> None:
-        """See ``Gate``."""
-        self._note(Proved(ticket))
 
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
         """See ``Gate``."""
@@ -129,13 +124,11 @@ class RemoteGate:
         """See ``Gate``."""
         self._note(NotMoved(ticket, order, report, reason, is_lasting))
 
-    async def _ticket(
-        self, facts: RequestFacts, failed: Ticket | None = None, failure: Failure | None = None
-    ) -> Ticket:
+    async def _ticket(self, facts: RequestFacts, failed: Ticket | None, reason: str) -> Ticket:
         try:
             while True:
                 await self._has_entered.wait()
-                answer = await self._ask(facts, failed, failure)
+                answer = await self._ask(facts, failed, reason)
                 if isinstance(answer, Ticket):
                     self._held[facts.id] = Held(facts, answer)
                     return answer
@@ -145,13 +138,13 @@ class RemoteGate:
             self._note(Left(facts.id))
             raise
 
-    async def _ask(self, facts: RequestFacts, failed: Ticket | None, failure: Failure | None) -> Answer:
+    async def _ask(self, facts: RequestFacts, failed: Ticket | None, reason: str) -> Answer:
         """``Unknown`` stands for every way in which there is none."""
         try:
-            if failed is None or failure is None:
+            if failed is None:
                 answer = await self._link.acquire(self.name, facts)
             else:
-                answer = await self._link.retry(self.name, failed, facts=facts, failure=failure)
+                answer = await self._link.retry(self.name, failed, facts=facts, reason=reason)
         except ControllerGone:
             answer = Unknown()
         if isinstance(answer, Unknown):

@@ -45,6 +45,12 @@ class IngressSettings(BaseModel):
 
     body_nbytes_max: int = Field(default=32 * MIB, ge=1024, description="largest body of a request")
     bodies_nbytes_max: int = Field(default=1 * GIB, ge=1024, description="bodies of all requests together")
+    json_depth_max: int = Field(
+        default=256, ge=8, le=900, description="how deep arrays and objects of a JSON body may be nested"
+    )
+    json_containers_max: int = Field(
+        default=100_000, ge=100, le=10_000_000, description="arrays and objects that a JSON body may have"
+    )
     head_nbytes_max: int = Field(default=64 * 1024, ge=1024, description="request line and headers of a request")
     requests_max: int = Field(default=4096, ge=1, description="requests at once")
     connections_max: int = Field(default=8192, ge=1, description="clients' connections at once")

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.headers import Headers
 from sllm_vllm.router.settings import IngressSettings
 
@@ -29,14 +28,7 @@ Address = tuple[str, int]
 
 
 class EngineFailed(Exception):
-    """The engine can't be reached, or breaks off. The message is fit for a client: it names no address.
-
-    ``sign``: what that says about the engine.
-    """
-
-    def __init__(self, problem: str, sign: FailureSign = FailureSign.BROKE_OFF) -> None:
-        super().__init__(problem)
-        self.sign = sign
+    """The engine can't be reached, or breaks off. The message is fit for a client: it names no address."""
 
 
 class Diverted(Exception):
@@ -50,7 +42,7 @@ class Sent:
     method: str
     target: str
     headers: Headers
-    body: bytes
+    body: bytes | memoryview
 
 
 class Upstream:
@@ -67,7 +59,7 @@ class Upstream:
         *,
         target: str,
         headers: Headers,
-        body: bytes,
+        body: bytes | memoryview,
         on_sent: Callable[[EngineConnection], None] | None = None,
     ) -> EngineConnection:
         """Send a request and wait for the head of the answer.
@@ -94,10 +86,7 @@ class Upstream:
             except EngineFailed:
                 if not idle.is_silent:
                     raise
-            sign = FailureSign.BROKE_OFF  # the engine may have got it, and may have ended of it
-        else:
-            sign = FailureSign.UNREACHED
-        return await (await self._connect(address, sign)).exchange(sent, on_sent)
+        return await (await self._connect(address)).exchange(sent, on_sent)
 
     def close(self) -> None:
         """Close every idle connection; those in use close when they are given back."""
@@ -134,13 +123,13 @@ class Upstream:
         connection.wake()
         return connection
 
-    async def _connect(self, address: Address, sign: FailureSign) -> EngineConnection:
+    async def _connect(self, address: Address) -> EngineConnection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._settings.connect_s_max):
                 _, made = await loop.create_connection(lambda: EngineConnection(self, address), *address)
         except OSError as error:  # TimeoutError is one
-            raise EngineFailed("it can't be reached", sign) from error
+            raise EngineFailed("it can't be reached") from error
         return made
 
 

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllm_vllm.router.admission import MEMBERS_MAX, MODEL_CHARS_MAX, PARTS_MAX, Admission, read_body, read_json
+from sllm_vllm.router.admission import (
+    MEMBERS_MAX,
+    MODEL_CHARS_MAX,
+    PARTS_MAX,
+    SMALL_NBYTES,
+    Admission,
+    BodyBounds,
+    read_body,
+    read_json,
+)
 from sllm_vllm.router.openai_errors import ApiError
 
 JSON = b"application/json"
@@ -55,8 +64,6 @@ def test_facts_carry_what_was_read() -> None:
         (b"[]", "JSON object"),
         (b'"model"', "JSON object"),
         (b"null", "JSON object"),
-        (b"{}", "missing"),
-        (b'{"model": null}', "missing"),
         (b'{"model": 1}', "text of"),
         (b'{"model": ""}', "text of"),
         (b'{"model": ["a"]}', "text of"),
@@ -83,6 +90,58 @@ def test_what_is_wrong_is_refused_and_said(body: bytes, message: str) -> None:
     error = refusal(body)
     assert error.status == 400
     assert message in error.message
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"model": null}', b' { "a": "model" } '])
+def test_body_may_leave_the_model_to_the_ingress(body: bytes) -> None:
+    assert read_json(body).model == ""
+    assert read_body(form(("file", "RIFF")), FORM, takes_form=True).model == ""
+
+
+@pytest.mark.parametrize("kind", [b"", b"text/plain", b"application/x-www-form-urlencoded", b"application/xml"])
+def test_missing_header_is_named(kind: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        read_body(b'{"model": "a"}', kind, takes_form=False)
+    assert caught.value.status == 415
+    assert "`Content-Type: application/json`" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"model": "a", "n": [' + b"[[[0]]]," * 200_000 + b"0]}", "arrays and objects"),
+        (b'{"model": "a", "n": ' + b"[" * 300 + b"]" * 300 + b"}", "nested"),
+        (b'{"model": "a", "model": "b", "n": "' + b"x" * SMALL_NBYTES + b'"}', "twice"),
+        (b'{"model": ["a"], "n": "' + b"x" * SMALL_NBYTES + b'"}', "text of"),
+        (b'{"model": "a", "n": "\xff' + b"x" * SMALL_NBYTES + b'"}', "not UTF-8"),
+        (b'{"model": "a", "n": "' + b"x" * SMALL_NBYTES + b'"', "its end"),
+        (b'{"model": "a", "n": "' + b"x" * SMALL_NBYTES + b'"} {}', "closes what is not open"),
+        (b'{"model": "a", "n": "' + b"x" * SMALL_NBYTES + b'"} x', "follows its end"),
+        (b'{"model" "a", "n": "' + b"x" * SMALL_NBYTES + b'"}', "JSON object"),
+        (b'["' + b"x" * SMALL_NBYTES + b'"]', "has to be an object"),
+    ],
+)
+def test_what_is_wrong_with_a_large_body_is_said(body: bytes, message: str) -> None:
+    error = refusal(body)
+    assert error.status == 400
+    assert message in error.message
+
+
+def test_bounds_are_those_of_the_settings() -> None:
+    body = b'{"model": "a", "n": [[[0]], [[0]]]}'
+    assert read_json(body, BodyBounds(depth=4, containers=6)).model == "a"
+    for bounds in (BodyBounds(depth=3, containers=6), BodyBounds(depth=4, containers=5)):
+        with pytest.raises(ApiError):
+            read_json(body, bounds)
+
+
+def test_large_body_reads_as_a_small_one() -> None:
+    text = "Grüße, 世界 \U0001f600 " * 40
+    values = {"stream": True, "messages": [{"content": text}], "model": "a\u00e9", "seed": 1}
+    small, large = (json.dumps(values | {"x": "y" * num}, ensure_ascii=False).encode() for num in (1, SMALL_NBYTES))
+    for body in (large, memoryview(large)):
+        admission = read_json(body)
+        assert (admission.model, admission.prefix) == ("a\u00e9", read_json(small).prefix)
 
 
 def test_nested_model_does_not_count() -> None:
@@ -131,7 +190,6 @@ def test_quoted_boundary_is_one() -> None:
     ("body", "kind", "status"),
     [
         (form(("model", "a"), ("model", "b")), FORM, 400),
-        (form(("file", "RIFF")), FORM, 400),
         (form(*[("x", "1")] * (PARTS_MAX + 1)), FORM, 400),
         (form(("model", "a")), b"multipart/form-data", 400),
         (b"model=a", b"application/x-www-form-urlencoded", 415),

@@ -6,13 +6,14 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import openai
 import pytest
 
 from sllm_vllm.router.gate import Rejected
 from sllm_vllm.router.ingress import Ingress
+from sllm_vllm.router.keys import digest_of
 from sllm_vllm.router.openapi import openapi_document
 from sllm_vllm.router.settings import IngressSettings
 from tests.router.fake_gate import (
@@ -354,3 +355,63 @@ async def test_request_that_does_not_end_is_ended_with_the_server(gate: FakeGate
     last = json.loads((await asking).text.rstrip().splitlines()[-1].removeprefix("data: "))
     assert last["error"]["code"] == "stopping"
     assert [outcome.how for outcome in gate.outcomes] == ["client_left"]
+
+
+# ------------------------------------------------------------------------------------------------- what may be left out
+
+
+@pytest.mark.parametrize("model", [{}, {"model": None}])
+async def test_body_without_a_model_means_the_only_one(gate: FakeGate, model: dict[str, None]) -> None:
+    body = {key: value for key, value in chat().items() if key != "model"} | model
+    gate.models = ["only"]
+    async with serving(gate) as served:
+        answer = await served.post(body)
+        assert answer.status == 200
+        assert json.loads(answer.json["echo"]["body"]) == body
+        gate.models = ["one", "two"]
+        refused = await served.post(body)
+    assert [facts.model for facts in gate.facts] == ["only"]
+    assert (refused.status, refused.error["param"]) == (400, "model")
+
+
+async def test_form_without_a_model_means_the_only_one(gate: FakeGate) -> None:
+    gate.models = ["only"]
+    form = b'--B\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\nRIFF\r\n--B--\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    async with serving(gate) as served:
+        assert (await served.post(form, "/v1/audio/transcriptions", headers=headers)).status == 200
+    assert [facts.model for facts in gate.facts] == ["only"]
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
+async def test_json_without_its_header_is_415_and_names_the_header(gate: FakeGate, kind: str) -> None:
+    async with serving(gate) as served:
+        answer = await served.post(chat(), headers={"content-type": kind})
+    assert answer.status == 415
+    assert "Content-Type: application/json" in answer.error["message"]
+
+
+async def test_models_are_shown_to_a_key_in_x_api_key(gate: FakeGate) -> None:
+    settings = IngressSettings(key_digests=(digest_of("the key"),), drain_s=1)
+    async with serving(gate, settings) as served:
+        for path in ("/v1/models", "/v1/models/other"):
+            assert (await served.get(path, **{"x-api-key": "the key"})).status == 200
+            assert (await served.get(path, **{"x-api-key": "wrong"})).status == 401
+
+
+# ---------------------------------------------------------------------------------------------------- large bodies
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_large_body_reaches_the_engine_as_it_is(gate: FakeGate, is_chunked: bool) -> None:
+    body = json.dumps(chat() | {"x": "grüße \\ " * 300_000}, ensure_ascii=False).encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), 100_000):
+            yield body[at : at + 100_000]
+
+    async with serving(gate) as served:
+        for _ in range(3):
+            answer = await served.post(pieces() if is_chunked else body)
+            assert answer.status == 200
+            assert answer.json["echo"]["body"].encode("latin-1") == body

@@ -33,7 +33,6 @@ class Moves:
         self._cluster: Cluster = scaling.cluster
         self._models = picture.models
         self._requests = picture.requests
-        self._on_trial = picture.on_trial
         self._touched = touched
         self._to: Counter[str] = Counter()
         """Requests that move to a replica."""
@@ -44,7 +43,6 @@ class Moves:
             case ReplicaMovable():
                 if (replica := self._cluster.replicas.get(event.replica)) is not None:
                     replica.is_movable = event.is_movable  # no index knows it
-                    replica.is_unmovable = not event.is_movable
             case MoveAsked():
                 self._ask(event.request, event.target, now_s)
             case RequestMoved():
@@ -111,8 +109,6 @@ class Moves:
             return "its engine hands over no requests"
         if request.target is not None:
             return f"it is moving to {request.target} already"
-        if request.is_suspect:
-            return "its last engine may have died of it"
         if request.stays:
             return "it can't be moved"
         return "its last move has only just failed" if now_s < request.move_after_s else ""
@@ -131,8 +127,6 @@ class Moves:
             return f"{target.id} would answer otherwise"
         if target.state is not ReplicaState.READY or not target.is_movable or state is None:
             return f"{target.id} takes over no requests"
-        if target.id in self._on_trial:
-            return f"{target.id} is tried with a request that may have killed an engine"
         if len(target.ongoing) >= state.spec.ongoing_max or self._to[target.id] >= self.limits.per_target_max:
             return f"{target.id} has no room"
         return ""
