@@ -20,7 +20,7 @@ from sllm_vllm.node.protocol import (
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Outcome, Ticket
+from sllm_vllm.router.gate import Failure, Outcome, Ticket
 from sllm_vllm.router.gate_service import GateService
 from sllm_vllm.router.remote import Answer, ControllerGone, Held, News, Note, Unknown, Welcome
 from sllm_vllm.router.settings import IngressSettings
@@ -178,9 +178,9 @@ class SimulatedLink:
         answer: Answer = await self._actor.acquire.remote(ingress, facts)
         return answer
 
-    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
         """See ``ControllerLink``; no ticket fails here."""
-        raise ControllerGone(reason)
+        raise ControllerGone(failure.reason)
 
     async def note(self, ingress: str, notes: Sequence[Note]) -> bool:
         """See ``ControllerLink``."""
