@@ -44,13 +44,14 @@ e2e: $(READY) ## every test on real vLLM, the longer matrix too
 	@$(BIN)/pytest -m "e2e or e2e_long" $(ARGS)
 
 # The newest vLLM with a CPU build is the one of .venv; the oldest that pyproject.toml allows gets an environment of its own.
-OLDEST := 0.27.1
+OLDEST := 0.26.0
+OLDEST_TORCH := 2.11.0
 COMPAT_TESTS = tests/engine tests/e2e/test_serve.py \
 	tests/e2e/test_resume_exact.py::test_a_sample_of_requests_goes_on_as_if_unmoved \
 	tests/e2e/test_migration_exact.py::test_a_sample_of_requests_is_moved_unnoticed
 
 compat: $(READY) ## the loader, exactly resumed and moved requests, on the oldest and the newest vLLM
-	@oldest=$$(UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 -m tools.compat_env $(OLDEST)) || exit 1; failed=0; \
+	@oldest=$$(UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 -m tools.compat_env $(OLDEST) $(OLDEST_TORCH)) || exit 1; failed=0; \
 	for python in $$oldest $(BIN)/python; do \
 		version=$$($$python -c 'from importlib.metadata import version; print(version("vllm"))'); \
 		if $$python -m pytest -q $(COMPAT_TESTS) $(ARGS); \

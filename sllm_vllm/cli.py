@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -88,6 +89,14 @@ def _options(
 
 def main() -> None:
     """Entry point of the command."""
+    try:
+        _run()
+    except SystemExit as end:
+        _end_before_obstore(end)
+        raise
+
+
+def _run() -> None:
     from sllm_vllm.errors import SllmError
 
     try:
@@ -96,6 +105,23 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+
+
+def _end_before_obstore(end: SystemExit) -> None:
+    """End this process at once if obstore was used.
+
+    Its threads tell asyncio of what they did; one that is still in Python when the interpreter ends is ended by Python
+    with ``pthread_exit``, which unwinds through Rust and aborts the process with SIGABRT, whatever its result was.
+    """
+    if "obstore" not in sys.modules or not isinstance(end.code, int | None):
+        return
+    import logging
+
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, or a stream that was closed
+            stream.flush()
+    os._exit(end.code or 0)
 
 
 def _fail(line: str) -> NoReturn:

@@ -93,7 +93,10 @@ def run(options: RunOptions) -> None:
 
     Starts the agent if none runs. An interrupt while the engine starts stops it.
     """
+    from sllm_vllm.node.model_path import require_model
+
     order = _order_of(options)
+    require_model(order.model, order.directory)  # before an agent is started for it
     client = _client_or_start(options.node_dir)
     try:
         report = client.order(order)
@@ -123,7 +126,7 @@ def _order_of(options: RunOptions) -> ReplicaOrder:
         environment[key] = value
     try:
         return ReplicaOrder(
-            model=options.model,
+            model=_expanded(options.model),
             arguments=tuple(options.arguments or ()),
             environment=environment,
             directory=str(Path.cwd()),
@@ -135,6 +138,11 @@ def _order_of(options: RunOptions) -> ReplicaOrder:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         wrong_usage(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+
+
+def _expanded(model: str) -> str:
+    """A path below the user's home written out; the shell did that unless it was quoted."""
+    return str(Path(model).expanduser()) if model.startswith("~/") else model
 
 
 def _client_or_start(node_dir: Path | None) -> NodeClient:
@@ -237,6 +245,8 @@ def _fail(report: ReplicaReport) -> NoReturn:
     status = _told_status(report.status)
     if status and status.removeprefix("exit ") not in reason:
         reason += f" ({status})"
+    if report.cause:
+        reason += f": {' '.join(report.cause.split())}"
     typer.echo(f"sllm-vllm: {report.id} {report.state}: {reason}; see {report.log}", err=True)
     raise typer.Exit(1)
 

@@ -96,6 +96,10 @@ class ServeOptions:
     remote: Annotated[list[str] | None, typer.Option(metavar="URL", help="Where else checkpoints are. Repeatable.")] = (
         None
     )
+    redirect_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Another host that a remote may redirect to, as *.example.com. Repeatable."),
+    ] = None
     policy: Annotated[str | None, typer.Option(metavar="cost|lru", help="What is evicted first.")] = None
     readers: Annotated[int | None, typer.Option(help="Reads at once. Default: as calibrated, or 4.")] = None
     writers: Annotated[int | None, typer.Option(help="Writes at once. Default: as calibrated, or 1.")] = None
@@ -109,7 +113,13 @@ class ServeOptions:
     metrics_port: Annotated[int | None, typer.Option(help="Port of /metrics on loopback; 0: a free one.")] = None
 
 
-_FIELD_OF = {"memory": "memory_bytes", "disk": "disk_bytes", "slot_size": "slot_bytes", "remote": "remotes"}
+_FIELD_OF = {
+    "memory": "memory_bytes",
+    "disk": "disk_bytes",
+    "slot_size": "slot_bytes",
+    "remote": "remotes",
+    "redirect_host": "redirect_hosts",
+}
 
 
 @store_app.command()

@@ -53,11 +53,28 @@ def push(
     _say(done, "pushed", as_json=as_json)
 
 
-def pull(url: Url, store_dir: StoreDir = None, as_json: Json = False) -> None:
+def pull(
+    url: Url,
+    store_dir: StoreDir = None,
+    redirect_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="Another host that URL may redirect to; *.example.com for all below. Repeatable."
+        ),
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
     """Copy the checkpoint at URL into the store. One that was broken off goes on where it stopped."""
+    from sllm_vllm.config import StoreConfig
     from sllm_vllm.store.transfer import pull_checkpoint
 
-    done = _watched("pulling", lambda told: pull_checkpoint(url, _store_root(store_dir), on_progress=told))
+    def transfer(told: OnProgress) -> Coroutine[Any, Any, Transferred]:
+        root = _store_root(store_dir)
+        limits = StoreConfig(store_dir=root, redirect_hosts=tuple(redirect_host or ()))
+        return pull_checkpoint(url, root, limits=limits, on_progress=told)
+
+    done = _watched("pulling", transfer)
     _say(done, "pulled", as_json=as_json)
 
 

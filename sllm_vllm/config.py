@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -66,6 +67,16 @@ def is_migration_wanted() -> bool:
 def child_environment(**overrides: str) -> dict[str, str]:
     """This process's environment for a child, with some variables set."""
     return {**os.environ, **overrides}
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY`` name for a URL, if any."""
+    from urllib.request import getproxies, proxy_bypass  # a third of a second, for those who reach out alone
+
+    parts, proxies = urlsplit(url), getproxies()
+    if not proxies or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 def engine_environment(secret_variables: Collection[str], **overrides: str) -> dict[str, str]:
@@ -147,6 +158,12 @@ class StoreConfig(BaseModel):
         default=None, ge=0, description="quota of store_dir; beyond it checkpoints that a remote has are removed"
     )
     remotes: tuple[str, ...] = Field(default=(), max_length=16, description="URLs that are asked for what is not here")
+    redirect_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=64,
+        description="hosts that remotes over http(s) may redirect to, `*.example.com` for all below; the Hub's own "
+        "networks are allowed for hf://",
+    )
     policy: Literal["cost", "lru"] = Field(default="cost", description="what is evicted first")
     prefault: bool = Field(default=True, description="claim the memory at start instead of at first use")
     readers: int | None = Field(default=None, ge=1, le=64, description="reads at once; by itself as calibrated, or 4")

@@ -94,11 +94,35 @@ def test_run_that_fails_tells_the_end_of_the_log(run: Run, served: ServedAgent) 
     assert err.splitlines() == [
         "line 1",
         "ValueError: no such model",
-        f"sllm-vllm: f failed: it ended by itself (exit status 1); see {served.config.log_dir / 'f'}",
+        "sllm-vllm: f failed: it ended by itself (exit status 1): ModuleNotFoundError: No module named 'torchvision';"
+        f" see {served.config.log_dir / 'f'}",
     ]
     code, out, err = run("run", "--json", "--name", "f2", "m/fails")
     assert (code, json.loads(out)["status"]) == (1, 1)
     assert "it ended by itself" in err
+
+
+@pytest.mark.parametrize("model", ["./nope", "{home}/nope", "~/nope"])
+def test_run_of_a_path_that_is_not_there_starts_no_agent(
+    run: Run, node_dir: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = node_dir.parent
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    code, out, err = run("run", model.format(home=home))
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "/nope: No such file or directory; give a directory that exists, or a name on the Hub" in err
+    assert not NodeClient(node_dir / "socket").is_there()
+
+
+def test_run_writes_out_a_path_below_the_home_directory(
+    run: Run, served: ServedAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ready").mkdir()
+    assert run("run", "~/ready")[0] == 0
+    assert served.agent.orders[-1].model == f"{tmp_path}/ready"
 
 
 def test_run_of_what_is_killed_names_the_signal(run: Run, served: ServedAgent) -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_MAX_S = 150.0
-REQUEST_MAX_S = 60.0
+START_MAX_S = 400.0
+REQUEST_MAX_S = 200.0
 SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": "1"}
 
 

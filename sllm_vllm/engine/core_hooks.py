@@ -7,6 +7,7 @@ counts output tokens (max_tokens, stop checks, the grammar) goes on from there.
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -113,6 +114,12 @@ class _Past:
     structured_output_request: Any
     all_token_ids: list[int] = field(default_factory=list)
     use_structured_output: bool = True
+    num_output_placeholders: int = 0
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """As the scheduler counts when it lets the grammar advance: the newest token is drawn, not yet computed."""
+        return len(self.all_token_ids) - 1
 
 
 def _accept_of(managers: Any) -> Any:
@@ -123,13 +130,14 @@ def _accept_of(managers: Any) -> Any:
     """
     if hasattr(managers, "accept_tokens"):
         return require(managers, "accept_tokens", "request", "new_token_ids")
-    should_advance = require(managers, "should_advance", "request", "new_token_ids")
+    should_advance = require(managers, "should_advance", "request")
+    takes_tokens = "new_token_ids" in inspect.signature(should_advance).parameters  # 0.26 reads them from the request
     trim = require(managers, "trim_reasoning_for_advance", "request", "new_token_ids")
     settle_reasoning = require(managers, "should_fill_bitmask", "request")
 
     def accept(self: Any, request: Any, new_token_ids: list[int]) -> bool:
         settle_reasoning(self, request)
-        if not should_advance(self, request, new_token_ids=new_token_ids):
+        if not should_advance(self, request, **({"new_token_ids": new_token_ids} if takes_tokens else {})):
             return True
         rest: Any = trim(self, request, new_token_ids)
         return not rest or request.structured_output_request.grammar.accept_tokens(request.request_id, rest)

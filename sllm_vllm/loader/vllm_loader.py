@@ -32,7 +32,7 @@ from sllm_vllm.loader.save import save_state_behind
 from sllm_vllm.loader.vllm_catalog import Catalog, Found
 from sllm_vllm.loader.vllm_layout import rank_position
 from sllm_vllm.loader.vllm_post_processing import process_while_loading
-from sllm_vllm.loader.vllm_reload import reload_layers_once
+from sllm_vllm.loader.vllm_reload import config_of, reload_layers_once, remember_config
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -74,6 +74,7 @@ class SllmModelLoader(BaseModelLoader):
             with _collecting_only_new_garbage():
                 model = self._load_checkpoint(self._found, vllm_config, model_config, prefix=prefix)
         self._found = None
+        remember_config(model, vllm_config)
         self.report.total_s = time.perf_counter() - start
         self._tell()
         return model
@@ -98,7 +99,7 @@ class SllmModelLoader(BaseModelLoader):
         Raises:
             CheckpointError: the model is nothing but a checkpoint, and a bad one.
         """
-        vllm_config = get_current_vllm_config()
+        vllm_config = config_of(model)
         checkpoint = self._catalog.find_for_reload(vllm_config, model_config)
         if checkpoint is None:
             logger.info("event=reload format=stock model=%s", model_config.model)

@@ -10,12 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload.layerwise import make_online_process_loader
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+_CONFIGS: WeakKeyDictionary[nn.Module, VllmConfig] = WeakKeyDictionary()
+"""What each live model was loaded with. vLLM 0.26 reloads through a new loader and sets no configuration around it."""
+
+
+def remember_config(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Keep the configuration of a model that was loaded, until the model is garbage."""
+    _CONFIGS[model] = vllm_config
+
+
+def config_of(model: nn.Module) -> VllmConfig:
+    """The configuration of a model that is being reloaded: the current one where vLLM sets it (0.27 and newer)."""
+    return get_current_vllm_config_or_none() or _CONFIGS[model]
 
 
 def reload_layers_once(model: nn.Module) -> None:

@@ -50,6 +50,7 @@ from sllm_vllm.node.core.launch import (
 from sllm_vllm.node.core.replica import ENDED, WELL_ONCE, ReplicaRow, State
 from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.logs import BoundedLog, read_log, remove_log, remove_old_logs
+from sllm_vllm.node.model_path import require_model
 from sllm_vllm.node.orphans import DeathWatch, Record, sweep
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import EngineTiming, NodeReport, ReplicaOrder, ReplicaReport, SlotReport
@@ -151,6 +152,8 @@ class NodeAgent:
         Raises:
             OrderRefused: no slot is free, the port is taken, another replica has or had this id.
         """
+        if self.config.engine_command is None:  # another command may take what it likes
+            await asyncio.to_thread(require_model, order.model, order.directory)
         replica_id = order.id or new_id(order.model, self._records)
         if self._is_closing:
             raise OrderRefused(order.model, "the agent is stopping", "order again when it is back")

@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 
 from sllm_vllm.node.core.events import EngineHealthy, EngineUnhealthy, Event
+from sllm_vllm.node.core.failure import FailureWords
 from sllm_vllm.node.core.load_line import read_load_line
 from sllm_vllm.node.core.phases import Phase, StartPhases
 from sllm_vllm.node.engine_process import EngineProcess
@@ -50,6 +51,7 @@ class Engine:
         self.is_warm: bool | None = None
         self.cold_reason = ""
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.failure = FailureWords()
         self._on_event = on_event
         self._on_change = on_change
         self._start_s = time.monotonic()
@@ -114,6 +116,7 @@ class Engine:
     def _note(self, line: str) -> None:
         for part in line.split("\r"):
             self._phases.note(part, self._at_s())
+        self.failure.note(line)
         if line.strip():
             self.tail.append(line.rpartition("\r")[2][:TAIL_LINE_MAX])
         if not self._load:

@@ -89,6 +89,8 @@ class ReplicaReport(_Message):
     """File with what it prints; the older part in ``.1``."""
     tail: tuple[str, ...] = ()
     """The last lines that it printed, if it failed."""
+    cause: str = ""
+    """The last exception in all that it printed that says why it failed, if there was one."""
     labels: dict[str, str] = {}
     """Of its order."""
 

@@ -70,5 +70,11 @@ class ReplicaRecord:
             start=engine.report() if engine is not None else None,
             log=str(self.log),
             tail=tuple(engine.tail) if engine is not None and row.state is State.FAILED else (),
+            cause=engine.failure.cause if engine is not None and _ended_by_exception(row) else "",
             labels=self.order.labels,
         )
+
+
+def _ended_by_exception(row: ReplicaRow) -> bool:
+    """Python's own exit status; one that was killed, or refused its arguments (2), may have printed others before."""
+    return row.state is State.FAILED and row.status == 1

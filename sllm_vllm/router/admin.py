@@ -78,6 +78,7 @@ class AdminApp:
         key_digests: SHA-256 of each key that opens it.
         reload: reads the configuration again and says what changed; raises ConfigError.
         keep: remembers what is served under a name over a restart, None for nothing; raises StateError.
+        check: refuses a model that this machine can't serve, by ConfigError. Default: none is refused.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class AdminApp:
         key_digests: Iterable[str],
         reload: Callable[[], Awaitable[str]],
         keep: Callable[[str, ModelConfig | None], Awaitable[None]],
+        check: Callable[[ModelConfig], None] = lambda _: None,
     ) -> None:
         self._controller = controller
         self._keep = keep
+        self._check = check
         self._keys = Keys(key_digests)
         self._reload = reload
         self._bodies = BodyReader(_SETTINGS)
@@ -177,6 +180,10 @@ class AdminApp:
 
     async def _deploy(self, call: Call) -> Reply:
         model = read_model(call.body)
+        try:
+            await asyncio.to_thread(self._check, model)
+        except ConfigError as error:
+            raise ApiError(400, str(error), code="invalid_model") from None
         await self._controller.measure([model])
         before = self._controller.models.get(model.name)
         await self._kept(model.name, model)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from sllm_vllm.config import NodeConfig, default_node_dir, default_store_dir
 from sllm_vllm.node.core.launch import num_slots_of
 from sllm_vllm.router.config_migration import MigrationSection, lineage_of
+from sllm_vllm.router.config_poison import PoisonSection
 from sllm_vllm.router.config_ray import RaySection
 from sllm_vllm.router.config_values import (
     Count,
@@ -289,6 +290,7 @@ class RouterConfig(_Section):
     node: NodeSection = NodeSection()
     store: StoreSection = StoreSection()
     migration: MigrationSection = MigrationSection()
+    poison: PoisonSection = PoisonSection()
     ray: RaySection = RaySection()
     defaults: ModelDefaults = Field(default=ModelDefaults(), description="merged under each model of this file")
     models: tuple[ModelConfig, ...] = Field(

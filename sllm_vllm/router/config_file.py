@@ -30,6 +30,7 @@ from sllm_vllm.router.config import (
     StoreSection,
 )
 from sllm_vllm.router.config_migration import MigrationSection
+from sllm_vllm.router.config_poison import PoisonSection
 from sllm_vllm.router.config_ray import RaySection
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.units import KIB, MIB
@@ -47,6 +48,7 @@ _SECTIONS: dict[str | int, type[BaseModel]] = {
     "node": NodeSection,
     "store": StoreSection,
     "migration": MigrationSection,
+    "poison": PoisonSection,
     "ray": RaySection,
     "defaults": ModelDefaults,
     "models": ModelConfig,
@@ -59,7 +61,7 @@ _PROBLEMS = {
     "missing": "it is missing",
 }
 """What pydantic says in Python's words."""
-_FIXED_SECTIONS = ("node", "store")
+_FIXED_SECTIONS = ("node", "store", "poison")
 _FIXED_KEYS = (
     "server.host",
     "server.port",

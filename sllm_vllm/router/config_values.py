@@ -34,6 +34,8 @@ OWNED_OPTIONS = (
 )
 """Arguments that engines get from elsewhere, and what to write instead."""
 OWNED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "VLLM_API_KEY")
+_NEVER_ENDS = frozenset({"-1", "-1s", "-1m", "forever", "always", "inf", "infinite", "infinity", "never"})
+"""What users of other servers write to keep a model loaded."""
 _UNIT_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) *(ms|s|m|h|d|)", re.ASCII)
 _OPTION = re.compile(r"-{0,2}([A-Za-z][\w-]*)((?:\.[\w.-]*)?)", re.ASCII)
@@ -63,6 +65,8 @@ def parse_duration(value: object) -> float:
 def _keep_alive(value: object) -> float | None:
     if value is None or value == "auto":
         return None
+    if value == -1 or (isinstance(value, str) and value.strip().lower() in _NEVER_ENDS):
+        raise ValueError("no replica stays without end for its keep_alive; write `min_replicas: 1` to keep one running")
     try:
         return parse_duration(value)
     except ValueError as error:

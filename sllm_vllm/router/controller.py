@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import ChainMap, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sllm_vllm.node.protocol import NodeReport, ReplicaReport
@@ -20,12 +20,14 @@ from sllm_vllm.router.core.events import (
     DrainAsked,
     Event,
     FirstByte,
+    FirstToken,
     ModelDeleted,
     ModelDeployed,
     MoveAsked,
     MoveFailed,
     MoveRequest,
     NodeLost,
+    Refusal,
     RejectRequest,
     ReplicaEnded,
     ReplicaReady,
@@ -39,11 +41,11 @@ from sllm_vllm.router.core.events import (
     UndrainAsked,
 )
 from sllm_vllm.router.core.facts import RequestFacts, ResumeSample, Tier
-from sllm_vllm.router.core.limits import CopyLimits, MoveLimits, RouterLimits, ScalingLimits
+from sllm_vllm.router.core.limits import CopyLimits, MoveLimits, PoisonLimits, RouterLimits, ScalingLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engines import Node
-from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
+from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
 from sllm_vllm.router.member import Member
 from sllm_vllm.router.movability import Movability
 from sllm_vllm.router.node_orders import NodeOrders
@@ -56,13 +58,22 @@ TICK_S = 0.25
 OUTCOMES_MAX = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """``moves_max``: requests that move between engines at once; 0: none ever does. ``holders_max``: nodes that a hot
+    checkpoint is copied to, at most; 0: none ever is. ``poison``: for requests that kill their engines."""
+
+    moves_max: int = 0
+    holders_max: int = 0
+    poison: PoisonLimits = field(default_factory=PoisonLimits)
+
+
 class Controller:
     """One router's decisions, for nodes in this process or elsewhere.
 
     Args:
         directory: engines' working directory.
-        moves_max: requests that move between engines at once; 0: none ever does.
-        holders_max: nodes that a hot checkpoint is copied to, at most; 0: none ever is.
+        bounds: of what the core does.
         estimator: what was learned before.
         clock: seconds; the core's time.
     """
@@ -72,15 +83,17 @@ class Controller:
         *,
         waiting_max: int,
         directory: Path,
-        moves_max: int = 0,
-        holders_max: int = 0,
+        bounds: Bounds | None = None,
         estimator: Estimator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scaling = ScalingLimits(name_suffix=f"-{secrets.token_hex(2)}")
-        moves = MoveLimits(is_on=moves_max > 0, moves_max=max(1, moves_max))
-        copies = CopyLimits(holders_max=holders_max)
-        limits = RouterLimits(waiting_max=waiting_max, scaling=scaling, moves=moves, copies=copies)
+        bounds = bounds or Bounds()
+        moves = MoveLimits(is_on=bounds.moves_max > 0, moves_max=max(1, bounds.moves_max))
+        copies = CopyLimits(holders_max=bounds.holders_max)
+        limits = RouterLimits(
+            waiting_max=waiting_max, scaling=scaling, moves=moves, copies=copies, poison=bounds.poison
+        )
         self.core = RouterCore(limits, estimator)
         self.models: dict[str, ModelConfig] = {}
         self.outcomes: deque[tuple[Ticket, Outcome]] = deque(maxlen=OUTCOMES_MAX)
@@ -91,7 +104,7 @@ class Controller:
         self._members: dict[str, Member] = {}
         self._orders = NodeOrders(self._members, self.models, directory)
         self._leaving: set[asyncio.Task[None]] = set()
-        self._movability = Movability(self._tell) if moves_max else None
+        self._movability = Movability(self._tell) if bounds.moves_max else None
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._followers: dict[str, OnMove] = {}
         """By request: who is to be told that it moves."""
@@ -192,6 +205,10 @@ class Controller:
         """See ``Gate``."""
         self._tell(FirstByte(ticket.request))
 
+    def first_token(self, ticket: Ticket) -> None:
+        """See ``Gate``."""
+        self._tell(FirstToken(ticket.request))
+
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
         """See ``Gate``."""
         self.outcomes.append((ticket, outcome))
@@ -199,11 +216,19 @@ class Controller:
         self._followers.pop(ticket.request, None)
         self._tell(RequestEnded(ticket.request, outcome.output_tokens))
 
-    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
+    async def retry(self, ticket: Ticket, failure: Failure) -> Ticket:
         """See ``Gate``."""
         self._followers.pop(ticket.request, None)
         future = self._waiting[ticket.request] = asyncio.get_running_loop().create_future()
-        self._tell(RequestFailed(ticket.request, reason))
+        self._tell(
+            RequestFailed(
+                ticket.request,
+                failure.reason,
+                sign=failure.sign,
+                has_begun=failure.has_begun,
+                is_proven=failure.is_proven,
+            )
+        )
         return await self._ticket(ticket.request, future)
 
     def follow(self, ticket: Ticket, on_order: OnMove) -> None:
@@ -321,6 +346,8 @@ class Controller:
         self.counts.note(event, actions, now_s)
         for action in actions:
             self._do(action)
+            if isinstance(action, RejectRequest) and action.why is Refusal.KILLED_ENGINE:
+                logger.warning("event=request_killed_engine request=%s reason=%r", action.request, action.reason)
         if self._movability is not None:
             self._follow_movability(self._movability, event)
         if member is not None:

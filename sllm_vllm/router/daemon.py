@@ -18,12 +18,13 @@ from sllm_vllm.file_limit import raise_file_limit
 from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import WORDS
+from sllm_vllm.node.model_path import require_sources
 from sllm_vllm.node.server import Server
 from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
-from sllm_vllm.router.config import RouterConfig
+from sllm_vllm.router.config import ModelConfig, RouterConfig
 from sllm_vllm.router.config_file import compare, read_key_digests, read_router_config
-from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.controller import Bounds, Controller
 from sllm_vllm.router.estimates_file import read_estimates, write_record
 from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.kept_models import KeptModels
@@ -50,7 +51,7 @@ def serve(path: Path) -> int:
         ConfigError: the file is wrong, or the address can't be had. NodeBusy: another agent has the node's folder.
         NodeError: that folder can't be used.
     """
-    config = read_router_config(path)
+    config = _read_config(path)
     node = config.node_config()
     raise_file_limit()  # each request has two descriptors: its client's, and its engine's
     make_private_directory(node.node_dir, WORDS)
@@ -115,7 +116,9 @@ class RouterProcess:
             async with self._controller(agent) as controller, _served(agent, node_socket, stopped):
                 settings = await asyncio.to_thread(self._settings, self._config)
                 digests = await asyncio.to_thread(self._admin_digests, self._config)
-                self._admin = AdminApp(controller, key_digests=digests, reload=self.reload, keep=self._kept.keep)
+                self._admin = AdminApp(
+                    controller, key_digests=digests, reload=self.reload, keep=self._kept.keep, check=self._check_model
+                )
                 self._app = RouterApp(Ingress(controller, settings), self._admin)
                 loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._reload_or_tell()))
                 serving = loop.create_task(serve_app(self._app, settings, sockets=[client_socket]))
@@ -148,7 +151,7 @@ class RouterProcess:
             ConfigError: it is wrong, or changes what can't be changed while it serves: all stays as it was.
         """
         async with self._reloading:
-            config = await asyncio.to_thread(read_router_config, self._path)
+            config = await asyncio.to_thread(_read_config, self._path)
             changes = compare(self._config, config)
             changes.require_live()
             self._require_hidden(config)
@@ -170,6 +173,10 @@ class RouterProcess:
         logger.info("event=reloaded path=%s %s", self._path, told)
         return told
 
+    def _check_model(self, model: ModelConfig) -> None:
+        if self._node.engine_command is None:
+            require_sources({model.name: model.source}, self._path.absolute().parent)
+
     async def _reload_or_tell(self) -> None:
         try:
             await self.reload()
@@ -182,7 +189,10 @@ class RouterProcess:
         self._running = controller = Controller(
             waiting_max=self._config.server.waiting_max,
             directory=self._path.absolute().parent,
-            moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
+            bounds=Bounds(
+                moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
+                poison=self._config.poison.limits(),
+            ),
             estimator=await asyncio.to_thread(read_estimates, path),
         )
         self._kept = KeptModels(SqliteStore(self._node.node_dir / STATE_NAME), self._config.models)
@@ -211,6 +221,18 @@ class RouterProcess:
         """Those of the configuration, and one that lies in the agent's folder for this user's own commands."""
         own = digest_of(open_key(self._node.node_dir / ADMIN_KEY_NAME))
         return (own, *read_key_digests(config.keys.admin, "keys.admin"))
+
+
+def _read_config(path: Path) -> RouterConfig:
+    """What a file says, when the models that it names by a path are on this machine."""
+    config = read_router_config(path)
+    if config.node.engine_command is not None:  # another command may take what it likes
+        return config
+    try:
+        require_sources({model.name: model.source for model in config.models}, path.absolute().parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
 
 
 async def _save_now_and_then(controller: Controller, path: Path) -> None:

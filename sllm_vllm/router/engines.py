@@ -248,6 +248,10 @@ def tier_of(start: StartReport) -> Tier:
 
 
 def reason_of(report: ReplicaReport) -> str:
-    """Why it ended, with the engine's own last line."""
+    """Why it ended: the exception that says so, and the engine's own last line."""
     last = next((line.strip() for line in reversed(report.tail) if line.strip()), "")
-    return f"{report.reason}: {last}"[:_REASON_CHARS_MAX] if last else report.reason
+    words = [report.reason, report.cause] if report.cause else [report.reason, last]
+    told = ": ".join(word for word in words if word)
+    if report.cause and last and report.cause not in last:
+        told += f" (its last line: {last})"
+    return told[:_REASON_CHARS_MAX]

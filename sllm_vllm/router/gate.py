@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from sllm_vllm.router.core.facts import RequestFacts
+from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,16 @@ class Rejected(Exception):
         self.message = message
         self.retry_after_s = retry_after_s
         self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How an engine failed a request. ``has_begun`` and ``is_proven``: see ``RequestFailed``."""
+
+    reason: str
+    sign: FailureSign = FailureSign.BROKE_OFF
+    has_begun: bool = False
+    is_proven: bool = False
 
 
 How = Literal["done", "client_left", "engine_failed", "timeout"]
@@ -127,12 +137,18 @@ class Gate(Protocol):
         """The engine has begun to answer."""
         ...
 
+    def first_token(self, ticket: Ticket) -> None:
+        """The engine has generated a token of an answer of which nothing came yet. May be said twice, or late."""
+        ...
+
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
         """The request has ended. Called exactly once for each ticket, unless ``retry`` was called for it."""
         ...
 
-    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
-        """Instead of ``finished``: the engine failed before a byte went to the client; wait for another replica.
+    async def retry(self, ticket: Ticket, failure: Failure) -> Ticket:
+        """Instead of ``finished``: the engine failed; wait for another replica.
+
+        Either nothing went to the client, or ``failure.has_begun``: then the next replica gives the rest.
 
         The old ticket is void at once, whatever becomes of the call. Cancelling it is as for ``acquire``.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import MoveOrder, Rejected, ServedModel, Ticket
+from sllm_vllm.router.gate import Failure, MoveOrder, Rejected, ServedModel, Ticket
 from sllm_vllm.router.remote import (
     POLL_S,
     SILENT_S_MAX,
@@ -28,6 +28,7 @@ from sllm_vllm.router.remote import (
     News,
     Note,
     NotMoved,
+    Proved,
     Refused,
     Unknown,
     Welcome,
@@ -127,7 +128,7 @@ class GateService:
             return held.ticket
         return await self._answer(ingress, facts, lambda: self._controller.acquire(facts))
 
-    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
         """See ``ControllerLink``."""
         session = self._sessions.get(ingress)
         if session is None:
@@ -137,7 +138,9 @@ class GateService:
             return now.ticket
         session.held.pop(facts.id, None)
         if facts.id in self._controller.core.requests:
-            return await self._answer(ingress, facts, lambda: self._controller.retry(ticket, reason))
+            return await self._answer(ingress, facts, lambda: self._controller.retry(ticket, failure))
+        if failure.has_begun:  # a controller that was restarted does not know where it could go on
+            return Refused.of(Rejected(502, "server_error", failure.reason, code="engine_failed"))
         return await self._answer(ingress, facts, lambda: self._controller.acquire(facts))
 
     async def _answer(
@@ -217,6 +220,8 @@ class GateService:
         match note:
             case Began():
                 self._controller.first_byte(note.ticket)
+            case Proved():
+                self._controller.first_token(note.ticket)
             case Finished():
                 session.held.pop(note.ticket.request, None)
                 session.ordered.pop(note.ticket.request, None)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote
 
-from sllm_vllm.router.admission import Admission, BodyBounds, is_small, read_body
+from sllm_vllm.router.admission import Admission, BodyBounds, digest_of, is_small, read_body
 from sllm_vllm.router.body import Body, BodyReader
 from sllm_vllm.router.gate import Gate, ServedModel
 from sllm_vllm.router.headers import Headers, shown_id, value_of, values_of
@@ -165,7 +165,8 @@ class Ingress:
             admission = self._named(await self._read(request, body))
             request.model = admission.model
             self._require_model(admission.model)
-            call = Call(admission.facts(request.id), request.shown, target=target, headers=request.headers, body=body)
+            facts = replace(admission.facts(request.id), digest=await digest_of(target, body))
+            call = Call(facts, request.shown, target=target, headers=request.headers, body=body)
             extra = self._common_headers(request)
             if self._proxy is None:  # it needs a running loop
                 self._proxy = Proxy(self._gate, self._settings)

@@ -106,6 +106,11 @@ class Leg:
                 return events
 
     @property
+    def is_moving(self) -> bool:
+        """Whether it may go on elsewhere, as far as is known here."""
+        return self._is_moving
+
+    @property
     def head(self) -> EngineConnection:
         """The engine whose answer begins, for its status and headers."""
         assert self.engine is not None

@@ -15,16 +15,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sllm_vllm.router.body import Body
-from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Gate, How, MoveOrder, Outcome, Rejected, Ticket
+from sllm_vllm.router.core.facts import FailureSign, RequestFacts
+from sllm_vllm.router.engine_api import EngineApi
+from sllm_vllm.router.gate import Failure, Gate, How, MoveOrder, Outcome, Rejected, Ticket
 from sllm_vllm.router.headers import Headers, for_client, for_engine
 from sllm_vllm.router.leg import Asked, Leg, is_event_stream
 from sllm_vllm.router.mover import Mover
 from sllm_vllm.router.openai_errors import SERVER, ApiError, engine_failed, rejection, timed_out
+from sllm_vllm.router.proving import Proving
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
 from sllm_vllm.router.watch import Ended, Receive, Send, Watch, send_last
 
+ATTEMPTS_MAX = 8
+"""The gate says when it is enough; this is in case that it never does."""
 _TAIL_PIECES = 4
 _TAIL_NBYTES = 4096
 # Quotes inside of generated text are escaped, so it can't look like this.
@@ -95,6 +99,7 @@ class Proxy:
         self._gate = gate
         self._settings = settings
         self._upstream = Upstream(settings)
+        self._api = EngineApi(self._upstream)
 
     def close(self) -> None:
         """Close the connections to engines."""
@@ -135,16 +140,16 @@ class Proxy:
     async def _carry(self, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
         watch.begin_step(None, "")
         ticket = await self._gate.acquire(call.facts)
-        for is_last in (False, True):
+        while True:
             report.begin(ticket)
             leg = Leg(ticket, call.asked, self._gate, is_moving=self._settings.moves is not None)
             try:
                 await self._attempt(leg, call, watch=watch, report=report, answer=answer)
             except EngineFailed as failure:
-                if is_last or report.status is not None:
+                if report.status is not None or report.attempts >= ATTEMPTS_MAX:
                     self._gate.finished(leg.ticket, report.outcome("engine_failed"))
                     raise
-                reason = str(failure)
+                told = Failure(str(failure), failure.sign)
             except asyncio.CancelledError:
                 self._gate.finished(leg.ticket, report.outcome(watch.reason or "client_left"))
                 raise
@@ -155,28 +160,31 @@ class Proxy:
                 self._gate.finished(leg.ticket, report.outcome("done"))
                 return
             watch.begin_step(None, "")
-            ticket = await self._gate.retry(leg.ticket, reason)
+            ticket = await self._gate.retry(leg.ticket, told)
 
     async def _attempt(self, leg: Leg, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
         limit_s = self._settings.first_byte_s_max
         watch.begin_step(limit_s, f"the engine sent nothing for {limit_s or 0:g} s")
         leg.follow(self._start_mover)
+        proving = self._begin_to_prove(leg)
         try:
             headers = for_engine(call.headers, shown=call.shown, api_key=leg.ticket.api_key)
             await leg.open(self._upstream, headers)
             engine = leg.head
             report.engine_status = engine.status
             if not 200 <= engine.status < 600:
-                raise EngineFailed("it answers with what is not HTTP")
+                raise EngineFailed("it answers with what is not HTTP", FailureSign.REFUSED)
             if engine.status == 401 or (engine.status == 503 and report.attempts == 1):
-                raise EngineFailed(f"it answers {engine.status}")
-            await self._pass_on(leg, watch=watch, report=report, answer=answer)
+                raise EngineFailed(f"it answers {engine.status}", FailureSign.REFUSED)
+            await self._pass_on(leg, watch=watch, report=report, answer=answer, proving=proving)
         finally:
+            proving.cancel()
             report.replica = leg.ticket.replica
             leg.close()
 
-    async def _pass_on(self, leg: Leg, *, watch: Watch, report: Report, answer: _Answer) -> None:
+    async def _pass_on(self, leg: Leg, *, watch: Watch, report: Report, answer: _Answer, proving: Proving) -> None:
         piece = await leg.read()
+        proving.cancel()
         report.first_byte_s = time.monotonic() - report.begun_s
         watch.pause()
         await answer.begin(leg.head)
@@ -192,6 +200,13 @@ class Proxy:
             if piece:
                 report.tail_pieces.append(piece[-_TAIL_NBYTES:])
                 await answer.write(piece, is_last=leg.is_at_end)
+
+    def _begin_to_prove(self, leg: Leg) -> Proving:
+        """Ask the engine whether it has generated a token, for as long as none is seen."""
+        proving = Proving(leg, self._gate, self._api)
+        if leg.is_moving:
+            proving.begin()
+        return proving
 
     def _start_mover(self, leg: Leg, order: MoveOrder) -> asyncio.Task[None]:
         assert self._settings.moves is not None

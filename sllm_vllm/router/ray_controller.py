@@ -22,10 +22,10 @@ from sllm_vllm.node.ray_agent import RayNode, agent_on, forget_agent, log_as_act
 from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.config import RouterConfig
 from sllm_vllm.router.config_file import compare, parse_router_config, read_key_digests
-from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.controller import Bounds, Controller
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Ticket
+from sllm_vllm.router.gate import Failure, Ticket
 from sllm_vllm.router.gate_service import GateService
 from sllm_vllm.router.kept_models import KeptModels
 from sllm_vllm.router.ray_state import RayStore
@@ -75,9 +75,9 @@ class RayController:
         """See ``ControllerLink``."""
         return await (await self._service()).acquire(ingress, facts)
 
-    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
         """See ``ControllerLink``."""
-        return await (await self._service()).retry(ingress, ticket, facts=facts, reason=reason)
+        return await (await self._service()).retry(ingress, ticket, facts=facts, failure=failure)
 
     async def note(self, ingress: str, notes: Sequence[Note]) -> bool:
         """See ``ControllerLink``."""
@@ -144,8 +144,11 @@ class RayController:
         self._controller = controller = Controller(
             waiting_max=config.server.waiting_max,
             directory=self._directory,
-            moves_max=config.migration.moves_max if config.migration.enabled else 0,
-            holders_max=config.ray.copies,
+            bounds=Bounds(
+                moves_max=config.migration.moves_max if config.migration.enabled else 0,
+                holders_max=config.ray.copies,
+                poison=config.poison.limits(),
+            ),
             estimator=await self._estimator(),
         )
         self._kept = KeptModels(self._store, config.models)

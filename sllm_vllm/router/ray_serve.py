@@ -27,7 +27,7 @@ from sllm_vllm.node.ray_agent import NAMESPACE
 from sllm_vllm.router.config import RouterConfig
 from sllm_vllm.router.config_file import parse_router_config, read_key_digests, read_router_config
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import Ticket
+from sllm_vllm.router.gate import Failure, Ticket
 from sllm_vllm.router.ray_controller import RayController
 from sllm_vllm.router.remote import Answer, ControllerGone, Held, News, Note, Unknown, Welcome
 from sllm_vllm.router.remote_app import RemoteApp
@@ -78,9 +78,9 @@ class RayLink:
         """See ``ControllerLink``."""
         return await self._answer(self._actor.acquire.remote(ingress, facts))
 
-    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
         """See ``ControllerLink``."""
-        return await self._answer(self._actor.retry.remote(ingress, ticket, facts=facts, reason=reason))
+        return await self._answer(self._actor.retry.remote(ingress, ticket, facts=facts, failure=failure))
 
     async def note(self, ingress: str, notes: Sequence[Note]) -> bool:
         """See ``ControllerLink``."""

@@ -12,6 +12,7 @@ _STATUS = {
     Refusal.TOO_LATE: (503, "server_error", "no_capacity"),
     Refusal.NO_START: (503, "server_error", "engine_start_failed"),
     Refusal.ENGINE_FAILED: (502, "server_error", "engine_failed"),
+    Refusal.KILLED_ENGINE: (502, "server_error", "request_killed_engine"),
 }
 
 

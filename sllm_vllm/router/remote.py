@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import MoveOrder, MoveReport, Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, Outcome, Rejected, ServedModel, Ticket
 from sllm_vllm.router.settings import IngressSettings
 
 POLL_S = 2.0
@@ -80,6 +80,13 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
+class Proved:
+    """Its engine has generated a token."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """It has ended."""
 
@@ -122,7 +129,7 @@ class NotMoved:
     is_lasting: bool
 
 
-Note = Began | Finished | Left | Followed | Moved | NotMoved
+Note = Began | Proved | Finished | Left | Followed | Moved | NotMoved
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +154,7 @@ class ControllerLink(Protocol):
         """A ticket for a request. Asked again it is the same request."""
         ...
 
-    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
         """Another ticket for one whose engine failed."""
         ...
 

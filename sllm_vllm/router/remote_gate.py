@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
+from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
 from sllm_vllm.router.remote import (
     NOTES_MAX,
     Answer,
@@ -27,6 +27,7 @@ from sllm_vllm.router.remote import (
     News,
     Note,
     NotMoved,
+    Proved,
     Refused,
     Unknown,
 )
@@ -91,16 +92,20 @@ class RemoteGate:
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         """See ``Gate``."""
-        return await self._ticket(facts, None, "")
+        return await self._ticket(facts)
 
-    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
+    async def retry(self, ticket: Ticket, failure: Failure) -> Ticket:
         """See ``Gate``."""
         self._followers.pop(ticket.request, None)
-        return await self._ticket(self._held.pop(ticket.request).facts, ticket, reason)
+        return await self._ticket(self._held.pop(ticket.request).facts, ticket, failure)
 
     def first_byte(self, ticket: Ticket) -> None:
         """See ``Gate``."""
         self._note(Began(ticket))
+
+    def first_token(self, ticket: Ticket) -> None:
+        """See ``Gate``."""
+        self._note(Proved(ticket))
 
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
         """See ``Gate``."""
@@ -124,11 +129,13 @@ class RemoteGate:
         """See ``Gate``."""
         self._note(NotMoved(ticket, order, report, reason, is_lasting))
 
-    async def _ticket(self, facts: RequestFacts, failed: Ticket | None, reason: str) -> Ticket:
+    async def _ticket(
+        self, facts: RequestFacts, failed: Ticket | None = None, failure: Failure | None = None
+    ) -> Ticket:
         try:
             while True:
                 await self._has_entered.wait()
-                answer = await self._ask(facts, failed, reason)
+                answer = await self._ask(facts, failed, failure)
                 if isinstance(answer, Ticket):
                     self._held[facts.id] = Held(facts, answer)
                     return answer
@@ -138,13 +145,13 @@ class RemoteGate:
             self._note(Left(facts.id))
             raise
 
-    async def _ask(self, facts: RequestFacts, failed: Ticket | None, reason: str) -> Answer:
+    async def _ask(self, facts: RequestFacts, failed: Ticket | None, failure: Failure | None) -> Answer:
         """``Unknown`` stands for every way in which there is none."""
         try:
-            if failed is None:
+            if failed is None or failure is None:
                 answer = await self._link.acquire(self.name, facts)
             else:
-                answer = await self._link.retry(self.name, failed, facts=facts, reason=reason)
+                answer = await self._link.retry(self.name, failed, facts=facts, failure=failure)
         except ControllerGone:
             answer = Unknown()
         if isinstance(answer, Unknown):

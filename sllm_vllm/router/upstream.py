@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.headers import Headers
 from sllm_vllm.router.settings import IngressSettings
 
@@ -28,7 +29,14 @@ Address = tuple[str, int]
 
 
 class EngineFailed(Exception):
-    """The engine can't be reached, or breaks off. The message is fit for a client: it names no address."""
+    """The engine can't be reached, or breaks off. The message is fit for a client: it names no address.
+
+    ``sign``: what that says about the engine.
+    """
+
+    def __init__(self, problem: str, sign: FailureSign = FailureSign.BROKE_OFF) -> None:
+        super().__init__(problem)
+        self.sign = sign
 
 
 class Diverted(Exception):
@@ -86,7 +94,10 @@ class Upstream:
             except EngineFailed:
                 if not idle.is_silent:
                     raise
-        return await (await self._connect(address)).exchange(sent, on_sent)
+            sign = FailureSign.BROKE_OFF  # the engine may have got it, and may have ended of it
+        else:
+            sign = FailureSign.UNREACHED
+        return await (await self._connect(address, sign)).exchange(sent, on_sent)
 
     def close(self) -> None:
         """Close every idle connection; those in use close when they are given back."""
@@ -123,13 +134,13 @@ class Upstream:
         connection.wake()
         return connection
 
-    async def _connect(self, address: Address) -> EngineConnection:
+    async def _connect(self, address: Address, sign: FailureSign) -> EngineConnection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._settings.connect_s_max):
                 _, made = await loop.create_connection(lambda: EngineConnection(self, address), *address)
         except OSError as error:  # TimeoutError is one
-            raise EngineFailed("it can't be reached") from error
+            raise EngineFailed("it can't be reached", sign) from error
         return made
 
 

@@ -140,7 +140,7 @@ def _open_remotes(config: StoreConfig) -> list[Remote]:
         return []
     from sllm_vllm.store.remote import open_remote  # a machine without remotes need not have obstore
 
-    return [open_remote(url) for url in config.remotes]
+    return [open_remote(url, redirect_hosts=config.redirect_hosts) for url in config.remotes]
 
 
 def _pool(config: StoreConfig) -> Pool:

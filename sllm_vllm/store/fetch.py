@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -30,7 +30,7 @@ _MEND = "push the checkpoint again"
 
 
 class FetchLimits(Protocol):
-    """How long a fetch goes on. ``StoreConfig`` has these."""
+    """How long a fetch goes on, and where it may be sent. ``StoreConfig`` has these."""
 
     @property
     def retries_max(self) -> int:
@@ -40,6 +40,11 @@ class FetchLimits(Protocol):
     @property
     def stall_s(self) -> float:
         """Longest wait for an answer, and for each piece of it."""
+        ...
+
+    @property
+    def redirect_hosts(self) -> Sequence[str]:
+        """Hosts that a remote may redirect to, beside its own."""
         ...
 
 

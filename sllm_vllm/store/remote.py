@@ -11,16 +11,17 @@ import base64
 import contextlib
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+import aiohttp
 import obstore
 from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import HTTPStore, LocalStore, S3Store
+from obstore.store import LocalStore, S3Store
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.repository import is_legal_name
@@ -34,6 +35,15 @@ from sllm_vllm.errors import (
     RemoteRefused,
     RemoteUnreachable,
     SllmError,
+)
+from sllm_vllm.store.core.redirects import HUB_HOSTS
+from sllm_vllm.store.http_source import (
+    MEND_CORRUPT,
+    MEND_TRY,
+    HttpAnswer,
+    HttpSource,
+    error_of_status,
+    translated_http,
 )
 from sllm_vllm.units import KIB, MIB
 
@@ -57,9 +67,6 @@ READ_TIMEOUT = timedelta(days=7)
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _OTHER_RANGE = re.compile(r"UnexpectedRange|InvalidRange|StartTooLarge|NoContentRange|ParseContentRange|got \d+\.\.\d+")
-_RETRIED_STATUS = {408, 425, 429}
-_MEND_TRY = "try again later, or see whether the server is well"
-_MEND_CORRUPT = "push the checkpoint again"
 _SCHEMES = "file:///dir, http(s)://host/path, s3://bucket/prefix, hf://org/name[@revision][/subfolder]"
 
 
@@ -69,9 +76,9 @@ class Remote:
 
     shown: str
     """Its URL without user and query."""
-    is_writable: bool
-    _store: Callable[[bool], ObjectStore] = field(repr=False)
-    """For reading, or for writing: that one has obstore's own retries, as nothing else retries what is written."""
+    _source: HttpSource | _ObjectSource = field(repr=False)
+    _store: Callable[[], ObjectStore] | None = field(default=None, repr=False)
+    """For writing, with obstore's own retries, as nothing else retries what is written."""
     _folder: Path | None = None
     _only_name: str | None = None
     """Set where the URL itself is the one checkpoint."""
@@ -87,15 +94,17 @@ class Remote:
             RemoteMissing: it has no such checkpoint. RemoteCorrupt: too large. RemoteUnreachable: it does not answer.
         """
         parts: list[bytes] = []
+        nbytes = 0
         with self._errors(name, MANIFEST_NAME):
             async with asyncio.timeout(stall_s) as deadline:
-                result = await obstore.get_async(self._store(False), self._key(name, MANIFEST_NAME))
-                async for part in result.stream(min_chunk_size=PIECE_NBYTES):
-                    parts.append(part)
-                    if sum(map(len, parts)) > MANIFEST_NBYTES_MAX:
-                        problem = f"it is too large for a manifest (more than {MANIFEST_NBYTES_MAX} bytes)"
-                        raise RemoteCorrupt(self.shown_file(name, MANIFEST_NAME), problem, _MEND_CORRUPT)
-                    deadline.reschedule(asyncio.get_running_loop().time() + stall_s)
+                answer = await self._source.get(self._key(name, MANIFEST_NAME), self.shown_file(name, MANIFEST_NAME))
+                async with contextlib.aclosing(answer.pieces()) as stream:
+                    async for part in stream:
+                        parts.append(bytes(part))
+                        if (nbytes := nbytes + len(part)) > MANIFEST_NBYTES_MAX:
+                            problem = f"it is too large for a manifest (more than {MANIFEST_NBYTES_MAX} bytes)"
+                            raise RemoteCorrupt(self.shown_file(name, MANIFEST_NAME), problem, MEND_CORRUPT)
+                        deadline.reschedule(asyncio.get_running_loop().time() + stall_s)
         return b"".join(parts)
 
     async def open_range(
@@ -112,19 +121,21 @@ class Remote:
             RemoteMissing: no such file. RemoteRefused: it wants other credentials, or knows no ranges.
             RemoteCorrupt: it has another range or size. RemoteUnreachable: anything else; worth another attempt.
         """
+        shown = self.shown_file(name, path)
         with self._errors(name, path):
-            options: obstore.GetOptions = {"range": (start, start + nbytes)}
-            result = await obstore.get_async(self._store(False), self._key(name, path), options=options)
-        if result.range != (start, start + nbytes) or result.meta["size"] != file_nbytes:
-            problem = f"the file has {result.meta['size']} bytes, the manifest says {file_nbytes}"
-            raise RemoteCorrupt(self.shown_file(name, path), problem, _MEND_CORRUPT)
-        return self._stream(result, name, path, nbytes=nbytes)
+            answer = await self._source.get(self._key(name, path), shown, (start, start + nbytes))
+        stream = self._stream(answer, name, path)
+        if (answer.start, answer.end, answer.size) != (start, start + nbytes, file_nbytes):
+            await answer.pieces().aclose()
+            problem = f"the file has {answer.size} bytes, the manifest says {file_nbytes}"
+            raise RemoteCorrupt(shown, problem, MEND_CORRUPT)
+        return stream
 
-    async def _stream(self, result: GetResult, name: str, path: str, *, nbytes: int) -> AsyncGenerator[bytes, None]:
+    async def _stream(self, answer: HttpAnswer | _ObjectAnswer, name: str, path: str) -> AsyncGenerator[bytes, None]:
         with self._errors(name, path):
-            piece_nbytes = min(PIECE_NBYTES, max(PIECE_NBYTES_MIN, nbytes // 4))
-            async for piece in result.stream(min_chunk_size=piece_nbytes):
-                yield piece
+            async with contextlib.aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     async def put(self, name: str, path: str, content: bytes | AsyncIterator[memoryview], *, nbytes: int) -> None:
         """Write a file, whole or not at all. A stream is sent in parts; few of them are in memory at once.
@@ -133,10 +144,10 @@ class Remote:
             ConfigError: this kind of remote can't be written. RemoteError: it refuses or breaks off.
             DiskFull: it is a folder on a full disk.
         """
-        self.require_writable()
+        store = self.require_writable()
         with self._errors(name, path):
             await obstore.put_async(
-                self._store(True),
+                store(),
                 self._key(name, path),
                 content,
                 use_multipart=not isinstance(content, bytes),
@@ -148,14 +159,15 @@ class Remote:
 
     async def remove(self, name: str, path: str) -> None:
         """Remove a file; it is well if there is none."""
-        self.require_writable()
+        store = self.require_writable()
         with self._errors(name, path), contextlib.suppress(FileNotFoundError):
-            await obstore.delete_async(self._store(True), self._key(name, path))
+            await obstore.delete_async(store(), self._key(name, path))
 
-    def require_writable(self) -> None:
-        """Raise ``ConfigError`` unless this kind of remote can be written."""
-        if not self.is_writable:
+    def require_writable(self) -> Callable[[], ObjectStore]:
+        """What writes to it; raises ``ConfigError`` unless this kind of remote can be written."""
+        if self._store is None:
             raise ConfigError(f"{self.shown}: it can only be read; push to file:// or s3://")
+        return self._store
 
     def _key(self, name: str, path: str) -> str:
         if not is_legal_name(name) or self._only_name not in {None, name}:
@@ -169,20 +181,53 @@ class Remote:
         try:
             yield
         except TimeoutError:
-            raise RemoteUnreachable(
-                self.shown_file(name, path), "it stalls: nothing came for long", _MEND_TRY
-            ) from None
+            raise RemoteUnreachable(self.shown_file(name, path), "it stalls: nothing came for long", MEND_TRY) from None
         except (BaseError, FileNotFoundError, NotImplementedError, PermissionError) as error:
             raise _translated(error, self.shown_file(name, path)) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise translated_http(error, self.shown_file(name, path)) from None
 
 
-def open_remote(url: str, *, endpoint: str | None = None) -> Remote:
+@dataclass(frozen=True, slots=True)
+class _ObjectSource:
+    """Reads with obstore: a folder, or S3."""
+
+    store: Callable[[], ObjectStore]
+
+    async def get(self, key: str, shown: str, bounds: tuple[int, int] | None = None) -> _ObjectAnswer:
+        """See ``HttpSource``; its errors are obstore's."""
+        del shown
+        options: obstore.GetOptions = {} if bounds is None else {"range": bounds}
+        result = await obstore.get_async(self.store(), key, options=options)
+        nbytes = PIECE_NBYTES if bounds is None else bounds[1] - bounds[0]
+        piece_nbytes = min(PIECE_NBYTES, max(PIECE_NBYTES_MIN, nbytes // 4))
+        return _ObjectAnswer(*result.range, result.meta["size"], result, piece_nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _ObjectAnswer:
+    """See ``HttpAnswer``."""
+
+    start: int
+    end: int
+    size: int
+    result: GetResult
+    piece_nbytes: int
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Its body, in pieces of at least so many bytes."""
+        async for piece in self.result.stream(min_chunk_size=self.piece_nbytes):
+            yield piece
+
+
+def open_remote(url: str, *, endpoint: str | None = None, redirect_hosts: Sequence[str] = ()) -> Remote:
     """The remote at ``url``; nothing is asked of it yet.
 
     S3 takes endpoint and keys from AWS's own variables, the Hub its endpoint and token as huggingface_hub does.
 
     Args:
         endpoint: of S3 or the Hub, instead of the environment's.
+        redirect_hosts: hosts that http(s) and the Hub may redirect to, beside their own and the Hub's networks.
 
     Raises:
         ConfigError: no URL of a remote; the message does not repeat its secrets.
@@ -193,11 +238,13 @@ def open_remote(url: str, *, endpoint: str | None = None) -> Remote:
     if parts.scheme == "s3":
         return _open_s3(parts, endpoint)
     if parts.scheme == "hf":
-        return _open_hub(parts, endpoint)
-    return _open_http(parts)
+        return _open_hub(parts, endpoint, redirect_hosts)
+    return _open_http(parts, redirect_hosts)
 
 
-def open_checkpoint_url(url: str, *, endpoint: str | None = None) -> tuple[Remote, str]:
+def open_checkpoint_url(
+    url: str, *, endpoint: str | None = None, redirect_hosts: Sequence[str] = ()
+) -> tuple[Remote, str]:
     """The remote that holds the one checkpoint at ``url``, and the checkpoint's name: the last component.
 
     Raises:
@@ -207,11 +254,12 @@ def open_checkpoint_url(url: str, *, endpoint: str | None = None) -> tuple[Remot
     path = parts.path.rstrip("/")
     if parts.scheme == "hf" and path.count("/") == 1:  # the repository itself is the checkpoint
         name = path.rpartition("/")[2].partition("@")[0]
-        remote = _open_hub(parts, endpoint, name)
+        remote = _open_hub(parts, endpoint, redirect_hosts, only_name=name)
     else:
         parent, _, name = path.rpartition("/")
         name = unquote(name)
-        remote = open_remote(parts._replace(path=parent or "/").geturl(), endpoint=endpoint)
+        parent_url = parts._replace(path=parent or "/").geturl()
+        remote = open_remote(parent_url, endpoint=endpoint, redirect_hosts=redirect_hosts)
     if not is_legal_name(name):
         raise ConfigError(f"{_shown(parts)}: {name[:255]!r} is no name for a checkpoint; end the URL with one")
     return remote, name
@@ -239,24 +287,26 @@ def _shown(parts: SplitResult) -> str:
 
 
 def _open_folder(folder: Path) -> Remote:
-    def store(is_written: bool) -> ObjectStore:
-        if not is_written and not folder.is_dir():
+    def reader() -> ObjectStore:
+        if not folder.is_dir():
             raise FileNotFoundError
-        return LocalStore(folder, mkdir=is_written)
+        return LocalStore(folder)
 
-    return Remote(f"file://{folder}", True, store, folder)
+    return Remote(f"file://{folder}", _ObjectSource(reader), lambda: LocalStore(folder, mkdir=True), folder)
 
 
-def _open_http(parts: SplitResult) -> Remote:
-    """User and password in the URL become a header: obstore would leave them away."""
+def _open_http(parts: SplitResult, redirect_hosts: Sequence[str]) -> Remote:
+    """User and password in the URL become a header."""
     headers = {}
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    return _http_remote(_shown(parts), _shown(parts), headers)
+    return Remote(_shown(parts), HttpSource(_shown(parts), headers, redirect_hosts))
 
 
-def _open_hub(parts: SplitResult, endpoint: str | None, only_name: str | None = None) -> Remote:
+def _open_hub(
+    parts: SplitResult, endpoint: str | None, redirect_hosts: Sequence[str], *, only_name: str | None = None
+) -> Remote:
     """Files of the Hub lie at ``<endpoint>/<org>/<name>/resolve/<revision>/<path>``, from where it redirects."""
     from huggingface_hub import constants, get_token
 
@@ -267,15 +317,9 @@ def _open_hub(parts: SplitResult, endpoint: str | None, only_name: str | None = 
     base = (endpoint or constants.ENDPOINT).rstrip("/")
     where = [parts.netloc, repository, "resolve", quote(unquote(revision or "main"), safe=""), *subfolder]
     token = get_token()
-    # reqwest takes the header off when it follows a redirect to another host or port
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return _http_remote("/".join([base, *where]), _shown(parts), headers, only_name=only_name)
-
-
-def _http_remote(url: str, shown: str, headers: dict[str, str], *, only_name: str | None = None) -> Remote:
-    client = _client(allow_http=url.startswith("http:"), headers=headers)
-    reader = HTTPStore(url, client_options=client, retry_config={"max_retries": 0})
-    return Remote(shown, False, lambda is_written: reader, None, only_name)
+    source = HttpSource("/".join([base, *where]), headers, (*HUB_HOSTS, *redirect_hosts))
+    return Remote(_shown(parts), source, _only_name=only_name)
 
 
 def _open_s3(parts: SplitResult, endpoint: str | None) -> Remote:
@@ -286,20 +330,11 @@ def _open_s3(parts: SplitResult, endpoint: str | None) -> Remote:
 
     def store(retries_max: int, timeout: timedelta) -> ObjectStore:
         retries: RetryConfig = {"max_retries": retries_max}
-        client = _client(allow_http=True, timeout=timeout)
+        client: ClientConfig = {"allow_http": True, "timeout": timeout}
         return S3Store(bucket, prefix=prefix, config=config, client_options=client, retry_config=retries)
 
     reader, writer = store(0, READ_TIMEOUT), store(PUT_RETRIES_MAX, PUT_TIMEOUT)
-    return Remote(_shown(parts), True, lambda is_written: writer if is_written else reader)
-
-
-def _client(
-    *, allow_http: bool, headers: dict[str, str] | None = None, timeout: timedelta = READ_TIMEOUT
-) -> ClientConfig:
-    options: ClientConfig = {"allow_http": allow_http, "timeout": timeout}
-    if headers:
-        options["default_headers"] = headers
-    return options
+    return Remote(_shown(parts), _ObjectSource(lambda: reader), lambda: writer)
 
 
 def _sync_file(path: Path) -> None:
@@ -323,12 +358,10 @@ def _translated(error: Exception, shown: str) -> SllmError:
         return RemoteRefused(shown, "the server ignores ranges", "serve the checkpoint with one that knows them")
     if "No space left" in text:
         return DiskFull(shown, "no space is left on the device", "free some")
-    if status == 416 or _OTHER_RANGE.search(text):
-        return RemoteCorrupt(shown, "it answers with another range than was asked for", _MEND_CORRUPT)
-    if status is not None and status < 500 and status not in _RETRIED_STATUS:
-        return RemoteRefused(shown, f"it answers HTTP {status}", "check the URL")
+    if _OTHER_RANGE.search(text):
+        return RemoteCorrupt(shown, "it answers with another range than was asked for", MEND_CORRUPT)
     if status is not None:
-        return RemoteUnreachable(shown, f"it answers HTTP {status}", _MEND_TRY)
+        return error_of_status(status, shown)
     if "kind: Connect" in text:
         return RemoteUnreachable(shown, "no connection can be made", "check the URL, and whether the server runs")
-    return RemoteUnreachable(shown, "the connection broke off", _MEND_TRY)
+    return RemoteUnreachable(shown, "the connection broke off", MEND_TRY)

@@ -156,8 +156,8 @@ async def pull_checkpoint(
         RemoteError: the remote does not deliver. ConfigError: no URL of a checkpoint. WriterBusy: it is being pulled.
         WriteError: another checkpoint has this name. DiskFull: nothing of it is left.
     """
-    remote, name = open_checkpoint_url(url, endpoint=endpoint)
     limits, jitter = limits or StoreConfig(store_dir=store_dir), random.Random()
+    remote, name = open_checkpoint_url(url, endpoint=endpoint, redirect_hosts=limits.redirect_hosts)
     raw = await fetch_manifest(remote, name, limits=limits, jitter=jitter)
     manifest = _validated(raw, remote.shown_file(name, MANIFEST_NAME))
     repository = CheckpointRepository(store_dir)

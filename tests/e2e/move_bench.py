@@ -17,7 +17,7 @@ import pytest
 
 from sllm_vllm.node.protocol import ReplicaReport
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
 from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings, MoveSettings
@@ -90,8 +90,11 @@ class TwoEnginesGate:
         self.outcomes.append(outcome)
         self._let_go(ticket.request)
 
-    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
-        raise Rejected(502, "server_error", reason)
+    async def retry(self, ticket: Ticket, failure: Failure) -> Ticket:
+        raise Rejected(502, "server_error", failure.reason)
+
+    def first_token(self, ticket: Ticket) -> None:
+        del ticket
 
     def follow(self, ticket: Ticket, on_order: OnMove) -> None:
         self.followers[ticket.request] = on_order

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -131,7 +132,7 @@ async def test_twenty_orders_at_once_are_served_in_turn(agent: NodeAgent, model_
     assert all(one == found[0] for one in found)
 
 
-async def test_without_its_key_an_engine_answers_health_alone_at_its_one_port(
+async def test_without_its_key_an_engine_answers_health_alone_on_loopback(
     agent: NodeAgent, model_dir: ModelDir
 ) -> None:
     report = await ready(agent, order(model_dir("llama")))
@@ -148,7 +149,9 @@ async def test_without_its_key_an_engine_answers_health_alone_at_its_one_port(
         async with session.get("/metrics", headers={"Authorization": f"Bearer {report.api_key}"}) as answer:
             assert (answer.status, "vllm:num_requests_running" in await answer.text()) == (200, True)
     assert report.pid is not None
-    assert listening_addresses(report.pid) == {("127.0.0.1", report.port)}
+    found = listening_addresses(report.pid)
+    assert ("127.0.0.1", report.port) in found
+    assert {host for host, _ in found} == {"127.0.0.1"}  # torch's process groups listen, too
     await stopped(agent, report.id)
 
 
@@ -163,12 +166,20 @@ async def test_a_bad_argument_is_told_in_vllms_own_words(agent: NodeAgent) -> No
     assert any("unrecognized arguments: --no-such-argument" in line for line in report.tail)
 
 
-async def test_a_model_that_is_not_there_is_told_in_vllms_own_words(agent: NodeAgent, tmp_path: Path) -> None:
-    report = await agent.ensure_replica(order(tmp_path / "nothing"))
+async def test_a_model_that_is_not_there_is_refused(agent: NodeAgent, tmp_path: Path) -> None:
+    with pytest.raises(OrderRefused, match="nothing: No such file or directory"):
+        await agent.ensure_replica(order(tmp_path / "nothing"))
+
+
+async def test_a_model_without_weights_is_told_in_vllms_own_words(
+    agent: NodeAgent, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    model = tmp_path / "empty"
+    shutil.copytree(model_dir("llama"), model, ignore=shutil.ignore_patterns("*.safetensors"))
+    report = await agent.ensure_replica(order(model))
     report = await ended(agent, report.id)
-    assert report.state == "failed"
-    assert report.status not in (0, None)
-    assert any("nothing" in line for line in report.tail)
+    assert (report.state, report.status) == ("failed", 1)
+    assert report.cause == f"RuntimeError: Cannot find any model weights with `{model}`"
 
 
 async def test_a_port_that_somebody_took_meanwhile_fails_that_engine_alone(

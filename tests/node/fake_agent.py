@@ -114,7 +114,8 @@ class FakeAgent:
             os._exit(9)
         if name == "fails":
             tail = ("line 1", "ValueError: no such model")
-            self.change(replica_id, state="failed", slots=(), status=1, reason="it ended by itself", tail=tail)
+            ended = {"state": "failed", "slots": (), "status": 1, "reason": "it ended by itself"}
+            self.change(replica_id, **ended, tail=tail, cause="ModuleNotFoundError: No module named 'torchvision'")
         elif name != "slow":
             done = start_report("ready", total_s=1.02, is_warm=name != "cold")
             self.change(replica_id, state="ready", start=done)

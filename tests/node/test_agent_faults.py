@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ async def test_one_that_ends_before_it_is_healthy_has_failed_and_says_why(tmp_pa
         assert report.start.phase != "ready"
         assert await free_slots(bench) == 2
         assert (await bench.agent.report()).timings == ()
+
+
+async def test_one_that_ends_with_an_exception_says_so_whatever_it_printed_last(tmp_path: Path) -> None:
+    program = "import atexit\natexit.register(print, 'bye')\nraise ModuleNotFoundError('torchvision')"
+    async with running_agent(tmp_path, engine_command=(sys.executable, "-c", program)) as bench:
+        report = await bench.reach((await bench.order()).id, "failed")
+        assert (report.status, report.cause, report.tail[-1]) == (1, "ModuleNotFoundError: torchvision", "bye")
 
 
 async def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from yarl import URL
 
 from sllm_vllm.router.client_state import ClientCounts
 from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
+from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
 from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings
@@ -70,13 +70,16 @@ class FakeGate:
     models: Sequence[str] = MODELS
     rejects: Rejected | None = None
     rejects_retry: Rejected | None = None
+    attempts_max: int = 2
     is_ready_now: bool = True
     released: asyncio.Event = field(default_factory=asyncio.Event)
     facts: list[RequestFacts] = field(default_factory=list)
     tickets: dict[tuple[str, int], Ticket] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     retries: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     num_first_bytes: int = 0
+    num_first_tokens: int = 0
     num_waiting: int = 0
     num_given: int = 0
     followers: dict[str, OnMove] = field(default_factory=dict)
@@ -106,16 +109,23 @@ class FakeGate:
         assert self.tickets[ticket.request, ticket.attempt] == ticket
         self.num_first_bytes += 1
 
+    def first_token(self, ticket: Ticket) -> None:
+        assert self.tickets[ticket.request, ticket.attempt] == ticket
+        self.num_first_tokens += 1
+
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
         assert self.tickets.pop((ticket.request, ticket.attempt)) == ticket
         self.followers.pop(ticket.request, None)
         self.outcomes.append(outcome)
 
-    async def retry(self, ticket: Ticket, reason: str) -> Ticket:
+    async def retry(self, ticket: Ticket, failure: Failure) -> Ticket:
         assert self.tickets.pop((ticket.request, ticket.attempt)) == ticket
-        self.retries.append(reason)
+        self.failures.append(failure)
+        self.retries.append(failure.reason)
         if self.rejects_retry is not None:
             raise self.rejects_retry
+        if ticket.attempt >= self.attempts_max:
+            raise Rejected(502, "server_error", f"Its engine failed: {failure.reason}", code="engine_failed")
         return self._give(ticket.request, ticket.model, ticket.attempt + 1)
 
     def follow(self, ticket: Ticket, on_order: OnMove) -> None:

@@ -46,6 +46,8 @@ HUB_TOKEN = "hf_secret"
 SECRETS = (ADMIN_KEY, ENGINE_KEY, HUB_TOKEN)
 TIMEOUT_S = 60.0
 UNKEEPABLE = "org/unkeepable"
+MISSING = "/models/missing"
+"""A source that is not there."""
 
 
 @dataclass
@@ -264,7 +266,12 @@ async def serving_admin(
             raise StateError("the disk is full")
         kept[name] = model
 
-    admin = AdminApp(controller, key_digests=[digest_of(key) for key in keys], reload=reload, keep=keep)
+    def check(model: ModelConfig) -> None:
+        if model.source == MISSING:
+            raise ConfigError(f"{MISSING}: No such file or directory")
+
+    digests = [digest_of(key) for key in keys]
+    admin = AdminApp(controller, key_digests=digests, reload=reload, keep=keep, check=check)
     await controller.start()
     await controller.add_node("local", node)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -137,8 +137,9 @@ async def test_deploying_again_says_what_changes(served: ServedAdmin) -> None:
         (b'{"name": "a", "min_replicas": 3}', "max_replicas: 1 is less than min_replicas, 3"),
         (b'{"name": "a", "engine_arguments": ["--api-key=x"]}', "engine_arguments: --api-key is not allowed here"),
         (b'{"name": "a", "queue_timeout": NaN}', "no valid JSON (NaN is no number)"),
+        (b'{"name": "a", "source": "/models/missing"}', "/models/missing: No such file or directory"),
     ],
-    ids=["empty", "bytes", "list", "deep", "twice", "nameless", "unknown", "order", "owned", "nan"],
+    ids=["empty", "bytes", "list", "deep", "twice", "nameless", "unknown", "order", "owned", "nan", "missing"],
 )
 async def test_a_wrong_model_is_refused_in_one_line(served: ServedAdmin, body: bytes, told: str) -> None:
     answer = await served.ask("POST", f"{V1}/models", body)

@@ -76,6 +76,13 @@ def test_wrong_keep_alive_says_what_may_be_written() -> None:
     )
 
 
+@pytest.mark.parametrize("written", [-1, "-1", "forever", "Forever", "infinite"])
+def test_a_keep_alive_without_end_points_to_min_replicas(written: object) -> None:
+    said = model_refusal(keep_alive=written)
+    assert said.startswith("models[0].keep_alive: no replica stays without end")
+    assert said.endswith("write `min_replicas: 1` to keep one running")
+
+
 @pytest.mark.parametrize("written", ["much", "9" * 400, True, 1.5])
 def test_size_is_bytes_or_text(written: object) -> None:
     assert parse_router_config({"node": {"memory": "8GiB", "kv_memory": 64 * MIB}}).node.memory == 8 * GIB

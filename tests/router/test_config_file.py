@@ -28,7 +28,7 @@ from sllm_vllm.router.config_file import (
 )
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
-SECTIONS = "keys, server, node, store, migration, ray, defaults, models"
+SECTIONS = "keys, server, node, store, migration, poison, ray, defaults, models"
 
 
 def refusal(text: str, path: Path) -> str:

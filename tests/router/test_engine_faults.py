@@ -7,9 +7,12 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sllm_vllm.node.protocol import ReplicaReport
+from sllm_vllm.router.engines import reason_of
 from tests.router.router_process import RouterUnderTest, is_alive, running_router, write_config
 from tests.store.builders import make_checkpoint
 from tests.store.store_daemon import store_daemon
@@ -17,6 +20,23 @@ from tests.waiting import wait_until
 
 SOON = {"start_s": 5.5, "stop_s": 5.5, "health_s": 0.6}
 """Of an agent: as short as it takes them; an engine on a busy machine may still miss two answers."""
+FAILED = ReplicaReport(
+    id="m-1",
+    model="m",
+    state="failed",
+    reason="exited with status 1",
+    slots=(),
+    pid=None,
+    status=1,
+    port=None,
+    url=None,
+    api_key=None,
+    age_s=1.0,
+    in_state_s=0.0,
+    start=None,
+    log="",
+    tail=("Traceback (most recent call last):", "  For further information visit https://x", ""),
+)
 CAPACITY = 4
 """Requests at once."""
 
@@ -69,18 +89,46 @@ def test_of_an_engine_that_is_killed_streams_are_told_and_the_unanswered_get_ano
         assert_all_capacity_is_back(router, "fine", pool)
 
 
-def test_an_engine_that_dies_of_every_request_costs_a_request_two_and_no_more(
+def test_a_request_that_kills_its_engine_costs_one_and_is_refused_when_it_comes_again(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
     write_config(tmp_path, "fine")
     with running_router(tmp_path) as router:
-        dying = router.post_later(pool, "fine", user="poison", fake={"waits_for": "/nowhere"})
-        for num in (1, 2):
-            kill_who_has(router, "waits poison", num)
+        poison: dict[str, Any] = {"user": "poison", "fake": {"waits_for": "/nowhere"}}
+        dying = router.post_later(pool, "fine", **poison)
+        kill_who_has(router, "waits poison", 1)
         answer = dying.result()
-        assert (answer.status, answer.body["error"]["code"]) == (502, "engine_failed")
+        assert (answer.status, answer.body["error"]["code"]) == (502, "request_killed_engine")
+        assert "signal 9" in answer.body["error"]["message"]
+        again = router.post("fine", **poison)
+        assert (again.status, again.body["error"]["code"]) == (502, "request_killed_engine")
+        assert 590 <= int(again.headers["retry-after"]) <= 600
         assert router.post("fine").status == 200
+        assert router.log.count("event=start ") == 2
+
+
+def test_a_request_that_kills_its_engine_is_found_among_others_that_had_nothing_yet(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """Each is asked again, alone; so one more engine is lost, and no answer but the killer's."""
+    go = tmp_path / "go"
+    write_config(tmp_path, "fine", defaults={"ongoing_max": CAPACITY, "target_ongoing": CAPACITY})
+    with running_router(tmp_path) as router:
+        others = [
+            router.post_later(pool, "fine", user=f"plain{num}", fake={"waits_for": str(go)})
+            for num in range(CAPACITY - 1)
+        ]
+        wait_until(
+            lambda: router.said_by_engines().count("waits plain") == len(others), "the others to be in the engine"
+        )
+        dying = router.post_later(pool, "fine", user="poison", fake={"waits_for": "/nowhere"})
+        kill_who_has(router, "waits poison", 1)
+        go.touch()
+        kill_who_has(router, "waits poison", 2)
+        assert (dying.result().status, dying.result().body["error"]["code"]) == (502, "request_killed_engine")
+        assert [one.result().status for one in others] == [200] * len(others)
         assert router.log.count("event=start ") <= 3
+        assert_all_capacity_is_back(router, "fine", pool)
 
 
 def test_a_start_that_hangs_is_ended_and_made_again_for_who_waits(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
@@ -149,3 +197,14 @@ def kill_who_has(router: RouterUnderTest, said: str, num: int) -> None:
     wait_until(lambda: router.said_by_engines().count(said) == num, "an engine to have it")
     (pid,) = router.pids("fine")
     os.kill(pid, signal.SIGKILL)
+
+
+def test_the_reason_of_an_end_is_the_exception_and_the_last_line() -> None:
+    cause = "ModuleNotFoundError: No module named 'torchvision'"
+    last = "For further information visit https://x"
+    assert reason_of(FAILED) == f"exited with status 1: {last}"
+    told = reason_of(FAILED.model_copy(update={"cause": cause}))
+    assert told == f"exited with status 1: {cause} (its last line: {last})"
+    told = reason_of(FAILED.model_copy(update={"cause": cause, "tail": (f"(Worker pid=1) {cause}",)}))
+    assert told == f"exited with status 1: {cause}"
+    assert reason_of(FAILED.model_copy(update={"tail": ()})) == "exited with status 1"

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.gate import Rejected
 from sllm_vllm.router.proxy import Report
 from sllm_vllm.router.settings import IngressSettings
@@ -221,8 +222,9 @@ async def test_there_is_one_retry(dead_url: str) -> None:
     assert status == 502
     assert json.loads(text)["error"]["code"] == "engine_failed"
     assert dead_url.removeprefix("http://") not in text
-    assert (len(gate.retries), gate.num_given) == (1, 2)
-    assert [(outcome.how, outcome.status) for outcome in gate.outcomes] == [("engine_failed", None)]
+    assert (len(gate.retries), gate.num_given) == (2, 2)
+    assert {failure.sign for failure in gate.failures} == {FailureSign.UNREACHED}
+    assert gate.outcomes == []
 
 
 async def test_503_of_the_second_engine_too_is_told(gate: FakeGate) -> None:

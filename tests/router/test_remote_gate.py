@@ -12,9 +12,9 @@ import pytest
 
 from sllm_vllm.router import remote_gate
 from sllm_vllm.router.config import ModelConfig
-from sllm_vllm.router.controller import Controller
-from sllm_vllm.router.core.facts import RequestFacts
-from sllm_vllm.router.gate import MoveOrder, MoveReport, Outcome, Rejected, Ticket
+from sllm_vllm.router.controller import Bounds, Controller
+from sllm_vllm.router.core.facts import FailureSign, RequestFacts
+from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, Outcome, Rejected, Ticket
 from sllm_vllm.router.gate_service import GateService
 from sllm_vllm.router.remote import SILENT_S_MAX, Answer, ControllerGone, Held, News, Note, Unknown, Welcome
 from sllm_vllm.router.remote_gate import RemoteGate
@@ -24,6 +24,7 @@ from tests.router.fake_node import FakeNode
 
 T = TypeVar("T")
 MODEL = "meta/tiny"
+UNREACHED = FailureSign.UNREACHED
 TIMEOUT_S = 60.0
 DONE = Outcome("done", 200, first_byte_s=None, seconds=0.1, prompt_tokens=None, output_tokens=None)
 
@@ -49,8 +50,8 @@ class Link:
     async def acquire(self, ingress: str, facts: RequestFacts) -> Answer:
         return await self._call("acquire", lambda service: service.acquire(ingress, facts))
 
-    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, reason: str) -> Answer:
-        return await self._call("retry", lambda service: service.retry(ingress, ticket, facts=facts, reason=reason))
+    async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
+        return await self._call("retry", lambda service: service.retry(ingress, ticket, facts=facts, failure=failure))
 
     async def note(self, ingress: str, notes: Sequence[Note]) -> bool:
         return await self._call("note", lambda service: service.note(ingress, notes))
@@ -90,7 +91,7 @@ class Bench:
         self._directory = directory
 
     async def start_controller(self, *, is_open: bool = True) -> None:
-        self.controller = Controller(waiting_max=10, directory=self._directory, moves_max=1)
+        self.controller = Controller(waiting_max=10, directory=self._directory, bounds=Bounds(moves_max=1))
         await self.controller.start()
         self.controller.deploy(ModelConfig(name=MODEL, max_replicas=2, ongoing_max=1, target_ongoing=1))
         self.service = GateService(self.controller, IngressSettings(), clock=lambda: self.now_s)
@@ -159,7 +160,7 @@ async def test_an_answer_that_is_lost_costs_no_second_place(bench: Bench, call: 
     else:
         first = await bench.ask("r")
         bench.link.lost.add(call)
-        ticket = await asyncio.wait_for(bench.gate.retry(first, "connection reset"), TIMEOUT_S)
+        ticket = await asyncio.wait_for(bench.gate.retry(first, Failure("connection reset", UNREACHED)), TIMEOUT_S)
     assert bench.requests() == {"r": ticket.replica}
     ongoing = [one.ongoing for one in bench.controller.core.cluster.replicas.values() if one.ongoing]
     assert ongoing == [{"r"}]
@@ -198,7 +199,7 @@ async def test_a_retry_of_what_a_new_controller_never_sent_is_a_request(bench: B
         life.become("failed")
     await bench.start_controller()
     await until(lambda: bench.service.num_ingresses == 1, "the ingress to be back")
-    again = await asyncio.wait_for(bench.gate.retry(ticket, "connection reset"), TIMEOUT_S)
+    again = await asyncio.wait_for(bench.gate.retry(ticket, Failure("connection reset", UNREACHED)), TIMEOUT_S)
     assert again.replica != ticket.replica
 
 

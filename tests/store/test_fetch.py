@@ -36,6 +36,7 @@ GUARD = 64
 class Limits:
     retries_max: int = 3
     stall_s: float = 30.0
+    redirect_hosts: tuple[str, ...] = ()
 
 
 class NoPause(random.Random):

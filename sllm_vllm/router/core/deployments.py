@@ -14,9 +14,9 @@ from sllm_vllm.router.core.scaling import Scaling
 
 
 class Deployments:
-    """What is served, and how. ``requests`` is read, and loses those that a deleted model leaves behind.
+    """What is served, and how. ``requests`` is read.
 
-    ``reject_deleted``: tells a request that waited that its model is gone.
+    ``reject_deleted``: forgets a request that waited, and tells it that its model is gone.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class Deployments:
         if model not in self._models:
             return
         while (facts := self._queues.pop(model)) is not None:
-            del self._requests[facts.id]
             self._reject_deleted(facts.id, model)
         for pending in self._scaling.pending.of_model(model):
             self._scaling.call_off(pending, now_s)

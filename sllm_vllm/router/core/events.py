@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sllm_vllm.router.core.facts import FoundReplica, ModelSpec, RequestFacts, ResumeSample, StartSample, Tier
+from sllm_vllm.router.core.facts import (
+    FailureSign,
+    FoundReplica,
+    ModelSpec,
+    RequestFacts,
+    ResumeSample,
+    StartSample,
+    Tier,
+)
 
 # ------------------------------------------------------------------------------------------------------------ events
 
@@ -99,10 +107,24 @@ class RequestEnded:
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """Its replica failed before a byte of the answer went out: it may be sent to another one."""
+    """Its replica failed: it may be sent to another one.
+
+    ``has_begun``: its client has a part of the answer, and whoever streams it can have it continued elsewhere.
+    ``is_proven``: this replica had answered it, in part.
+    """
 
     request: str
     reason: str
+    sign: FailureSign = FailureSign.BROKE_OFF
+    has_begun: bool = False
+    is_proven: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """Its engine has generated a token of an answer of which nothing was seen yet."""
+
+    request: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +210,7 @@ Event = (
     | RequestFound
     | RequestGone
     | FirstByte
+    | FirstToken
     | RequestEnded
     | RequestFailed
     | ReplicaReady
@@ -213,6 +236,7 @@ class Refusal(Enum):
     NO_START = "its engine does not start"
     DELETED = "the model was deleted"
     ENGINE_FAILED = "its engine failed"
+    KILLED_ENGINE = "this request, or one like it, ended its engine"
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,21 @@ class RequestFacts:
     prefix: str = ""
     deadline_s: float | None = None
     """When waiting makes no sense any more, by the clock of the events; None: the model's ``queue_s_max``."""
+    digest: str = ""
+    """Of its body: equal for requests that ask the same. Empty if nobody hashed it."""
+
+
+class FailureSign(Enum):
+    """What was seen of a replica that failed a request."""
+
+    UNREACHED = "unreached"
+    """No connection: it never got the request."""
+    REFUSED = "refused"
+    """It answered that it does not serve it now."""
+    BROKE_OFF = "broke off"
+    """It got the request, and the connection ended before the answer did."""
+    CORE_DIED = "core died"
+    """Its API server says that its engine core has died."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,14 +31,14 @@ class Foresight:
         self._prefetches = Alarms()
         """When a model's next request is likely soon."""
 
-    def became_idle(self, replica: Replica, state: ModelState, now_s: float) -> None:
+    def became_idle(self, replica: Replica, state: ModelState) -> None:
         """It may stay as long as its model says, or as long as it is worth its slots."""
         assert replica.idle_since_s is not None
         ttl_s = state.spec.keep_alive_s
         if ttl_s is None:
             share = replica.num_slots / max(1, self._cluster.num_slots(replica.node))
             startup_s = self._estimator.startup_s(state.spec)
-            ttl_s = keep_alive_s(state.arrivals, startup_s=startup_s, share=share, now_s=now_s)
+            ttl_s = keep_alive_s(state.arrivals, startup_s=startup_s, share=share)
         self._idle.set(replica.id, replica.idle_since_s + ttl_s)
 
     def idle_too_long(self, now_s: float) -> list[Replica]:
@@ -49,7 +49,9 @@ class Foresight:
     def arrived(self, state: ModelState, now_s: float) -> None:
         """A request of a model came: it may be time to think of the next one."""
         self._copies.asked(state.spec.name)
-        next_s = state.arrivals.next_after_s(now_s, 0.5)
+        together_s = max(self._estimator.startup_s(state.spec), state.service_s)
+        state.arrivals.note(now_s, together_s=together_s)
+        next_s = state.arrivals.next_burst_s(0.5)
         if next_s is not None and next_s > self._lead_s:
             self._prefetches.set(state.spec.name, now_s + next_s - self._lead_s)
         else:

@@ -16,6 +16,7 @@ def validate(core: RouterCore) -> None:
     core.cluster.validate()
     core.queues.validate()
     core.moves.validate()
+    core.trials.validate()
     _validate_requests(core)
     _validate_models(core)
     _validate_pending(core)
@@ -24,20 +25,21 @@ def validate(core: RouterCore) -> None:
 
 def _validate_requests(core: RouterCore) -> None:
     """A request waits once or is on one replica; no bound is passed; nobody waits where there is room."""
-    waiting = Counter(request.facts.model for request in core.requests.values() if request.replica is None)
+    waiting = Counter(request.facts.model for request in core.requests.values() if request.is_queued)
     for model, state in core.models.items():
         assert core.queues.waiting(model) == waiting[model], f"{model}: {waiting[model]} requests wait"
         assert waiting[model] <= max(state.spec.queue_max, state.num_kept)
         ready = core.cluster.replicas_of(model, ReplicaState.READY)
-        if waiting[model]:
-            fit = [one for one in ready if one.id not in core.suspects]
+        if any(core.requests[facts.id].is_ordinary for facts in core.queues.in_order(model)):
+            fit = [one for one in ready if one.id not in core.suspects and not core.trials.is_closed(one)]
             assert all(len(one.ongoing) >= state.spec.ongoing_max for one in fit), f"{model}: somebody waits in vain"
     for replica in core.cluster.replicas.values():
         for request_id in replica.ongoing:
             places = (core.requests[request_id].replica, core.requests[request_id].target)
             assert replica.id in places, f"{request_id} is not on {replica.id}"
     for request_id, request in core.requests.items():
-        assert request.attempt <= core.limits.attempts_max
+        assert request.attempt <= core.limits.attempts_max + request.num_resumes
+        assert request.is_held == (request_id in core.deaths)
         replica_id = request.replica
         if replica_id is not None and replica_id in core.cluster.replicas:
             assert request_id in core.cluster.replicas[replica_id].ongoing

@@ -34,6 +34,22 @@ class MoveLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class PoisonLimits:
+    """Requests that kill engines. ``quarantine_s``: how long a digest is refused, or tried alone; ``digests_max``: of
+    either, at most. ``verdict_s``: longest that a request waits until it is known whether its engine died.
+    ``trial_s``: an engine that lives so long with a suspect clears it. ``last_replica_s``: how long a suspect waits
+    before it may be tried on the last ready replica of a model that may have more. ``resumes_max``: engines of one
+    stream that may die before it ends with an error."""
+
+    quarantine_s: float = 600.0
+    digests_max: int = 1024
+    verdict_s: float = 5.0
+    trial_s: float = 30.0
+    last_replica_s: float = 30.0
+    resumes_max: int = 2
+
+
+@dataclass(frozen=True, slots=True)
 class CopyLimits:
     """Copies of hot checkpoints between nodes. ``holders_max``: nodes that have one, at most; less than 2: nothing is
     ever copied. ``at_once_max``: in the cluster. ``copy_s_max``: after so long it is given up."""
@@ -54,3 +70,4 @@ class RouterLimits:
     scaling: ScalingLimits = field(default_factory=ScalingLimits)
     moves: MoveLimits = field(default_factory=MoveLimits)
     copies: CopyLimits = field(default_factory=CopyLimits)
+    poison: PoisonLimits = field(default_factory=PoisonLimits)

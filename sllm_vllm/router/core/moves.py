@@ -33,6 +33,7 @@ class Moves:
         self._cluster: Cluster = scaling.cluster
         self._models = picture.models
         self._requests = picture.requests
+        self._on_trial = picture.on_trial
         self._touched = touched
         self._to: Counter[str] = Counter()
         """Requests that move to a replica."""
@@ -43,6 +44,7 @@ class Moves:
             case ReplicaMovable():
                 if (replica := self._cluster.replicas.get(event.replica)) is not None:
                     replica.is_movable = event.is_movable  # no index knows it
+                    replica.is_unmovable = not event.is_movable
             case MoveAsked():
                 self._ask(event.request, event.target, now_s)
             case RequestMoved():
@@ -109,6 +111,8 @@ class Moves:
             return "its engine hands over no requests"
         if request.target is not None:
             return f"it is moving to {request.target} already"
+        if request.is_suspect:
+            return "its last engine may have died of it"
         if request.stays:
             return "it can't be moved"
         return "its last move has only just failed" if now_s < request.move_after_s else ""
@@ -127,6 +131,8 @@ class Moves:
             return f"{target.id} would answer otherwise"
         if target.state is not ReplicaState.READY or not target.is_movable or state is None:
             return f"{target.id} takes over no requests"
+        if target.id in self._on_trial:
+            return f"{target.id} is tried with a request that may have killed an engine"
         if len(target.ongoing) >= state.spec.ongoing_max or self._to[target.id] >= self.limits.per_target_max:
             return f"{target.id} has no room"
         return ""

@@ -110,6 +110,12 @@ class ModelQueues:
         queue = self._queues.get(model)
         return None if queue is None else self._entries[queue.ranks[0][1]].facts
 
+    def in_order(self, model: str) -> Iterator[RequestFacts]:
+        """Those of a model, the one that goes first first; nothing may change meanwhile."""
+        queue = self._queues.get(model)
+        for _, request_id in queue.ranks if queue is not None else ():
+            yield self._entries[request_id].facts
+
     def remove(self, request_id: str) -> bool:
         """Take this one, wherever it stands; False if it does not wait."""
         if request_id not in self._entries:

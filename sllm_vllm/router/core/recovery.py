@@ -83,6 +83,8 @@ class Recovery:
             dispatched_s=now_s,
             attempt=1,
             is_answered=True,
+            is_proven=True,
+            lineage=replica.lineage,
             answered_s=now_s,
         )
         self._cluster.begin_request(replica.id, facts.id, prefix=facts.prefix, now_s=now_s)

@@ -18,6 +18,7 @@ from sllm_vllm.router.core.events import (
     DrainAsked,
     Event,
     FirstByte,
+    FirstToken,
     ModelDeleted,
     ModelDeployed,
     MoveAsked,
@@ -40,6 +41,7 @@ from sllm_vllm.router.core.events import (
     UndrainAsked,
 )
 from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, RequestFacts, StartSample
+from sllm_vllm.router.core.failures import Failures
 from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.membership import Membership
@@ -51,6 +53,7 @@ from sllm_vllm.router.core.scaling import Scaling
 from sllm_vllm.router.core.starving import fits_somewhere
 from sllm_vllm.router.core.story import is_about
 from sllm_vllm.router.core.suspects import Suspects
+from sllm_vllm.router.core.trials import Trials
 
 CHOICES_MAX = 8
 """Replicas that are looked at for a request, those with the fewest first."""
@@ -81,9 +84,16 @@ class RouterCore:
             self.models,
             self.queues,
             requests=self.requests,
-            reject_deleted=lambda request, name: self._reject(request, Refusal.DELETED, f"model {name!r} was deleted"),
+            reject_deleted=lambda request, name: self._refuse(
+                self.requests[request], Refusal.DELETED, f"model {name!r} was deleted"
+            ),
         )
         self.moves = Moves(self.limits.moves, self.scaling, picture, touched=self._touched)
+        self.trials = Trials(self.limits.poison, picture, self.cluster, failing=self.suspects)
+        self._failures = Failures(
+            self.limits, picture, self.cluster, trials=self.trials, enqueue=self._enqueue, refuse=self._refuse
+        )
+        self.deaths = self._failures.deaths
         self._recovery = Recovery(self.scaling, picture, touched=self._touched)
         self.membership = Membership(
             self.scaling, picture.models, self.queues, recovery=self._recovery, touched=self._touched
@@ -99,6 +109,7 @@ class RouterCore:
         actions = self.scaling.actions = list[Action]()
         self._note(event, now_s)
         self._record(event, now_s)
+        self._failures.judge(now_s)
         touched = list(self._touched)
         self._touched.clear()
         for model in touched:
@@ -140,8 +151,9 @@ class RouterCore:
         match event:
             case RequestArrived():
                 self._request_arrived(event.facts, now_s)
-            case FirstByte():
-                self._first_byte(event.request, now_s)
+            case FirstByte() | FirstToken():
+                self._proven(event.request)
+                self._first_byte(event, now_s)
             case RequestEnded():
                 self._learn_pace(event, now_s)
                 self._request_ended(event.request, now_s)
@@ -181,6 +193,7 @@ class RouterCore:
                     self.moves.target_gone(replica, now_s)
                     self._samples.pop(replica.id, None)
                     self.suspects.discard(replica.id)
+                    self.deaths.ended(replica.id, "", is_fault=False)
             case DrainAsked():
                 self.membership.drain_asked(event.target, now_s)
             case UndrainAsked():
@@ -197,56 +210,83 @@ class RouterCore:
         if state is None:
             self._reject(facts.id, Refusal.UNKNOWN_MODEL, f"no model {facts.model!r}")
             return
-        state.arrivals.note(now_s)
         self.scaling.foresight.arrived(state, now_s)
         if state.back_off.is_hopeless and state.back_off.is_resting(now_s) and not self._has_replica(facts.model):
             self._reject_no_start(facts.id, state, now_s)
             return
-        self.requests[facts.id] = Request(facts, arrived_s=now_s)
+        if left_s := self._failures.quarantine_left_s(facts, now_s):
+            reason = f"it is refused for another {left_s:.0f} s"
+            self._reject(facts.id, Refusal.KILLED_ENGINE, reason, retry_after_s=left_s)
+            return
+        request = self.requests[facts.id] = Request(facts, arrived_s=now_s)
+        request.is_suspect = self._failures.is_suspected(facts, now_s)
         self._touched[facts.model] = None
-        if not self.queues.waiting(facts.model):
-            replica = self._choose(facts)
+        if not self.queues.waiting(facts.model) and request.is_ordinary:
+            replica = self._choose(request, now_s)
             if replica is not None:
                 self._dispatch(facts.id, replica, now_s)
                 return
-        self._enqueue(self.requests[facts.id], state)
+        self._enqueue(request, now_s)
 
-    def _enqueue(self, request: Request, state: ModelState) -> None:
-        facts = request.facts
+    def _enqueue(self, request: Request, now_s: float) -> None:
+        facts, state = request.facts, self.models[request.facts.model]
+        self._touched[facts.model] = None
         try:
             self.queues.push(facts, request.arrived_s, spec=state.spec, away_s=request.away_s)
         except QueueFull as error:
-            del self.requests[facts.id]
-            retry_s = self.estimator.startup_s(state.spec)
-            self._reject(facts.id, Refusal.QUEUE_FULL, str(error), retry_after_s=retry_s)
+            self._refuse(request, Refusal.QUEUE_FULL, str(error), retry_after_s=self.estimator.startup_s(state.spec))
+            return
+        if request.is_suspect:
+            self.trials.waits(request, now_s)
 
     def _serve(self, model: str, now_s: float) -> None:
         """Dispatch what waits for a model to replicas with room."""
-        while (facts := self.queues.peek(model)) is not None:
-            replica = self._choose(facts)
-            if replica is None:
-                return
-            self.queues.pop(model)
-            self._dispatch(facts.id, replica, now_s)
+        while (found := self._next(model, now_s)) is not None:
+            request, replica = found
+            self.queues.remove(request)
+            self._dispatch(request, replica, now_s)
 
-    def _choose(self, facts: RequestFacts) -> Replica | None:
+    def _next(self, model: str, now_s: float) -> tuple[str, Replica] | None:
+        """Who is to be sent where. Only requests that any replica would do for keep those behind them waiting."""
+        for facts in self.queues.in_order(model):
+            request = self.requests[facts.id]
+            if (replica := self._choose(request, now_s)) is not None:
+                return facts.id, replica
+            if request.is_ordinary:
+                return None
+        return None
+
+    def _choose(self, request: Request, now_s: float) -> Replica | None:
+        facts = request.facts
         spec = self.models[facts.model].spec
+        if request.is_suspect:
+            found = self.trials.choose(request, now_s)
+            return found if found is not None and self._is_fit(found, request) else None
         least = self.cluster.least_busy(facts.model, CHOICES_MAX)
         fit = (one for one in least if len(one.ongoing) < spec.ongoing_max and one.id not in self.suspects)
-        return choose_replica(fit, facts.prefix)
+        return choose_replica(
+            (one for one in fit if not self.trials.is_closed(one) and self._is_fit(one, request)), facts.prefix
+        )
+
+    def _is_fit(self, replica: Replica, request: Request) -> bool:
+        """Whether it can give the rest of an answer that has begun. One that nobody has asked yet may try."""
+        return not request.has_begun or (replica.lineage == request.lineage and not replica.is_unmovable)
 
     def _dispatch(self, request_id: str, replica: Replica, now_s: float) -> None:
         request = self.requests[request_id]
         request.was_alone = not replica.ongoing
         request.replica, request.dispatched_s = replica.id, now_s
         request.attempt += 1
+        request.lineage, request.is_proven = replica.lineage, False
+        if request.is_suspect:
+            self.trials.begin(request, replica.id)
         self.cluster.begin_request(replica.id, request_id, prefix=request.facts.prefix, now_s=now_s)
         self.models[request.facts.model].num_ongoing += 1
         self.scaling.actions.append(Dispatch(request_id, replica.id, request.attempt))
 
-    def _first_byte(self, request_id: str, now_s: float) -> None:
-        request = self.requests.get(request_id)
-        if request is None or request.replica is None or request.is_answered:
+    def _first_byte(self, event: FirstByte | FirstToken, now_s: float) -> None:
+        request = self.requests.get(event.request)
+        if request is None or request.replica is None or request.is_answered or isinstance(event, FirstToken):
             return
         request.is_answered, request.answered_s = True, now_s
         replica = self.cluster.replicas.get(request.replica)
@@ -260,6 +300,16 @@ class RouterCore:
         if sample is not None and replica.ready_s is not None:
             self.scaling.came_true(replica.id, sample, prefill_s, ready_s=replica.ready_s)
 
+    def _proven(self, request_id: str) -> None:
+        """Its replica answers it: that does not die of it."""
+        request = self.requests.get(request_id)
+        if request is None or request.replica is None:
+            return
+        request.is_proven = True
+        self.deaths.answered(request.replica, request_id)
+        if request.is_suspect and self._failures.cleared(request):
+            self._touched[request.facts.model] = None
+
     def _learn_pace(self, event: RequestEnded, now_s: float) -> None:
         request = self.requests.get(event.request)
         state = None if request is None else self.models.get(request.facts.model)
@@ -267,9 +317,10 @@ class RouterCore:
             state.generated(event.output_tokens, now_s - request.answered_s)
 
     def _request_ended(self, request_id: str, now_s: float) -> None:
-        request = self.requests.pop(request_id, None)
+        request = self.requests.get(request_id)
         if request is None:
             return
+        self._forget(request)
         self._touched[request.facts.model] = None
         self.moves.called_off(request, now_s)
         if request.replica is None:
@@ -284,6 +335,7 @@ class RouterCore:
         if state is not None:
             state.num_ongoing -= 1
             state.served(now_s - request.dispatched_s)
+        self.trials.end(request.replica, request_id)
         replica = self.cluster.replicas.get(request.replica)
         request.replica = None
         if replica is None or request_id not in replica.ongoing:
@@ -299,18 +351,14 @@ class RouterCore:
         request = self.requests.get(event.request)
         if request is None or request.replica is None:
             return
-        facts, state = request.facts, self.models.get(request.facts.model)
         self.moves.called_off(request, now_s)
         self.suspects.add(request.replica, now_s)
+        is_held = self._failures.failed(request, event, now_s)
         request.away_s += now_s - request.dispatched_s
         self._leave_replica(event.request, request, now_s)
-        self._touched[facts.model] = None
-        if state is None or request.attempt >= self.limits.attempts_max:
-            del self.requests[event.request]
-            why = Refusal.ENGINE_FAILED if state is not None else Refusal.DELETED
-            self._reject(event.request, why, event.reason)
-            return
-        self._enqueue(request, state)
+        self._touched[request.facts.model] = None
+        if not is_held:
+            self._failures.again(request, event.reason, now_s)
 
     def _replica_ready(self, event: ReplicaReady, now_s: float) -> None:
         replica = self.cluster.replicas.get(event.replica)
@@ -335,6 +383,10 @@ class RouterCore:
             self._has_new_room = True
 
     def _replica_ended(self, event: ReplicaEnded, now_s: float) -> None:
+        known = self.cluster.replicas.get(event.replica)
+        if known is not None and event.is_fault and (unproven := self._failures.unproven(known)):
+            self.deaths.suspect(event.replica, unproven, now_s)
+        self.deaths.ended(event.replica, event.reason, is_fault=event.is_fault)
         replica = self.scaling.ended(event.replica, now_s)
         self._samples.pop(event.replica, None)
         self.suspects.discard(event.replica)
@@ -357,7 +409,7 @@ class RouterCore:
 
     def _reject_waiting(self, state: ModelState, now_s: float) -> None:
         while (facts := self.queues.pop(state.spec.name)) is not None:
-            del self.requests[facts.id]
+            self._forget(self.requests[facts.id])
             self._reject_no_start(facts.id, state, now_s)
 
     def _reject_no_start(self, request_id: str, state: ModelState, now_s: float) -> None:
@@ -373,7 +425,7 @@ class RouterCore:
 
     def _ticked(self, now_s: float) -> None:
         for facts in self.queues.expire(now_s):
-            del self.requests[facts.id]
+            self._forget(self.requests[facts.id])
             state = self.models[facts.model]
             if state.back_off.reason and not self._has_replica(facts.model):
                 self._reject_no_start(facts.id, state, now_s)
@@ -383,6 +435,9 @@ class RouterCore:
             if (replica := self.cluster.replicas.get(replica_id)) is not None:
                 self._touched[replica.model] = None
         self.scaling.forget_failures(now_s)
+        self._touched.update(dict.fromkeys(self.trials.models()))
+        for request_id in self.trials.overdue(now_s):
+            self._failures.cleared(self.requests[request_id])
         self.scaling.end_idle(now_s)
         self.scaling.actions.extend(self.scaling.foresight.errands(now_s))
         self.scaling.drain_for_starving(now_s)
@@ -393,6 +448,22 @@ class RouterCore:
         if self._has_replica(spec.name) or fits_somewhere(self.cluster, spec.accelerators):
             return "no replica had room in time"
         return f"it takes {spec.accelerators} slots, and no node that takes starts has so many"
+
+    def _refuse(self, request: Request, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:
+        self._forget(request)
+        self._reject(request.facts.id, why, reason, retry_after_s=retry_after_s)
+
+    def _forget(self, request: Request) -> None:
+        """It ends, or has: nobody waits for it, and it waits for nothing."""
+        del self.requests[request.facts.id]
+        if request.is_suspect:
+            self.trials.waits_no_more(request)
+            self._touched[request.facts.model] = None
+        if request.is_held:
+            self.deaths.left(request.facts.id)
+            request.is_held = False
+        elif request.replica is not None and not request.is_proven:
+            self.deaths.left(request.facts.id)
 
     def _reject(self, request: str, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:
         self.scaling.actions.append(RejectRequest(request, why, reason, retry_after_s))

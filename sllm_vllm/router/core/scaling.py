@@ -40,6 +40,7 @@ class Scaling:
         self.predictions: dict[str, Prediction] = {}
         """By replica, until its first answer; then the last one of each model, by its name."""
         self._models = models
+        self._suspects_waiting = picture.suspects_waiting
         self._queues = queues
         self._hungry = Hungry(queues)
         self._blocking: str | None = None
@@ -69,10 +70,14 @@ class Scaling:
         wanted = desired_replicas(
             spec, ongoing=state.num_ongoing, waiting=waiting, num_now=num_now, now_s=now_s, state=state.autoscale
         )
+        is_for_trial = model in self._suspects_waiting
+        if is_for_trial:
+            wanted = max(wanted, min(spec.max_replicas, len(self._ready(model)) + 1))
         if num_now > wanted:
             self._shed(state, wanted, now_s)
         while num_now < wanted:
-            if state.back_off.is_resting(now_s) or (num_now and not self._pays(state, num_now, now_s)):
+            pays = is_for_trial or not num_now or self._pays(state, num_now, now_s)
+            if state.back_off.is_resting(now_s) or not pays:
                 break
             if not self._start_one(state, now_s, may_evict=waiting > 0):
                 if fits_somewhere(self.cluster, spec.accelerators):
@@ -344,7 +349,7 @@ class Scaling:
             return
         state = self._models.get(replica.model)
         if replica.state is ReplicaState.READY and state is not None:
-            self.foresight.became_idle(replica, state, now_s)
+            self.foresight.became_idle(replica, state)
 
     def end_idle(self, now_s: float) -> None:
         """Stop replicas whose keep-alive is over."""

@@ -37,7 +37,7 @@ from sllm_vllm.router.core.events import (
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import ModelSpec, RequestFacts, StartSample, Tier
+from sllm_vllm.router.core.facts import FailureSign, ModelSpec, RequestFacts, StartSample, Tier
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.router import RouterCore
 
@@ -109,13 +109,13 @@ class RouterBench:
         self.tell(RequestArrived(RequestFacts(name, model, **fields)))  # type: ignore[arg-type]
         return name
 
-    def start(self, replica: str | None = None, *, seconds: float = 0.0) -> str:
-        """An ordered replica (the first, unless named) becomes ready."""
+    def start(self, replica: str | None = None, *, seconds: float = 0.0, took_s: float = 1.0) -> str:
+        """An ordered replica (the first, unless named) becomes ready. ``took_s``: as its engine reports it."""
         replica = replica or next(iter(self.starting))
         ordered = self.starting.pop(replica)
         self.ready[replica] = ordered.node
         self.now_s += seconds
-        sample = StartSample(ordered.model, ordered.node, True, Tier.DISK, 1 << 20, 0.3, 0.4, 0.3)
+        sample = StartSample(ordered.model, ordered.node, True, Tier.DISK, 1 << 20, 0.3, took_s - 0.6, 0.3)
         self.tell(ReplicaReady(replica, sample))
         if self.is_movable:
             self.tell(ReplicaMovable(replica, is_movable=True))
@@ -179,13 +179,13 @@ class RouterBench:
         self.books.ended.add(request)
         self.tell(RequestGone(request))
 
-    def notice(self, request: str) -> None:
+    def notice(self, request: str, sign: FailureSign = FailureSign.BROKE_OFF) -> None:
         """The ingress notices that its engine failed before a byte."""
         self.lost.pop(request, None)
         self.moving.pop(request, None)
         del self.books.running[request]
         self.books.waiting[request] = None
-        self.tell(RequestFailed(request, "connection reset"))
+        self.tell(RequestFailed(request, "connection reset", sign))
 
     def _take(self, action: Action) -> None:
         match action:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from math import exp, log
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 from sllm_vllm.router.core.keep_alive import (
     ARRIVALS_MAX,
     DEFAULT_LIMITS,
+    PAUSES_MAX,
     Arrivals,
     keep_alive_s,
     keep_value_s,
-    wants_prefetch,
 )
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -28,11 +29,17 @@ SHARES = st.floats(0.01, 1)
 LATER = st.floats(0, 1e5)
 
 
-def arrived(times_s: Iterable[float]) -> Arrivals:
+def arrived(times_s: Iterable[float], *, together_s: float = 0.0) -> Arrivals:
     arrivals = Arrivals()
     for time_s in times_s:
-        arrivals.note(time_s)
+        arrivals.note(time_s, together_s=together_s)
     return arrivals
+
+
+def paused(*pauses_s: float) -> Arrivals:
+    """Bursts of three arrivals with these pauses between them."""
+    ends_s = itertools.accumulate((one + 2.0 for one in pauses_s), initial=0.0)
+    return arrived([end_s + more_s for end_s in ends_s for more_s in (0.0, 1.0, 2.0)], together_s=20.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- arrivals
@@ -42,7 +49,7 @@ def test_before_the_second_arrival_there_is_no_gap() -> None:
     assert arrived([]).mean_gap_s(9.0) is None
     assert arrived([3.0]).mean_gap_s(9.0) is None
     assert [arrived([]).last_s, arrived([3.0]).last_s] == [None, 3.0]
-    assert arrived([3.0]).next_after_s(9.0, 0.8) is None
+    assert arrived([3.0]).next_burst_s(0.8) is None
 
 
 def test_gap_is_the_mean_of_the_last_six_arrivals() -> None:
@@ -73,74 +80,79 @@ def test_time_that_goes_back_counts_as_no_time() -> None:
     assert arrived([10.0, 20.0, 5.0]).mean_gap_s(20.0) == 5.0
 
 
-def test_next_arrival_is_within_the_quantile_of_the_exponential() -> None:
-    after_s = arrived([0.0, 10.0]).next_after_s(10.0, 0.8)
-    assert after_s == pytest.approx(-10 * log(0.2))
+def test_arrivals_close_to_each_other_are_one_burst() -> None:
+    assert paused(600.0, 30.0).pauses_s == (600.0, 30.0)
+    assert list(arrived([0.0, 20.0, 40.1], together_s=20.0).pauses_s) == pytest.approx([20.1])
+    assert len(paused(*[60.0] * (PAUSES_MAX + 1)).pauses_s) == PAUSES_MAX
+
+
+def test_next_burst_is_within_the_quantile_of_the_exponential() -> None:
+    assert paused(10.0).next_burst_s(0.8) is None
+    assert paused(300.0, 100.0).next_burst_s(0.8) == pytest.approx(-200 * log(0.2))
 
 
 # -------------------------------------------------------------------------------------------------------- keep-alive
 
 
-def test_frequent_model_is_kept_until_the_next_arrival_is_likely_past() -> None:
-    kept_s = keep_alive_s(arrived([0.0, 10.0]), startup_s=20.0, share=1.0, now_s=10.0)
-    assert kept_s == pytest.approx(16.09, abs=0.01)
-
-
-@pytest.mark.parametrize(("share", "expected_s"), [(1.0, 300.0), (0.5, 600.0), (0.125, 2400.0), (0.01, 3600.0)])
-def test_rare_model_is_kept_no_longer_than_it_is_worth(share: float, expected_s: float) -> None:
-    kept_s = keep_alive_s(arrived([0.0, 1e5]), startup_s=20.0, share=share, now_s=1e5)
+@pytest.mark.parametrize("times_s", [[], [100.0], [100.0 + one for one in range(7)], [0.0, 1.0, 600.0, 601.0]])
+@pytest.mark.parametrize(("share", "expected_s"), [(1.0, 500.0), (0.5, 1000.0), (0.01, 3600.0)])
+def test_until_pauses_are_known_a_replica_stays_as_long_as_it_may_be_worth(
+    times_s: list[float], share: float, expected_s: float
+) -> None:
+    kept_s = keep_alive_s(arrived(times_s, together_s=20.0), startup_s=20.0, share=share)
     assert kept_s == pytest.approx(expected_s)
 
 
-def test_no_replica_is_stopped_at_once() -> None:
-    assert keep_alive_s(arrived([1.0, 1.0]), startup_s=20.0, share=1.0, now_s=1.0) == DEFAULT_LIMITS.idle_s_min
-    assert keep_alive_s(arrived([0.0, 1e5]), startup_s=0.0, share=1.0, now_s=1e5) == DEFAULT_LIMITS.idle_s_min
+def test_a_burst_keeps_a_replica_no_shorter_than_one_request() -> None:
+    once, twice = arrived([0.0], together_s=60.0), arrived([0.0, 1.0], together_s=60.0)
+    assert keep_alive_s(twice, startup_s=60.0, share=1.0) == keep_alive_s(once, startup_s=60.0, share=1.0) == 1500.0
 
 
-@pytest.mark.parametrize("times_s", [[], [100.0]])
-def test_model_that_was_asked_at_most_once_is_thought_to_be_asked_again(times_s: list[float]) -> None:
-    kept_s = keep_alive_s(arrived(times_s), startup_s=20.0, share=0.1, now_s=100.0)
-    assert kept_s == pytest.approx(-300 * log(0.2))
+def test_pauses_that_come_again_are_waited_for_with_a_margin() -> None:
+    assert keep_alive_s(paused(200.0, 190.0, 200.0), startup_s=20.0, share=1.0) == 250.0
+
+
+def test_a_rare_long_pause_is_not_waited_for() -> None:
+    assert keep_alive_s(paused(100.0, 100.0, 7200.0, 100.0), startup_s=20.0, share=1.0) == 125.0
+
+
+@pytest.mark.parametrize(("startup_s", "expected_s"), [(20.0, 40.0), (60.0, 120.0), (1.0, 5.0)])
+def test_pauses_too_long_to_be_worth_it_leave_the_floor(startup_s: float, expected_s: float) -> None:
+    assert keep_alive_s(paused(3600.0, 3600.0, 3600.0), startup_s=startup_s, share=1.0) == expected_s
 
 
 @on_any_machine
-@given(TIMES, LATER, STARTUPS, STARTUPS, SHARES)
-def test_longer_startup_is_kept_no_shorter(
-    times_s: list[float], now_s: float, startup_s: float, more_s: float, share: float
-) -> None:
+@given(TIMES, STARTUPS, STARTUPS, SHARES)
+def test_longer_startup_is_kept_no_shorter(times_s: list[float], startup_s: float, more_s: float, share: float) -> None:
     arrivals = arrived(times_s)
     short_s, long_s = (
-        keep_alive_s(arrivals, startup_s=seconds, share=share, now_s=now_s, limits=LIMITS)
+        keep_alive_s(arrivals, startup_s=seconds, share=share, limits=LIMITS)
         for seconds in (startup_s, startup_s + more_s)
     )
     assert 0 <= short_s <= long_s
 
 
 @on_any_machine
-@given(TIMES, LATER, STARTUPS, SHARES, SHARES)
-def test_larger_share_is_kept_no_longer(
-    times_s: list[float], now_s: float, startup_s: float, share: float, other: float
-) -> None:
+@given(TIMES, STARTUPS, SHARES, SHARES)
+def test_larger_share_is_kept_no_longer(times_s: list[float], startup_s: float, share: float, other: float) -> None:
     arrivals = arrived(times_s)
     small_s, large_s = (
-        keep_alive_s(arrivals, startup_s=startup_s, share=held, now_s=now_s, limits=LIMITS)
-        for held in sorted((share, other))
+        keep_alive_s(arrivals, startup_s=startup_s, share=held, limits=LIMITS) for held in sorted((share, other))
     )
     assert small_s >= large_s
-    assert large_s <= LIMITS.beta_s(startup_s, max(share, other))
+    assert large_s <= LIMITS.bound_s(startup_s, max(share, other))
 
 
 def test_model_that_was_asked_once_long_ago_is_thought_to_be_rare() -> None:
     once = arrived([0.0])
-    assert keep_value_s(once, startup_s=20.0, now_s=3000.0) == pytest.approx(20 * (1 - exp(-0.1)))
-    assert keep_alive_s(once, startup_s=20.0, share=0.01, now_s=1000.0) == pytest.approx(-1000 * log(0.2))
+    assert keep_value_s(once, startup_s=20.0, now_s=5000.0) == pytest.approx(20 * (1 - exp(-0.1)))
 
 
-# ------------------------------------------------------------------------------------------------- value and prefetch
+# ------------------------------------------------------------------------------------------------------------- value
 
 
 def test_value_is_the_startup_times_the_chance_that_it_is_needed() -> None:
-    value_s = keep_value_s(arrived([0.0, 600.0]), startup_s=20.0, now_s=600.0)
+    value_s = keep_value_s(arrived([0.0, 1000.0]), startup_s=20.0, now_s=1000.0)
     assert value_s == pytest.approx(20 * (1 - exp(-0.5)))
 
 
@@ -168,13 +180,3 @@ def test_value_grows_with_the_startup(times_s: list[float], now_s: float, startu
         keep_value_s(arrivals, startup_s=seconds, now_s=now_s) for seconds in (startup_s, startup_s + more_s)
     )
     assert short_s <= long_s
-
-
-@pytest.mark.parametrize(
-    ("times_s", "lead_s", "expected"),
-    [([], 1e9, False), ([0.0], 1e9, False), ([0.0, 10.0], 16.0, False), ([0.0, 10.0], 16.1, True)],
-)
-def test_prefetch_is_wanted_when_the_next_arrival_is_likely_within_the_lead(
-    times_s: list[float], lead_s: float, expected: bool
-) -> None:
-    assert wants_prefetch(arrived(times_s), now_s=10.0, lead_s=lead_s) is expected

@@ -6,7 +6,7 @@ import pytest
 
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.events import PrefetchModel, Refusal, Ticked
-from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.router.core.facts import FailureSign, Tier
 from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.model_state import BACK_OFF_S_MAX, FAILURES_MAX, STEADY_S, BackOff
 from tests.router.core.router_bench import RouterBench
@@ -142,7 +142,7 @@ def test_time_that_a_request_was_with_a_replica_that_failed_it_is_no_time_of_wai
     replica = bench.start(seconds=10.0)
     bench.wait(100.0)
     bench.crash(replica)
-    bench.notice(request)
+    bench.notice(request, FailureSign.UNREACHED)
     bench.wait(5.0)
     assert request in bench.books.waiting
     bench.start()
@@ -155,7 +155,7 @@ def test_a_request_waits_no_longer_than_it_may_in_all_its_waits() -> None:
     replica = bench.start(seconds=10.0)
     bench.wait(100.0)
     bench.crash(replica)
-    bench.notice(request)
+    bench.notice(request, FailureSign.UNREACHED)
     bench.wait(10.0)
     assert bench.books.rejected[request].why is Refusal.TOO_LATE
 
@@ -192,7 +192,7 @@ def test_a_request_is_sent_to_so_many_replicas_and_then_told() -> None:
     for _ in range(2):
         bench.crash(bench.start())
         bench.wait(1.0)
-        bench.notice(request)
+        bench.notice(request, FailureSign.UNREACHED)
         bench.wait(1.0)
     assert bench.books.rejected[request].why is Refusal.ENGINE_FAILED
 
@@ -245,6 +245,49 @@ def test_a_shorter_keep_alive_counts_at_once() -> None:
     bench.deploy("a", keep_alive_s=5.0)
     bench.wait(5.0)
     assert bench.stopping
+
+
+def asked_seven_times_in_a_row(num_slots: int) -> RouterBench:
+    """After seven quick requests, on an engine whose start takes 20 s."""
+    bench = bench_with(num_slots=num_slots)
+    for number in range(7):
+        request = bench.ask("a")
+        if not number:
+            bench.start(seconds=20.0, took_s=20.0)
+        bench.now_s += 0.5
+        bench.end(request)
+    return bench
+
+
+def test_a_burst_does_not_end_the_only_engine_while_no_other_model_wants_its_slot() -> None:
+    bench = asked_seven_times_in_a_row(num_slots=1)
+    for _ in range(100):
+        bench.wait(1.0)
+    assert not bench.stopping
+    assert bench.ask("a") in bench.books.running
+
+
+def test_another_model_gets_the_slot_of_an_engine_that_idles_within_its_keep_alive() -> None:
+    bench = asked_seven_times_in_a_row(num_slots=1)
+    bench.deploy("b")
+    bench.ask("b")
+    assert list(bench.stopping.values()) == ["n"]
+
+
+def test_a_prefetch_is_for_the_next_burst_and_not_within_one() -> None:
+    bench = RouterBench()
+    bench.node("n", 1, a=Tier.DISK)
+    bench.deploy("a", keep_alive_s=0.0)
+    for pause_s in (1200.0, 1200.0, 0.0):
+        requests = [bench.ask("a") for _ in range(8)]
+        bench.start()
+        for request in requests:
+            bench.end(request)
+        bench.wait(0.25)
+        bench.stopped()
+        bench.now_s += pause_s
+    told = [action for _ in range(300) for action in bench.wait(5.0)]
+    assert PrefetchModel("a", "n") in told
 
 
 def test_a_model_deleted_while_it_starts_leaves_nothing() -> None:

@@ -1,0 +1,60 @@
+"""Whether a model that is written as a path is there: asked before vLLM, which takes a minute to say so.
+
+``vllm serve`` takes a path or a name on the Hub, and asks the Hub for a path that does not exist. What can only be a
+path is refused at once by ``run``, by the node agent, and by the router when it reads its configuration or an order to
+deploy.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sllm_vllm.errors import ConfigError, OrderRefused
+
+_BEGINNINGS = ("/", "./", "../", "~/")
+
+
+def is_path(model: str) -> bool:
+    """Whether a model is written as a path and can't be a name on the Hub or a URL."""
+    return model in {".", "..", "~"} or model.startswith(_BEGINNINGS)
+
+
+def problem_with(model: str, directory: str | Path = "") -> str:
+    """Why a model that is written as a path can't be served; empty if it can, or is none. Looks at the disk.
+
+    Args:
+        directory: what a relative path starts at. Default: this process's.
+    """
+    if not is_path(model):
+        return ""
+    path = os.path.join(directory, os.path.expanduser(model))
+    try:
+        os.stat(path)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    except ValueError:  # a NUL in it
+        return "it is no path"
+    return "" if os.access(path, os.R_OK) else f"{path}: Permission denied"
+
+
+def require_model(model: str, directory: str | Path) -> None:
+    """Check what is ordered. Looks at the disk.
+
+    Raises:
+        OrderRefused: it is written as a path, and can't be served.
+    """
+    if problem := problem_with(model, directory):
+        raise OrderRefused(model, problem, "give a directory that exists, or a name on the Hub")
+
+
+def require_sources(sources: dict[str, str], directory: str | Path = "") -> None:
+    """Check the sources of models, by the models' names. Looks at the disk.
+
+    Raises:
+        ConfigError: names every model whose source is a path that does not exist or can't be read.
+    """
+    found = {name: problem_with(source, directory) for name, source in sources.items()}
+    problems = [f"model {name!r}: source {problem}" for name, problem in found.items() if problem]
+    if problems:
+        raise ConfigError("; ".join(problems))

@@ -1,0 +1,53 @@
+"""What the configuration says of requests that kill their engines. Pure."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sllm_vllm.router.config_values import Count, Duration
+from sllm_vllm.router.core.limits import PoisonLimits
+
+
+class PoisonSection(BaseModel):
+    """Requests that end their engine. Durations: seconds, or text like 10m."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    quarantine: Duration = Field(
+        default=600.0,
+        ge=0,
+        le=86400,
+        description="how long a request that ended its engine, and any with the same body, is refused with 502",
+    )
+    digests_max: Count = Field(
+        default=1024, ge=1, le=1_000_000, description="bodies that are refused, or suspected, at most"
+    )
+    verdict_timeout: Duration = Field(
+        default=5.0, gt=0, le=60, description="longest that a request waits until it is known whether its engine ended"
+    )
+    trial_timeout: Duration = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="after so long on an engine of its own without a token, a suspected request is cleared",
+    )
+    last_replica_wait: Duration = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        description="how long a suspected request waits for another replica before it may go to the last ready one",
+    )
+    resumes_max: Count = Field(
+        default=2, ge=0, le=100, description="engines of one stream that may end before it ends with an error event"
+    )
+
+    def limits(self) -> PoisonLimits:
+        """For the core."""
+        return PoisonLimits(
+            quarantine_s=self.quarantine,
+            digests_max=self.digests_max,
+            verdict_s=self.verdict_timeout,
+            trial_s=self.trial_timeout,
+            last_replica_s=self.last_replica_wait,
+            resumes_max=self.resumes_max,
+        )

@@ -1,0 +1,118 @@
+"""Requests that may have killed an engine, tried one at a time, each alone on its replica. Pure.
+
+``RouterCore``'s part about suspects (``deaths.py`` says which requests are). One of a model at a time is sent, to a
+replica that has no request, and that gets no other one until the suspect is cleared: by its first byte or token, or
+after ``trial_s``. So what dies with a killer serves no one else. Where a model may have more replicas, the last one
+that is ready is not risked before ``last_replica_s``; meanwhile another one is started. Where all are busy, one of
+several gets nothing new until it is empty.
+"""
+
+from __future__ import annotations
+
+from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
+from sllm_vllm.router.core.limits import PoisonLimits
+from sllm_vllm.router.core.model_state import Picture, Request
+from sllm_vllm.router.core.suspects import Suspects
+
+EMPTY_MAX = 8
+"""Replicas that are looked at for a suspect, those with the fewest requests first."""
+
+
+class Trials:
+    """Which replicas are on trial, and which suspects wait for one. ``failing``: those that just failed a request."""
+
+    def __init__(self, limits: PoisonLimits, picture: Picture, cluster: Cluster, *, failing: Suspects) -> None:
+        self._limits = limits
+        self._picture = picture
+        self._cluster = cluster
+        self._failing = failing
+        self._reserved: dict[str, str] = {}
+        """By model: a replica that gets no new request until it is empty."""
+
+    def is_closed(self, replica: Replica) -> bool:
+        """Whether it takes no request but a suspect."""
+        return replica.id in self._picture.on_trial or self._reserved.get(replica.model) == replica.id
+
+    def waits(self, request: Request, now_s: float) -> None:
+        """It is queued, as a suspect."""
+        self._picture.suspects_waiting.setdefault(request.facts.model, {}).setdefault(request.facts.id, now_s)
+
+    def waits_no_more(self, request: Request) -> None:
+        """It was sent somewhere, or left."""
+        waiting = self._picture.suspects_waiting.get(request.facts.model, {})
+        waiting.pop(request.facts.id, None)
+        if not waiting:
+            self._picture.suspects_waiting.pop(request.facts.model, None)
+            self._reserved.pop(request.facts.model, None)
+
+    def begin(self, request: Request, replica: str) -> None:
+        """It was sent there."""
+        self.waits_no_more(request)
+        self._picture.on_trial[replica] = request.facts.id
+        self._reserved.pop(request.facts.model, None)
+
+    def end(self, replica: str, request: str) -> bool:
+        """It is cleared, or is there no more; whether it was on trial there."""
+        if self._picture.on_trial.get(replica) != request:
+            return False
+        del self._picture.on_trial[replica]
+        return True
+
+    def tried(self) -> list[str]:
+        """Suspects on trial."""
+        return list(self._picture.on_trial.values())
+
+    def models(self) -> list[str]:
+        """Those whose suspects wait, or whose replicas are on trial: time alone may change what they may do."""
+        requests = self._picture.requests
+        tried = [requests[name].facts.model for name in self._picture.on_trial.values()]
+        return [*self._picture.suspects_waiting, *tried]
+
+    def overdue(self, now_s: float) -> list[str]:
+        """Suspects whose engine has survived them for long enough."""
+        requests = self._picture.requests
+        return [
+            name
+            for name in self._picture.on_trial.values()
+            if now_s - requests[name].dispatched_s >= self._limits.trial_s
+        ]
+
+    def choose(self, request: Request, now_s: float) -> Replica | None:
+        """A replica to try it on; None: not now."""
+        model = request.facts.model
+        if any(self._picture.requests[name].facts.model == model for name in self._picture.on_trial.values()):
+            return None
+        ready = [one for one in self._cluster.least_busy(model, EMPTY_MAX) if one.id not in self._failing]
+        empty = next((one for one in ready if not one.ongoing), None)
+        if empty is None:
+            self._reserve(model, ready)
+            return None
+        since_s = self._picture.suspects_waiting.get(model, {}).get(request.facts.id, now_s)
+        is_last = len(self._cluster.replicas_of(model, ReplicaState.READY)) == 1
+        may_have_more = self._picture.models[model].spec.max_replicas > 1
+        if is_last and may_have_more and now_s - since_s < self._limits.last_replica_s:
+            return None
+        return empty
+
+    def _reserve(self, model: str, ready: list[Replica]) -> None:
+        """Let one run empty, if others serve the model meanwhile."""
+        known = self._cluster.replicas.get(self._reserved.get(model, ""))
+        if known is not None and known.state is ReplicaState.READY:
+            return
+        self._reserved.pop(model, None)
+        if len(ready) > 1:
+            self._reserved[model] = ready[0].id
+
+    def validate(self) -> None:
+        """Assert that a replica on trial has the suspect alone, and that those who wait are suspects that wait."""
+        models = [self._picture.requests[name].facts.model for name in self._picture.on_trial.values()]
+        assert len(models) == len(set(models)), "two suspects of one model are tried at once"
+        for replica_id, request_id in self._picture.on_trial.items():
+            request = self._picture.requests[request_id]
+            assert request.is_suspect, f"{request_id} is on trial"
+            if (replica := self._cluster.replicas.get(replica_id)) is not None:
+                assert replica.ongoing == {request_id}, f"{request_id} is tried beside {replica.ongoing}"
+        waiting = {
+            (name, one.facts.model) for name, one in self._picture.requests.items() if one.is_suspect and one.is_queued
+        }
+        assert waiting == {(name, model) for model, ids in self._picture.suspects_waiting.items() for name in ids}
