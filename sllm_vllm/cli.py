@@ -102,7 +102,7 @@ def _run() -> None:
     try:
         app()
     except SllmError as error:
-        _fail(str(error))
+        _fail(*error.lines)
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
 
@@ -124,8 +124,9 @@ def _end_before_obstore(end: SystemExit) -> None:
     os._exit(end.code or 0)
 
 
-def _fail(line: str) -> NoReturn:
-    typer.echo(f"sllm-vllm: {line}", err=True)
+def _fail(*lines: str) -> NoReturn:
+    for line in lines:
+        typer.echo(f"sllm-vllm: {line}", err=True)
     sys.exit(1)
 
 

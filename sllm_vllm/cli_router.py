@@ -27,6 +27,8 @@ from sllm_vllm.cli_store import Json, log_to_stderr, with_options
 
 if TYPE_CHECKING:
     from sllm_vllm.router.admin_client import AdminClient
+    from sllm_vllm.router.config_problems import Problem
+    from sllm_vllm.router.config_text import Document
 
 
 Url = Annotated[
@@ -72,6 +74,35 @@ def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The rou
 
     log_to_stderr()
     raise typer.Exit(serve_router(config))
+
+
+@config_app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A configuration of the router.")],
+    as_json: Json = False,
+) -> None:
+    """Show every mistake in a configuration, with its line.
+
+    Looks at this machine, too: directories, slots and keys. Exit code 1 if `serve` would refuse it.
+    """
+    from sllm_vllm.router.config_places import check_on_this_machine
+
+    found = check_on_this_machine(file.expanduser())
+    if as_json:
+        problems = [_problem_record(problem) for problem in found.problems]
+        print_json({"file": str(file), "is_valid": found.config is not None, "problems": problems})
+    for problem in [] if as_json else found.problems:
+        typer.echo(f"{file}: {'warning: ' if problem.is_warning else ''}{problem}")
+    if found.config is None:
+        raise typer.Exit(1)
+    if not as_json:
+        num_models = len(found.config.models)
+        typer.echo(f"{file}: valid, {num_models} {'model' if num_models == 1 else 'models'}")
+
+
+def _problem_record(problem: Problem) -> dict[str, object]:
+    record = {"line": problem.line, "key": problem.key, "problem": problem.problem}
+    return {**record, "severity": "warning" if problem.is_warning else "error"}
 
 
 @config_app.command()
@@ -183,39 +214,34 @@ def deploy(
 
 def _read_models(file: str) -> list[dict[str, Any]]:
     """As the router reads them from its own file, `defaults` merged, and paths relative to the file."""
-    from sllm_vllm.errors import ConfigError
-    from sllm_vllm.router.config_file import parse_router_config, read_json, read_yaml
+    from sllm_vllm.router.config_file import check_document
+    from sllm_vllm.router.config_problems import InvalidConfig, Problem, below
 
     path = Path(file).expanduser()
     is_one = False
     try:
-        values = (read_json if path.suffix == ".json" else read_yaml)(_text_of(path, file))
-        is_one = isinstance(values, dict) and "models" not in values
-        values = {"models": [values]} if is_one else values
-        directory = Path.cwd() if file == "-" else path.absolute().parent
-        models = parse_router_config(values, directory=directory).models
-        if not models:
-            raise ConfigError("no model is in it")
-    except ConfigError as error:
-        problem = str(error).removeprefix("models[0].") if is_one else str(error)
-        raise ConfigError(f"{file}: {problem}") from None
-    return [model.model_dump(mode="json", exclude_unset=True) for model in models]
+        document = _document_of(path, file)
+        is_one = isinstance(document.values, dict) and "models" not in document.values
+        if is_one:
+            document = document.within(("models", 0), {"models": [document.values]})
+        found = check_document(document, directory=Path.cwd() if file == "-" else path.absolute().parent)
+        if found.config is None:
+            raise InvalidConfig(found.problems)
+        if not found.config.models:
+            raise InvalidConfig([Problem(("models",), "no model is in it")])
+    except InvalidConfig as error:
+        raise InvalidConfig(below(error.problems, ("models", 0)) if is_one else error.problems, file) from None
+    return [model.model_dump(mode="json", exclude_unset=True) for model in found.config.models]
 
 
-def _text_of(path: Path, file: str) -> str:
-    from sllm_vllm.errors import ConfigError
-    from sllm_vllm.router.config_file import FILE_NBYTES_MAX
+def _document_of(path: Path, file: str) -> Document:
+    from sllm_vllm.router.config_file import FILE_NBYTES_MAX, decode_text, parse_document, read_text
 
-    try:
-        with sys.stdin.buffer if file == "-" else path.open("rb") as opened:
-            data = opened.read(FILE_NBYTES_MAX + 1)
-        if len(data) > FILE_NBYTES_MAX:
-            raise ConfigError(f"it is larger than {FILE_NBYTES_MAX} bytes")
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"it can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"it is not UTF-8: byte {error.start} is wrong") from None
+    if file == "-":
+        text = decode_text(sys.stdin.buffer.read(FILE_NBYTES_MAX + 1), FILE_NBYTES_MAX)
+    else:
+        text = read_text(path, FILE_NBYTES_MAX)
+    return parse_document(text, is_json=path.suffix == ".json")
 
 
 def delete(name: ModelName, url: Url = None, key_file: KeyFile = None, *, as_json: Json = False) -> None:

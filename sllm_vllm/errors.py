@@ -35,11 +35,20 @@ Pure. Raised everywhere, caught by class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 
 
 class SllmError(Exception):
-    """Root of the tree. ``str()`` is one line that says what, where, and the mend."""
+    """Root of the tree. ``str()`` is one line that says what, where, and the mend.
+
+    ``lines``: the same for people; an error about several things has a line for each.
+    """
+
+    @property
+    def lines(self) -> Sequence[str]:
+        """What the command line prints."""
+        return (str(self),)
 
 
 class ConfigError(SllmError):

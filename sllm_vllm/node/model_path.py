@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sllm_vllm.errors import ConfigError, OrderRefused
+from sllm_vllm.errors import OrderRefused
 
 _BEGINNINGS = ("/", "./", "../", "~/")
 
@@ -46,15 +46,3 @@ def require_model(model: str, directory: str | Path) -> None:
     """
     if problem := problem_with(model, directory):
         raise OrderRefused(model, problem, "give a directory that exists, or a name on the Hub")
-
-
-def require_sources(sources: dict[str, str], directory: str | Path = "") -> None:
-    """Check the sources of models, by the models' names. Looks at the disk.
-
-    Raises:
-        ConfigError: names every model whose source is a path that does not exist or can't be read.
-    """
-    found = {name: problem_with(source, directory) for name, source in sources.items()}
-    problems = [f"model {name!r}: source {problem}" for name, problem in found.items() if problem]
-    if problems:
-        raise ConfigError("; ".join(problems))

@@ -21,7 +21,8 @@ from sllm_vllm.router import admin_views as views
 from sllm_vllm.router.body import BodyReader
 from sllm_vllm.router.collector import registry_of
 from sllm_vllm.router.config import ModelConfig
-from sllm_vllm.router.config_file import parse_router_config, read_json
+from sllm_vllm.router.config_file import parse_router_config
+from sllm_vllm.router.config_text import read_json
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.cluster import ReplicaState
 from sllm_vllm.router.headers import Headers, values_of

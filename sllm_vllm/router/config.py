@@ -300,12 +300,7 @@ class RouterConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        defaults, models = values.get("defaults"), values.get("models")
-        if isinstance(defaults, dict) and isinstance(models, list) and _is_valid(defaults):
-            return {**values, "models": [_merged(defaults, model) for model in models]}
-        return values
+        return merged_models(values) if isinstance(values, dict) else values
 
     @field_validator("server")
     @classmethod
@@ -360,6 +355,14 @@ class RouterConfig(_Section):
             slow_client_s_max=server.slow_client_timeout,
             moves=self.migration.settings(),
         )
+
+
+def merged_models(values: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds, with its defaults under each model; as it is if they are wrong."""
+    defaults, models = values.get("defaults"), values.get("models")
+    if isinstance(defaults, dict) and isinstance(models, list) and _is_valid(defaults):
+        return {**values, "models": [_merged(defaults, model) for model in models]}
+    return values
 
 
 def _is_valid(defaults: dict[Any, Any]) -> bool:

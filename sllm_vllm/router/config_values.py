@@ -9,7 +9,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +46,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def wrong_key(problem: str, *at: str | int) -> PydanticCustomError:
     """An error about a key below the value that is validated: ``at`` is its path from there."""
     return PydanticCustomError("wrong_key", "{problem}", {"problem": problem, "at": at})
+
+
+def wrong_keys(parts: Sequence[tuple[str | int, str]]) -> PydanticCustomError:
+    """Errors about several keys or items of the value that is validated: each with its problem."""
+    problem = "; ".join(problem for _, problem in parts)
+    return PydanticCustomError("wrong_keys", "{problem}", {"problem": problem, "parts": tuple(parts)})
 
 
 def parse_duration(value: object) -> float:
@@ -103,12 +109,24 @@ def _words(value: object) -> object:
 def _environment(value: object) -> object:
     if not isinstance(value, dict):
         return value
-    for name in value:
-        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
-            raise ValueError("a variable's name has to be letters, digits and underscores")
-        if name in OWNED_VARIABLES:
-            raise ValueError(f"{name} is set by the node for each engine; leave it out")
-    return {name: _word(part) for name, part in value.items()}
+    words: dict[str, str] = {}
+    wrong: list[tuple[str | int, str]] = []
+    for name, part in value.items():
+        try:
+            words[_variable(name)] = _word(part)
+        except ValueError as error:
+            wrong.append((str(name), str(error)))
+    if wrong:
+        raise wrong_keys(wrong)
+    return words
+
+
+def _variable(name: object) -> str:
+    if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+        raise ValueError("a variable's name has to be letters, digits and underscores")
+    if name in OWNED_VARIABLES:
+        raise ValueError(f"{name} is set by the node for each engine; leave it out")
+    return name
 
 
 def _option(key: object) -> str:
@@ -151,12 +169,37 @@ def engine_words(value: object) -> object:
 
 
 def _engine_arguments(value: object) -> object:
+    if isinstance(value, Mapping):
+        return _options_of(value)
     words = engine_words(value)
-    if isinstance(words, list):
-        for option, instead in OWNED_OPTIONS:
-            if option_value(words, option) is not None:
-                raise ValueError(f"{option} is not allowed here; write {instead}")
+    if isinstance(words, list) and (wrong := list(_owned(words))):
+        raise wrong_keys(wrong)
     return words
+
+
+def _options_of(value: Mapping[object, object]) -> list[str]:
+    words: list[str] = []
+    wrong: list[tuple[str | int, str]] = []
+    for key, part in value.items():
+        try:
+            option = _option_words(_option(key), part)
+        except ValueError as error:
+            wrong.append((str(key), str(error)))
+        else:
+            wrong += [(str(key), problem) for _, problem in _owned(option)]
+            words += option
+    if wrong:
+        raise wrong_keys(wrong)
+    return words
+
+
+def _owned(words: Sequence[str]) -> Iterator[tuple[str | int, str]]:
+    """Options that engines get from elsewhere: where each stands, and what to write instead."""
+    for index, word in enumerate(words):
+        name = word.partition("=")[0]
+        for option, instead in OWNED_OPTIONS:
+            if option_value([name], option) is not None:
+                yield index, f"{option} is not allowed here; write {instead}"
 
 
 def located(path: Path, info: ValidationInfo) -> Path:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 import uvloop
@@ -18,12 +18,13 @@ from sllm_vllm.file_limit import raise_file_limit
 from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import WORDS
-from sllm_vllm.node.model_path import require_sources
 from sllm_vllm.node.server import Server
 from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
 from sllm_vllm.router.config import ModelConfig, RouterConfig
-from sllm_vllm.router.config_file import compare, read_key_digests, read_router_config
+from sllm_vllm.router.config_file import compare, read_key_digests
+from sllm_vllm.router.config_places import read_checked_config, require_model
+from sllm_vllm.router.config_problems import Problem
 from sllm_vllm.router.controller import Bounds, Controller
 from sllm_vllm.router.estimates_file import read_estimates, write_record
 from sllm_vllm.router.ingress import Ingress
@@ -51,7 +52,8 @@ def serve(path: Path) -> int:
         ConfigError: the file is wrong, or the address can't be had. NodeBusy: another agent has the node's folder.
         NodeError: that folder can't be used.
     """
-    config = _read_config(path)
+    config, warnings = read_checked_config(path)
+    _warn(path, warnings)
     node = config.node_config()
     raise_file_limit()  # each request has two descriptors: its client's, and its engine's
     make_private_directory(node.node_dir, WORDS)
@@ -151,7 +153,7 @@ class RouterProcess:
             ConfigError: it is wrong, or changes what can't be changed while it serves: all stays as it was.
         """
         async with self._reloading:
-            config = await asyncio.to_thread(_read_config, self._path)
+            config, warnings = await asyncio.to_thread(read_checked_config, self._path)
             changes = compare(self._config, config)
             changes.require_live()
             self._require_hidden(config)
@@ -168,14 +170,14 @@ class RouterProcess:
             self._config = config
             self._admin.set_keys(digests)
             self._app.replace(Ingress(self._running, settings))
+        _warn(self._path, warnings)
         num_changed = len(changes.restarted) + len(changes.adjusted)
         told = f"added {len(changes.added)}, removed {len(changes.removed)}, changed {num_changed}"
         logger.info("event=reloaded path=%s %s", self._path, told)
         return told
 
     def _check_model(self, model: ModelConfig) -> None:
-        if self._node.engine_command is None:
-            require_sources({model.name: model.source}, self._path.absolute().parent)
+        require_model(self._config.node, model)
 
     async def _reload_or_tell(self) -> None:
         try:
@@ -223,16 +225,9 @@ class RouterProcess:
         return (own, *read_key_digests(config.keys.admin, "keys.admin"))
 
 
-def _read_config(path: Path) -> RouterConfig:
-    """What a file says, when the models that it names by a path are on this machine."""
-    config = read_router_config(path)
-    if config.node.engine_command is not None:  # another command may take what it likes
-        return config
-    try:
-        require_sources({model.name: model.source for model in config.models}, path.absolute().parent)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return config
+def _warn(path: Path, warnings: Iterable[Problem]) -> None:
+    for warning in warnings:
+        logger.warning("event=config_warning path=%s problem=%r", path, str(warning))
 
 
 async def _save_now_and_then(controller: Controller, path: Path) -> None:

@@ -15,17 +15,16 @@ from hypothesis import strategies as st
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.config import KeySource, RouterConfig
 from sllm_vllm.router.config_file import (
-    DEPTH_MAX,
     FILE_NBYTES_MAX,
     Changes,
     compare,
     parse_router_config,
-    read_json,
     read_key_digests,
     read_router_config,
-    read_yaml,
     router_config_schema,
 )
+from sllm_vllm.router.config_problems import PROBLEMS_MAX
+from sllm_vllm.router.config_text import DEPTH_MAX, read_json, read_yaml
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 SECTIONS = "keys, server, node, store, migration, poison, ray, defaults, models"
@@ -98,13 +97,14 @@ def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(text: str, problem: str, tmp_path: Path) -> None:
-    assert refusal(text, tmp_path / "a.yaml") == problem
+    assert refusal(text, tmp_path / "a.yaml") == f"line 1: {problem}"
 
 
-def test_the_first_of_several_problems_is_told_and_how_many_more(tmp_path: Path) -> None:
-    said = refusal("models:\n- name: a\n  keep_alive: soon\n  priority: x\n- {}\n", tmp_path / "a.yaml")
-    assert said.startswith("models[0].keep_alive: it has to be seconds, ")
-    assert said.endswith(" (and 2 more)")
+def test_problems_are_told_up_to_a_bound(tmp_path: Path) -> None:
+    keys = "".join(f"key-{number}: 1\n" for number in range(PROBLEMS_MAX + 7))
+    said = refusal(keys, tmp_path / "a.yaml")
+    assert said.count("unknown key") == PROBLEMS_MAX
+    assert said.endswith("; and 7 more")
 
 
 # ---------------------------------------------------------------------------------------------------------------- YAML
@@ -123,12 +123,12 @@ def test_a_number_that_would_be_printed_otherwise_stays_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: 1\nb:\n  c: 1\n  c: 2", "line 4: 'c' stands here twice"),
-        ("a: &x 1", "line 1: anchors and aliases (& and *) are not taken; write it out, or use `defaults`"),
-        ("a: 1\nb: *x", "line 2: anchors and aliases (& and *) are not taken; write it out, or use `defaults`"),
-        ("a: !!binary aGk=", "line 1: tags (!) are not taken; put it in quotes if it is text"),
-        ("a: !x {}", "line 1: tags (!) are not taken; put it in quotes if it is text"),
-        ("a: 1\n5: 2", "line 2: a key has to be text; put it in quotes if it is"),
+        ("a: 1\nb:\n  c: 1\n  c: 2", "line 4: b.c: 'c' stands here twice"),
+        ("a: &x 1", "line 1: a: anchors and aliases (& and *) are not taken; write it out, or use `defaults`"),
+        ("a: 1\nb: *x", "line 2: b: anchors and aliases (& and *) are not taken; write it out, or use `defaults`"),
+        ("a: !!binary aGk=", "line 1: a: tags (!) are not taken; put it in quotes if it is text"),
+        ("a: !x {}", "line 1: a: tags (!) are not taken; put it in quotes if it is text"),
+        ("a: 1\n5: 2", "line 2: 5: a key has to be text; put it in quotes if it is"),
         ("? [a]\n: 2", "line 1: a key has to be text; put it in quotes if it is"),
         ("a: 1\n---\nb: 1", "line 2: a second document begins here; there can be one"),
         ("a: [1", "line 1: no valid YAML (expected ',' or ']', but got '<stream end>')"),
@@ -147,7 +147,7 @@ def test_wrong_yaml_is_refused_with_its_line(text: str, problem: str) -> None:
 
 def test_a_bomb_of_aliases_is_refused_at_once() -> None:
     levels = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 30)]
-    with pytest.raises(ConfigError, match="line 1: anchors"):
+    with pytest.raises(ConfigError, match="line 1: a0: anchors"):
         read_yaml("\n".join(["a0: &a0 [x]", *levels]))
 
 
@@ -162,8 +162,8 @@ def test_json_is_read_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"a": 1,\n "b": {"c": 1,\n\n "c" : 2}}', "line 4: 'c' stands here twice"),
-        ('{"a": 1, "\\u0061": 2}', "line 1: 'a' stands here twice"),
+        ('{"a": 1,\n "b": {"c": 1,\n\n "c" : 2}}', "line 4: b.c: 'c' stands here twice"),
+        ('{"a": 1, "\\u0061": 2}', "line 1: a: 'a' stands here twice"),
         ('{"a":\n 1,}', "line 2: no valid JSON ("),
         ('{"a": NaN}', "no valid JSON (NaN is no number)"),
         (f'{{"a": {"9" * 5000}}}', "no valid JSON ("),

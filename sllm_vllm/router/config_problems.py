@@ -1,0 +1,251 @@
+"""What is wrong with a configuration: every problem at once, each with its key and line. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sllm_vllm.errors import ConfigError
+from sllm_vllm.router.config import (
+    KeySource,
+    KeysSection,
+    ModelConfig,
+    ModelDefaults,
+    NodeSection,
+    RouterConfig,
+    ServerSection,
+    StoreSection,
+    merged_models,
+)
+from sllm_vllm.router.config_migration import MigrationSection
+from sllm_vllm.router.config_poison import PoisonSection
+from sllm_vllm.router.config_ray import RaySection
+
+Place = tuple[str | int, ...]
+"""A value in a document: the keys and indices that lead to it."""
+Lines = Mapping[Place, int]
+
+PROBLEMS_MAX = 100
+"""Shown at once."""
+_ROUNDS_MAX = 4
+"""Validations of one section, each without the keys that failed in the one before."""
+_SHOWN_CHARS_MAX = 80
+"""Of a key that a user wrote, in a message."""
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "keys": KeysSection,
+    "server": ServerSection,
+    "node": NodeSection,
+    "store": StoreSection,
+    "migration": MigrationSection,
+    "poison": PoisonSection,
+    "ray": RaySection,
+    "defaults": ModelDefaults,
+}
+_WORDS = {
+    "model_type": "it has to be a mapping",
+    "dict_type": "it has to be a mapping",
+    "tuple_type": "it has to be a list",
+    "string_type": "it has to be text; put it in quotes",
+    "path_type": "it has to be a path",
+    "int_type": "it has to be a whole number",
+    "int_from_float": "it has to be a whole number",
+    "bool_type": "it has to be true or false",
+    "missing": "it is missing",
+    "greater_than": "it has to be more than {gt}",
+    "greater_than_equal": "it has to be {ge} or more",
+    "less_than": "it has to be less than {lt}",
+    "less_than_equal": "it has to be {le} or less",
+    "string_too_short": "it has to have {min_length} characters or more",
+    "string_too_long": "it has to have {max_length} characters or fewer",
+    "too_long": "it has to have {max_length} entries or fewer",
+}
+"""Pydantic's errors in the words of a configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong at one place, or, as a warning, that may be."""
+
+    at: Place
+    problem: str
+    line: int | None = None
+    is_warning: bool = False
+
+    @property
+    def key(self) -> str:
+        """The place as a person writes it: ``models[0].keep_alive``; empty for the whole document."""
+        parts = (f"[{part}]" if isinstance(part, int) else f".{shown(part)}" for part in self.at)
+        return _one_line("".join(parts).removeprefix("."))
+
+    def __str__(self) -> str:
+        parts = (f"line {self.line}" if self.line else "", self.key, _one_line(self.problem))
+        return ": ".join(part for part in parts if part)
+
+    def concerns(self, place: Place) -> bool:
+        """Whether one of the two places is in the other."""
+        depth = min(len(self.at), len(place))
+        return self.at[:depth] == place[:depth]
+
+
+class InvalidConfig(ConfigError):
+    """A configuration has problems. ``str()`` is one line with all of them, ``lines`` has one for each."""
+
+    def __init__(self, problems: Iterable[Problem], file: str = "") -> None:
+        self.problems = tuple(problems)
+        self.file = file
+        told = "; ".join(self._texts())
+        super().__init__(f"{file}: {told}" if file else told)
+
+    @property
+    def lines(self) -> list[str]:
+        """Each problem, with the file's name."""
+        return [f"{self.file}: {text}" if self.file else text for text in self._texts()]
+
+    def _texts(self) -> list[str]:
+        found = [str(problem) for problem in self.problems[:PROBLEMS_MAX]]
+        num_more = len(self.problems) - len(found)
+        return found + ([f"and {num_more} more"] if num_more else [])
+
+    def of_file(self, file: str) -> InvalidConfig:
+        """The same, with the file's name."""
+        return InvalidConfig(self.problems, file)
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """What is wrong, and what is right beside it: sections and models, without their wrong keys."""
+
+    problems: list[Problem] = field(default_factory=list)
+    sections: dict[str, BaseModel] = field(default_factory=dict)
+    models: dict[int, ModelConfig] = field(default_factory=dict)
+
+
+def diagnose(values: object, context: Mapping[str, object]) -> Diagnosis:
+    """Every problem of what a file holds. Costs several validations: for values that are known to be wrong."""
+    found = Diagnosis()
+    if not isinstance(values, dict):
+        found.problems.append(
+            Problem((), f"it has to be a mapping of sections: {', '.join(RouterConfig.model_fields)}")
+        )
+        return found
+    for key in values:
+        if key not in RouterConfig.model_fields:
+            found.problems.append(Problem((key,), _unknown_key(key, RouterConfig)))
+    for name, kind in _SECTIONS.items():
+        problems, section = _validated(kind, values.get(name, {}), (name,), context=context)
+        found.problems += problems
+        if section is not None:
+            found.sections[name] = section
+    _diagnose_models(values, found, context)
+    if not any(problem.at[:1] in {("keys",), ("server",)} for problem in found.problems):
+        both = {name: values[name] for name in ("keys", "server") if name in values}
+        found.problems += _validated(RouterConfig, both, (), context=context)[0]
+    return found
+
+
+def _diagnose_models(values: dict[str, Any], found: Diagnosis, context: Mapping[str, object]) -> None:
+    models = merged_models(values).get("models", [])
+    if not isinstance(models, list):
+        found.problems.append(Problem(("models",), _WORDS["tuple_type"]))
+        return
+    first: dict[str, int] = {}
+    for index, values_of_one in enumerate(models):
+        problems, model = _validated(ModelConfig, values_of_one, ("models", index), context=context)
+        found.problems += problems
+        if isinstance(model, ModelConfig):
+            found.models[index] = model
+        name = values_of_one.get("name") if isinstance(values_of_one, dict) else None
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            problem = f"models[{first[name]}] is called {shown(name)!r}, too"
+            found.problems.append(Problem(("models", index, "name"), problem))
+
+
+def _validated(
+    kind: type[BaseModel], values: object, at: Place, *, context: Mapping[str, object]
+) -> tuple[list[Problem], BaseModel | None]:
+    """Problems of a section, and the section without what is wrong: checks of several keys come last, and are made."""
+    found: list[Problem] = []
+    values = dict(values) if isinstance(values, dict) else values
+    for _ in range(_ROUNDS_MAX):
+        try:
+            return found, kind.model_validate(values, context=context)
+        except ValidationError as error:
+            new = list(_problems_of(error, kind, at))
+        found += [problem for problem in new if not any(known.concerns(problem.at) for known in found)]
+        if not isinstance(values, dict) or any(problem.at == at for problem in new):
+            return found, None
+        for problem in new:
+            _replace_wrong(kind, values, problem.at[len(at) :])
+    return found, _without_one_key(kind, values, context) if isinstance(values, dict) else None
+
+
+def _replace_wrong(kind: type[BaseModel], values: dict[str, Any], place: Place) -> None:
+    """Take a wrong key out, or put in what stands for any value."""
+    key, index = str(place[0]), place[1] if len(place) > 1 else None
+    if key in kind.model_fields and kind.model_fields[key].is_required():
+        values[key] = "stand-in"
+    elif kind is KeysSection and isinstance(index, int):  # the other keys have to stay at their places
+        values[key] = [*values[key][:index], {"sha256": "0" * 64}, *values[key][index + 1 :]]
+    else:
+        values.pop(key, None)
+
+
+def _without_one_key(kind: type[BaseModel], values: dict[str, Any], context: Mapping[str, object]) -> BaseModel | None:
+    """A section whose keys are right each, but not together."""
+    for key in values:
+        with contextlib.suppress(ValidationError):
+            return kind.model_validate({name: values[name] for name in values if name != key}, context=context)
+    return None
+
+
+def _problems_of(error: ValidationError, kind: type[BaseModel], at: Place) -> Iterator[Problem]:
+    """What was written is not repeated: it may be a key."""
+    for one in error.errors(include_url=False, include_input=False):
+        context = one.get("ctx", {})
+        place = (*at, *one["loc"], *context.get("at", ()))
+        if one["type"] == "extra_forbidden":
+            inner = KeySource if at == ("keys",) and len(one["loc"]) > 1 else kind
+            yield Problem(place, _unknown_key(str(place[-1]), inner))
+        elif one["type"] == "wrong_keys":
+            yield from (Problem((*place, key), problem) for key, problem in context["parts"])
+        elif one["type"] in _WORDS:
+            yield Problem(place, _WORDS[one["type"]].format(**context))
+        else:
+            yield Problem(place, one["msg"].removeprefix("Value error, "))
+
+
+def _unknown_key(key: str, kind: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(shown(key), kind.model_fields, 1)
+    return f"unknown key; did you mean `{near[0]}`?" if near else f"unknown key; known: {', '.join(kind.model_fields)}"
+
+
+def with_lines(problems: Iterable[Problem], lines: Lines) -> list[Problem]:
+    """Each with the line of its key, or else of the nearest one around it; in their order in the file."""
+    found = [problem if problem.line else replace(problem, line=_line_of(problem.at, lines)) for problem in problems]
+    return sorted(found, key=lambda problem: (problem.line is None, problem.line or 0))
+
+
+def _line_of(place: Place, lines: Lines) -> int | None:
+    for depth in range(len(place), 0, -1):
+        if place[:depth] in lines:
+            return lines[place[:depth]]
+    return None
+
+
+def shown(text: str) -> str:
+    """A key in a message."""
+    return text if len(text) <= _SHOWN_CHARS_MAX else f"{text[:_SHOWN_CHARS_MAX]}…"
+
+
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def below(problems: Sequence[Problem], place: Place) -> list[Problem]:
+    """Problems whose place begins so, less that beginning."""
+    return [replace(problem, at=problem.at[len(place) :]) for problem in problems if problem.at[: len(place)] == place]
