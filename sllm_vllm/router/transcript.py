@@ -15,6 +15,8 @@ from typing import Any
 FOLD_NBYTES = 1 << 14
 """What is kept as it was sent; more is counted and forgotten. Short answers, most of all, are never parsed."""
 EVENT_END = b"\n\n"
+_SHAPES_MAX = 4
+"""Looked for in a part of a stream: where events differ in more than a text, looking costs more than it saves."""
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
 _CREATED = re.compile(rb'"created":\s*(\d{1,12})')  # quotes inside of texts are escaped, so none can look like this
@@ -46,6 +48,8 @@ class Transcript:
         self._nbytes = 0
         self._lengths: dict[int, dict[Path, int]] = {}
         """By choice: how long each text and list is; 1 for what is said once."""
+        self._shape: _Shape | None = None
+        """Of the last events that were alike."""
 
     def note(self, events: bytes) -> None:
         """It is being sent these."""
@@ -65,11 +69,90 @@ class Transcript:
         events = b"".join(self._pieces)
         self._pieces.clear()
         self._nbytes = 0
+        shapes = [self._shape] if self._shape is not None else []
         for event in events.split(EVENT_END):
-            for index, choice in _choices(_parsed(event)):
-                lengths = self._lengths.setdefault(index, {})
-                for path, value in _leaves(choice):
-                    lengths[path] = lengths.get(path, 0) + (len(value) if _grows(path, value) else 1)
+            if shapes and shapes[-1].take(event):
+                continue
+            parsed = _parsed(event)
+            for index, choice in _choices(parsed):
+                self._add(index, choice)
+            if len(shapes) < _SHAPES_MAX and (shape := _Shape.of(event, parsed)) is not None:
+                shapes.append(shape)
+        for shape in shapes:
+            shape.tell(self._lengths)
+        self._shape = shapes[-1] if shapes else None
+
+    def _add(self, index: int, choice: dict[str, Any]) -> None:
+        lengths = self._lengths.setdefault(index, {})
+        for path, value in _leaves(choice):
+            lengths[path] = lengths.get(path, 0) + (len(value) if _grows(path, value) else 1)
+
+
+class _Shape:
+    """What many events in a row have in common: all but one text of one choice. Those are counted without parsing them,
+    in a third of the time.
+
+    Args:
+        head, tail: what stands before and behind the text, quotes included.
+        steps: by path, what each such event adds, the text aside.
+    """
+
+    def __init__(self, head: bytes, tail: bytes, *, index: int, path: Path, steps: dict[Path, int]) -> None:
+        self._head = head
+        self._tail = tail
+        self._index = index
+        self._path = path
+        self._steps = steps
+        self._texts: list[bytes] = []
+        self._num_chars = 0
+        self._num = 0
+
+    @classmethod
+    def of(cls, event: bytes, parsed: dict[str, Any]) -> _Shape | None:
+        """That of an event with one choice and one text; None for any other."""
+        choices = list(_choices(parsed))
+        if len(choices) != 1:
+            return None
+        index, choice = choices[0]
+        leaves = list(_leaves(choice))
+        texts = [path for path, value in leaves if isinstance(value, str) and path[-1] in _GROWING]
+        if len(texts) != 1:
+            return None
+        found = list(re.finditer(rb'"%b":\s*"((?:[^"\\]|\\.)*+)"' % str(texts[0][-1]).encode(), event))
+        if len(found) != 1:
+            return None
+        steps = {path: len(value) if _grows(path, value) else 1 for path, value in leaves if path != texts[0]}
+        start, end = found[0].span(1)
+        return cls(event[:start], event[end:], index=index, path=texts[0], steps=steps)
+
+    def take(self, event: bytes) -> bool:
+        """Count an event, if it has this shape."""
+        if len(event) < len(self._head) + len(self._tail) or not event.startswith(self._head):
+            return False
+        if not event.endswith(self._tail):
+            return False
+        text = event[len(self._head) : len(event) - len(self._tail)]
+        if b"\\" not in text and b'"' not in text:
+            self._texts.append(text)
+        else:
+            try:
+                self._num_chars += len(json.loads(f'"{text.decode()}"'))
+            except ValueError:  # its text ends earlier
+                return False
+        self._num += 1
+        return True
+
+    def tell(self, lengths: dict[int, dict[Path, int]]) -> None:
+        """Add what was counted since the last time."""
+        if not self._num:
+            return
+        ours = lengths.setdefault(self._index, {})
+        for path, step in self._steps.items():
+            ours[path] = ours.get(path, 0) + self._num * step
+        num_chars = self._num_chars + len(b"".join(self._texts).decode("utf-8", "replace"))
+        ours[self._path] = ours.get(self._path, 0) + num_chars
+        self._num = self._num_chars = 0
+        self._texts.clear()
 
 
 class Continuation:

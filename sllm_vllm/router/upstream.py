@@ -20,6 +20,8 @@ from sllm_vllm.router.settings import IngressSettings
 
 READ_NBYTES = 1 << 16
 """What is read ahead of a client that is slow."""
+READ_AT_ONCE_NBYTES = 1 << 14
+"""Taken from a connection before others have their turn: hundreds of streams that are behind would hold up the loop."""
 HEAD_NBYTES_MAX = 1 << 16
 IDLE_MAX = 256
 """Idle connections kept to one engine."""
@@ -144,7 +146,7 @@ class Upstream:
         return made
 
 
-class EngineConnection(asyncio.Protocol):
+class EngineConnection(asyncio.BufferedProtocol):
     """One connection, and the answer that is read from it. ``close`` after each answer."""
 
     def __init__(self, pool: Upstream, address: Address) -> None:
@@ -155,6 +157,7 @@ class EngineConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
+        self._buffer = bytearray(READ_AT_ONCE_NBYTES)
         self._waiter: asyncio.Future[None] | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._failure = ""
@@ -320,6 +323,14 @@ class EngineConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """As asyncio has it."""
         self._transport = transport
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """As asyncio has it."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """As asyncio has it."""
+        self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Parse; anything but an answer to what was asked ends the connection."""

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 import pytest
 
 from sllm_vllm.router.settings import IngressSettings
-from sllm_vllm.router.upstream import HEAD_NBYTES_MAX, READ_NBYTES, EngineConnection, EngineFailed, Upstream
+from sllm_vllm.router.upstream import (
+    HEAD_NBYTES_MAX,
+    READ_AT_ONCE_NBYTES,
+    READ_NBYTES,
+    EngineConnection,
+    EngineFailed,
+    Upstream,
+)
+from tests.waiting import wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 CLOSES = b"<close>"
@@ -187,3 +195,15 @@ async def test_closed_pool_keeps_nothing() -> None:
         await ask(upstream, script)
         await script.writers[1].wait_closed()
     assert script.num_connections == 2
+
+
+async def test_read_ahead_of_a_reader_that_stalls_is_bounded() -> None:
+    nbytes = 4 << 20
+    large = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % nbytes + b"x" * nbytes
+    async with scripted(large) as (upstream, script):
+        answer = await upstream.post(script.url, target="/v1/x", headers=[], body=b"{}")
+        await asyncio.to_thread(wait_until, lambda: len(answer.peek()) > READ_NBYTES, "it to be held up")
+        for _ in range(1000):  # what could come meanwhile, would
+            await asyncio.sleep(0)
+        assert READ_NBYTES <= len(answer.peek()) <= READ_NBYTES + READ_AT_ONCE_NBYTES
+        assert len(await read_all(answer)) == nbytes
