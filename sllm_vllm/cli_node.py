@@ -135,6 +135,8 @@ def _print_summary(report: NodeReport, socket: Path) -> None:
 
     typer.echo(f"node {report.version}  pid {report.pid}  up {age(report.uptime_s)}  {report.platform}")
     typer.echo(f"socket {socket}")
+    if report.problem:
+        typer.echo(f"the agent does not work: {report.problem}")
     warm = report.warm
     if warm.pid is None:
         typer.echo(f"no warm parent: {warm.problem}")

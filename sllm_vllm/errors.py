@@ -24,6 +24,7 @@
     │   ├── RemoteUnreachable    it can't be reached, or stalls: try again later
     │   │   └── RemoteRefused    it answers and refuses: mend the credentials or the request
     │   └── RemoteCorrupt        what it delivers is not what the manifest says
+    ├── DaemonFailed             a daemon has ended because a part of it can't work
     └── NodeError                the node agent does not do what was asked
         ├── NodeUnavailable      no agent answers: start one
         ├── NodeBusy             another agent owns the directory: this one must not start
@@ -153,6 +154,10 @@ class RemoteRefused(RemoteUnreachable):
 
 class RemoteCorrupt(RemoteError):
     """The remote delivers other bytes, or another number of them, than its manifest says."""
+
+
+class DaemonFailed(SllmError):
+    """A daemon has ended because a part that it needs can't work; the message says which, and why."""
 
 
 class NodeError(_PathError):

@@ -22,6 +22,7 @@ import aiohttp
 from sllm_vllm import __version__
 from sllm_vllm.config import NodeConfig
 from sllm_vllm.errors import NodeError, OrderRefused, ReplicaUnknown
+from sllm_vllm.file_limit import Spare
 from sllm_vllm.node.core.agent import AgentCore, AgentLimits
 from sllm_vllm.node.core.events import (
     Action,
@@ -58,11 +59,16 @@ from sllm_vllm.node.replica_record import ReplicaRecord, new_id
 from sllm_vllm.node.residency import hint_store, prefetch_checkpoint, read_residency
 from sllm_vllm.node.sessions import reap_adopted
 from sllm_vllm.node.starter import open_starter
+from sllm_vllm.run_loops import RunLoops
 
 logger = logging.getLogger(__name__)
 
 TIMINGS_MAX = 64
 _TICK_S = 1.0
+_STALL_S = 1.0
+"""A tick that comes so much too late is told in the log."""
+_SPARE_DESCRIPTORS = 4
+"""For looking at processes, and for another death watch."""
 _WATCH_S = 0.1
 _CLOSE_MARGIN_S = 10.0
 _KEY_NBYTES = 24
@@ -86,12 +92,19 @@ class NodeAgent:
     """Starts, watches and ends the engines of a node; refuses what its slots can't hold.
 
     Args:
+        loops: where its loops run and are watched over.
         clock: seconds that only the limits' clock is told by; tests let it jump.
     """
 
-    def __init__(self, config: NodeConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: NodeConfig, *, loops: RunLoops | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
         self._clock = clock
+        self._loops = loops or RunLoops()
+        self._ticking: asyncio.Task[None] | None = None
+        self._ticked_s = time.monotonic()
+        self._spare = Spare(0)
         self._started_s = time.monotonic()
         self._records: dict[str, ReplicaRecord] = {}
         self._timings: deque[EngineTiming] = deque(maxlen=TIMINGS_MAX)
@@ -103,6 +116,11 @@ class NodeAgent:
         self._is_closing = False
 
     # --------------------------------------------------------------------------------------------------- interface
+
+    @property
+    def num_slots(self) -> int:
+        """Places for engines, once it has started."""
+        return self._starter.num_slots
 
     async def start(self) -> None:
         """End what an agent before this one left behind, look at the machine, and have the warm parent import.
@@ -123,11 +141,15 @@ class NodeAgent:
         self._death_watch.start()
         self._core = AgentCore(starter.num_slots, _limits_of(config))
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True, limit=0))
-        self._in_background(self._tick())
+        self._spare = Spare(_SPARE_DESCRIPTORS)
+        self._ticked_s = time.monotonic()
+        self._ticking = self._loops.start("the agent's tick", self._tick)
         logger.info("event=agent_started platform=%s slots=%d", starter.hardware.platform, starter.num_slots)
 
     async def close(self) -> None:
-        """End all engines, then the warm parent."""
+        """End all engines, then the warm parent; nothing happens if that was done."""
+        if self._is_closing:
+            return
         self._is_closing = True
         for row in self._core.snapshot():
             if row.state not in ENDED:
@@ -137,11 +159,13 @@ class NodeAgent:
                 for row in self._core.snapshot():
                     async for _ in self.watch(row.id):
                         pass
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._ticking] if self._ticking is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._starter.close()
-        reap_adopted({*self._sessions, *self._starter.parents})
+        self._reap_adopted()
+        self._spare.close()
         await self._session.close()
         self._death_watch.close()
         logger.info("event=agent_stopped")
@@ -259,6 +283,7 @@ class NodeAgent:
             hops=dict(residency.hops),
             store=residency.problem,
             timings=tuple(self._timings),
+            problem=self._loops.problem,
         )
 
     def logs(self, replica_id: str, *, tail_nbytes: int | None, follow: bool) -> AsyncIterator[bytes]:
@@ -301,7 +326,7 @@ class NodeAgent:
         return refusals
 
     async def _run(self, start: StartEngine) -> None:
-        """One engine, from its slots to its end."""
+        """One engine, from its slots to its end; the core hears of that end whatever fails, so that slots come back."""
         spec, record = start.spec, self._records[start.spec.id]
         place = Place(start.slots, record.reservation.port, record.api_key, record.reservation.host)
         try:
@@ -309,11 +334,10 @@ class NodeAgent:
             engine = Engine(spec.id, log, on_event=self._happened, on_change=record.notify)
             record.engine = engine
             process = await self._starter.start(engine, spec, place, directory=record.order.directory)
-        except (OSError, ValueError) as error:  # ValueError: a word that can't be given to a process
-            if record.engine is not None:
-                record.engine.pipe.close()
-                self._starter.tidy(record.engine)
-            record.reservation.close()
+        except Exception as error:  # the top of a task
+            if not isinstance(error, OSError | ValueError):  # ValueError: a word that can't be given to a process
+                logger.exception("event=start_failed replica=%s", spec.id)
+            self._let_go(record)
             self._happened(EngineNotStarted(spec.id, f"no process: {getattr(error, 'strerror', None) or error}"))
             return
         self._sessions.append(process.pid)
@@ -321,12 +345,22 @@ class NodeAgent:
         self._happened(EngineStarted(spec.id, process.pid))
         try:
             status = await engine.run(self._session, place.url, health_s=self.config.health_s)
+        except Exception:  # the top of a task
+            logger.exception("event=engine_not_watched replica=%s", spec.id)
+            process.kill()
+            status = await process.wait()
         finally:
             process.kill()
-            record.reservation.close()
-            self._starter.tidy(engine)
+            self._let_go(record)
         self._orphans.remove(process.pid)
         self._happened(EngineExited(spec.id, status))
+
+    def _let_go(self, record: ReplicaRecord) -> None:
+        """Of what an engine that is gone, or never came, has taken."""
+        record.reservation.close()
+        if record.engine is not None:
+            record.engine.pipe.close()
+            self._starter.tidy(record.engine)
 
     def _end(self, action: TerminateEngine | KillEngine) -> None:
         """Before there is a process nothing is done: the core says it again when there is one."""
@@ -378,10 +412,18 @@ class NodeAgent:
 
     async def _tick(self) -> None:
         """What has to be done every second."""
-        while True:
-            await asyncio.sleep(_TICK_S)
-            self._happened(Ticked())
+        await asyncio.sleep(_TICK_S)
+        now_s = time.monotonic()
+        stood_s, self._ticked_s = now_s - self._ticked_s - _TICK_S, now_s
+        if stood_s > _STALL_S:
+            logger.warning("event=agent_stood_still seconds=%.1f", stood_s)
+        self._happened(Ticked())
+        with self._spare.lent():
             self._death_watch.ensure()
+        self._reap_adopted()
+
+    def _reap_adopted(self) -> None:
+        with self._spare.lent():
             reap_adopted({*self._sessions, *self._starter.parents})
 
     def _row(self, replica_id: str) -> ReplicaRow:

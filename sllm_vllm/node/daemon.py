@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from sllm_vllm.config import NodeConfig
+from sllm_vllm.ending import Ending, Stopped
 from sllm_vllm.errors import NodeBusy, NodeError
-from sllm_vllm.node.server import Agent, Server
+from sllm_vllm.file_limit import connections_within, raise_file_limit
+from sllm_vllm.node.server import CONNECTIONS_MAX, Agent, Server
+from sllm_vllm.run_loops import RunLoops
 from sllm_vllm.unix_listener import DaemonWords, listening, locked, make_private_directory
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,14 @@ WORDS = DaemonWords(
     socket_mend="give another --node-dir",
 )
 
+CLOSE_S_MAX = 60.0
+"""After SIGTERM, beside the time that engines get, the process is gone within this time."""
+BASE_DESCRIPTORS = 28
+"""What an agent has open beside engines and connections: its loop, lock, socket, warm parent, death watch, libraries,
+and the files and store connections that it opens for a moment."""
+ENGINE_DESCRIPTORS = 8
+"""What one engine takes: its process, the spare ones to end it, its output, log, port and health."""
+
 MakeAgent = Callable[[NodeConfig], Agent]
 
 
@@ -31,48 +41,63 @@ def serve(config: NodeConfig, make_agent: MakeAgent | None = None) -> int:
     """Run the agent until SIGTERM, SIGINT or the order to stop; its engines end with it. Returns the exit status.
 
     Args:
-        make_agent: called on the agent's loop; ``NodeAgent`` by itself.
+        make_agent: called on the agent's loop instead of ``NodeAgent``.
 
     Raises:
         NodeBusy: another agent has the directory. NodeError: the socket can't be made.
+        ConfigError: a setting is wrong, or the process may open too few files.
+        DaemonFailed: a part of it can't work any more.
     """
+    raise_file_limit()
     make_private_directory(config.node_dir, WORDS)
     with locked(config.node_dir / "lock", config.socket_path, WORDS), listening(config.socket_path, WORDS) as listener:
-        asyncio.run(_run(config, listener, make_agent or _node_agent))
+        asyncio.run(_run(config, listener, make_agent))
     return 0
 
 
-def _node_agent(config: NodeConfig) -> Agent:
+def descriptors_kept(num_slots: int) -> int:
+    """What the agent, with an engine in each slot and one more that starts, takes beside its clients' connections."""
+    return BASE_DESCRIPTORS + ENGINE_DESCRIPTORS * (num_slots + 1)
+
+
+async def _run(config: NodeConfig, listener: socket.socket, make_agent: MakeAgent | None) -> None:
+    ending = Ending(within_s=config.stop_s + CLOSE_S_MAX)
+    loops = RunLoops(ending.fail)
+    agent = make_agent(config) if make_agent is not None else _node_agent(config, loops)
+    with contextlib.suppress(Stopped):
+        with ending.starting():
+            await agent.start()
+        try:
+            async with served(agent, listener, ending=ending, loops=loops):
+                logger.info("event=agent_serving socket=%s", config.socket_path)
+                await ending.wait()
+                await agent.close()  # within: whoever watches a replica is told of its end
+        finally:
+            await agent.close()
+    logger.info("event=agent_stopped socket=%s", config.socket_path)
+    ending.check()
+
+
+def _node_agent(config: NodeConfig, loops: RunLoops) -> Agent:
     from sllm_vllm.node.agent import NodeAgent  # tests serve another
 
-    return NodeAgent(config)
+    return NodeAgent(config, loops=loops)
 
 
-async def _run(config: NodeConfig, listener: socket.socket, make_agent: MakeAgent) -> None:
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    agent = make_agent(config)
-    server = Server(agent, stop=stopped.set)
-    await agent.start()
+@contextlib.asynccontextmanager
+async def served(agent: Agent, listener: socket.socket, *, ending: Ending, loops: RunLoops) -> AsyncIterator[None]:
+    """Answer on the agent's socket.
+
+    Raises:
+        ConfigError: the process may open too few files.
+    """
+    limit, kept = raise_file_limit(), descriptors_kept(agent.num_slots)
+    server = Server(agent, stop=ending.stop, connections_max=connections_within(limit, CONNECTIONS_MAX, kept=kept))
+    await server.start()
+    accepting = loops.start("the agent's socket", lambda: server.accept(listener))
     try:
-        await server.start()
-        logger.info("event=agent_serving socket=%s", config.socket_path)
-        await _serve_until(stopped, server, listener)
+        yield
     finally:
-        await agent.close()  # first: whoever watches a replica is told of its end
+        accepting.cancel()
+        await asyncio.gather(accepting, return_exceptions=True)
         await server.close()
-    logger.info("event=agent_stopped socket=%s", config.socket_path)
-
-
-async def _serve_until(stopped: asyncio.Event, server: Server, listener: socket.socket) -> None:
-    """Accept connections until told to stop; those that are there stay."""
-    accepting = asyncio.create_task(server.serve(listener))
-    stopping = asyncio.create_task(stopped.wait())
-    try:
-        await asyncio.wait([accepting, stopping], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (accepting, stopping):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await accepting  # an error of it is the daemon's

@@ -20,7 +20,9 @@ from sllm_vllm.node.engine_process import EngineProcess
 from sllm_vllm.node.health import keep_asking, wait_healthy
 from sllm_vllm.node.logs import BoundedLog, OutputPipe
 from sllm_vllm.node.protocol import StartReport
+from sllm_vllm.node.running_time import within
 from sllm_vllm.node.sessions import end_session
+from sllm_vllm.run_loops import RunLoops
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Engine:
         self, replica: str, log: BoundedLog, *, on_event: Callable[[Event], object], on_change: Callable[[], None]
     ) -> None:
         self.replica = replica
+        self._loops = RunLoops(self._not_judged)
         self.process: EngineProcess | None = None
         self.scratch: Path | None = None
         """Its temporary directory, if it has one of its own."""
@@ -72,7 +75,7 @@ class Engine:
     async def run(self, session: aiohttp.ClientSession, url: str, *, health_s: float) -> int:
         """Watch it until it has ended and nothing of it is left; its exit status, or minus the signal that ended it."""
         assert self.process is not None
-        asking = asyncio.get_running_loop().create_task(self._ask(session, url, health_s))
+        asking = self._loops.start(f"health of {self.replica}", lambda: self._ask(session, url, health_s))
         try:
             status = await self.process.wait()
         finally:
@@ -87,8 +90,7 @@ class Engine:
     async def drain(self) -> None:
         """Take the rest of its output."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_S):
-                await self.pipe.wait_closed()
+            await within(_DRAIN_S, self.pipe.wait_closed())
         self.pipe.close()
 
     def report(self) -> StartReport:
@@ -109,6 +111,12 @@ class Engine:
         self._phases.became_ready(self._at_s())
         self._on_event(EngineHealthy(self.replica))
         await keep_asking(session, url, self._answered, every_s=health_s)
+
+    def _not_judged(self, reason: str) -> None:
+        """Its health can't be asked for: an engine that could hang unseen is ended."""
+        logger.error("event=engine_not_judged replica=%s reason=%r", self.replica, reason)
+        if self.process is not None:
+            self.process.kill()
 
     def _answered(self, problem: str) -> None:
         self._on_event(EngineUnhealthy(self.replica, problem) if problem else EngineHealthy(self.replica))

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 
+from sllm_vllm.file_limit import Spare
 from sllm_vllm.node.cold_start import command_of
-from sllm_vllm.node.sessions import kill_members
+from sllm_vllm.node.sessions import kill_group, kill_members
+
+logger = logging.getLogger(__name__)
+
+_SPARE_DESCRIPTORS = 2
+"""For looking at the system's processes when it is to be ended."""
+_STATUS_LOST = 255
+"""Of one that something else in this process has reaped."""
 
 
 class EngineProcess:
@@ -25,6 +34,7 @@ class EngineProcess:
         self._loop = asyncio.get_running_loop()
         try:
             self._fd = os.pidfd_open(pid)
+            self._spare = Spare(_SPARE_DESCRIPTORS)
         except OSError:  # no descriptor is left: nobody could ever watch it
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -48,7 +58,7 @@ class EngineProcess:
     def kill(self) -> None:
         """End every process of the engine."""
         if not self._ended.done():
-            kill_members(self.pid)
+            self._kill_members()
             self._signal(signal.SIGKILL)  # before it became the leader of a session it has none
 
     def _signal(self, number: signal.Signals) -> None:
@@ -56,13 +66,28 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._fd, number)
 
+    def _kill_members(self) -> None:
+        """Kill its session; never raises, as its end must be noticed whatever is the matter."""
+        with self._spare.lent():
+            try:
+                kill_members(self.pid)
+            except OSError as error:
+                logger.warning("event=processes_not_listed session=%d reason=%s", self.pid, error)
+                kill_group(self.pid)
+
     def _reap(self) -> None:
+        self._kill_members()  # first: as long as it is not reaped, its number is its own
         self._loop.remove_reader(self._fd)
-        kill_members(self.pid)
-        found = os.waitid(os.P_PIDFD, self._fd, os.WEXITED)
+        try:
+            found = os.waitid(os.P_PIDFD, self._fd, os.WEXITED)
+            assert found is not None
+            status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        except ChildProcessError:
+            logger.error("event=status_lost pid=%d", self.pid)
+            status = _STATUS_LOST
         os.close(self._fd)
-        assert found is not None
-        self._ended.set_result(found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
+        self._spare.close()
+        self._ended.set_result(status)
 
 
 def start_cold(

@@ -1,4 +1,8 @@
-"""Whether an engine is well: asks its ``/health``, soon and often until the first yes, then now and then."""
+"""Whether an engine is well: asks its ``/health``, soon and often until the first yes, then now and then.
+
+An engine is not judged by what is this process's own fault: the time in which it stood still does not count, and a
+question that it has no descriptor for was not asked.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ from collections.abc import Callable
 
 import aiohttp
 
+from sllm_vllm.node.running_time import within
+from sllm_vllm.run_loops import is_shortage
+
 EAGER_S = 0.02
 """Between questions in the first seconds of a start; a refused connection costs a fraction of a millisecond."""
 EAGER_FOR_S = 10.0
@@ -15,10 +22,10 @@ PATIENT_S = 0.2
 
 
 async def wait_healthy(session: aiohttp.ClientSession, url: str, *, answer_s: float) -> None:
-    """Return at the first yes; ask for ever."""
+    """Return at the first yes; ask until then."""
     start_s = time.monotonic()
     while True:
-        if not await ask_health(session, url, answer_s=answer_s):
+        if await ask_health(session, url, answer_s=answer_s) == "":
             return
         await asyncio.sleep(EAGER_S if time.monotonic() - start_s < EAGER_FOR_S else PATIENT_S)
 
@@ -26,18 +33,23 @@ async def wait_healthy(session: aiohttp.ClientSession, url: str, *, answer_s: fl
 async def keep_asking(
     session: aiohttp.ClientSession, url: str, on_answer: Callable[[str], None], *, every_s: float
 ) -> None:
-    """Ask for ever; ``on_answer`` gets an empty string for a yes, else what was wrong."""
+    """Ask until cancelled; ``on_answer`` gets an empty string for a yes, else what was wrong."""
     while True:
         await asyncio.sleep(every_s)
-        on_answer(await ask_health(session, url, answer_s=every_s))
+        if (problem := await ask_health(session, url, answer_s=every_s)) is not None:
+            on_answer(problem)
 
 
-async def ask_health(session: aiohttp.ClientSession, url: str, *, answer_s: float) -> str:
-    """Ask once; empty for a yes, else what was wrong."""
+async def ask_health(session: aiohttp.ClientSession, url: str, *, answer_s: float) -> str | None:
+    """Ask once; empty for a yes, else what was wrong; None if it could not be asked."""
     try:
-        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=answer_s)) as answer:
-            return "" if answer.status == 200 else f"it answered with status {answer.status}"
+        return await within(answer_s, _ask(session, url))
     except TimeoutError:
         return f"no answer within {answer_s:g} s"
     except (aiohttp.ClientError, OSError) as error:
-        return f"{error or type(error).__name__}"
+        return None if is_shortage(error) else f"{error or type(error).__name__}"
+
+
+async def _ask(session: aiohttp.ClientSession, url: str) -> str:
+    async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=None)) as answer:
+        return "" if answer.status == 200 else f"it answered with status {answer.status}"

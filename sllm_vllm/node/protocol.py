@@ -166,3 +166,5 @@ class NodeReport(_Message):
     """The last starts, oldest first."""
     peer: str = ""
     """Where other nodes can pull this one's checkpoints from, with the key to it; empty if they can't."""
+    problem: str = ""
+    """Which of the agent's own loops do not work now, and why; empty if all do."""

@@ -20,12 +20,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sllm_vllm.config import NodeConfig
 from sllm_vllm.errors import NodeBusy, NodeError, NodeUnavailable, SllmError
+from sllm_vllm.file_limit import raise_file_limit
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.core.ray_nodes import RayNodeFacts, config_there
 from sllm_vllm.node.daemon import WORDS
 from sllm_vllm.node.peer_server import PeerServer
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport
 from sllm_vllm.node.server import Server
+from sllm_vllm.run_loops import RunLoops
 from sllm_vllm.store.transfer import pull_checkpoint
 from sllm_vllm.unix_listener import listening, locked, make_private_directory
 
@@ -119,14 +121,16 @@ class RayAgent:
     async def _enter(self) -> NodeAgent:
         """Take the node's folder, start the agent, and let the commands on this machine in."""
         config = self._config
+        raise_file_limit()
         make_private_directory(config.node_dir, WORDS)
         listener = await _entered(self._held, config)
-        agent = NodeAgent(config)
+        loops = RunLoops(lambda reason: os.kill(os.getpid(), signal.SIGTERM))
+        agent = NodeAgent(config, loops=loops)
         await agent.start()
         self._held.push_async_callback(agent.close)
         server = Server(agent, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
         await server.start()
-        accepting = asyncio.get_running_loop().create_task(server.serve(listener))
+        accepting = loops.start("the agent's socket", lambda: server.accept(listener))
         self._held.push_async_callback(server.close)
         self._held.callback(accepting.cancel)
         await self._peers.start()

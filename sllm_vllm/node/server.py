@@ -34,7 +34,7 @@ from sllm_vllm.unix_listener import is_trusted, peer_of
 logger = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 128
-"""Clients at once; more are hung up on."""
+"""Clients at once, where the limit of descriptors allows them; more are hung up on."""
 SHUTDOWN_S = 2.0
 """What an answer under way gets to come to its end, once the agent has closed."""
 TAIL_NBYTES_MAX = 1 << 40
@@ -59,11 +59,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Agent(Protocol):
     """What is served: ``agent.NodeAgent``."""
 
+    @property
+    def num_slots(self) -> int:
+        """Places for engines, once it has started."""
+
     async def start(self) -> None:
         """Take orders from now on."""
 
     async def close(self) -> None:
-        """End every engine, then return."""
+        """End every engine, then return; nothing happens if it is closed."""
 
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
         """Accept an order. Raises ``OrderRefused``."""
@@ -109,10 +113,12 @@ class Server:
 
     Args:
         stop: called when a client wants the agent to end.
+        connections_max: clients at once.
     """
 
-    def __init__(self, agent: Agent, *, stop: Callable[[], None]) -> None:
+    def __init__(self, agent: Agent, *, stop: Callable[[], None], connections_max: int = CONNECTIONS_MAX) -> None:
         self._agent = agent
+        self._connections_max = connections_max
         self._stop = stop
         self._orders: set[asyncio.Task[Any]] = set()
         app = web.Application(client_max_size=REQUEST_NBYTES_MAX, middlewares=[_told_as_json])
@@ -140,21 +146,40 @@ class Server:
         await self._runner.setup()
 
     async def serve(self, listener: socket.socket) -> None:
-        """Accept connections until cancelled."""
-        loop, server = asyncio.get_running_loop(), self._runner.server
-        assert server is not None
+        """Accept connections until cancelled, or until one can't be accepted."""
         while True:
-            channel, _ = await loop.sock_accept(listener)
-            _, uid = peer_of(channel)
-            if not is_trusted(uid):
-                logger.warning("event=connection_refused reason=other_user uid=%d", uid)
-            elif len(server.connections) >= CONNECTIONS_MAX:
-                logger.warning("event=connection_refused reason=connections_max connections=%d", CONNECTIONS_MAX)
-            else:
+            await self.accept(listener)
+
+    async def accept(self, listener: socket.socket) -> None:
+        """Accept one connection, and serve it or hang up; a step of a run loop.
+
+        Raises:
+            OSError: there is no descriptor for it.
+        """
+        loop = asyncio.get_running_loop()
+        channel, _ = await loop.sock_accept(listener)
+        try:
+            if self._is_let_in(channel):
+                server = self._runner.server
+                assert server is not None
                 channel.setblocking(False)
                 await loop.connect_accepted_socket(server, channel)
-                continue
+                return
+        except BaseException:
             channel.close()
+            raise
+        channel.close()
+
+    def _is_let_in(self, channel: socket.socket) -> bool:
+        _, uid = peer_of(channel)
+        if not is_trusted(uid):
+            logger.warning("event=connection_refused reason=other_user uid=%d", uid)
+            return False
+        server = self._runner.server
+        if server is None or len(server.connections) >= self._connections_max:
+            logger.warning("event=connection_refused reason=connections_max connections=%d", self._connections_max)
+            return False
+        return True
 
     async def close(self) -> None:
         """End every connection; answers under way get ``SHUTDOWN_S``."""

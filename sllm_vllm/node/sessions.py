@@ -9,6 +9,7 @@ import signal
 from collections.abc import Collection
 
 from sllm_vllm.node.orphans import TRACKER_S_MAX, all_processes, is_tracker
+from sllm_vllm.run_loops import is_shortage
 
 _POLL_S = 0.01
 
@@ -31,15 +32,31 @@ def kill_members(session: int, *, also_trackers: bool = False) -> list[int]:
     return members
 
 
+def kill_group(leader: int) -> None:
+    """Kill a session leader's own group (SIGKILL): what can be done where no process can be looked at."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 async def end_session(session: int, *, timeout_s: float) -> bool:
     """Kill every process of a session, and return when none runs any more; False if some do in spite of it."""
     loop = asyncio.get_running_loop()
     start_s = loop.time()
-    while kill_members(session, also_trackers=loop.time() - start_s > TRACKER_S_MAX):
+    while _has_members(session, also_trackers=loop.time() - start_s > TRACKER_S_MAX):
         if loop.time() - start_s > timeout_s:
             return False
         await asyncio.sleep(_POLL_S)
     return True
+
+
+def _has_members(session: int, *, also_trackers: bool) -> bool:
+    """Kill them, and say whether there were any; a system that can't list them may have them."""
+    try:
+        return bool(kill_members(session, also_trackers=also_trackers))
+    except OSError as error:
+        if not is_shortage(error):
+            raise
+        return True
 
 
 def reap_adopted(sessions: Collection[int]) -> int:

@@ -51,6 +51,7 @@ from sllm_vllm.router.movability import Movability
 from sllm_vllm.router.node_orders import NodeOrders
 from sllm_vllm.router.refusals import rejected, stopping
 from sllm_vllm.router.weights_size import weights_nbytes
+from sllm_vllm.run_loops import RunLoops
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Controller:
         self._created: dict[str, int] = {}
         self._served: tuple[ServedModel, ...] = ()
         self._clock = clock
+        self._loops = RunLoops()
         self._members: dict[str, Member] = {}
         self._orders = NodeOrders(self._members, self.models, directory)
         self._leaving: set[asyncio.Task[None]] = set()
@@ -113,10 +115,14 @@ class Controller:
 
     # ------------------------------------------------------------------------------------------------------- its life
 
-    async def start(self) -> None:
-        """Begin to count time."""
-        self._ticking = asyncio.get_running_loop().create_task(self._tick())
-        self._ticking.add_done_callback(_tell_failure)
+    async def start(self, loops: RunLoops | None = None) -> None:
+        """Begin to count time.
+
+        Args:
+            loops: where its loops run; it is not ready while one of them does not work.
+        """
+        self._loops = loops or self._loops
+        self._ticking = self._loops.start("the controller's tick", self._tick)
 
     async def add_node(
         self,
@@ -145,7 +151,7 @@ class Controller:
         member = Member(name, node, self.models, tell=self._tell, on_lost=lose, num_nodes=count)
         self._members[name] = member
         try:
-            await member.join(requests)
+            await member.join(requests, self._loops)
         except BaseException:
             if self._members.get(name) is member:
                 del self._members[name]
@@ -183,8 +189,8 @@ class Controller:
         return self._served
 
     def is_ready(self) -> bool:
-        """As soon as a node is known, and as long as nothing that has to run for ever has ended."""
-        return not self._ticking.done() and any(member.is_well for member in self._members.values())
+        """As soon as a node is known, and as long as every loop works, the nodes' own included."""
+        return not self._loops.problem and any(member.is_well for member in self._members.values())
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         """See ``Gate``."""
@@ -413,12 +419,5 @@ class Controller:
             future.set_exception(rejected(action))
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self._tell(Ticked())
-
-
-def _tell_failure(task: asyncio.Task[None]) -> None:
-    """None of them ever ends by itself: without one the router stands still, and that must not be silent."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.critical("event=controller_failed", exc_info=error)
+        await asyncio.sleep(TICK_S)
+        self._tell(Ticked())

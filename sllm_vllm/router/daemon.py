@@ -13,12 +13,12 @@ from pathlib import Path
 import uvloop
 
 from sllm_vllm.config import read_variable
+from sllm_vllm.ending import Ending, Stopped
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.file_limit import raise_file_limit
+from sllm_vllm.file_limit import connections_within, raise_file_limit
 from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
-from sllm_vllm.node.daemon import WORDS
-from sllm_vllm.node.server import Server
+from sllm_vllm.node.daemon import CLOSE_S_MAX, WORDS, descriptors_kept, served
 from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
 from sllm_vllm.router.config import ModelConfig, RouterConfig
@@ -34,6 +34,7 @@ from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.state_store import SqliteStore, StateError
 from sllm_vllm.router.watch import Message, Receive, Send
+from sllm_vllm.run_loops import RunLoops
 from sllm_vllm.unix_listener import listening, locked, make_private_directory
 
 logger = logging.getLogger(__name__)
@@ -43,19 +44,24 @@ STATE_NAME = "state.sqlite"
 NODE_NAME = "local"
 SAVE_S = 60.0
 _BACKLOG = 2048
+_AGENT_CLIENTS = 8
+"""Connections to the agent's own socket that descriptors are kept for."""
+_DESCRIPTORS_A_CONNECTION = 2
+"""A client's, and its engine's."""
 
 
 def serve(path: Path) -> int:
     """Serve what a file says until SIGTERM or SIGINT; SIGHUP reads it again. Returns the exit status.
 
     Raises:
-        ConfigError: the file is wrong, or the address can't be had. NodeBusy: another agent has the node's folder.
-        NodeError: that folder can't be used.
+        ConfigError: the file is wrong, the address can't be had, or the process may open too few files.
+        NodeBusy: another agent has the node's folder. NodeError: that folder can't be used.
+        DaemonFailed: a part of it can't work any more.
     """
     config, warnings = read_checked_config(path)
     _warn(path, warnings)
     node = config.node_config()
-    raise_file_limit()  # each request has two descriptors: its client's, and its engine's
+    raise_file_limit()
     make_private_directory(node.node_dir, WORDS)
     with (
         locked(node.node_dir / "lock", node.socket_path, WORDS),
@@ -105,37 +111,67 @@ class RouterProcess:
         self._config = config
         self._node = config.node_config()
         self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
 
     async def run(self, client_socket: socket.socket, node_socket: socket.socket) -> None:
         """Serve until told to stop; then requests get their time, and engines end."""
-        stopped = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
-        agent = NodeAgent(self._node)
-        await agent.start()
-        try:
-            async with self._controller(agent) as controller, _served(agent, node_socket, stopped):
-                settings = await asyncio.to_thread(self._settings, self._config)
-                digests = await asyncio.to_thread(self._admin_digests, self._config)
-                self._admin = AdminApp(
-                    controller, key_digests=digests, reload=self.reload, keep=self._kept.keep, check=self._check_model
-                )
-                self._app = RouterApp(Ingress(controller, settings), self._admin)
-                loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._reload_or_tell()))
-                serving = loop.create_task(serve_app(self._app, settings, sockets=[client_socket]))
-                host, port = client_socket.getsockname()[:2]
-                write_url(self._node.node_dir, host, port)
-                logger.info("event=router_serving url=http://%s:%d models=%d", host, port, len(self._config.models))
-                waiting = loop.create_task(stopped.wait())
-                await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
-                serving.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await serving
-        finally:
-            await agent.close()
+        ending = Ending(within_s=self._node.stop_s + IngressSettings().drain_s + CLOSE_S_MAX)
+        self._loops = loops = RunLoops(ending.fail)
+        agent = NodeAgent(self._node, loops=loops)
+        with contextlib.suppress(Stopped):
+            with ending.starting():
+                await agent.start()
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    with ending.starting():
+                        app, settings = await self._opened(agent, stack)
+                        await stack.enter_async_context(served(agent, node_socket, ending=ending, loops=loops))
+                    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
+                    await self._serve_clients(app, settings, listener=client_socket, ending=ending)
+            finally:
+                await agent.close()
         logger.info("event=router_stopped")
+        ending.check()
+
+    async def _opened(self, agent: NodeAgent, stack: contextlib.AsyncExitStack) -> tuple[RouterApp, IngressSettings]:
+        """The parts of it on an agent that has started; ``stack`` closes them."""
+        self._num_slots = agent.num_slots
+        settings = await asyncio.to_thread(self._settings, self._config)
+        controller = await stack.enter_async_context(self._controller(agent))
+        digests = await asyncio.to_thread(self._admin_digests, self._config)
+        self._admin = AdminApp(
+            controller, key_digests=digests, reload=self.reload, keep=self._kept.keep, check=self._check_model
+        )
+        self._app = RouterApp(Ingress(controller, settings), self._admin)
+        return self._app, settings
+
+    async def _serve_clients(
+        self, app: RouterApp, settings: IngressSettings, *, listener: socket.socket, ending: Ending
+    ) -> None:
+        """Until the router ends; a server that ends before that ends the router."""
+        loop = asyncio.get_running_loop()
+        serving = loop.create_task(serve_app(app, settings, sockets=[listener]))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if not ending.has_begun:
+                ending.fail("the HTTP server has ended")
+
+        serving.add_done_callback(ended)
+        host, port = listener.getsockname()[:2]
+        write_url(self._node.node_dir, host, port)
+        logger.info("event=router_serving url=http://%s:%d models=%d", host, port, len(self._config.models))
+        try:
+            await ending.wait()
+        finally:
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+
+    def _hung_up(self) -> None:
+        """SIGHUP."""
+        task = asyncio.get_running_loop().create_task(self._reload_or_tell())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
     def _require_hidden(self, config: RouterConfig) -> None:
         """Refuse a key in a variable that engines and their warm parent already have in their environment."""
@@ -205,9 +241,9 @@ class RouterProcess:
         await controller.measure(models)
         for model in models:
             controller.deploy(model)
-        await controller.start()
+        await controller.start(self._loops)
         await controller.add_node(NODE_NAME, agent)
-        saving = asyncio.get_running_loop().create_task(_save_now_and_then(controller, path))
+        saving = self._loops.start("saving estimates", lambda: _save_later(controller, path))
         try:
             yield controller
         finally:
@@ -217,7 +253,13 @@ class RouterProcess:
             await _save(controller, path)
 
     def _settings(self, config: RouterConfig) -> IngressSettings:
-        return config.ingress_settings(read_key_digests(config.keys.clients, "keys.clients"))
+        settings = config.ingress_settings(read_key_digests(config.keys.clients, "keys.clients"))
+        kept = descriptors_kept(self._num_slots) + _AGENT_CLIENTS
+        wanted = settings.connections_max
+        num = connections_within(raise_file_limit(), wanted, each=_DESCRIPTORS_A_CONNECTION, kept=kept)
+        if num < wanted:
+            logger.warning("event=connections_bounded wanted=%d connections=%d reason='ulimit -n'", wanted, num)
+        return settings.model_copy(update={"connections_max": num})
 
     def _admin_digests(self, config: RouterConfig) -> tuple[str, ...]:
         """Those of the configuration, and one that lies in the agent's folder for this user's own commands."""
@@ -230,10 +272,9 @@ def _warn(path: Path, warnings: Iterable[Problem]) -> None:
         logger.warning("event=config_warning path=%s problem=%r", path, str(warning))
 
 
-async def _save_now_and_then(controller: Controller, path: Path) -> None:
-    while True:
-        await asyncio.sleep(SAVE_S)
-        await _save(controller, path)
+async def _save_later(controller: Controller, path: Path) -> None:
+    await asyncio.sleep(SAVE_S)
+    await _save(controller, path)
 
 
 async def _save(controller: Controller, path: Path) -> None:
@@ -243,20 +284,6 @@ async def _save(controller: Controller, path: Path) -> None:
         await asyncio.to_thread(write_record, path, record)
     except OSError as error:
         logger.warning("event=estimates_not_written path=%s reason=%s", path, error)
-
-
-@contextlib.asynccontextmanager
-async def _served(agent: NodeAgent, node_socket: socket.socket, stopped: asyncio.Event) -> AsyncIterator[None]:
-    """The agent's own socket, so that `ps` and `logs` work beside a router."""
-    server = Server(agent, stop=stopped.set)
-    await server.start()
-    accepting = asyncio.get_running_loop().create_task(server.serve(node_socket))
-    try:
-        yield
-    finally:
-        accepting.cancel()
-        await asyncio.gather(accepting, return_exceptions=True)
-        await server.close()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping
 
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport
@@ -12,8 +11,7 @@ from sllm_vllm.router.core.events import Event
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.engines import Engines, Node
 from sllm_vllm.router.node_watch import NodeWatch
-
-logger = logging.getLogger(__name__)
+from sllm_vllm.run_loops import RunLoops
 
 
 class Member:
@@ -60,23 +58,24 @@ class Member:
 
     @property
     def is_well(self) -> bool:
-        """Whether it was heard of, and everything that has to run for ever does."""
-        return self.report is not None and not any(task.done() for task in self._tasks)
+        """Whether it was heard of, and its agent's loops work, as far as it says."""
+        return self.report is not None and not self.report.problem
 
-    async def join(self, requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]]) -> None:
+    async def join(self, requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]], loops: RunLoops) -> None:
         """Take it in with what runs on it already.
 
         Args:
             requests: tells, by replica, those that are streamed from it.
+            loops: where what follows it runs.
 
         Raises:
             NodeError: its agent does not answer.
         """
         await self.watch.join(lambda report: self.engines.find(report.replicas, requests()))
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(one) for one in (self.watch.keep_reporting(), self.watch.watch_warm())]
-        for task in self._tasks:
-            task.add_done_callback(self._tell_failure)
+        self._tasks = [
+            loops.start(f"reports of {self.name}", self.watch.follow_report),
+            loops.start(f"warm parent of {self.name}", self.watch.follow_warm),
+        ]
 
     async def close(self) -> None:
         """Follow nothing of it any more."""
@@ -91,8 +90,3 @@ class Member:
         if not self._is_lost:
             self._is_lost = True
             self._when_lost(reason)
-
-    def _tell_failure(self, task: asyncio.Task[None]) -> None:
-        """None of them ever ends by itself: without one the router is blind there, and that must not be silent."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.critical("event=member_failed node=%s", self.name, exc_info=error)

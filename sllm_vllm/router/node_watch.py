@@ -78,34 +78,32 @@ class NodeWatch:
         self._tell(NodeJoined(self._name, len(report.slots), is_warm=first.is_warm, report=first, found=found))
         self._tell(first)
 
-    async def keep_reporting(self) -> None:
-        """Until cancelled."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(REPORT_S, self._num_nodes() / REPORTS_PER_S_MAX)):
-                    await self._stale.wait()
-            self._stale.clear()
-            try:
-                report = await self._node.report()
-            except NodeUnavailable as error:
-                self._on_lost(error.problem)
-            except SllmError as error:
-                logger.warning("event=no_report node=%s reason=%s", self._name, error)
-            else:
-                self._tell(self._taken(report))
-            await asyncio.sleep(PAUSE_S)
+    async def follow_report(self) -> None:
+        """Wait for the next report's time, or for a reason to look now, and read it: a step of a run loop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(REPORT_S, self._num_nodes() / REPORTS_PER_S_MAX)):
+                await self._stale.wait()
+        self._stale.clear()
+        try:
+            report = await self._node.report()
+        except NodeUnavailable as error:
+            self._on_lost(error.problem)
+        except SllmError as error:
+            logger.warning("event=no_report node=%s reason=%s", self._name, error)
+        else:
+            self._tell(self._taken(report))
+        await asyncio.sleep(PAUSE_S)
 
-    async def watch_warm(self) -> None:
-        """Until cancelled: tell of a warm parent as soon as it has imported, and not with the next report."""
-        while True:
-            try:
-                is_warm = await self._node.wait_warm(WARM_S)
-            except NodeUnavailable as error:
-                self._on_lost(error.problem)
-                return
+    async def follow_warm(self) -> None:
+        """Tell of a warm parent as soon as it has imported, and not with the next report: a step of a run loop."""
+        try:
+            is_warm = await self._node.wait_warm(WARM_S)
+        except NodeUnavailable as error:
+            self._on_lost(error.problem)
+        else:
             if is_warm and self.report is not None and self.report.warm.pid is None:
                 self.refresh()
-            await asyncio.sleep(REPORT_S)  # one that is there is asked for again, and one that never comes, too
+        await asyncio.sleep(REPORT_S)  # one that is there is asked for again, and one that never comes, too
 
     def what_is_known(self, model: ModelConfig) -> tuple[Mapping[str, Tier], int]:
         """Where a model's weights are by node, and their bytes, as the last report has it; nothing and 0 if not."""

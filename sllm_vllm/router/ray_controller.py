@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from sllm_vllm.router.ray_state import RayStore
 from sllm_vllm.router.remote import Answer, Held, News, Note, Unknown, Welcome
 from sllm_vllm.router.state_store import StateError, StateStore, open_state_store
 from sllm_vllm.router.watch import Message
+from sllm_vllm.run_loops import RunLoops
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,9 @@ class RayController:
         """Ray's id by name."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone_since_s: float | None = None
+        self._loops = RunLoops(_end_process)
+        self._joining: dict[str, asyncio.Task[None]] = {}
+        self._saved_s = time.monotonic()
 
     async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
         """See ``ControllerLink``."""
@@ -156,11 +161,13 @@ class RayController:
         await controller.measure(models)
         for model in models:
             controller.deploy(model)
-        await controller.start()
+        await controller.start(self._loops)
         service = GateService(controller, config.ingress_settings(_client_digests(config)), clock=time.monotonic)
         self._admin = AdminApp(controller, key_digests=_admin_digests(config), reload=_no_reload, keep=self._kept.keep)
-        for work in (self._follow_cluster(service, was_there=was_there), self._keep_house(service)):
-            self._in_background(work)
+        loop = asyncio.get_running_loop()
+        first_s = loop.time() + (RETURN_S if was_there else 0.0)
+        self._loops.start("nodes of the cluster", lambda: self._follow_cluster(service, first_s=first_s))
+        self._loops.start("keeping house", lambda: self._keep_house(service))
         logger.info("event=controller_started models=%d was_there=%s", len(models), was_there)
         return service
 
@@ -172,23 +179,20 @@ class RayController:
             logger.warning("event=estimates_lost reason=%r", str(error))
             return Estimator()
 
-    async def _follow_cluster(self, service: GateService, *, was_there: bool) -> None:
-        """Until cancelled: nodes that come, join; nodes that go are written off."""
-        if was_there:
-            await asyncio.sleep(RETURN_S)
-        joining: dict[str, asyncio.Task[None]] = {}
-        opened_at_s = asyncio.get_running_loop().time() + JOIN_S_MAX
-        while True:
-            found = {node.id: node for node in await self._look()}
-            for node_id in [known for known in self._nodes if known not in found]:
-                self._gone(node_id)
-            for node in found.values():
-                if node.id not in self._nodes and node.id not in joining:
-                    joining[node.id] = self._in_background(self._join(node, service))
-            joining = {node_id: task for node_id, task in joining.items() if not task.done()}
-            if found.keys() <= self._nodes.keys() or asyncio.get_running_loop().time() > opened_at_s:
-                service.open()  # not before: what runs on a node that is not in yet would be started again elsewhere
-            await asyncio.sleep(LOOK_S)
+    async def _follow_cluster(self, service: GateService, *, first_s: float) -> None:
+        """Have new nodes join, and write off those that have gone: a step of a run loop, from ``first_s`` on."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, first_s - loop.time()))
+        found = {node.id: node for node in await self._look()}
+        for node_id in [known for known in self._nodes if known not in found]:
+            self._gone(node_id)
+        for node in found.values():
+            if node.id not in self._nodes and node.id not in self._joining:
+                self._joining[node.id] = self._in_background(self._join(node, service))
+        self._joining = {node_id: task for node_id, task in self._joining.items() if not task.done()}
+        if found.keys() <= self._nodes.keys() or loop.time() > first_s + JOIN_S_MAX:
+            service.open()  # not before: what runs on a node that is not in yet would be started again elsewhere
+        await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> list[RayNodeFacts]:
         told = await asyncio.to_thread(ray.nodes)
@@ -221,21 +225,19 @@ class RayController:
             self._nodes.pop(node_id, None)
 
     async def _keep_house(self, service: GateService) -> None:
-        """Until cancelled: write off who is silent, save now and then, and end if nobody is left to serve."""
-        saved_s = time.monotonic()
-        while True:
-            await asyncio.sleep(LOOK_S)
-            service.sweep()
-            if time.monotonic() - saved_s > SAVE_S:
-                saved_s = time.monotonic()
-                await self._save_estimates()
-            if service.num_ingresses:
-                self._alone_since_s = None
-            elif self._alone_since_s is None:
-                self._alone_since_s = time.monotonic()
-            elif time.monotonic() - self._alone_since_s > self._config.ray.linger:
-                logger.info("event=controller_ends reason='no ingress is left'")
-                await self._end()
+        """Write off who is silent, save now and then, and end if no ingress is left: a step of a run loop."""
+        await asyncio.sleep(LOOK_S)
+        service.sweep()
+        if time.monotonic() - self._saved_s > SAVE_S:
+            self._saved_s = time.monotonic()
+            await self._save_estimates()
+        if service.num_ingresses:
+            self._alone_since_s = None
+        elif self._alone_since_s is None:
+            self._alone_since_s = time.monotonic()
+        elif time.monotonic() - self._alone_since_s > self._config.ray.linger:
+            logger.info("event=controller_ends reason='no ingress is left'")
+            await self._end()
 
     async def _end(self) -> None:
         """End all engines and agents, keep what was learned, and be no more."""
@@ -261,6 +263,11 @@ class RayController:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("event=task_failed", exc_info=error)
+
+
+def _end_process(reason: str) -> None:
+    """Ray makes the actor anew, which learns from agents and ingresses what runs."""
+    os._exit(1)
 
 
 def _read(told: str) -> RouterConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 import threading
 import time
@@ -13,8 +12,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sllm_vllm.config import StoreConfig
+from sllm_vllm.ending import Ending, Stopped
 from sllm_vllm.errors import ConfigError, StoreBusy, StoreError
-from sllm_vllm.file_limit import raise_file_limit
+from sllm_vllm.file_limit import connections_within, raise_file_limit
+from sllm_vllm.run_loops import RunLoops
 from sllm_vllm.store.calibrate import read_calibration
 from sllm_vllm.store.orders import Orders
 from sllm_vllm.store.places import Places
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATUS_TIMEOUT_S = 10.0
+CLOSE_S_MAX = 60.0
+"""After SIGTERM the process is gone within this time."""
+BASE_DESCRIPTORS = 40
+"""What the daemon has open beside its clients and what it reads for them: loop, locks, socket, pool, metrics."""
+CLIENT_DESCRIPTORS = 3
+"""A connection, and a partition's file, which is opened twice."""
 _WORDS = DaemonWords(
     error=StoreError,
     busy=StoreBusy,
@@ -44,36 +51,39 @@ def serve(config: StoreConfig) -> int:
 
     Raises:
         StoreBusy: another daemon owns the socket. StoreError: the socket can't be made.
-        ConfigError: the pool has no slot, or there is no memory for it.
+        ConfigError: the pool has no slot, there is no memory for it, or the process may open too few files.
+        DaemonFailed: a part of it can't work any more.
     """
     if config.num_slots == 0:
         raise ConfigError(f"memory_bytes {config.memory_bytes} holds no slot of {config.slot_bytes} bytes")
-    raise_file_limit()  # each partition in use has two descriptors, each client one
+    limit = raise_file_limit()
+    clients_max = connections_within(limit, config.clients_max, each=CLIENT_DESCRIPTORS, kept=BASE_DESCRIPTORS)
     with _private_directory(config), listening(config.socket_path, _WORDS) as listener, _pool(config) as pool:
-        asyncio.run(_Daemon(config, pool).run(listener))
+        asyncio.run(_Daemon(config, pool, clients_max).run(listener))
     return 0
 
 
 class _Daemon:
     """Puts the parts together on an event loop."""
 
-    def __init__(self, config: StoreConfig, pool: Pool) -> None:
+    def __init__(self, config: StoreConfig, pool: Pool, clients_max: int) -> None:
         self._config = config
         self._pool = pool
+        self._clients_max = clients_max
 
     async def run(self, listener: socket.socket) -> None:
-        """Serve until told to stop."""
-        config, loop, stopped = self._config, asyncio.get_running_loop(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
+        """Serve until told to stop, or until it can't."""
+        config, loop, ending = self._config, asyncio.get_running_loop(), Ending(within_s=CLOSE_S_MAX)
+        loops = RunLoops(ending.fail)
         places = Places(config.store_dir, config.state_dir, _open_remotes(config))
         store = Store(config, self._pool, places, calibration=read_calibration(config.state_dir))
-        orders = Orders(store, stop=stopped.set, num_clients=lambda: server.num_clients)
-        server = Server(store, orders)
-        accepting = loop.create_task(server.serve(listener))
+        orders = Orders(store, stop=ending.stop, num_clients=lambda: server.num_clients, problem=lambda: loops.problem)
+        server = Server(store, orders, clients_max=self._clients_max)
+        accepting = loops.start("the daemon's socket", lambda: server.accept(listener))
         prefaulting = _Prefault(self._pool) if config.prefault else contextlib.nullcontext()
-        with prefaulting, self._metrics(orders, loop):
-            await orders.start()
+        with contextlib.suppress(Stopped), prefaulting, self._metrics(orders, loop):
+            with ending.starting():
+                await orders.start()
             logger.info(
                 "event=store_serving socket=%s memory=%d slots=%d page_nbytes=%d",
                 config.socket_path,
@@ -81,15 +91,14 @@ class _Daemon:
                 self._pool.num_slots,
                 self._pool.page_nbytes,
             )
-            stopping = loop.create_task(stopped.wait())
-            await asyncio.wait([accepting, stopping], return_when=asyncio.FIRST_COMPLETED)
-        for task in (accepting, stopping):
-            task.cancel()
-        await asyncio.gather(accepting, stopping, return_exceptions=True)
+            await ending.wait()
+        accepting.cancel()
+        await asyncio.gather(accepting, return_exceptions=True)
         await store.close()  # first: no slot is written to once an engine can't tell us any more
         await orders.close()
         await server.close()
         logger.info("event=store_stopped socket=%s", config.socket_path)
+        ending.check()
 
     @contextlib.contextmanager
     def _metrics(self, orders: Orders, loop: asyncio.AbstractEventLoop) -> Iterator[None]:

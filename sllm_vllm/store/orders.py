@@ -32,12 +32,16 @@ class Orders:
     Args:
         stop: ends the daemon.
         num_clients: tells how many connections there are.
+        problem: tells which loops of the daemon do not work, if any.
     """
 
-    def __init__(self, store: Store, *, stop: Callable[[], None], num_clients: Callable[[], int]) -> None:
+    def __init__(
+        self, store: Store, *, stop: Callable[[], None], num_clients: Callable[[], int], problem: Callable[[], str]
+    ) -> None:
         self._store = store
         self._stop = stop
         self._num_clients = num_clients
+        self._problem = problem
         self._started_s = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._write_behind = WriteBehind(store)
@@ -100,7 +104,8 @@ class Orders:
     async def status(self) -> Status:
         """See ``status.py``."""
         usage = await asyncio.to_thread(self._store.places.disk_usage)
-        return describe(self._store, usage, started_s=self._started_s, pid=os.getpid(), clients=self._num_clients())
+        told = describe(self._store, usage, started_s=self._started_s, pid=os.getpid(), clients=self._num_clients())
+        return {**told, "problem": self._problem()}
 
     def hint(self, hint: Hint) -> None:
         """Begin to read what a vLLM process that is just starting will want, if it is known."""

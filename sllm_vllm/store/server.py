@@ -50,10 +50,12 @@ class Server:
 
     Args:
         orders: does what operators ask for.
+        clients_max: connections at once.
     """
 
-    def __init__(self, store: Store, orders: Orders) -> None:
+    def __init__(self, store: Store, orders: Orders, *, clients_max: int) -> None:
         self._store = store
+        self._clients_max = clients_max
         self._orders = orders
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -62,18 +64,26 @@ class Server:
         """Connections now."""
         return len(self._tasks)
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Accept connections until cancelled."""
+    async def accept(self, listener: socket.socket) -> None:
+        """Accept one connection, and serve it or hang up; a step of a run loop.
+
+        Raises:
+            OSError: there is no descriptor for it.
+        """
         loop = asyncio.get_running_loop()
-        while True:
-            channel, _ = await loop.sock_accept(listener)
-            if len(self._tasks) >= self._store.config.clients_max:
-                logger.warning("event=connection_refused reason=clients_max clients=%d", len(self._tasks))
-                channel.close()
-                continue
-            task = loop.create_task(self._converse(channel))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        channel, _ = await loop.sock_accept(listener)
+        if len(self._tasks) >= self._clients_max:
+            logger.warning("event=connection_refused reason=clients_max clients=%d", len(self._tasks))
+            channel.close()
+            return
+        task = loop.create_task(self._converse(channel))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("event=connection_failed", exc_info=error)
 
     async def close(self) -> None:
         """End every connection."""
@@ -82,8 +92,11 @@ class Server:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _converse(self, channel: socket.socket) -> None:
-        channel.setblocking(False)
-        connection = Connection(channel, self._store, self._orders)
+        with contextlib.closing(channel):
+            channel.setblocking(False)
+            await self._converse_with(Connection(channel, self._store, self._orders))
+
+    async def _converse_with(self, connection: Connection) -> None:
         try:
             if connection.uid in (0, os.geteuid()):
                 await connection.converse()

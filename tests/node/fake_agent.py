@@ -62,6 +62,10 @@ class FakeAgent:
         self._changed: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def num_slots(self) -> int:
+        return 1
+
     async def start(self) -> None: ...
 
     async def close(self) -> None:

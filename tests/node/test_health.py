@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import aiohttp
 import pytest
 
+from sllm_vllm.node.client import NodeClient
 from sllm_vllm.node.health import ask_health, keep_asking, wait_healthy
 from sllm_vllm.node.ports import Ports
+from sllm_vllm.node.protocol import ReplicaOrder
+from sllm_vllm.node.running_time import within
+from tests.node.commands import command
+from tests.waiting import wait_until
 
+FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 TIMEOUT_S = 60
 SHORT_S = 0.1
 
@@ -79,6 +94,7 @@ async def test_one_that_hangs_up_or_talks_nonsense_is_not_well(
 async def test_one_that_does_not_listen_is_not_well(client: aiohttp.ClientSession) -> None:
     with Ports().reserve() as port:
         problem = await ask_health(client, f"http://127.0.0.1:{port.port}", answer_s=TIMEOUT_S)
+    assert problem is not None
     assert "Cannot connect" in problem
 
 
@@ -98,3 +114,88 @@ async def test_it_is_asked_again_and_again(engine: tuple[Engine, str], client: a
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     assert got == ["it answered with status 503", "", "it answered with status 500"]
+
+
+# --------------------------------------------------------------------------------- by an agent that itself stands still
+
+
+class Well(BaseHTTPRequestHandler):
+    """Answers at once, from a thread that the loop's stalls do not touch."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+async def test_time_in_which_the_loop_was_blocked_is_not_the_engines(client: aiohttp.ClientSession) -> None:
+    with HTTPServer(("127.0.0.1", 0), Well) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        loop, answers = asyncio.get_running_loop(), []
+        for _ in range(3):
+            loop.call_soon(lambda: loop.call_soon(time.sleep, 2.0))
+            answers.append(await ask_health(client, f"http://127.0.0.1:{server.server_port}", answer_s=1.0))
+        await asyncio.to_thread(server.shutdown)
+    assert answers == [""] * 3
+
+
+async def test_a_question_that_there_is_no_descriptor_for_was_not_asked(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_socket(**kwargs: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("aiohappyeyeballs.impl.socket.socket", no_socket)
+    assert await ask_health(client, "http://127.0.0.1:1", answer_s=TIMEOUT_S) is None
+
+
+async def test_what_takes_too_long_on_a_loop_that_runs_is_cancelled() -> None:
+    cancelled = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(TimeoutError):
+        await within(0.3, work())
+    assert cancelled.is_set()
+
+
+def test_an_engine_is_not_ended_because_its_agent_was_stopped(tmp_path: Path) -> None:
+    """By a signal, while a question was under way, for longer than an answer may take."""
+    client, health_s = NodeClient(tmp_path / "node" / "socket", timeout_s=60.0), 2.0
+    engine_command = [sys.executable, str(FAKE_ENGINE), "serve"]
+    config = tmp_path / "node.json"
+    config.write_text(json.dumps({"engine_command": engine_command, "health_s": health_s, "unwell_max": 1}))
+    folders = ("--node-dir", str(tmp_path / "node"), "--store-dir", str(tmp_path), "--config", str(config))
+    serve = command("node", "serve", "--slots", "1", "--memory", "1GiB", "--no-warm", *folders)
+    with subprocess.Popen(serve, stderr=subprocess.DEVNULL) as agent:
+        try:
+            wait_until(client.is_there, "the agent")
+            replica = client.order(ReplicaOrder(model="/models/fine")).id
+            wait_until(lambda: client.replica(replica).is_ready, "the engine")
+            pid, port = client.replica(replica).pid, client.replica(replica).port
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: is_connected_to(port), "a question")
+            os.kill(agent.pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGCONT)
+            end_s = time.monotonic() + health_s + 1.0
+            wait_until(lambda: time.monotonic() > end_s, "the time of an answer to pass")
+            os.kill(agent.pid, signal.SIGCONT)
+            told = client.replica(replica)
+            end_s = time.monotonic() + health_s
+            wait_until(lambda: time.monotonic() > end_s, "the next question")
+            assert (told.state, client.replica(replica).state, client.replica(replica).pid) == ("ready", "ready", pid)
+        finally:
+            agent.send_signal(signal.SIGCONT)
+            agent.terminate()
+
+
+def is_connected_to(port: int | None) -> bool:
+    """Whether somebody has a connection to a port of this machine."""
+    lines = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any(line[2].endswith(f":{port:04X}") and line[3] == "01" for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -121,6 +122,9 @@ class RouterUnderTest:
         data = json.dumps({"model": model, "prompt": "hello", **body}).encode()
         return self._send(urllib.request.Request(f"{self.url}{path}", data, headers))
 
+    def get(self, path: str) -> Answer:
+        return self._send(urllib.request.Request(f"{self.url}{path}"))
+
     def admin(self, path: str, method: str = "GET", body: object = None) -> Answer:
         key = self.admin_key or (self.directory / "node" / "admin.key").read_text().strip()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -217,8 +221,14 @@ def running_router(
     agent: Mapping[str, Any] | None = None,
     ingress: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
+    descriptors: int | None = None,
 ) -> Iterator[RouterUnderTest]:
     """Start one, and end it, if it has not ended. ``agent``, ``ingress``: settings that take the place of its own."""
+
+    def limit() -> None:
+        if descriptors is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(descriptors, 64), descriptors))
+
     command = [str(Path(sys.executable).with_name("sllm-vllm")), "serve", str(directory / "router.yaml")]
     if agent or ingress:
         limits = (json.dumps(agent or {}), json.dumps(ingress or {}))
@@ -232,6 +242,7 @@ def running_router(
             stderr=subprocess.STDOUT,
             env=child_environment(**(environment or {})),
             start_new_session=True,
+            preexec_fn=limit,
         )
     try:
         wait_until(lambda: _URL.search(log.read_text()) or process.poll() is not None, "the router")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from sllm_vllm.errors import ReplicaUnknown
-from sllm_vllm.node.protocol import CheckpointReport, ReplicaReport
+from sllm_vllm.node.protocol import CheckpointReport, NodeReport, ReplicaReport
 from sllm_vllm.router import node_watch
 from sllm_vllm.router.admin_views import explain_view
 from sllm_vllm.router.config import ModelConfig
@@ -20,6 +21,7 @@ from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.node_watch import NodeWatch
 from sllm_vllm.router.weights_size import weights_nbytes
+from sllm_vllm.run_loops import RunLoops
 from tests.router.fake_gate import until
 from tests.router.fake_node import FakeNode
 
@@ -112,7 +114,8 @@ async def test_with_many_nodes_each_is_asked_less_often(monkeypatch: pytest.Monk
         return NodeWatch("n", node, {}, tell=lambda _: None, on_lost=lambda _: None, num_nodes=lambda: num_nodes)
 
     watches = [watching(nodes[0], 1), watching(nodes[1], 10_000)]
-    tasks = [asyncio.create_task(watch.keep_reporting()) for watch in watches]
+    loops = RunLoops()
+    tasks = [loops.start("reports", watch.follow_report) for watch in watches]
     await until(lambda: nodes[0].num_reports > 5, "reports of the one that is alone")
     assert nodes[1].num_reports == 0
     watches[1].refresh()
@@ -208,8 +211,34 @@ def test_what_is_no_directory_has_no_weights(tmp_path: Path) -> None:
     assert [weights_nbytes(path) for path in (tmp_path / "none", tmp_path / "file", tmp_path / ("x" * 5000))] == [0] * 3
 
 
-async def test_a_router_is_not_ready_when_what_must_run_for_ever_has_ended(tmp_path: Path) -> None:
-    async with running(FakeNode(), tmp_path, ModelConfig(name=MODEL)) as controller:
+async def test_a_router_is_not_ready_while_a_loop_of_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = FakeNode()
+    async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
         assert controller.is_ready()
-        controller._members["local"]._tasks[0].cancel()
-        await until(lambda: not controller.is_ready(), "it to be told")
+        with monkeypatch.context() as patched:
+            patched.setattr(node, "report", failing_report)
+            controller._members["local"].watch.refresh()
+            await until(lambda: not controller.is_ready(), "it to be told")
+        await until(controller.is_ready, "the next step to succeed")
+
+
+async def test_a_router_is_not_ready_while_a_loop_of_its_agent_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = FakeNode()
+    async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
+        report = await node.report()
+
+        async def told() -> NodeReport:
+            return report.model_copy(update={"problem": "the agent's tick: Too many open files"})
+
+        with monkeypatch.context() as patched:
+            patched.setattr(node, "report", told)
+            controller._members["local"].watch.refresh()
+            await until(lambda: not controller.is_ready(), "it to be told")
+        controller._members["local"].watch.refresh()
+        await until(controller.is_ready, "the agent to work again")
+
+
+async def failing_report() -> NodeReport:
+    raise OSError(errno.EMFILE, "Too many open files")

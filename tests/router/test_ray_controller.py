@@ -12,6 +12,7 @@ pytest.importorskip("ray")
 from sllm_vllm.node.core.ray_nodes import RayNodeFacts
 from sllm_vllm.router import ray_controller
 from sllm_vllm.router.ray_controller import RayController
+from sllm_vllm.run_loops import RunLoops
 
 NODES = ("a", "b")
 
@@ -56,7 +57,8 @@ class TwoNodes(RayController):
 async def opened_with(controller: TwoNodes) -> set[str]:
     """The nodes that had joined when tickets were given for the first time."""
     service = Service(controller)
-    following = asyncio.create_task(controller._follow_cluster(service, was_there=False))  # type: ignore[arg-type]
+    first_s = asyncio.get_running_loop().time()
+    following = RunLoops().start("a", lambda: controller._follow_cluster(service, first_s=first_s))  # type: ignore[arg-type]
     try:
         async with asyncio.timeout(60):
             await service.is_open.wait()
