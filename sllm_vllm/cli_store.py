@@ -176,9 +176,10 @@ def validated(kind: type[Config], file: Path | None, given: Mapping[str, object]
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file of settings."""
+    from sllm_vllm.plain_file import read_plain
+
     try:
-        with path.expanduser().open("rb") as file:
-            values = json.loads(file.read(_CONFIG_NBYTES_MAX))
+        values = json.loads(read_plain(path.expanduser(), _CONFIG_NBYTES_MAX))
     except OSError as error:
         wrong_usage(f"{path}: {error.strerror}")
     except (ValueError, RecursionError) as error:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.plain_file import open_plain
 
 
 def open_key(path: Path) -> str:
     """The key that a client must show; made at the first call.
 
     Raises:
-        ConfigError: somebody else may read it, or it is no key.
+        ConfigError: somebody else may read it, it is no key, or it can't be made or read.
     """
-    with contextlib.suppress(FileExistsError):
-        _write_key(path)
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(fd, encoding="ascii", errors="replace") as file:
-        facts, key = os.fstat(fd), file.read(4096).strip()
-    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077 or not key:
+    try:
+        with contextlib.suppress(FileExistsError):
+            _write_key(path)
+        fd = open_plain(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(fd, encoding="ascii", errors="replace") as file:
+            facts, key = os.fstat(fd), file.read(4096).strip()
+    except OSError as error:
+        raise ConfigError(f"{path}: the key can't be made or read ({error.strerror}); remove what is there") from None
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o077 or not key:
         raise ConfigError(f"{path}: it must be a key of this user that nobody else can read; remove it")
     return key
 

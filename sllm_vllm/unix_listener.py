@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm_vllm.errors import SllmError
+from sllm_vllm.plain_file import open_plain
 
 _CREDENTIALS = struct.Struct("3i")
 
@@ -69,7 +70,10 @@ def listening(path: Path, words: DaemonWords) -> Iterator[socket.socket]:
 @contextlib.contextmanager
 def locked(lock: Path, socket_path: Path, words: DaemonWords) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends."""
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fd = open_plain(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    except OSError as error:
+        raise words.error(lock, f"it can't be locked ({error.strerror})", "remove what is there") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

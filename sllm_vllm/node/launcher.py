@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sllm_vllm.errors import NodeError, NodeUnavailable
 from sllm_vllm.node.client import NodeClient
+from sllm_vllm.plain_file import open_plain
 from sllm_vllm.units import KIB, MIB
 from sllm_vllm.unix_listener import DaemonWords, make_private_directory
 
@@ -64,9 +65,8 @@ def start_in_background(node_dir: Path, command: Sequence[str], *, start_s: floa
 
 
 def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        output = os.open(log, flags, 0o600)
+        output = open_plain(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
         try:
             os.fchmod(output, 0o600)
             if os.fstat(output).st_size > LOG_NBYTES_MAX:

@@ -14,6 +14,8 @@ from pathlib import Path
 import aiofiles
 import aiofiles.os
 
+from sllm_vllm.plain_file import open_plain
+
 logger = logging.getLogger(__name__)
 
 PIPE_NBYTES = 1 << 20
@@ -64,8 +66,7 @@ class BoundedLog:
             data = data[os.write(self._fd, data) :]
 
     def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self.path, flags, 0o600)
+        self._fd = open_plain(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
 
     def _turn(self) -> None:
         self.close()
@@ -161,7 +162,7 @@ async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[],
             was_over = is_over()
             if inode != -1 or await aiofiles.os.path.exists(_older(path)):
                 await _wait_for_file(path)
-            async with aiofiles.open(path, "rb") as file:
+            async with aiofiles.open(path, "rb", opener=open_plain) as file:
                 status = os.fstat(file.fileno())
                 async for data in _read_older(path, {status.st_ino, inode}, _rest_of(tail_nbytes, status.st_size)):
                     yield data
@@ -194,7 +195,7 @@ def _rest_of(tail_nbytes: int | None, nbytes: int) -> int | None:
 async def _read_older(path: Path, read: set[int], tail_nbytes: int | None) -> AsyncIterator[bytes]:
     """The end of the older file. ``read``: inodes of files that are not it: the log may have turned meanwhile."""
     with contextlib.suppress(FileNotFoundError):
-        async with aiofiles.open(_older(path), "rb") as file:
+        async with aiofiles.open(_older(path), "rb", opener=open_plain) as file:
             status = os.fstat(file.fileno())
             if status.st_ino in read:
                 return

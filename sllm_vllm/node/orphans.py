@@ -116,10 +116,11 @@ class Record:
     def _replace(self, data: bytes) -> None:
         """Not synced: after a crash of the machine the record means nothing."""
         new = f"{self._path}.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.suppress(FileNotFoundError):  # whatever was left over, or put there
+            os.unlink(new)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(new, flags, 0o600), "wb", buffering=0) as file:
             try:
-                os.fchmod(file.fileno(), 0o600)  # one that was left over may have another mode
                 while data:
                     data = data[file.write(data) :]
                 os.replace(new, self._path)

@@ -9,14 +9,18 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from sllm_vllm.node.engine_process import EngineProcess
+from sllm_vllm.node.running_time import within
 from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, WarmReady, installation
+from sllm_vllm.plain_file import open_plain
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ READY_MAX_S = 180.0
 FORK_MAX_S = 10.0
 RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_S_MAX = 60.0
+STEADY_S = 60.0
+"""One that has been there for so long may be replaced at once when it dies."""
 _PARENTS_MAX = 16
 
 
@@ -43,6 +49,8 @@ class _Parent:
         self.channel = channel
         self.ready = ready
         self.num_forks = 0
+        self.has_died = False
+        """It has ended without being told to."""
 
     def close(self) -> None:
         """End it; the engines it has forked live on."""
@@ -125,13 +133,14 @@ class WarmPool:
         go_reader, go_writer = os.pipe2(os.O_CLOEXEC)
         try:
             socket.send_fds(parent.channel, [order.model_dump_json().encode()], [output, go_reader])
-            async with asyncio.timeout(FORK_MAX_S):
-                answer = WarmAnswer.model_validate_json(await loop.sock_recv(parent.channel, ORDER_NBYTES_MAX))
-            process = self._born(parent, order, answer)
-            os.write(go_writer, b"1")
+            received = loop.sock_recv(parent.channel, ORDER_NBYTES_MAX)
+            answer = WarmAnswer.model_validate_json(await within(FORK_MAX_S, received))
         except (OSError, TimeoutError, ValidationError) as error:
             self._drop(f"the warm parent did not answer ({type(error).__name__})")
             raise NotWarm(self._problem) from None
+        else:
+            process = self._born(parent, order, answer)  # without a descriptor for it the parent is none the worse
+            os.write(go_writer, b"1")
         finally:
             for fd in (go_reader, go_writer):
                 os.close(fd)  # an engine that was not told to begin ends now
@@ -164,17 +173,22 @@ class WarmPool:
             self._wanted.clear()
             try:
                 parent = await self._start()
-            except (OSError, TimeoutError, ValidationError) as error:
+            except Exception as error:  # the top of a run loop
                 self._problem = f"the warm parent does not start ({error or type(error).__name__}), see {self._log}"
                 logger.warning("event=warm_parent_failed reason=%r next_attempt_s=%.0f", self._problem, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
                 continue
-            pause_s = RESTART_PAUSE_S
-            self._parent = parent
+            self._parent, ready_s = parent, time.monotonic()
             self._warm.set()
             logger.info("event=warm_parent_ready pid=%d seconds=%.1f", parent.ready.pid, parent.ready.seconds)
             await self._until_gone(parent)
+            if not parent.has_died or time.monotonic() - ready_s > STEADY_S:
+                pause_s = RESTART_PAUSE_S
+                continue
+            logger.warning("event=warm_parent_died_young next_attempt_s=%.0f", pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
 
     async def _until_gone(self, parent: _Parent) -> None:
         ended = asyncio.ensure_future(parent.process.wait())
@@ -182,6 +196,7 @@ class WarmPool:
         try:
             await asyncio.wait([ended, wanted], return_when=asyncio.FIRST_COMPLETED)
             if ended.done() and self._parent is parent:
+                parent.has_died = True
                 self._drop(f"the warm parent ended with status {ended.result()}")
         finally:
             ended.cancel()
@@ -191,14 +206,14 @@ class WarmPool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
-            with theirs, self._log.open("ab") as log:
+            with theirs, self._opened_log() as log:
                 if log.tell() > LOG_NBYTES_MAX:
                     log.truncate(0)
                 process = EngineProcess(self._spawn(theirs.fileno(), log.fileno()))
             self.parents.append(process.pid)
             try:
-                async with asyncio.timeout(READY_MAX_S):
-                    data = await asyncio.get_running_loop().sock_recv(ours, ORDER_NBYTES_MAX)
+                received = asyncio.get_running_loop().sock_recv(ours, ORDER_NBYTES_MAX)
+                data = await within(READY_MAX_S, received)
                 if not data:
                     raise OSError(f"it ended with status {await process.wait()}")
                 return _Parent(process, ours, WarmReady.model_validate_json(data))
@@ -208,6 +223,9 @@ class WarmPool:
         except BaseException:
             ours.close()
             raise
+
+    def _opened_log(self) -> BinaryIO:
+        return open(self._log, "ab", opener=open_plain)
 
     def _spawn(self, channel: int, log: int) -> int:
         """The parent's process: it inherits its end of the socket, and nothing else."""

@@ -36,7 +36,7 @@ from sllm_vllm.router.openai_errors import (
     wrong_method,
 )
 from sllm_vllm.router.settings import IngressSettings
-from sllm_vllm.router.state_store import StateError
+from sllm_vllm.router.state_store import StateBusy, StateDamaged, StateError, StateFull
 from sllm_vllm.router.watch import Ended, Message, Receive, Send
 from sllm_vllm.units import MIB
 
@@ -58,6 +58,14 @@ class Call:
     name: str
     query: dict[str, str]
     body: bytes
+
+
+_NOT_KEPT = (503, "It could not be kept, and so nothing was changed; the router's log says why.")
+_WHY_NOT_KEPT: dict[type[StateError], tuple[int, str]] = {
+    StateBusy: (503, "The state is locked by another process, and so nothing was changed; try again."),
+    StateFull: (507, "There is no room for the state, and so nothing was changed; free some of the disk."),
+    StateDamaged: (500, "The state is damaged, and so nothing was changed; the router's log says what to do."),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +216,7 @@ class AdminApp:
             await self._keep(name, model)
         except StateError as error:
             logger.error("event=model_not_kept model=%r reason=%s", name, error)
-            message = "It could not be kept, and so nothing was changed; the router's log says why."
-            raise ApiError(503, message, kind=SERVER, code="state_unavailable") from None
+            raise ApiError(*_WHY_NOT_KEPT.get(type(error), _NOT_KEPT), kind=SERVER, code="state_unavailable") from None
 
     async def _explain(self, call: Call) -> Reply:
         self._require_model(call.name)

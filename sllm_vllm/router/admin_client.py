@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit
 from sllm_vllm.config import ADMIN_KEY_VARIABLE as KEY_VARIABLE
 from sllm_vllm.config import default_node_dir, read_variable
 from sllm_vllm.errors import ConfigError, SllmError
+from sllm_vllm.plain_file import read_plain
 from sllm_vllm.units import KIB, MIB
 from sllm_vllm.unix_listener import is_trusted, open_channel
 
@@ -89,8 +90,7 @@ def read_admin_key(file: Path | None, *, is_elsewhere: bool = False) -> str:
         return _checked(key, KEY_VARIABLE)
     path = file.expanduser() if file is not None else default_node_dir() / ADMIN_KEY_NAME
     try:
-        with path.open("rb") as opened:
-            lines = opened.read(_KEY_FILE_NBYTES_MAX).decode("ascii", "replace").splitlines()
+        lines = read_plain(path, _KEY_FILE_NBYTES_MAX).decode("ascii", "replace").splitlines()
     except OSError as error:
         if file is None and not is_elsewhere and isinstance(error, FileNotFoundError):
             raise ConfigError(

@@ -6,9 +6,7 @@ wrong with them on this machine.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import ValidationError
 
 from sllm_vllm.config import read_variable
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.plain_file import read_plain
 from sllm_vllm.router.config import KeySource, ModelConfig, RouterConfig
 from sllm_vllm.router.config_problems import Diagnosis, InvalidConfig, Lines, Problem, diagnose, with_lines
 from sllm_vllm.router.config_text import Document, parse_json, parse_yaml
@@ -131,11 +130,7 @@ def read_text(path: Path, nbytes_max: int) -> str:
         InvalidConfig: it can't be read, is too large, or is no text.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _unreadable("it is no regular file")
-            data = file.read(nbytes_max + 1)
-        return decode_text(data, nbytes_max)
+        return decode_text(read_plain(path, nbytes_max), nbytes_max)
     except OSError as error:
         raise _unreadable(f"it can't be read: {error.strerror}") from None
 

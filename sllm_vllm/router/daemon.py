@@ -237,7 +237,7 @@ class RouterProcess:
         try:
             models = await self._kept.all()
         except StateError as error:
-            raise ConfigError(f"{error}; mend the file, or remove it with what was deployed by hand") from None
+            raise ConfigError(str(error)) from None
         await controller.measure(models)
         for model in models:
             controller.deploy(model)

@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+from sllm_vllm.plain_file import read_plain
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.units import MIB
 
@@ -18,11 +19,7 @@ NBYTES_MAX = 64 * MIB
 def read_estimates(path: Path) -> Estimator:
     """One that knows what is sound in the file. Without a file, or with one that can't be read, it knows nothing."""
     try:
-        with path.open("rb") as file:
-            data = file.read(NBYTES_MAX + 1)
-        if len(data) > NBYTES_MAX:
-            raise ValueError(f"it is larger than {NBYTES_MAX} bytes")
-        return Estimator.from_record(json.loads(data))
+        return Estimator.from_record(json.loads(read_plain(path, NBYTES_MAX)))
     except FileNotFoundError:
         return Estimator()
     except (OSError, ValueError, RecursionError) as error:

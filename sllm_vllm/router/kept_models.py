@@ -49,7 +49,8 @@ class KeptModels:
                     models.pop(name, None)
                 else:
                     models[name] = parse_router_config({"models": [record["model"]]}).models[0]
-            except (ValueError, KeyError, TypeError, ConfigError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+                # Its record stays, for whoever can tell what it was; the others are served.
                 logger.error("event=model_not_restored model=%r reason=%r", name, str(error))
         return list(models.values())
 
@@ -64,7 +65,10 @@ class KeptModels:
             await self._store.delete(key)
             return
         told = None if model is None else model.model_dump(mode="json", exclude_defaults=True)
-        value = json.dumps({"model": told, "written": self._digest(name)}).encode()
+        try:
+            value = json.dumps({"model": told, "written": self._digest(name)}).encode()
+        except (ValueError, RecursionError) as error:
+            raise StateError(f"model {name!r} can't be kept: {error}") from None
         if len(value) > VALUE_NBYTES_MAX:
             raise StateError(f"model {name!r} is too large to be kept")
         await self._store.put(key, value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.plain_file import open_plain
 
 VALUE_NBYTES_MAX = 16 << 20
 TIMEOUT_S = 10.0
@@ -28,7 +30,19 @@ PREFIX = "sllm/"
 
 
 class StateError(Exception):
-    """The store does not answer, or does not do it. One line."""
+    """The store does not answer, or does not do it; nothing was changed. One line."""
+
+
+class StateBusy(StateError):
+    """Another process uses it: try again."""
+
+
+class StateFull(StateError):
+    """There is no room for it: free some, and try again."""
+
+
+class StateDamaged(StateError):
+    """What is there is not what a router has written."""
 
 
 class StateStore(Protocol):
@@ -89,17 +103,33 @@ class SqliteStore:
         try:
             with self._opened() as connection, connection:
                 return connection.execute(statement, values).fetchall()
-        except (sqlite3.Error, OSError) as error:
-            raise StateError(f"{self._path}: {error}") from None
+        except sqlite3.Error as error:
+            raise _told_by_sqlite(self._path, error) from None
+        except OSError as error:
+            raise StateError(f"{self._path}: it can't be used: {error.strerror}") from None
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        if not self._path.exists():
-            self._path.touch(0o600)
+        os.close(open_plain(self._path, os.O_RDWR | os.O_CREAT))  # SQLite would wait for a FIFO's other end
         with contextlib.closing(sqlite3.connect(self._path, timeout=TIMEOUT_S)) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
             yield connection
+
+
+def _told_by_sqlite(path: Path, error: sqlite3.Error) -> StateError:
+    """SQLite's error, told apart by what has to be done (https://sqlite.org/rescode.html)."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+        return StateBusy(
+            f"{path}: another process has locked it for more than {TIMEOUT_S:g} s; end that, and try again"
+        )
+    if code == sqlite3.SQLITE_FULL:
+        return StateFull(f"{path}: the disk is full; free some of it, and try again")
+    if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+        mend = "put a copy back, or remove it with what was deployed by hand"
+        return StateDamaged(f"{path}: it is damaged ({error}); {mend}")
+    return StateError(f"{path}: {error}")
 
 
 class RedisStore:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sllm_vllm.checkpoint.core.manifest import DATA_ALIGNMENT
 from sllm_vllm.checkpoint.writer import write_errors, write_file_durably
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.plain_file import read_plain
 from sllm_vllm.units import MIB
 
 CALIBRATION_NAME = "calibration.json"
@@ -89,8 +90,7 @@ class MeasurePlan:
 def read_calibration(state_dir: Path) -> Calibration | None:
     """What was measured last; None if nothing was, or the file can't be understood."""
     try:
-        with (state_dir / CALIBRATION_NAME).open("rb") as file:
-            return Calibration.model_validate_json(file.read(CALIBRATION_NBYTES_MAX))
+        return Calibration.model_validate_json(read_plain(state_dir / CALIBRATION_NAME, CALIBRATION_NBYTES_MAX))
     except (OSError, ValidationError):
         return None
 

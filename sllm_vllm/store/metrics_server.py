@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 from sllm_vllm.errors import SllmError
 from sllm_vllm.key_file import open_key
 from sllm_vllm.metrics import SERIES_MAX, StoreMetric
+from sllm_vllm.run_loops import is_shortage
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ SCRAPES_MAX = 8
 """Requests at once; more are hung up on."""
 
 _STOP_POLL_S = 0.1
+_PAUSE_S = 0.1
+"""After an error, before connections are accepted again."""
 
 Status = Callable[[], dict[str, Any]]
 _Request = socket.socket | tuple[bytes, socket.socket]
@@ -123,9 +126,8 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(StoreCollector(status))
         self._server = _Server(("127.0.0.1", port), registry, open_key(state_dir / KEY_NAME))
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_STOP_POLL_S,), name="sllm-metrics", daemon=True
-        )
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="sllm-metrics", daemon=True)
         self.port: int = self._server.server_address[1]
 
     def start(self) -> None:
@@ -134,10 +136,20 @@ class MetricsServer:
 
     def stop(self) -> None:
         """Close the port; answers under way are not waited for. Twice does no harm."""
+        self._stopped.set()
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
         self._server.server_close()
+
+    def _serve(self) -> None:
+        """Until stopped: an error of one moment does not end the thread."""
+        while not self._stopped.is_set():
+            try:
+                self._server.serve_forever(_STOP_POLL_S)
+            except Exception:  # the top of a run loop
+                logger.exception("event=loop_failed loop='metrics'")
+                self._stopped.wait(_PAUSE_S)
 
 
 class _Server(ThreadingHTTPServer):
@@ -157,11 +169,24 @@ class _Server(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
+    def get_request(self) -> tuple[socket.socket, object]:
+        """Accept; where there is no descriptor for it, not again and again without a pause."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if is_shortage(error):
+                time.sleep(_PAUSE_S)
+            raise
+
     def process_request(self, request: _Request, client_address: object) -> None:
         if not self._slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread for it
+            self._slots.release()
+            raise
 
     def process_request_thread(self, request: _Request, client_address: object) -> None:
         try:

@@ -13,6 +13,7 @@ from typing import Any
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.writer import write_file_durably
 from sllm_vllm.errors import SllmError, StoreRefused
+from sllm_vllm.plain_file import read_plain
 from sllm_vllm.store.core.events import PrefetchEnded
 from sllm_vllm.store.places import Placed
 from sllm_vllm.store.protocol import Find, Hint, Order, Reply
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _PINS = "pins.json"
 PINS_MAX = 10_000
+PINS_NBYTES_MAX = 16 << 20
 
 
 class Orders:
@@ -154,7 +156,7 @@ class Orders:
 
     def _read_pins(self) -> list[str]:
         try:
-            found = json.loads((self._store.config.state_dir / _PINS).read_bytes())
+            found = json.loads(read_plain(self._store.config.state_dir / _PINS, PINS_NBYTES_MAX))
         except (OSError, ValueError, RecursionError):
             return []
         return [name for name in found if isinstance(name, str)][:PINS_MAX] if isinstance(found, list) else []

@@ -174,13 +174,13 @@ def fail_for_want_of_space(source: str, target: str) -> None:
     raise OSError(28, "No space left on device", source)
 
 
-def test_a_link_is_not_followed(record_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_is_not_followed_but_replaced(record_path: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     record_path.with_name("record.new").symlink_to(victim)
     Record(record_path).add(os.getpid())
     assert victim.read_text() == "precious"
-    assert "event=record_not_written" in caplog.text
+    assert record_path.read_text().splitlines()[1].startswith(f"{os.getpid()} ")
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep

@@ -62,7 +62,9 @@ async def test_a_file_that_is_read_again_counts_for_what_is_kept_then(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "record", [b"no json", b"[]", b"{}", json.dumps({"model": {"nmae": "a"}, "written": ""}).encode()]
+    "record",
+    [b"no json", b"[]", b"{}", b"[" * 100_000, json.dumps({"model": {"nmae": "a"}, "written": ""}).encode()],
+    ids=["text", "list", "empty", "deep", "unknown-key"],
 )
 async def test_a_record_that_cannot_be_read_costs_the_others_nothing(
     tmp_path: Path, record: bytes, caplog: pytest.LogCaptureFixture
@@ -71,6 +73,7 @@ async def test_a_record_that_cannot_be_read_costs_the_others_nothing(
     await kept(tmp_path).keep(BY_HAND.name, BY_HAND)
     assert await kept(tmp_path).all() == [BY_HAND]
     assert "event=model_not_restored model='odd'" in caplog.text
+    assert await SqliteStore(tmp_path / "state").get("models/odd") == record
 
 
 async def test_a_store_that_fails_is_no_empty_one(tmp_path: Path) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.router import state_store
 from sllm_vllm.router.state_store import (
     EtcdStore,
     RedisStore,
     SqliteStore,
+    StateBusy,
+    StateDamaged,
     StateError,
+    StateFull,
     StateStore,
     open_state_store,
 )
@@ -104,8 +111,46 @@ def test_a_file_is_this_users_alone(tmp_path: Path) -> None:
 def test_a_file_that_is_something_else_is_said_to_be(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_bytes(b"no database" * 100)
-    with pytest.raises(StateError, match="state: file is not a database"):
+    with pytest.raises(StateDamaged, match=r"state: it is damaged \(file is not a database\); put a copy back"):
         asyncio.run(SqliteStore(path).get("a"))
+    assert path.read_bytes() == b"no database" * 100
+
+
+def test_a_file_that_another_process_has_locked_is_waited_for_and_then_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_store, "TIMEOUT_S", 0.2)
+    store = SqliteStore(tmp_path / "state")
+    asyncio.run(store.put("a", b"1"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "state")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StateBusy, match="state: another process has locked it"):
+            asyncio.run(store.put("a", b"2"))
+    assert asyncio.run(store.get("a")) == b"1"
+
+
+class SmallDisk(SqliteStore):
+    """SQLite finds no room for more than a few pages."""
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        with super()._opened() as connection:
+            connection.execute("PRAGMA max_page_count = 4")
+            yield connection
+
+
+def test_a_disk_that_is_full_is_told_apart_and_loses_nothing(tmp_path: Path) -> None:
+    store = SmallDisk(tmp_path / "state")
+    asyncio.run(store.put("a", b"1"))
+    with pytest.raises(StateFull, match="state: the disk is full"):
+        asyncio.run(store.put("a", b"2" * (1 << 16)))
+    assert asyncio.run(store.get("a")) == b"1"
+
+
+def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "state")
+    with pytest.raises(StateError, match="state: it can't be used: it is no regular file"):
+        asyncio.run(SqliteStore(tmp_path / "state").get("a"))
 
 
 @pytest.mark.parametrize("kind", [RedisStore, EtcdStore])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import socket
+import socketserver
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -211,6 +213,37 @@ def test_more_scrapes_than_allowed_are_hung_up_on(serve: Serve, key: str) -> Non
         assert [answer.result()[0] for answer in answers] == [200] * SCRAPES_MAX
 
 
+def test_scrapes_that_there_was_no_thread_for_keep_no_place(
+    serve: Serve, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(lambda: EMPTY)
+
+    def no_thread(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socketserver.threading, "Thread", no_thread)  # type: ignore[attr-defined]
+        for _ in range(SCRAPES_MAX + 1):
+            with pytest.raises((OSError, http.client.HTTPException)):
+                get(server, key)
+    assert get(server, key)[0] == 200
+
+
+def test_an_error_of_one_moment_ends_no_server(serve: Serve, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, failures = serve(lambda: EMPTY), [OSError(errno.EMFILE, "Too many open files"), ValueError("no selector")]
+    failed = threading.Event()
+
+    def ready(*args: object) -> None:
+        if not failures:
+            failed.set()
+            return
+        raise failures.pop()
+
+    monkeypatch.setattr(server._server, "service_actions", ready)
+    assert failed.wait(TIMEOUT_S)
+    assert get(server, key)[0] == 200
+
+
 def test_the_port_is_free_again_after_stop(serve: Serve, key: str, tmp_path: Path) -> None:
     server = serve(lambda: STATUS)
     server.stop()
@@ -248,7 +281,7 @@ def test_an_empty_key_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_key_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("secret")
     (tmp_path / KEY_NAME).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=KEY_NAME):
+    with pytest.raises(ConfigError, match=KEY_NAME):
         open_key(tmp_path / KEY_NAME)
 
 

@@ -1,0 +1,79 @@
+"""The agent's hold on its warm parent, with parents that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sllm_vllm.node import warm_pool
+from sllm_vllm.node.warm_pool import WarmPool
+
+
+def parent() -> Any:
+    """One that dies at once."""
+
+    async def wait() -> int:
+        return -9
+
+    ready = SimpleNamespace(pid=1, seconds=1.0)
+    return SimpleNamespace(ready=ready, process=SimpleNamespace(wait=wait), has_died=False, close=lambda: None)
+
+
+async def pauses_of(num: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """Before each of the first parents after the first one."""
+    loop, started_s, done = asyncio.get_running_loop(), list[float](), asyncio.Event()
+
+    async def start(pool: WarmPool) -> Any:
+        started_s.append(loop.time())
+        if len(started_s) > num:
+            done.set()
+            await asyncio.Event().wait()
+        return parent()
+
+    monkeypatch.setattr(WarmPool, "_start", start)
+    pool = WarmPool({}, tmp_path / "log")
+    async with asyncio.timeout(60):
+        await done.wait()
+    await pool.close()
+    return [after - before for before, after in itertools.pairwise(started_s)]
+
+
+async def test_a_parent_that_dies_young_again_and_again_is_started_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_pool, "RESTART_PAUSE_S", 0.1)
+    pauses_s = await pauses_of(4, monkeypatch, tmp_path)
+    assert all(pause_s >= least_s for pause_s, least_s in zip(pauses_s, (0.1, 0.2, 0.4, 0.8), strict=True))
+
+
+async def test_a_parent_that_has_lived_for_a_while_is_replaced_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_pool, "STEADY_S", -1.0)
+    monkeypatch.setattr(warm_pool, "RESTART_PAUSE_S", 600.0)
+    assert len(await pauses_of(4, monkeypatch, tmp_path)) == 4
+
+
+async def test_an_error_that_was_not_foreseen_does_not_end_the_keeper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_pool, "RESTART_PAUSE_S", 0.01)
+    tries, again = list[int](), asyncio.Event()
+
+    async def start(pool: WarmPool) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("can't start new thread")
+        again.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(WarmPool, "_start", start)
+    pool = WarmPool({}, tmp_path / "log")
+    async with asyncio.timeout(60):
+        await again.wait()
+    await pool.close()
