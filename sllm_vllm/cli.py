@@ -23,7 +23,7 @@ import typer
 
 from sllm_vllm import __version__
 from sllm_vllm.cli_node import add_engine_commands, node_app
-from sllm_vllm.cli_output import command_group, print_done, print_json, print_table, progress_bar, shown
+from sllm_vllm.cli_output import command_group, print_done, print_json, print_table, progress_bar, shown, wrong_usage
 from sllm_vllm.cli_router import add_router_commands
 from sllm_vllm.cli_store import Json, StoreDir, store_app, store_root, with_options
 from sllm_vllm.cli_transfer import add_transfer_commands
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from sllm_vllm.checkpoint.reader import Checkpoint
     from sllm_vllm.checkpoint.repository import CheckpointRepository
-    from sllm_vllm.errors import CheckpointError
+    from sllm_vllm.errors import CheckpointError, CheckpointMissing
     from sllm_vllm.loader.conversion import Converted, Event
 
 _LARGEST_SHOWN = 10
@@ -375,8 +375,15 @@ def rm(
     from sllm_vllm.units import format_nbytes
 
     repository = _repository(store_dir)
+    if not (repository.root / name).exists():
+        raise _missing(repository.root, name)
     if not yes:
-        typer.confirm(f"Remove {repository.root / name}?", abort=True, err=as_json)
+        try:
+            is_agreed = typer.confirm(f"Remove {repository.root / name}?", err=as_json)
+        except typer.Abort:  # the end of the input
+            wrong_usage("rm: no answer; --yes removes it without asking")
+        if not is_agreed:
+            raise typer.Abort
     nbytes = repository.remove(name)
     line = f"removed: {name} ({format_nbytes(nbytes)})"
     print_done({"done": "removed", "name": name, "nbytes": nbytes}, line, as_json=as_json)
@@ -415,4 +422,18 @@ def _open(path: str, store_dir: Path | None) -> Checkpoint:
     directory = Path(path).expanduser()
     if not directory.is_dir() and directory.name == path:
         directory = store_root(store_dir) / path
+        if not directory.exists():
+            raise _missing(directory.parent, path)
     return open_checkpoint(directory.absolute())
+
+
+def _missing(root: Path, name: str) -> CheckpointMissing:
+    """Says which names there are, if one is near."""
+    import difflib
+
+    from sllm_vllm.errors import CheckpointMissing
+
+    with contextlib.suppress(OSError):
+        if near := difflib.get_close_matches(name, [entry.name for entry in root.iterdir()], 1):
+            return CheckpointMissing(root / name, "there is no such checkpoint", f"did you mean {near[0]}?")
+    return CheckpointMissing(root / name, "there is no such checkpoint", "see `sllm-vllm list`")

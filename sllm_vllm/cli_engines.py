@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from sllm_vllm.cli_output import age, print_json, print_table, wrong_usage
-from sllm_vllm.cli_store import Json, with_options
+from sllm_vllm.cli_store import Json, problems_by_key, with_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,8 +136,9 @@ def _order_of(options: RunOptions) -> ReplicaOrder:
             id=options.name,
         )
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        wrong_usage(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        names = {"num_slots": "--slots", "port": "--port", "id": "--name", "environment": "--env", "model": "MODEL"}
+        found = problems_by_key(error).items()
+        wrong_usage(*(f"{names.get(key.partition('.')[0], key)}: {problem}" for key, problem in found))
 
 
 def _expanded(model: str) -> str:

@@ -87,7 +87,7 @@ def _node_config(options: ServeOptions) -> NodeConfig:
     }
     if options.gpus is not None:
         given["gpus"] = [gpu.strip() for gpu in options.gpus.split(",") if gpu.strip()]
-    config = validated(NodeConfig, options.config, given)
+    config = validated(NodeConfig, options.config, given, options=_FIELD_OF)
     socket = config.store_socket.expanduser().absolute() if config.store_socket is not None else None
     places = {"node_dir": node_root(config.node_dir), "store_dir": store_root(config.store_dir), "store_socket": socket}
     return config.model_copy(update=places)

@@ -161,7 +161,8 @@ def age(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def wrong_usage(line: str) -> NoReturn:
+def wrong_usage(*lines: str) -> NoReturn:
     """End the command: it can't be meant like this."""
-    typer.echo(f"sllm-vllm: {' '.join(line.split())}", err=True)
+    for line in lines:
+        typer.echo(f"sllm-vllm: {one_line(line)}", err=True)
     raise typer.Exit(2)

@@ -31,7 +31,7 @@ from sllm_vllm.cli_output import (
 )
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from pydantic import BaseModel, ValidationError
 
     from sllm_vllm.config import StoreConfig
     from sllm_vllm.store.calibrate import Figure
@@ -147,31 +147,61 @@ def _store_config(options: ServeOptions) -> StoreConfig:
     from sllm_vllm.config import StoreConfig
 
     given = {_FIELD_OF.get(name, name): value for name, value in vars(options).items() if name != "config"}
-    config = validated(StoreConfig, options.config, given)
+    config = validated(StoreConfig, options.config, given, options=_FIELD_OF)
     if config.num_slots == 0:
-        wrong_usage(f"memory_bytes: {config.memory_bytes} has no room for a slot of {config.slot_bytes}")
+        wrong_usage(f"--memory: {config.memory_bytes} bytes have no room for a slot of {config.slot_bytes}")
     socket = config.socket.expanduser().absolute() if config.socket is not None else None
     return config.model_copy(update={"store_dir": store_root(config.store_dir), "socket": socket})
 
 
-def validated(kind: type[Config], file: Path | None, given: Mapping[str, object]) -> Config:
-    """A daemon's settings: the file's, overridden by those options that are given. Sizes may be text."""
+def validated(
+    kind: type[Config], file: Path | None, given: Mapping[str, object], *, options: Mapping[str, str]
+) -> Config:
+    """A daemon's settings: the file's, overridden by those options that are given. Sizes may be text.
+
+    Args:
+        options: what an option is called whose name is not its field's.
+    """
     from pydantic import ValidationError
 
     from sllm_vllm.units import parse_nbytes
 
     values = read_config(file) if file is not None else {}
-    values |= {field: value for field, value in given.items() if value not in (None, [])}
-    try:
-        for field, value in values.items():
-            if field.endswith("_bytes") and isinstance(value, str):
+    said = {field: value for field, value in given.items() if value not in (None, [])}
+    names = {field: name for name, field in options.items()}
+    values |= said
+    problems: dict[str, str] = {}
+    for field, value in values.items():
+        if field.endswith("_bytes") and isinstance(value, str):
+            try:
                 values[field] = parse_nbytes(value)
-        return kind.model_validate(values)
+            except (ValueError, OverflowError) as error:
+                problems[field] = str(error)
+    try:
+        config = kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        wrong_usage(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
-    except (ValueError, OverflowError) as error:
-        wrong_usage(str(error))
+        problems = problems_by_key(error) | problems
+    if problems:
+        called = {key: _option(key, said, names) or f"{file}: {key}" for key in problems}
+        wrong_usage(*(f"{called[key]}: {problem}" for key, problem in problems.items()))
+    return config
+
+
+def problems_by_key(error: ValidationError) -> dict[str, str]:
+    """What is wrong with each key."""
+    from sllm_vllm.router.config_problems import in_words
+
+    found: dict[str, str] = {}
+    for one in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in one["loc"])
+        found.setdefault(key, in_words(one["type"], one["msg"], one.get("ctx", {})))
+    return found
+
+
+def _option(key: str, said: Mapping[str, object], names: Mapping[str, str]) -> str:
+    """The option that said it; empty for a key of the file."""
+    field = key.partition(".")[0]
+    return f"--{names.get(field, field).replace('_', '-')}" if field in said else ""
 
 
 def read_config(path: Path) -> dict[str, Any]:

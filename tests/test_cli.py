@@ -228,6 +228,23 @@ def test_rm_of_nothing_is_one_line(run: Run, store: Path) -> None:
     assert err == f"sllm-vllm: {store}/nothing: there is no such checkpoint; see `sllm-vllm list`\n"
 
 
+@pytest.mark.parametrize("command", ["rm", "inspect", "verify"])
+def test_a_name_that_is_spelled_wrongly_is_answered_with_the_nearest(
+    run: Run, checkpoint: Checkpoint, command: str
+) -> None:
+    """Before anything is asked."""
+    code, out, err = run(command, checkpoint.path.name.replace("tiny", "tinny"))
+    assert (code, out) == (1, "")
+    assert err.endswith(f": there is no such checkpoint; did you mean {checkpoint.path.name}?\n")
+
+
+def test_rm_where_nobody_can_answer(run: Run, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    code, _, err = run("rm", checkpoint.path.name)
+    assert (code, "--yes" in err) == (2, True)
+    assert checkpoint.path.exists()
+
+
 def test_export_of_two_ranks_says_why_not(run: Run, checkpoint: Checkpoint, tmp_path: Path) -> None:
     (checkpoint.path / "config.json").write_text("{}")
     code, out, err = run("export", checkpoint.path, "--to", "safetensors", "--out", tmp_path / "out")

@@ -144,11 +144,11 @@ def test_run_of_what_is_killed_names_the_signal(run: Run, served: ServedAgent) -
     [
         (("-e", "NOVALUE", "m"), "KEY=VALUE"),
         (("-e", "=v", "m"), "KEY=VALUE"),
-        (("--name", "a/b", "m"), "id:"),
-        (("--slots", "2000", "m"), "num_slots"),
+        (("--name", "a/b", "m"), "--name:"),
+        (("--slots", "2000", "m"), "--slots: it has to be 1024 or less"),
         (("--slots", "0", "m"), "--slots"),
         (("--port", "70000", "m"), "--port"),
-        (("",), "model"),
+        (("",), "MODEL: "),
         ((), "MODEL"),
     ],
 )

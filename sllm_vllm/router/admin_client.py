@@ -30,6 +30,7 @@ _URL_NBYTES_MAX = 4096
 _KEY = re.compile(r"[!-~]{1,1024}")
 
 
+_NO_OTHER = f"something else than a router listens there; say where the router is with --url or {URL_VARIABLE}"
 _NO_ROUTER = f"start one with `sllm-vllm serve CONFIG`, or say where it is with --url or {URL_VARIABLE}"
 
 
@@ -141,7 +142,7 @@ class AdminClient:
         try:
             reply = json.loads(data)
         except (ValueError, RecursionError):
-            raise AdminError(f"{self._shown}: status {status}, and no JSON; is a router there?") from None
+            raise AdminError(f"{self._shown}: status {status}, and no JSON: {_NO_OTHER}") from None
         if status >= 300:
             raise self._refusal(status, reply)
         return reply
@@ -166,7 +167,7 @@ class AdminClient:
     def _refusal(self, status: int, reply: object) -> AdminError:
         error = reply.get("error") if isinstance(reply, dict) else None
         if not isinstance(error, dict):
-            return AdminError(f"{self._shown}: status {status}; is a router there?")
+            return AdminError(f"{self._shown}: status {status}: {_NO_OTHER}")
         message, code = str(error.get("message")), str(error.get("code") or "")
         if status in {401, 403}:
             message += f" Give the right one with --key-file or {KEY_VARIABLE}."

@@ -62,6 +62,8 @@ _WORDS = {
     "less_than_equal": "it has to be {le} or less",
     "string_too_short": "it has to have {min_length} characters or more",
     "string_too_long": "it has to have {max_length} characters or fewer",
+    "literal_error": "it has to be {expected}",
+    "string_pattern_mismatch": "it has to match {pattern}",
     "too_long": "it has to have {max_length} entries or fewer",
 }
 """Pydantic's errors in the words of a configuration."""
@@ -213,10 +215,13 @@ def _problems_of(error: ValidationError, kind: type[BaseModel], at: Place) -> It
             yield Problem(place, _unknown_key(str(place[-1]), inner))
         elif one["type"] == "wrong_keys":
             yield from (Problem((*place, key), problem) for key, problem in context["parts"])
-        elif one["type"] in _WORDS:
-            yield Problem(place, _WORDS[one["type"]].format(**context))
         else:
-            yield Problem(place, one["msg"].removeprefix("Value error, "))
+            yield Problem(place, in_words(one["type"], one["msg"], context))
+
+
+def in_words(kind: str, message: str, context: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as this package says it."""
+    return _WORDS[kind].format(**context) if kind in _WORDS else message.removeprefix("Value error, ")
 
 
 def _unknown_key(key: str, kind: type[BaseModel]) -> str:

@@ -297,7 +297,9 @@ def _bound(config: RouterConfig) -> Iterator[socket.socket]:
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
-        raise ConfigError(f"server: {host} port {port} can't be had ({error.strerror}); give another one") from None
+        raise ConfigError(
+            f"server: {host} port {port} can't be had ({error.strerror}); end what listens there, or set `server.port`"
+        ) from None
     with listener:
         listener.setblocking(False)
         yield listener
