@@ -22,6 +22,8 @@ MODEL_LABEL, GENERATION_LABEL, LINEAGE_LABEL = "sllm/model", "sllm/generation", 
 """What a later life of the router reads of a replica that it finds."""
 _TIERS = {"store": Tier.HOST, "disk": Tier.DISK}
 _REASON_CHARS_MAX = 500
+WATCH_AGAIN_S = 1.0
+"""After an error that was not foreseen."""
 _FOUND = {"starting", "loading", "ready", "unwell", "stopping"}
 """States of a replica that has slots."""
 
@@ -106,7 +108,7 @@ class Engines:
                 self._in_background(self._stop(report.id))
                 continue
             self.reports[report.id] = report
-            self._in_background(self._watch(report.id, model))
+            self._in_background(self._keep_watching(report.id, model))
             if report.state == "stopping":
                 self._called_off.add(report.id)
             found.append(_found(report, model, requests.get(report.id, ())))
@@ -151,9 +153,25 @@ class Engines:
             self._called_off.discard(replica)
             self._tell(ReplicaEnded(replica, error.problem, is_fault=True))
             return
+        except Exception as error:  # the top of a task: the core would hold its slots for good
+            logger.exception("event=order_failed replica=%s", replica)
+            await self._stop(replica)  # how far the order came is not known
+            self._called_off.discard(replica)
+            self._tell(ReplicaEnded(replica, f"its order failed: {type(error).__name__}: {error}", is_fault=True))
+            return
         if replica in self._called_off:
             await self._stop(replica)
-        await self._watch(replica, model)
+        await self._keep_watching(replica, model)
+
+    async def _keep_watching(self, replica: str, model: str) -> None:
+        """Until it has ended: one that is lost sight of by an error of one moment would keep its slots."""
+        while replica in self.reports:
+            try:
+                await self._watch(replica, model)
+                return
+            except Exception:  # the top of a run loop
+                logger.exception("event=watch_failed replica=%s", replica)
+                await asyncio.sleep(WATCH_AGAIN_S)
 
     async def _watch(self, replica: str, model: str) -> None:
         was_ready = False

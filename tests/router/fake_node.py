@@ -34,7 +34,7 @@ from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings
-from sllm_vllm.router.state_store import StateError
+from sllm_vllm.router.state_store import StateBusy, StateDamaged, StateError, StateFull
 from sllm_vllm.router.watch import Message, Receive, Send
 from tests.router.fake_gate import Answer, until
 
@@ -45,7 +45,12 @@ ENGINE_KEY = "the-engines-secret"
 HUB_TOKEN = "hf_secret"
 SECRETS = (ADMIN_KEY, ENGINE_KEY, HUB_TOKEN)
 TIMEOUT_S = 60.0
-UNKEEPABLE = "org/unkeepable"
+UNKEEPABLE: dict[str, type[StateError]] = {
+    "org/unkeepable": StateError,
+    "org/locked": StateBusy,
+    "org/too-much": StateFull,
+    "org/damaged": StateDamaged,
+}
 MISSING = "/models/missing"
 """A source that is not there."""
 
@@ -262,8 +267,8 @@ async def serving_admin(
     kept: dict[str, ModelConfig | None] = {}
 
     async def keep(name: str, model: ModelConfig | None) -> None:
-        if name == UNKEEPABLE:
-            raise StateError("the disk is full")
+        if name in UNKEEPABLE:
+            raise UNKEEPABLE[name]("it can't be kept")
         kept[name] = model
 
     def check(model: ModelConfig) -> None:

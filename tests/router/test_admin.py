@@ -81,6 +81,25 @@ async def test_keys_can_be_replaced(served: ServedAdmin) -> None:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "told"),
+    [
+        ("org/unkeepable", 503, "It could not be kept"),
+        ("org/locked", 503, "locked by another process"),
+        ("org/too-much", 507, "There is no room"),
+        ("org/damaged", 500, "The state is damaged"),
+    ],
+)
+async def test_what_cannot_be_kept_is_not_done_and_the_reason_told_apart(
+    served: ServedAdmin, name: str, status: int, told: str
+) -> None:
+    answer = await served.ask("POST", f"{V1}/models", {"name": name})
+    assert (answer.status, answer.error["code"]) == (status, "state_unavailable")
+    assert told in answer.error["message"]
+    assert "nothing was changed" in answer.error["message"]
+    assert name not in served.controller.models
+
+
 async def test_deploy_a_model_and_see_it(served: ServedAdmin) -> None:
     arguments = ["--max-model-len=512", "--hf-token", HUB_TOKEN, f"--hf-token={HUB_TOKEN}", "--enforce-eager"]
     answer = await served.ask(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.errors import ReplicaUnknown
-from sllm_vllm.node.protocol import CheckpointReport, NodeReport, ReplicaReport
-from sllm_vllm.router import node_watch
+from sllm_vllm.node.protocol import CheckpointReport, NodeReport, ReplicaOrder, ReplicaReport
+from sllm_vllm.router import engines, node_watch
 from sllm_vllm.router.admin_views import explain_view
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.controller import Controller
@@ -209,6 +209,40 @@ def test_weights_are_measured_by_the_files_that_are_read(tmp_path: Path, files: 
 def test_what_is_no_directory_has_no_weights(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     assert [weights_nbytes(path) for path in (tmp_path / "none", tmp_path / "file", tmp_path / ("x" * 5000))] == [0] * 3
+
+
+async def test_an_order_that_fails_as_nobody_foresaw_gives_its_slot_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = FakeNode()
+    async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
+        with monkeypatch.context() as patched:
+            patched.setattr(node, "ensure_replica", failing_order)
+            asking = asyncio.create_task(controller.acquire(RequestFacts("r-1", MODEL)))
+            await until(lambda: controller.core.models[MODEL].back_off.num_failures, "a failed start")
+        controller.finished(await asyncio.wait_for(asking, 60), DONE)
+
+
+async def test_a_watch_that_fails_as_nobody_foresaw_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, failures = FakeNode(), [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
+    monkeypatch.setattr(engines, "WATCH_AGAIN_S", 0.01)
+    watch = node.watch
+
+    def watch_or_fail(replica_id: str) -> AsyncIterator[ReplicaReport]:
+        if failures:
+            raise failures.pop()
+        return watch(replica_id)
+
+    monkeypatch.setattr(node, "watch", watch_or_fail)
+    async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
+        controller.finished(await asyncio.wait_for(controller.acquire(RequestFacts("r-1", MODEL)), 60), DONE)
+    assert not failures
+
+
+async def failing_order(order: ReplicaOrder) -> ReplicaReport:
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 async def test_a_router_is_not_ready_while_a_loop_of_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
