@@ -213,6 +213,9 @@ class ServerSection(_Section):
         default="127.0.0.1", min_length=1, max_length=253, description="address to listen on; loopback without keys"
     )
     port: Count = Field(default=8000, ge=0, le=65535, description="as `vllm serve` has it; 0: a free one")
+    show_paths: Flag = Field(
+        default=False, description="let /v1/models show where weights are on the server; default: names alone"
+    )
     body_bytes: NumBytes = Field(
         default=32 * MIB, ge=KIB, le=GIB, description="largest body of a request; a few images fit"
     )
@@ -345,6 +348,7 @@ class RouterConfig(_Section):
             key_digests=key_digests,
             insecure_no_keys=self.keys.insecure_no_keys,
             cors_origins=server.cors_origins,
+            show_paths=server.show_paths,
             body_nbytes_max=server.body_bytes,
             bodies_nbytes_max=server.bodies_bytes,
             requests_max=server.requests_max,

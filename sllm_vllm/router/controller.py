@@ -47,6 +47,7 @@ from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engines import Node
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
 from sllm_vllm.router.member import Member
+from sllm_vllm.router.model_lengths import ModelLengths
 from sllm_vllm.router.movability import Movability
 from sllm_vllm.router.node_orders import NodeOrders
 from sllm_vllm.router.refusals import rejected, stopping
@@ -107,6 +108,7 @@ class Controller:
         self._orders = NodeOrders(self._members, self.models, directory)
         self._leaving: set[asyncio.Task[None]] = set()
         self._movability = Movability(self._tell) if bounds.moves_max else None
+        self._lengths = ModelLengths(self._list_served)
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._followers: dict[str, OnMove] = {}
         """By request: who is to be told that it moves."""
@@ -176,6 +178,7 @@ class Controller:
         for member in self._members.values():
             await member.close()
         await asyncio.gather(*self._leaving, return_exceptions=True)
+        await self._lengths.close()
         if self._movability is not None:
             await self._movability.close()
         for future in self._waiting.values():
@@ -281,6 +284,8 @@ class Controller:
 
     def deploy(self, model: ModelConfig) -> None:
         """Serve a model, or serve it otherwise from now on."""
+        if self.models.get(model.name) != model:
+            self._lengths.forget(model.name)
         self.models[model.name] = model
         self._created.setdefault(model.name, int(time.time()))
         self._list_served()
@@ -295,12 +300,16 @@ class Controller:
         """Serve it no more; requests that run are answered."""
         self._nbytes.pop(self.models[name].source, None)
         del self.models[name], self._created[name]
+        self._lengths.forget(name)
         self._list_served()
         self._tell(ModelDeleted(name))
 
     def _list_served(self) -> None:
         """Once a change, and not once a request."""
-        self._served = tuple(ServedModel(name, self._created[name], one.source) for name, one in self.models.items())
+        self._served = tuple(
+            ServedModel(name, self._created[name], one.source, self._lengths.of(name))
+            for name, one in self.models.items()
+        )
 
     def drain(self, target: str) -> None:
         """Have a replica, or all of a node, end without harm to a request; on the node nothing starts any more."""
@@ -354,10 +363,17 @@ class Controller:
             self._do(action)
             if isinstance(action, RejectRequest) and action.why is Refusal.KILLED_ENGINE:
                 logger.warning("event=request_killed_engine request=%s reason=%r", action.request, action.reason)
+        if isinstance(event, ReplicaReady):
+            self._ask_length(event.replica)
         if self._movability is not None:
             self._follow_movability(self._movability, event)
         if member is not None:
             member.watch.refresh()
+
+    def _ask_length(self, replica: str) -> None:
+        known, report = self.core.cluster.replicas.get(replica), self.report_of(replica)
+        if known is not None and report is not None:
+            self._lengths.ask(replica, known.model, url=report.url or "", api_key=report.api_key or "")
 
     def _follow_movability(self, movability: Movability, event: Event) -> None:
         match event:

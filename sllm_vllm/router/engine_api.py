@@ -64,6 +64,16 @@ class EngineApi:
         found = [one for one in reply.body.get("requests", ()) if one.get("id") in names]
         return sum(found[0]["num_output_tokens"]) if len(found) == 1 else None
 
+    async def max_model_len(self, ticket: Ticket) -> int | None:
+        """How many tokens its context has, as vLLM's list of models says; None if it does not."""
+        async with _limited(ANSWER_S_MAX):
+            connection = await self._upstream.get(ticket.url, target="/v1/models", headers=_authorization(ticket))
+            reply = await read_reply(connection)
+        models = reply.body.get("data")
+        first = models[0] if isinstance(models, list) and models else None
+        length = first.get("max_model_len") if isinstance(first, dict) else None
+        return length if isinstance(length, int) else None
+
     async def prefill(self, ticket: Ticket, body: bytes, *, name: str, seconds_max: float) -> Reply:
         """Have a prompt computed into the prefix cache, by asking for one token after it."""
         headers: Headers = [

@@ -14,11 +14,16 @@ from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model as a client may ask for it. ``root``: where its weights come from."""
+    """A model as a client may ask for it.
+
+    ``root``: where its weights come from; ``max_model_len``: tokens of its context, None as long as no engine has said
+    it.
+    """
 
     name: str
     created_unix_s: int
     root: str
+    max_model_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from sllm_vllm.router.keys import Keys, bearer_key
 from sllm_vllm.router.openai_errors import (
     SERVER,
     ApiError,
+    is_anthropic,
     no_such_path,
     overloaded,
     unauthorized,
@@ -81,7 +82,7 @@ class Request:
     @property
     def is_anthropic(self) -> bool:
         """Whether it is of the API whose clients send their key in x-api-key."""
-        return self.path == "/v1/messages" or self.path.startswith("/v1/messages/")
+        return is_anthropic(self.path)
 
 
 class Ingress:
@@ -213,10 +214,21 @@ class Ingress:
     def _models(self, path: str) -> bytes:
         if path == _MODELS:
             served = self._gate.served()
-            return json.dumps({"object": "list", "data": [_card(model) for model in served]}).encode()
+            return json.dumps({"object": "list", "data": [self._card(model) for model in served]}).encode()
         name = path.removeprefix(_MODELS + "/")
         self._require_model(name)
-        return json.dumps(_card(self._names[name])).encode()
+        return json.dumps(self._card(self._names[name])).encode()
+
+    def _card(self, model: ServedModel) -> dict[str, object]:
+        is_hidden = model.root.startswith("/") and not self._settings.show_paths
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created_unix_s,
+            "owned_by": "sllm-vllm",
+            "root": model.name if is_hidden else model.root,
+            "max_model_len": model.max_model_len,
+        }
 
     async def _preflight(self, request: Request, report: Report, *, send: Send) -> None:
         asked = value_of(request.headers, b"access-control-request-headers") or b"*"
@@ -243,7 +255,9 @@ class Ingress:
 
     async def _tell(self, request: Request, report: Report, *, error: ApiError, send: Send) -> None:
         headers = [*error.headers, (b"connection", b"close")] if error.closes else error.headers
-        await self._send(request, report, status=error.status, body=error.body, send=send, headers=headers)
+        await self._send(
+            request, report, status=error.status, body=error.body_for(request.path), send=send, headers=headers
+        )
 
     async def _send(
         self, request: Request, report: Report, *, status: int, body: bytes, send: Send, headers: Headers | None = None
@@ -294,16 +308,6 @@ def _is_models(path: str) -> bool:
 def _require(request: Request, *methods: str) -> None:
     if request.method not in methods:
         raise wrong_method(request.method, methods)
-
-
-def _card(model: ServedModel) -> dict[str, object]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.created_unix_s,
-        "owned_by": "sllm-vllm",
-        "root": model.root,
-    }
 
 
 def _log(request: Request, report: Report) -> None:

@@ -1,4 +1,7 @@
-"""Errors as OpenAI's clients know them: status, body, and the event that ends a stream. Pure."""
+"""Errors as clients know them: status, body, and the event that ends a stream. Pure.
+
+Below /v1/messages they have Anthropic's form, everywhere else OpenAI's.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,20 @@ NAMES_SHOWN_MAX = 20
 NAME_CHARS_MAX = 200
 INVALID = "invalid_request_error"
 SERVER = "server_error"
+_NAMED_EVENTS = ("/v1/messages", "/v1/responses")
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    502: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""By status; any other is an ``invalid_request_error``, which Anthropic calls as OpenAI does."""
 
 
 class ApiError(Exception):
@@ -39,9 +56,20 @@ class ApiError(Exception):
         """What stands under ``error``."""
         return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
-    def event(self, *, is_named: bool) -> bytes:
-        """The last event of a stream that breaks. ``is_named``: as /v1/messages and /v1/responses do it."""
-        if is_named:
+    def body_for(self, path: str) -> bytes:
+        """The whole answer, as clients of a path read it."""
+        return self._anthropic_body if is_anthropic(path) else self.body
+
+    @property
+    def _anthropic_body(self) -> bytes:
+        error = {"type": _ANTHROPIC_KINDS.get(self.status, INVALID), "message": self.message}
+        return json.dumps({"type": "error", "error": error}).encode()
+
+    def event(self, path: str) -> bytes:
+        """The last event of a stream that breaks, as clients of a path read it."""
+        if is_anthropic(path):
+            return b"event: error\ndata: " + self._anthropic_body + b"\n\n"
+        if path.startswith(_NAMED_EVENTS):
             return b"event: error\ndata: " + json.dumps({"type": "error", "error": self.record}).encode() + b"\n\n"
         return b"data: " + self.body + b"\n\n"
 
@@ -49,6 +77,18 @@ class ApiError(Exception):
         """Itself, and the client's connection ends after it: its body was not read to the end."""
         self.closes = True
         return self
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is of Anthropic's API. A query may follow it."""
+    path = path.partition("?")[0]
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def not_served(model: str, path: str) -> ApiError:
+    """404 for a route that the model's engines lack: they serve other tasks."""
+    message = f"The model `{model[:NAME_CHARS_MAX]}` does not serve {path[:NAME_CHARS_MAX]}: its task is another."
+    return ApiError(404, message, code="route_not_served")
 
 
 def rejection(rejected: Rejected) -> ApiError:

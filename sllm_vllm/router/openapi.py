@@ -6,6 +6,7 @@ from typing import Any
 
 from sllm_vllm import __version__
 from sllm_vllm.router.admission import MODEL_CHARS_MAX
+from sllm_vllm.router.openai_errors import is_anthropic
 
 Schema = dict[str, Any]
 
@@ -32,13 +33,26 @@ _ERROR: Schema = {
 }
 _MODEL: Schema = {
     "type": "object",
-    "required": ["id", "object", "created", "owned_by", "root"],
+    "required": ["id", "object", "created", "owned_by", "root", "max_model_len"],
     "properties": {
         "id": {"type": "string"},
         "object": {"const": "model"},
         "created": {"type": "integer"},
         "owned_by": {"type": "string"},
-        "root": {"type": "string"},
+        "root": {"type": "string", "description": "the name instead of a path of the server, by default"},
+        "max_model_len": {"type": ["integer", "null"], "description": "null as long as no engine has run"},
+    },
+}
+_ANTHROPIC_ERROR: Schema = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
     },
 }
 _MODELS: Schema = {
@@ -96,13 +110,13 @@ def openapi_document() -> Schema:
             "parameters": [model_parameter],
         },
     }
-    engines = {path: _post(properties) for path, properties in _PROMPTS.items()}
+    engines = {path: _post(path, properties) for path, properties in _PROMPTS.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "sllm-vllm", "version": __version__, "license": {"name": "Apache-2.0"}},
         "paths": own | engines,
         "components": {
-            "schemas": {"Error": _ERROR, "Model": _MODEL, "Models": _MODELS},
+            "schemas": {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR, "Model": _MODEL, "Models": _MODELS},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}],
@@ -117,7 +131,7 @@ def _get(summary: str, schema: Schema, *, is_open: bool = False, extra: Schema |
     return {"get": operation}
 
 
-def _post(properties: Schema) -> Schema:
+def _post(path: str, properties: Schema) -> Schema:
     body = {
         "type": "object",
         "properties": {"model": _NAME_OR_NONE, "stream": {"type": "boolean"}, **properties},
@@ -130,13 +144,17 @@ def _post(properties: Schema) -> Schema:
         "post": {
             "summary": "Ask an engine that serves the model",
             "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-            "responses": {"200": answer, **_errors(*_ERRORS)},
+            "responses": {"200": answer, **_errors(*_ERRORS, name=_error_name(path))},
         }
     }
 
 
-def _errors(*statuses: str) -> Schema:
-    return {status: _json(_ERRORS[status], {"$ref": "#/components/schemas/Error"}) for status in statuses}
+def _error_name(path: str) -> str:
+    return "AnthropicError" if is_anthropic(path) else "Error"
+
+
+def _errors(*statuses: str, name: str = "Error") -> Schema:
+    return {status: _json(_ERRORS[status], {"$ref": f"#/components/schemas/{name}"}) for status in statuses}
 
 
 def _json(description: str, schema: Schema) -> Schema:

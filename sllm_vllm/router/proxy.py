@@ -8,6 +8,7 @@ any other body with a connection that closes too early.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from sllm_vllm.router.gate import Failure, Gate, How, MoveOrder, Outcome, Reject
 from sllm_vllm.router.headers import Headers, for_client, for_engine
 from sllm_vllm.router.leg import Asked, Leg, is_event_stream
 from sllm_vllm.router.mover import Mover
-from sllm_vllm.router.openai_errors import SERVER, ApiError, engine_failed, rejection, timed_out
+from sllm_vllm.router.openai_errors import SERVER, ApiError, engine_failed, not_served, rejection, timed_out
 from sllm_vllm.router.proving import Proving
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
@@ -31,6 +32,7 @@ ATTEMPTS_MAX = 8
 """The gate says when it is enough; this is in case that it never does."""
 _TAIL_PIECES = 4
 _TAIL_NBYTES = 4096
+_FRAMEWORK_ERROR_NBYTES_MAX = 256
 # Quotes inside of generated text are escaped, so it can't look like this.
 _PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,12})')
 _OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
@@ -50,11 +52,6 @@ class Call:
     def asked(self) -> Asked:
         """What engines get of it."""
         return Asked(self.target, self.headers, self.body, self.shown)
-
-    @property
-    def has_named_events(self) -> bool:
-        """Whether events of its stream have names."""
-        return self.target.startswith(("/v1/messages", "/v1/responses"))
 
 
 @dataclass(slots=True)
@@ -187,7 +184,11 @@ class Proxy:
         proving.cancel()
         report.first_byte_s = time.monotonic() - report.begun_s
         watch.pause()
-        await answer.begin(leg.head)
+        if _is_route_missing(leg.head, piece):
+            await answer.refuse()
+            piece = b""
+        else:
+            await answer.begin(leg.head)
         if piece:  # before all else: a client waits for it
             report.tail_pieces.append(piece[-_TAIL_NBYTES:])
             await answer.write(piece)
@@ -231,6 +232,15 @@ class _Answer:
         self._report.status = engine.status
         await self._send({"type": "http.response.start", "status": engine.status, "headers": [*headers, *self._extra]})
 
+    async def refuse(self) -> None:
+        """Say that the engine lacks the route, in the form that the route's clients read."""
+        path = self._call.target.partition("?")[0]
+        error = not_served(self._call.facts.model, path)
+        self._report.status = error.status
+        self._last = error.body_for(path)
+        kind = [(b"content-type", b"application/json"), (b"content-length", str(len(self._last)).encode())]
+        await self._send({"type": "http.response.start", "status": error.status, "headers": [*kind, *self._extra]})
+
     async def write(self, piece: bytes, *, is_last: bool = False) -> None:
         """A last piece waits for ``end``, which follows at once: one packet instead of two."""
         if is_last:
@@ -247,8 +257,19 @@ class _Answer:
             pieces = self._report.tail_pieces
             last = pieces[-1] if pieces else b"\n\n"
             gap = b"" if last.endswith(b"\n\n") else b"\n\n"
-            event = gap + error.event(is_named=self._call.has_named_events)
+            event = gap + error.event(self._call.target)
             await send_last(self._send, {"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _is_route_missing(engine: EngineConnection, piece: bytes) -> bool:
+    """Whether an answer is a web framework's own 404 or 405; vLLM's own errors say what is wrong under ``error``."""
+    if engine.status not in {404, 405} or len(piece) > _FRAMEWORK_ERROR_NBYTES_MAX:
+        return False
+    try:
+        found = json.loads(piece or b"null")
+    except ValueError:
+        return True
+    return not (isinstance(found, dict) and isinstance(found.get("error"), dict))
 
 
 def _last_number(pattern: re.Pattern[bytes], tail: bytes) -> int | None:

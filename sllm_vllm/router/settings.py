@@ -43,6 +43,10 @@ class IngressSettings(BaseModel):
         default=(), max_length=256, description="origins whose pages may read answers; '*' for any"
     )
 
+    show_paths: bool = Field(
+        default=False, description="/v1/models shows where weights are on this machine, not only names"
+    )
+
     body_nbytes_max: int = Field(default=32 * MIB, ge=1024, description="largest body of a request")
     bodies_nbytes_max: int = Field(default=1 * GIB, ge=1024, description="bodies of all requests together")
     json_depth_max: int = Field(

@@ -68,6 +68,8 @@ class FakeGate:
     engines: Sequence[tuple[str, str]]
     """Names and URLs."""
     models: Sequence[str] = MODELS
+    root: str = "hf:"
+    max_model_len: int | None = None
     rejects: Rejected | None = None
     rejects_retry: Rejected | None = None
     attempts_max: int = 2
@@ -92,7 +94,7 @@ class FakeGate:
         self.released.set()
 
     def served(self) -> Sequence[ServedModel]:
-        return [ServedModel(name, 1_700_000_000, f"hf:{name}") for name in self.models]
+        return [ServedModel(name, 1_700_000_000, f"{self.root}{name}", self.max_model_len) for name in self.models]
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         self.facts.append(facts)

@@ -37,6 +37,8 @@ class Fake:
     breaks_after: int | None = None
     breaks_how: str = "close"
     stalls_after: int | None = None
+    bare: str = ""
+    """The body of an answer that is no success."""
     headers: tuple[tuple[str, str], ...] = ()
 
 
@@ -115,7 +117,7 @@ class Engine:
         await self.misbehave(fake, writer)
         if fake.status != 200:
             body = json.dumps({"error": {"message": "no", "type": "made_up", "param": None, "code": fake.status}})
-            await send_plain(writer, fake.status, body.encode(), fake.headers)
+            await send_plain(writer, fake.status, (fake.bare or body).encode(), fake.headers)
         elif fake.nbytes:
             await self.send_large(fake, writer)
         elif asked.get("stream"):

@@ -55,7 +55,67 @@ async def test_models_are_listed_in_the_gates_order(gate: FakeGate) -> None:
         "created": 1_700_000_000,
         "owned_by": "sllm-vllm",
         "root": "hf:meta/tiny",
+        "max_model_len": None,
     }
+
+
+@pytest.mark.parametrize(("shows", "root"), [(False, "other"), (True, "/srv/secret/other")])
+async def test_models_show_their_length_and_paths_of_the_server_only_if_asked(
+    gate: FakeGate, shows: bool, root: str
+) -> None:
+    gate.root, gate.max_model_len = "/srv/secret/", 4096
+    async with serving(gate, IngressSettings(show_paths=shows, drain_s=1)) as served:
+        one = (await served.get("/v1/models/other")).json
+        listed = (await served.get("/v1/models")).json["data"][1]
+    assert one == listed
+    assert (one["root"], one["max_model_len"]) == (root, 4096)
+
+
+# ------------------------------------------------------------------------------------------------ the form of errors
+
+
+async def test_errors_below_v1_messages_have_anthropics_form(gate: FakeGate) -> None:
+    settings = IngressSettings(body_nbytes_max=1024, drain_s=1)
+    async with serving(gate, settings) as served:
+        found = [
+            await served.post(b"[]", "/v1/messages"),
+            await served.post(chat("nobody"), "/v1/messages?beta=true"),
+            await served.post(chat() | {"x": "x" * 2000}, "/v1/messages/count_tokens"),
+            await served.get("/v1/messages"),
+        ]
+        gate.rejects = Rejected(429, "rate_limit_error", "full", code="queue_full")
+        found.append(await served.post(chat(), "/v1/messages"))
+        gate.rejects = Rejected(503, "server_error", "none")
+        found.append(await served.post(chat(), "/v1/messages"))
+    kinds = ["invalid_request_error", "not_found_error", "request_too_large", "invalid_request_error"]
+    kinds += ["rate_limit_error", "overloaded_error"]
+    for answer, kind in zip(found, kinds, strict=True):
+        assert answer.json.keys() == {"type", "error"}
+        assert answer.json["type"] == "error"
+        assert answer.json["error"].keys() == {"type", "message"}
+        assert answer.json["error"]["type"] == kind
+
+
+async def test_broken_stream_of_messages_ends_with_anthropics_error(gate: FakeGate) -> None:
+    async with serving(gate) as served:
+        answer = await served.post(chat(stream=True, breaks_after=2), "/v1/messages")
+    last = answer.text.rstrip("\n").split("\n\n")[-1]
+    assert last.startswith("event: error\ndata: ")
+    event = json.loads(last.partition("data: ")[2])
+    assert (event["type"], event["error"]["type"]) == ("error", "api_error")
+
+
+@pytest.mark.parametrize(("path", "key"), [("/v1/embeddings", "code"), ("/v1/messages", "type")])
+async def test_route_that_the_engine_lacks_is_told_in_the_clients_form(gate: FakeGate, path: str, key: str) -> None:
+    body = chat(bare='{"detail":"Not Found"}', status=404)
+    async with serving(gate) as served:
+        answer = await served.post(body, path)
+        own = await served.post(chat(status=404), path)
+    assert answer.status == 404
+    assert path in answer.json["error"]["message"]
+    assert answer.json["error"][key] == {"code": "route_not_served", "type": "not_found_error"}[key]
+    assert own.json["error"]["message"] == "no"  # the engine's own errors pass
+    assert [outcome.how for outcome in gate.outcomes] == ["done", "done"]
 
 
 @pytest.mark.parametrize("path", ["/v1/models/meta/tiny", "/v1/models/meta%2Ftiny"])
