@@ -19,6 +19,10 @@ CHUNK_NBYTES_MAX = GIB
 MANIFEST_NBYTES_MAX = 256 * MIB
 HEADER_NBYTES_MAX = 100_000_000
 """Largest header that the safetensors library itself accepts (its ``MAX_HEADER_SIZE``)."""
+SOURCE_FILES_MAX = 10_000
+"""Most entries of one folder of source weights."""
+SOURCE_RECORD_NBYTES_MAX = 16 * MIB
+"""Largest record of what was seen of one model's source files."""
 STORE_STATE_DIR = ".store"
 """Folder inside the directory of checkpoints that belongs to the store's daemon: socket, lock, calibration, pins."""
 ADMIN_KEY_VARIABLE = "SLLM_ADMIN_KEY"
@@ -110,6 +114,10 @@ class LoaderConfig(BaseModel):
     chunk_bytes: int = Field(default=CHUNK_NBYTES_DEFAULT, description="unit of reading; a multiple of 4096")
     verify: Literal["always", "first", "never"] = Field(
         default="first", description="when chunks are held against their checksums: every load, the first one, never"
+    )
+    verify_source: Literal["changed", "always"] = Field(
+        default="changed",
+        description="when source weights are read to identify them: where their files changed, or at every load",
     )
     write_through: bool = Field(default=True, description="write a checkpoint when there is none")
     report_path: Path | None = Field(default=None, description="file that gets the load report as JSON, one a rank")

@@ -100,6 +100,10 @@ class LayoutMismatch(CheckpointError):
     """A sound checkpoint, made for another model, dtype or parallel size than is asked for."""
 
 
+class SourceChanged(CheckpointError):
+    """``verify_source: always`` found other source weights than the loaded checkpoint was made from."""
+
+
 class WriteError(_PathError):
     """A checkpoint can't be written; nothing that was there before is lost."""
 

@@ -32,3 +32,18 @@ class RunningChecksum:
         text = str(self._state.hexdigest())
         self._state.reset()
         return text
+
+
+class RunningDigest:
+    """The digest of bytes that come in pieces."""
+
+    def __init__(self) -> None:
+        self._state: Any = xxhash.xxh3_128()
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """Add the next piece. Releases the GIL."""
+        self._state.update(data)
+
+    def hexdigest(self) -> str:
+        """The digest so far, as 32 hexadecimal digits."""
+        return str(self._state.hexdigest())

@@ -1,60 +1,306 @@
-"""What the source weights are, told without reading them: the fingerprint that makes changed weights a miss."""
+"""Which files a model's parameters are made from, and what identifies their content on every machine.
+
+Reads files; remembers nothing. ``source_records.py`` remembers what was read, so that a later look costs a few calls of
+``stat``. Called by the loader, by conversions and by the command line.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
+import re
 import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from sllm_vllm.checkpoint.checksum import digest
+from sllm_vllm.checkpoint.checksum import RunningDigest, digest
+from sllm_vllm.checkpoint.core.manifest import PARTITION_DIR, SourceFileRecord
+from sllm_vllm.config import SOURCE_FILES_MAX
 from sllm_vllm.errors import ConfigError
+from sllm_vllm.units import MIB
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tensors", ".gguf")
 INDEX_SUFFIX = ".index.json"
-_SAMPLE_NBYTES = 64 << 10
+READ_ASIDE = ("mask_embedding.pt",)
+"""Weight files of a model's directory that vLLM reads outside its loader (0.32: ``qwen3_dflash.py``)."""
+_DEPTH_MAX = 8
+_SEGMENT_NBYTES = 256 * MIB
+"""Files are hashed in segments of this size, in parallel, and the segments' digests once more."""
+_BUFFER_NBYTES = 4 * MIB
+_SAMPLE_NBYTES = 4096
+_NUM_SAMPLES = 4
+_THREADS_MAX = 8
+
+_XXH3, _SHA256, _GIT_SHA1 = "xxh3", "sha256", "git-sha1"
+_HASH_NAME = re.compile(r"(?!0+$)([0-9a-f]{40}|[0-9a-f]{64})")
+_COMMIT = re.compile(r"(?!0+$)[0-9a-f]{40}")
+_SHAPING_NAMES = ("modules.json", "adapter_config.json", "joint_head_config.json")
+_OTHER_CODE = re.compile(r"(tokeniz|process|image_process|video_process|feature_extract)", re.IGNORECASE)
+
+
+class _Hasher(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What the file system says about a file without reading it; any write changes it where ctime is kept."""
+
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """From a ``stat``."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that decides what parameters hold. ``name`` is its path inside the model's directory.
+
+    ``blob`` is the content's hash, ``sha256:…`` or ``git-sha1:…``, where the file's place in a Hub cache says it.
+    ``is_weights``: it may be large; other files (indices, code, module configurations) are read at each look.
+    """
+
+    name: str
+    path: Path
+    state: FileState
+    blob: str | None
+    is_weights: bool
+
+    @property
+    def algorithm(self) -> str:
+        """How its content is identified."""
+        return _XXH3 if self.blob is None else self.blob.partition(":")[0]
+
+
+def scan_source(directory: str | os.PathLike[str]) -> tuple[SourceFile, ...]:
+    """The files of a model's directory and its sub-folders that decide what its parameters hold, by name.
+
+    Raises:
+        ConfigError: the directory can't be read, holds no weight file, or too many files.
+    """
+    root = Path(directory)
+    try:
+        files = sorted(_walk(root, root, blobs=_blobs_of(root), above=()), key=lambda file: file.name)
+    except OSError as error:
+        raise _unreadable(root, error) from None
+    if not any(file.is_weights for file in files):
+        raise ConfigError(f"{root}: there are no weight files ({', '.join(WEIGHT_SUFFIXES)}); give a model's directory")
+    return tuple(files)
+
+
+def _walk(
+    root: Path, directory: Path, *, blobs: Path | None, above: tuple[tuple[int, int], ...]
+) -> Iterator[SourceFile]:
+    status = directory.stat()
+    place = (status.st_dev, status.st_ino)
+    if place in above or len(above) >= _DEPTH_MAX:
+        return  # a link that leads back up
+    count = 0
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            count += 1
+            if count > SOURCE_FILES_MAX:
+                raise ConfigError(
+                    f"{directory}: it holds more than {SOURCE_FILES_MAX} entries; give a model's directory"
+                )
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if entry.name != PARTITION_DIR:
+                    yield from _walk(root, Path(entry.path), blobs=blobs, above=(*above, place))
+            elif _counts(entry.name, is_root=not above) and stat.S_ISREG((found := entry.stat()).st_mode):
+                yield _source_file(root, Path(entry.path), found, blobs=blobs)
+
+
+def _counts(name: str, *, is_root: bool) -> bool:
+    """Whether a file decides what parameters hold; the root's ``config.json`` is in the key of a checkpoint already."""
+    if name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) or name in _SHAPING_NAMES:
+        return True
+    if name.endswith(".py"):
+        return _OTHER_CODE.match(name) is None
+    return name.endswith(".json") and ("quant" in name or (name == "config.json" and not is_root))
+
+
+def _source_file(root: Path, path: Path, status: os.stat_result, *, blobs: Path | None) -> SourceFile:
+    return SourceFile(
+        name=path.relative_to(root).as_posix(),
+        path=path,
+        state=FileState.of(status),
+        blob=_blob_name(path, blobs),
+        is_weights=path.name.endswith(WEIGHT_SUFFIXES),
+    )
+
+
+def hub_snapshot_of(directory: Path) -> tuple[str, str] | None:
+    """A model's name and commit, if ``directory`` is where a Hub cache has a snapshot and is named like a commit."""
+    repository = directory.parent.parent.name
+    if directory.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    if not _COMMIT.fullmatch(directory.name):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), directory.name
+
+
+def _blobs_of(root: Path) -> Path | None:
+    """The folder of the files of the snapshot ``root``, if it is one of a Hub cache."""
+    root = root.absolute()
+    return (root.parent.parent / "blobs").resolve() if hub_snapshot_of(root) is not None else None
+
+
+def _blob_name(path: Path, blobs: Path | None) -> str | None:
+    """The hash that a file's place in a Hub cache says: the name of a file in this very repository's ``blobs``."""
+    if blobs is None or not path.is_symlink():
+        return None
+    target = path.resolve()
+    if target.parent != blobs or not _HASH_NAME.fullmatch(target.name):
+        return None
+    return f"{_SHA256 if len(target.name) == 64 else _GIT_SHA1}:{target.name}"
+
+
+def fingerprint_of(records: Sequence[SourceFileRecord]) -> str:
+    """One name for the content of all files: equal on every machine, whatever the files' times and places are."""
+    return digest(json.dumps([[record.name, record.nbytes, record.digest] for record in records]).encode())
 
 
 def fingerprint_directory(directory: str | os.PathLike[str]) -> str:
-    """Digest over the weight files of a model directory: name, size, time of change, and samples of the bytes.
-
-    A file that is a link into a content-addressed cache (Hugging Face's) is known by its target's name, which is the
-    hash of its content, so the same snapshot has the same fingerprint on every machine.
+    """The fingerprint of a model's directory, all of whose bytes are read for it.
 
     Raises:
         ConfigError: the directory can't be read or holds no weight file.
     """
-    root = Path(directory)
+    files = scan_source(directory)
+    return fingerprint_of([record_of(file, found) for file, found in zip(files, read_digests(files), strict=True)])
+
+
+def record_of(file: SourceFile, content: str) -> SourceFileRecord:
+    """What a manifest keeps of a file whose content is identified by ``content``."""
+    return SourceFileRecord(name=file.name, nbytes=file.state.nbytes, digest=content)
+
+
+def read_digests(files: Sequence[SourceFile]) -> list[str]:
+    """Identify the content of ``files`` by reading every byte, several at once.
+
+    Raises:
+        ConfigError: a file can't be read, or is written to meanwhile.
+    """
+    with ThreadPoolExecutor(min(_THREADS_MAX, os.cpu_count() or 1), "sllm-hash") as pool:
+        finishers = [_start_digest(file, pool.submit) for file in files]
+        try:
+            return [finish() for finish in finishers]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_digest(file: SourceFile, submit: Callable[..., Future[str]]) -> Callable[[], str]:
+    """Start to read a file in the pool; the result waits and says what identifies its content."""
+    nbytes = file.state.nbytes
+    step = _SEGMENT_NBYTES if file.algorithm == _XXH3 else max(nbytes, 1)
+    parts = [submit(_read_segment, file, start, min(step, nbytes - start)) for start in range(0, max(nbytes, 1), step)]
+
+    def finish() -> str:
+        digests = [part.result() for part in parts]
+        try:
+            changed = FileState.of(file.path.stat()) != file.state
+        except OSError as error:
+            raise _unreadable(file.path, error) from None
+        if changed:
+            raise ConfigError(f"{file.path}: it is written to while it is read; wait until it is complete")
+        return f"{file.algorithm}:{digests[0] if len(digests) == 1 else digest(''.join(digests).encode())}"
+
+    return finish
+
+
+def _read_segment(file: SourceFile, start: int, nbytes: int) -> str:
+    hasher = _hasher(file.algorithm, file.state.nbytes)
+    buffer = memoryview(bytearray(min(_BUFFER_NBYTES, max(nbytes, 1))))
     try:
-        named = sorted(p for p in root.iterdir() if p.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)))
-        files = [file for file in named if stat.S_ISREG(file.stat().st_mode)]
-        facts = [_facts(file) for file in files]
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            offset, end = start, start + nbytes
+            while offset < end and (count := os.preadv(fd, [buffer[: end - offset]], offset)):
+                hasher.update(buffer[:count])
+                offset += count
+        finally:
+            os.close(fd)
     except OSError as error:
-        raise ConfigError(
-            f"{root}: its weights can't be read ({error.strerror}); mend the path or permissions"
-        ) from None
-    if not any(file.name.endswith(WEIGHT_SUFFIXES) for file in files):
-        raise ConfigError(f"{root}: there are no weight files ({', '.join(WEIGHT_SUFFIXES)}); give a model's directory")
-    return digest(json.dumps(facts).encode())
+        raise _unreadable(file.path, error) from None
+    return str(hasher.hexdigest())
 
 
-def _facts(file: Path) -> list[str | int]:
-    if file.is_symlink() and (target := file.resolve()).parent.name == "blobs":
-        return [file.name, target.name]
-    status = file.stat()
-    return [file.name, status.st_size, status.st_mtime_ns, digest(_samples(file, status.st_size))]
+def _hasher(algorithm: str, nbytes: int) -> _Hasher:
+    if algorithm == _SHA256:
+        return hashlib.sha256()
+    if algorithm == _GIT_SHA1:
+        return hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
+    return RunningDigest()
 
 
-def _samples(file: Path, nbytes: int) -> bytes:
-    """The first and the last of the file, and one sample in each eighth: catches what keeps size and time."""
-    offsets = {nbytes * part // 8 for part in range(8)} | {max(nbytes - _SAMPLE_NBYTES, 0)}
-    with file.open("rb") as handle:
-        return b"".join(os.pread(handle.fileno(), _SAMPLE_NBYTES, offset) for offset in sorted(offsets))
+def read_samples(file: SourceFile) -> str:
+    """A digest of a few pages: notices a replaced file where the file system keeps neither ctime nor inodes.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    nbytes = file.state.nbytes
+    offsets = sorted(
+        {nbytes * part // _NUM_SAMPLES for part in range(_NUM_SAMPLES)} | {max(nbytes - _SAMPLE_NBYTES, 0)}
+    )
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return digest(b"".join(os.pread(fd, _SAMPLE_NBYTES, offset) for offset in offsets))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _unreadable(file.path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: its weights can't be read ({error.strerror}); fix the path or permissions")
+
+
+def is_from_hub(records: Sequence[SourceFileRecord]) -> bool:
+    """Whether all weight files had their place in a Hub cache, and the content that their names say."""
+    weights = [record for record in records if record.name.endswith(WEIGHT_SUFFIXES)]
+    return bool(weights) and not any(record.digest.startswith(f"{_XXH3}:") for record in weights)
+
+
+def changed_since(files: Sequence[SourceFile], records: Sequence[SourceFileRecord]) -> list[str]:
+    """Names of weight files that vLLM reads outside its loader and that ``records`` know with another content.
+
+    Raises:
+        ConfigError: a file can't be read, or is written to meanwhile.
+    """
+    known = {record.name: record for record in records}
+    compared = [file for file in files if file.is_weights and file.name in known]
+    alike = [_read_like(file, known[file.name].digest) for file in compared]
+    found = zip(compared, read_digests(alike), strict=True)
+    return [file.name for file, content in found if content != known[file.name].digest]
+
+
+def _read_like(file: SourceFile, content: str) -> SourceFile:
+    """``file``, to be identified by the algorithm of ``content``."""
+    return dataclasses.replace(file, blob=None if content.startswith(f"{_XXH3}:") else content)
 
 
 def has_weight_files(directory: str | os.PathLike[str]) -> bool:
     """Whether a model directory holds weights that the stock loader could read."""
     try:
-        return any(name.endswith(WEIGHT_SUFFIXES) for name in os.listdir(directory))
+        names = os.listdir(directory)
+        return any(name.endswith(WEIGHT_SUFFIXES) and name not in READ_ASIDE for name in names)
     except OSError:
         return False

@@ -50,6 +50,7 @@ _STAGING = ".staging"
 _TRASH = ".trash"
 
 
+_LAYOUT_DIGITS, _KEY_DIGITS = 6, 14
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 
 
@@ -67,11 +68,16 @@ class CheckpointKey:
 
     @property
     def name(self) -> str:
-        """Name of its directory: the model's for people, the digest of the whole key for us."""
+        """Name of its directory: the model's for people, digests of the layout and of the whole key for us."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(Path(self.source.model).parts[-2:]))[-60:].strip(".-")
         parts = [FORMAT_VERSION, self.source.fingerprint, self.layout.model_dump()]
         text = json.dumps(parts, sort_keys=True)
-        return f"{slug or 'model'}-{digest(text.encode())[:20]}"
+        return f"{slug or 'model'}-{_layout_digits(self.layout)}{digest(text.encode())[:_KEY_DIGITS]}"
+
+
+def _layout_digits(layout: Layout) -> str:
+    """Digits of a name that all checkpoints for one layout share."""
+    return digest(json.dumps(layout.model_dump(), sort_keys=True).encode())[:_LAYOUT_DIGITS]
 
 
 class CheckpointRepository:
@@ -87,6 +93,14 @@ class CheckpointRepository:
             CheckpointMissing: there is none. CheckpointError: there is one that can't be used.
         """
         return open_checkpoint(self.root / key.name)
+
+    def may_have(self, layout: Layout) -> bool:
+        """Whether any checkpoint for ``layout`` may be here, told by the names alone."""
+        digits, place = _layout_digits(layout), slice(-_LAYOUT_DIGITS - _KEY_DIGITS, -_KEY_DIGITS)
+        try:
+            return any(name[place] == digits for name in os.listdir(self.root))
+        except OSError:
+            return False
 
     def list(self) -> list[Checkpoint | CheckpointError]:
         """Every published checkpoint, by name; for one that can't be read, the error.

@@ -60,6 +60,11 @@ class WrittenPartition:
             os.rename(_partial(self.path), self.path)
             sync_directory(self.path.parent)
 
+    def discard(self) -> None:
+        """Remove what was written, instead of ``sync``."""
+        with contextlib.suppress(OSError):
+            _partial(self.path).unlink()
+
 
 def write_partition(
     directory: Path,

@@ -27,16 +27,18 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
-from sllm_vllm.checkpoint.fingerprint import WEIGHT_SUFFIXES
+from sllm_vllm.checkpoint.fingerprint import READ_ASIDE, WEIGHT_SUFFIXES
 from sllm_vllm.checkpoint.reader import open_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository, Staging
+from sllm_vllm.checkpoint.source_records import SourceRecords
 from sllm_vllm.checkpoint.writer import write_partition
-from sllm_vllm.errors import CheckpointError, CheckpointUnreadable, WriteError
+from sllm_vllm.errors import CheckpointError, CheckpointUnreadable, ConfigError, WriteError
 from sllm_vllm.loader.conversion import BytesDone, ConvertRequest, Event, RankDone, RankJob, StageBegun
-from sllm_vllm.loader.model_files import adapt_config, copy_model_files, is_free
+from sllm_vllm.loader.model_files import adapt_config, copy_model_files, folders_read_aside, is_free
 from sllm_vllm.loader.module_state import TransientBuffers, dtype_name, named_state, storable_tensors
 from sllm_vllm.loader.tensorizer_file import TENSORIZER_NAME, read_tensorizer
-from sllm_vllm.loader.vllm_layout import layout_of, source_of
+from sllm_vllm.loader.vllm_layout import layout_of
+from sllm_vllm.loader.vllm_source import ModelSource, locate, require_weights_here
 from sllm_vllm.units import MIB
 
 _TOLD_NBYTES = 4 * MIB
@@ -55,12 +57,13 @@ def convert_rank(job: RankJob, tell: Tell) -> None:
     source = _engine_config(job.request, job.request.model, job)
     _join_ranks(job, source)
     target = source if job.model_files is None else _config_of_files(job, job.model_files, source)
-    key = CheckpointKey(source_of(source.model_config), layout_of(target, target.model_config))
+    weights = ModelSource(locate(source.model_config), SourceRecords(job.request.store_dir))
+    key = CheckpointKey(_from_first_rank(weights.identify, job.rank), layout_of(target, target.model_config))
     dtype = _dtype_to_tell(job.request, source.model_config, target.model_config)
     found = _from_first_rank(lambda: _find(job, key), job.rank)
     if found is None:
         staging = CheckpointRepository(job.root).stage(key, job.request.chunk_nbytes)
-        was_needed = _write_rank(job, staging, (source, target), tell=tell)
+        was_needed = _write_rank(job, staging, (source, target), weights=weights, tell=tell)
         staging.publish()
         torch.distributed.barrier()
         tell(RankDone(job.rank, staging.target, "written" if was_needed else "kept", dtype))
@@ -110,8 +113,7 @@ def _config_of_files(job: RankJob, model_files: Path, source: VllmConfig) -> Vll
         config = source.model_config
         model = Path(config.model)
         if not model.is_dir():
-            ignored = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
-            model = Path(snapshot_download(config.model, revision=config.revision, ignore_patterns=ignored))
+            model = _download_model_files(config.model, config.revision)
         copy_model_files(model, model_files)
         is_untied = bool(getattr(config, "word_embeddings_untied_by_checkpoint", False))
         adapt_config(model_files, dtype=dtype_name(config.dtype), is_untied=is_untied)
@@ -121,6 +123,15 @@ def _config_of_files(job: RankJob, model_files: Path, source: VllmConfig) -> Vll
     if target.model_config.dtype != source.model_config.dtype:
         target = _engine_config(job.request, str(model_files), job, dtype=dtype_name(source.model_config.dtype))
     return target
+
+
+def _download_model_files(model: str, revision: str | None) -> Path:
+    """The snapshot of a model with all files but those weights that only the loader reads."""
+    ignored = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
+    snapshot = Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+    patterns = [f"{folder}/*" for folder in sorted(folders_read_aside(snapshot))]
+    snapshot_download(model, revision=revision, allow_patterns=[*patterns, *READ_ASIDE])
+    return snapshot
 
 
 def _dtype_to_tell(request: ConvertRequest, source: ModelConfig, target: ModelConfig) -> str | None:
@@ -147,7 +158,7 @@ def _find(job: RankJob, key: CheckpointKey) -> Path | None:
     out = job.request.out
     if out is not None and not is_free(out):
         found = open_checkpoint(out).manifest
-        if found.layout == key.layout and _weights_of(found.source) == _weights_of(key.source):
+        if found.layout == key.layout and found.source.fingerprint == key.source.fingerprint:
             return out.absolute()
         problem = "it holds another model, or one for another configuration"
         raise WriteError(out, problem, "give a new or an empty directory")
@@ -165,11 +176,9 @@ def _find(job: RankJob, key: CheckpointKey) -> Path | None:
     return checkpoint.path
 
 
-def _weights_of(source: Any) -> tuple[str | None, str]:
-    return source.revision, source.fingerprint
-
-
-def _write_rank(job: RankJob, staging: Staging, configs: tuple[VllmConfig, VllmConfig], *, tell: Tell) -> bool:
+def _write_rank(
+    job: RankJob, staging: Staging, configs: tuple[VllmConfig, VllmConfig], *, weights: ModelSource, tell: Tell
+) -> bool:
     """Load and write this rank's partition, unless that was done before. Returns whether it was needed."""
     with staging.writer(job.rank) as needed:
         if needed:
@@ -181,6 +190,11 @@ def _write_rank(job: RankJob, staging: Staging, configs: tuple[VllmConfig, VllmC
                 staging.path, job.rank, tensors, chunk_nbytes=staging.chunk_nbytes, on_progress=progress.add
             )
             progress.flush()
+            try:
+                weights.require_unchanged(staging.key.source)
+            except ConfigError:
+                written.discard()
+                raise
             staging.commit(written)
     return needed
 
@@ -195,6 +209,7 @@ def _load_rank(job: RankJob, source: VllmConfig, target: VllmConfig, *, tell: Te
     with set_current_vllm_config(target):
         _SourceLoader(source.load_config, progress.add).load_weights(module, source.model_config)
     progress.flush()
+    require_weights_here(module, source.model_config)
     return {**named_state(module), **transient.changed()}
 
 

@@ -200,7 +200,7 @@ def _model_files_of(checkpoint: Checkpoint) -> Path:
     source = checkpoint.manifest.source
     directory = Path(source.model)
     if not directory.is_dir():
-        cached = try_to_load_from_cache(source.model, CONFIG_NAME, revision=source.fingerprint)
+        cached = try_to_load_from_cache(source.model, CONFIG_NAME, revision=source.revision)
         directory = Path(cached).parent if isinstance(cached, str) else directory
     elif has_weight_files(directory) and fingerprint_directory(directory) != source.fingerprint:
         problem = f"its source {directory} has changed since"

@@ -12,34 +12,76 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, PARTITION_DIR
-from sllm_vllm.checkpoint.fingerprint import INDEX_SUFFIX, WEIGHT_SUFFIXES
+from sllm_vllm.checkpoint.fingerprint import INDEX_SUFFIX, READ_ASIDE, WEIGHT_SUFFIXES
 from sllm_vllm.checkpoint.writer import sync_directory, write_errors, write_file_durably
 from sllm_vllm.errors import ConfigError, WriteError, WriterBusy
 
 CONFIG_NAME = "config.json"
+_AUDIO_TOKENIZER = "audio_tokenizer"
 _NOT_COPIED = (*WEIGHT_SUFFIXES, INDEX_SUFFIX, ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot")
 """Endings of files that hold weights, for any framework, or name such files."""
 
 
+def folders_read_aside(source: Path) -> set[str]:
+    """Sub-folders whose weight files vLLM reads outside its loader (0.32).
+
+    Modules of sentence-transformers (``adapters.py``), adapters (``jina.py``, ``lora_model.py``) and an audio tokenizer
+    (``mimo_audio.py``).
+
+    Raises:
+        ConfigError: ``modules.json`` is no JSON.
+    """
+    found = {_AUDIO_TOKENIZER, *_module_folders(source / "modules.json")}
+    found |= {path.parent.relative_to(source).as_posix() for path in source.rglob("adapter_config.json")}
+    return {folder for folder in found if folder not in ("", ".") and (source / folder).is_dir()}
+
+
+def _module_folders(path: Path) -> list[str]:
+    try:
+        modules = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise ConfigError(f"{path}: it is no JSON; fix it") from None
+    if isinstance(modules, dict):
+        modules = modules.get("modules", [])
+    return [str(PurePosixPath(str(m.get("path", "")))) for m in modules if isinstance(m, dict)]
+
+
 def copy_model_files(source: Path, target: Path) -> None:
-    """Copy everything but weights: configuration, tokenizer, code. Links are followed, hidden files left out.
+    """Copy everything but the weights that the loader reads: configuration, tokenizer, code, adapters.
+
+    Links are followed, hidden files left out.
 
     Raises:
         WriteError: ``source`` can't be read or ``target`` not be written.
     """
+    aside = folders_read_aside(source)
     with write_errors(target):
-        for directory, subdirectories, names in os.walk(source):
-            subdirectories[:] = [name for name in subdirectories if not name.startswith(".") and name != PARTITION_DIR]
-            copied = [name for name in names if not name.startswith(".") and not name.endswith(_NOT_COPIED)]
-            place = target / Path(directory).relative_to(source)
+        for directory, subdirectories, names in os.walk(source, followlinks=True):
+            folder = Path(directory).relative_to(source)
+            subdirectories[:] = [name for name in subdirectories if _is_entered(Path(directory, name))]
+            place = target / folder
             place.mkdir(parents=True, exist_ok=True)
-            for name in copied:
-                if name != MANIFEST_NAME:
+            for name in names:
+                if _is_copied(name, has_all=folder.as_posix() in aside):
                     write_file_durably(place / name, (Path(directory) / name).read_bytes())
+
+
+def _is_entered(directory: Path) -> bool:
+    """Whether a sub-folder is copied: not ours, not hidden, no link that leads back up."""
+    is_ours = directory.name.startswith(".") or directory.name == PARTITION_DIR
+    return not is_ours and directory.resolve() not in [above := directory.parent.resolve(), *above.parents]
+
+
+def _is_copied(name: str, *, has_all: bool) -> bool:
+    if name.startswith(".") or name == MANIFEST_NAME:
+        return False
+    return has_all or name in READ_ASIDE or not name.endswith(_NOT_COPIED)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

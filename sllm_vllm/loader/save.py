@@ -35,11 +35,16 @@ def save_state(
     return staging.publish()
 
 
-def save_state_behind(staging: Staging, rank: int, state: Mapping[str, torch.Tensor]) -> None:
+def save_state_behind(
+    staging: Staging, rank: int, state: Mapping[str, torch.Tensor], *, is_sound: Callable[[], bool] = lambda: True
+) -> None:
     """Write a rank's tensors now, as they will be packed next; sync and publish on another thread.
 
     The bytes are in the page cache when this returns, so the engine need not wait for the disk. If the process dies
     before the thread is done, nothing is published and nothing is lost.
+
+    Args:
+        is_sound: asked on that thread; if it denies, what was written is dropped.
 
     Raises:
         WriterBusy: another process writes this partition. WriteError: it can't be written.
@@ -52,6 +57,10 @@ def save_state_behind(staging: Staging, rank: int, state: Mapping[str, torch.Ten
     def finish() -> None:
         try:
             with held:
+                if written is not None and not is_sound():
+                    written.discard()
+                    logger.warning("event=checkpoint_dropped rank=%d path=%s", rank, staging.target)
+                    return
                 if written is not None:
                     staging.commit(written)
             published = staging.publish()

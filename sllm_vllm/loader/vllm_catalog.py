@@ -10,9 +10,10 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, Layout
-from sllm_vllm.checkpoint.fingerprint import has_weight_files
+from sllm_vllm.checkpoint.fingerprint import changed_since, has_weight_files, is_from_hub, scan_source
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
+from sllm_vllm.checkpoint.source_records import SourceRecords
 from sllm_vllm.config import LoaderConfig, default_store_socket
 from sllm_vllm.errors import (
     CheckpointCorrupt,
@@ -27,7 +28,8 @@ from sllm_vllm.errors import (
     StoreUnavailable,
     WriteError,
 )
-from sllm_vllm.loader.vllm_layout import layout_of, source_of
+from sllm_vllm.loader.vllm_layout import layout_of
+from sllm_vllm.loader.vllm_source import Location, ModelSource, locate
 from sllm_vllm.store.client import StoreClient
 
 logger = init_logger(f"vllm.{__name__}")
@@ -35,10 +37,11 @@ logger = init_logger(f"vllm.{__name__}")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the catalog knows of one model: a checkpoint to load, or the key under which to write one, or neither."""
+    """What the catalog knows of one model: a checkpoint to load, or what one may be written of, or neither."""
 
     checkpoint: Checkpoint | None = None
-    key: CheckpointKey | None = None
+    source: ModelSource | None = None
+    layout: Layout | None = None
     is_model_itself: bool = False
     """The checkpoint is all there is of the model: without it, it can't be loaded."""
 
@@ -49,6 +52,7 @@ class Catalog:
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
         self._repository = CheckpointRepository(config.store_dir)
+        self._records = SourceRecords(config.store_dir)
 
     def find(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Found:
         """Look for a checkpoint of ``model_config``. A bad one in the repository is reported and set aside.
@@ -66,28 +70,37 @@ class Catalog:
                     raise
                 _warn_unused(error)
         try:
-            key = CheckpointKey(source_of(model_config), layout)
+            location = locate(model_config, vllm_config.load_config.download_dir)
+            return self._of_source(ModelSource(location, self._records), layout)
         except ConfigError as error:
             logger.info("event=not_convertible reason=%s", error)
             return Found()
-        return self._in_repository(key)
 
-    def find_for_reload(self, vllm_config: VllmConfig, model_config: ModelConfig) -> Checkpoint | None:
-        """A checkpoint of other weights for a live module: the configuration files of the two models may differ.
+    def _of_source(self, source: ModelSource, layout: Layout) -> Found:
+        """A checkpoint of ``source``'s weights. They are read for it only if there may be one for this layout.
 
         Raises:
-            CheckpointError: the model is nothing but a checkpoint, and a bad one.
+            ConfigError: they can't be read.
         """
-        found = self.find(vllm_config, model_config)
-        if found.checkpoint is not None or found.key is None:
-            return found.checkpoint
-        for candidate in self._repository.list():
-            if isinstance(candidate, CheckpointError):
+        if source.files is None:
+            return Found(self._of_commit(source.location, layout), source, layout)
+        known = source.known()
+        if known is None and not self._may_have(layout):
+            return Found(source=source, layout=layout)
+        return self._in_repository(CheckpointKey(known or source.identify(), layout), source)
+
+    def _may_have(self, layout: Layout) -> bool:
+        has_daemon = self._config.store and default_store_socket(self._config.store_dir).exists()
+        return has_daemon or self._repository.may_have(layout)
+
+    def _of_commit(self, location: Location, layout: Layout) -> Checkpoint | None:
+        """A checkpoint of a model from the Hub whose weights are not in the cache, if its files were in one."""
+        for found in self._repository.list():
+            if isinstance(found, CheckpointError) or found.manifest.layout != layout:
                 continue
-            manifest = candidate.manifest
-            same = manifest.layout.model_copy(update={"config_digest": found.key.layout.config_digest})
-            if manifest.source.fingerprint == found.key.source.fingerprint and same == found.key.layout:
-                return candidate
+            source = found.manifest.source
+            if (source.model, source.revision) == (location.model, location.commit) and is_from_hub(source.files):
+                return found
         return None
 
     def set_aside(self, checkpoint: Checkpoint) -> bool:
@@ -97,25 +110,35 @@ class Catalog:
     def _own(self, model: Path, layout: Layout) -> Checkpoint:
         checkpoint = open_checkpoint(model)
         check_layout(checkpoint, layout)
+        try:
+            files = scan_source(model)
+        except ConfigError:
+            return checkpoint  # no weights beside it
+        if has_weight_files(model):
+            _check_weights(checkpoint, self._records.identify(model, files).fingerprint)
+        elif changed := changed_since(files, checkpoint.manifest.source.files):
+            problem = f"{', '.join(changed)} beside it changed since the conversion"
+            raise LayoutMismatch(checkpoint.path / MANIFEST_NAME, problem, "convert the model again")
         return checkpoint
 
-    def _in_repository(self, key: CheckpointKey) -> Found:
+    def _in_repository(self, key: CheckpointKey, source: ModelSource) -> Found:
+        nothing = Found(source=source, layout=key.layout)
         try:
             checkpoint = self._repository.find(key)
-            check_layout(checkpoint, key.layout)
+            _check(checkpoint, key)
             for partition in checkpoint.manifest.partitions:
                 checkpoint.partition(partition.rank).open().close()
-            return Found(checkpoint, key)
+            return Found(checkpoint, source, key.layout)
         except CheckpointMissing as error:
             if not (self._repository.root / key.name).exists():
-                return Found(self._in_store(key), key)
+                return Found(self._in_store(key), source, key.layout)
             _warn_unused(error)
         except (CheckpointInvalid, CheckpointCorrupt, LayoutMismatch) as error:
             _warn_unused(error)
         except CheckpointError as error:
             _warn_unused(error)
             return Found()
-        return Found(key=key) if self._try_set_aside(key.name) else Found()
+        return nothing if self._try_set_aside(key.name) else Found()
 
     def _in_store(self, key: CheckpointKey) -> Checkpoint | None:
         """What the store's daemon can get from elsewhere: a manifest, whose partitions only the daemon can give."""
@@ -125,7 +148,7 @@ class Catalog:
             with StoreClient(default_store_socket(self._config.store_dir)) as client:
                 manifest = client.find(key.name).get("manifest")
             checkpoint = open_checkpoint(Path(str(manifest)).parent)
-            check_layout(checkpoint, key.layout)
+            _check(checkpoint, key)
         except (StoreUnavailable, CheckpointMissing):
             return None
         except (StoreError, RemoteError, CheckpointError) as error:
@@ -156,6 +179,17 @@ def check_layout(checkpoint: Checkpoint, wanted: Layout) -> None:
         told = ", ".join(f"{field} {has[field]} instead of {needs[field]}" for field in differing)
         path = os.path.join(checkpoint.path, MANIFEST_NAME)
         raise LayoutMismatch(path, f"it is for {told}", "convert the model again for this configuration")
+
+
+def _check(checkpoint: Checkpoint, key: CheckpointKey) -> None:
+    check_layout(checkpoint, key.layout)
+    _check_weights(checkpoint, key.source.fingerprint)
+
+
+def _check_weights(checkpoint: Checkpoint, fingerprint: str) -> None:
+    if checkpoint.manifest.source.fingerprint != fingerprint:
+        path = os.path.join(checkpoint.path, MANIFEST_NAME)
+        raise LayoutMismatch(path, "it was made from other weights", "convert the model again")
 
 
 def _warn_unused(error: SllmError) -> None:

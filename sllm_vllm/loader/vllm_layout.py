@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import vllm
-from huggingface_hub import try_to_load_from_cache
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed.parallel_state import get_dp_group, get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
 from sllm_vllm.checkpoint.checksum import digest
-from sllm_vllm.checkpoint.core.manifest import Layout, Source
-from sllm_vllm.checkpoint.fingerprint import fingerprint_directory
-from sllm_vllm.errors import ConfigError
+from sllm_vllm.checkpoint.core.manifest import Layout
 
 _NOT_LAYOUT = ("_name_or_path", "transformers_version", "_commit_hash")
 """Keys of a Hugging Face configuration that say where it comes from, not what it describes."""
@@ -63,34 +58,6 @@ def layout_of(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = 
     )
 
 
-def source_of(model_config: ModelConfig) -> Source:
-    """Where the weights come from, and their fingerprint.
-
-    Raises:
-        ConfigError: they are not on this machine (yet), so that nothing can be said of them.
-    """
-    model = model_config.model
-    if getattr(model_config, "model_weights", ""):
-        raise ConfigError(f"{model_config.model_weights}: weights in an object store have no fingerprint here")
-    if (snapshot := _hub_snapshot(Path(model))) is not None:
-        return snapshot
-    if os.path.isdir(model):
-        return Source(model=str(Path(model).resolve()), fingerprint=fingerprint_directory(model))
-    config = try_to_load_from_cache(model, "config.json", revision=model_config.revision)
-    if not isinstance(config, str):
-        raise ConfigError(f"{model}: it is not in the Hugging Face cache yet")
-    commit = Path(config).parent.name
-    return Source(model=model, revision=model_config.revision, fingerprint=commit)
-
-
-def _hub_snapshot(path: Path) -> Source | None:
-    """The source of ``models--ORG--NAME/snapshots/COMMIT``, which vLLM puts in a name's place when it is offline."""
-    repository = path.parent.parent.name
-    if path.parent.name != "snapshots" or not repository.startswith("models--") or not path.is_dir():
-        return None
-    return Source(model=repository.removeprefix("models--").replace("--", "/"), fingerprint=path.name)
-
-
 def _config_digest(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> str:
     """Digest of the rest: the model's own configuration and vLLM's switches that shape the module."""
     parallel, config = vllm_config.parallel_config, model_config.hf_config.to_dict()
@@ -98,6 +65,7 @@ def _config_digest(vllm_config: VllmConfig, model_config: ModelConfig, prefix: s
         "config": {key: value for key, value in config.items() if key not in _NOT_LAYOUT},
         "prefix": prefix,
         "quantization": str(getattr(model_config, "quantization_config", None)),
+        "ignored": vllm_config.load_config.ignore_patterns,
         "multimodal": str(getattr(model_config, "multimodal_config", None)),
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "lora": vllm_config.lora_config is not None,

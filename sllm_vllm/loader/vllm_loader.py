@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
 from sllm_vllm.config import LoaderConfig
-from sllm_vllm.errors import CheckpointCorrupt, CheckpointError, LayoutMismatch, WriteError
+from sllm_vllm.errors import CheckpointCorrupt, CheckpointError, ConfigError, LayoutMismatch, WriteError
 from sllm_vllm.loader.load import RunningLoad, device_of, start_load
 from sllm_vllm.loader.module_state import TransientBuffers, named_state
 from sllm_vllm.loader.read import read_tensors
@@ -33,6 +33,7 @@ from sllm_vllm.loader.vllm_catalog import Catalog, Found
 from sllm_vllm.loader.vllm_layout import rank_position
 from sllm_vllm.loader.vllm_post_processing import process_while_loading
 from sllm_vllm.loader.vllm_reload import config_of, reload_layers_once, remember_config
+from sllm_vllm.loader.vllm_source import ModelSource, require_weights_here
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -71,7 +72,7 @@ class SllmModelLoader(BaseModelLoader):
         if self._found.checkpoint is None:
             model = super().load_model(vllm_config, model_config, prefix)
         else:
-            with _collecting_only_new_garbage():
+            with _collecting_only_new_garbage(), self._source_verified(self._found):
                 model = self._load_checkpoint(self._found, vllm_config, model_config, prefix=prefix)
         self._found = None
         remember_config(model, vllm_config)
@@ -88,10 +89,10 @@ class SllmModelLoader(BaseModelLoader):
         vllm_config = get_current_vllm_config()
         found = self._found or self._catalog.find(vllm_config, model_config)
         self.report.rank = rank_position(vllm_config).rank
-        with contextlib.ExitStack() as stack:
+        with self._source_verified(found), contextlib.ExitStack() as stack:
             if self._bind(self._start(found, device_of(model), stack), found, model) is not None:
                 return
-        self._load_stock(found.key if found.checkpoint is None else None, model, model_config)
+        self._load_stock(found if found.checkpoint is None else None, model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         """Weights for vLLM's ``reload_weights``: ours by their names in the module, or Hugging Face's if we have none.
@@ -100,10 +101,14 @@ class SllmModelLoader(BaseModelLoader):
             CheckpointError: the model is nothing but a checkpoint, and a bad one.
         """
         vllm_config = config_of(model)
-        checkpoint = self._catalog.find_for_reload(vllm_config, model_config)
+        found = self._catalog.find(vllm_config, model_config)
+        checkpoint = found.checkpoint
         if checkpoint is None:
             logger.info("event=reload format=stock model=%s", model_config.model)
             return self._stock.get_all_weights(model_config, model)
+        if found.source is not None and self.config.verify_source == "always":
+            found.source.start_reading(afresh=True)
+            found.source.require(checkpoint)  # before the first tensor: a live module can't go back
         logger.info("event=reload format=sllm checkpoint=%s", checkpoint.path)
         reload_layers_once(model)
         return read_tensors(checkpoint.partition(rank_position(vllm_config).rank), self.config)
@@ -180,22 +185,46 @@ class SllmModelLoader(BaseModelLoader):
             mend = "it was set aside, the next start converts again"
             raise CheckpointCorrupt(error.path, error.problem, mend, tensors=error.tensors) from None
 
-    def _load_stock(self, key: CheckpointKey | None, model: nn.Module, model_config: ModelConfig) -> None:
+    def _load_stock(self, found: Found | None, model: nn.Module, model_config: ModelConfig) -> None:
         """Load the stock way, then write the module through; a failure to write never fails the start."""
-        writes = key is not None and self.config.write_through
-        transient = TransientBuffers(model) if writes else None
+        source = found.source if found is not None and self.config.write_through else None
+        transient = None
+        if source is not None:
+            source.start_reading(afresh=self.config.verify_source == "always")
+            transient = TransientBuffers(model)
         start = time.perf_counter()
         self._stock.load_weights(model, model_config)
         self.report.weights_s = time.perf_counter() - start
-        if key is None or transient is None:
+        if found is None or source is None or transient is None:
             return
         try:
-            staging = CheckpointRepository(self.config.store_dir).stage(key, self.config.chunk_bytes)
-            state = {**named_state(model), **transient.changed()}
-            save_state_behind(staging, self.report.rank, state)
-            self.report.outcome, self.report.checkpoint = "converted", str(staging.target)
-        except WriteError as error:
+            require_weights_here(model, model_config)
+            self._write_through(found, source, {**named_state(model), **transient.changed()})
+        except (ConfigError, WriteError) as error:
             logger.warning("event=not_converted reason=%s", error)
+
+    def _write_through(self, found: Found, source: ModelSource, state: Mapping[str, torch.Tensor]) -> None:
+        assert found.layout is not None
+        key = CheckpointKey(source.finish_reading(), found.layout)
+        staging = CheckpointRepository(self.config.store_dir).stage(key, self.config.chunk_bytes)
+        rank = self.report.rank
+        save_state_behind(staging, rank, state, is_sound=lambda: source.has_content_of_names(key.source))
+        self.report.outcome, self.report.checkpoint = "converted", str(staging.target)
+
+    @contextlib.contextmanager
+    def _source_verified(self, found: Found) -> Iterator[None]:
+        """With ``verify_source: always``, read the source weights beside the load and hold them against the checkpoint.
+
+        Raises:
+            SourceChanged: they are other ones.
+        """
+        if self.config.verify_source != "always" or found.source is None or found.checkpoint is None:
+            yield
+            return
+        found.source.start_reading(afresh=True)
+        yield
+        if self.report.outcome == "loaded":
+            found.source.require(found.checkpoint)
 
     def _tell(self) -> None:
         logger.info("event=load_model %s", self.report.line())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.checkpoint.fingerprint import fingerprint_directory, has_weight_files
+from sllm_vllm.checkpoint.fingerprint import fingerprint_directory, has_weight_files, read_digests, scan_source
 from sllm_vllm.checkpoint.repository import VerifiedMarks
 from sllm_vllm.errors import ConfigError
 from tests.checkpoint.builders import as_nobody
 from tests.checkpoint.conftest import Mount
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB: the samples do not touch all of it
+BLOB = hashlib.sha256(CONTENT).hexdigest()
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -32,11 +35,12 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
     """As Hugging Face's cache has it: names that link to blobs, which are named by their content's hash."""
-    blobs, path = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "1234"
+    repository = tmp_path / "models--org--name"
+    blobs, path = repository / "blobs", repository / "snapshots" / COMMIT
     blobs.mkdir(parents=True)
     path.mkdir(parents=True)
-    (blobs / "abcd").write_bytes(CONTENT)
-    (path / "model.safetensors").symlink_to("../../blobs/abcd")
+    (blobs / BLOB).write_bytes(CONTENT)
+    (path / "model.safetensors").symlink_to(f"../../blobs/{BLOB}")
     return path
 
 
@@ -59,17 +63,26 @@ def test_copy_that_keeps_times_has_the_same_fingerprint(model: Path, tmp_path: P
     assert fingerprint_directory(tmp_path / "copy") == fingerprint_directory(str(model))
 
 
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "size": lambda path: os.truncate(path / "model-1.safetensors", len(CONTENT) - 1),
     "head": lambda path: rewrite(path / "model-1.safetensors", 100),
     "middle": lambda path: rewrite(path / "model-2.safetensors", len(CONTENT) // 2),
     "end": lambda path: rewrite(path / "model-2.safetensors", len(CONTENT) - 2),
-    "time": lambda path: set_time(path / "model-1.safetensors"),
+    "anywhere": lambda path: rewrite(path / "model-2.safetensors", 123_456),
     "name": lambda path: (path / "model-1.safetensors").rename(path / "model-0.safetensors"),
     "removed": lambda path: (path / "model-1.safetensors").unlink(),
     "added": lambda path: (path / "model-3.safetensors").write_bytes(b""),
     "other kind": lambda path: (path / "model-3.gguf").write_bytes(b""),
     "index": lambda path: (path / "model.safetensors.index.json").write_text("{ }"),
+    "a module's weights": lambda path: write(path / "2_Dense" / "model.safetensors", b"x"),
+    "which modules there are": lambda path: write(path / "modules.json", b"[]"),
+    "code": lambda path: write(path / "modeling_x.py", b""),
+    "quantisation": lambda path: write(path / "hf_quant_config.json", b"{}"),
 }
 
 
@@ -80,36 +93,87 @@ def test_changed_weights_have_another_fingerprint(model: Path, change: str) -> N
     assert fingerprint_directory(model) != before
 
 
+def test_times_and_places_do_not_count(model: Path, tmp_path: Path) -> None:
+    before = fingerprint_directory(model)
+    set_time(model / "model-1.safetensors")
+    shutil.copytree(model, tmp_path / "elsewhere", copy_function=shutil.copy)
+    assert fingerprint_directory(model) == fingerprint_directory(tmp_path / "elsewhere") == before
+
+
 def test_other_files_do_not_count(model: Path) -> None:
     before = fingerprint_directory(model)
     (model / "config.json").write_text('{"changed": 1}')
     (model / "README.md").write_text("new")
+    (model / "tokenization_x.py").write_text("")
     (model / "folder.bin").mkdir()
+    write(model / ".cache" / "model.safetensors", b"")
     assert fingerprint_directory(model) == before
 
 
-def test_cached_snapshot_is_known_by_its_blobs_wherever_it_lies(snapshot: Path, tmp_path: Path) -> None:
-    before = fingerprint_directory(snapshot)
-    moved = tmp_path / "moved"
-    shutil.copytree(snapshot.parents[1], moved, symlinks=True, copy_function=shutil.copy)
-    assert fingerprint_directory(moved / "snapshots" / "1234") == before
+def test_link_that_leads_back_up_is_followed_once(model: Path) -> None:
+    before = fingerprint_directory(model)
+    (model / "again").symlink_to(".")
+    assert fingerprint_directory(model) == before
 
 
-def test_cached_snapshot_with_another_blob_has_another_fingerprint(snapshot: Path) -> None:
-    before = fingerprint_directory(snapshot)
+def test_file_of_a_cached_snapshot_is_known_by_its_name(snapshot: Path) -> None:
+    (file,) = scan_source(snapshot)
+    assert file.blob == f"sha256:{BLOB}"
+    assert read_digests([file]) == [file.blob]
+
+
+def test_small_file_of_a_cached_snapshot_is_named_as_git_does(snapshot: Path) -> None:
+    name = hashlib.sha1(b"blob 2\0{}", usedforsecurity=False).hexdigest()
+    write(snapshot / "../../blobs" / name, b"{}")
+    (snapshot / "model.safetensors.index.json").symlink_to(f"../../blobs/{name}")
+    file = scan_source(snapshot)[1]
+    assert file.blob == f"git-sha1:{name}"
+    assert read_digests([file]) == [file.blob]
+
+
+def other_commit(snapshot: Path) -> Path:
+    return snapshot.rename(snapshot.with_name("0" * 40))
+
+
+def other_parent(snapshot: Path) -> Path:
+    (snapshot.parents[1] / "other").mkdir()
+    return snapshot.rename(snapshot.parents[1] / "other" / COMMIT)
+
+
+def plain_file(snapshot: Path) -> Path:
+    file = snapshot / "model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    return snapshot
+
+
+def link_to(snapshot: Path, target: Path) -> Path:
+    write(target, CONTENT)
     (snapshot / "model.safetensors").unlink()
-    (snapshot / "../../blobs/ef01").write_bytes(CONTENT)
-    (snapshot / "model.safetensors").symlink_to("../../blobs/ef01")
-    assert fingerprint_directory(snapshot) != before
+    (snapshot / "model.safetensors").symlink_to(target)
+    return snapshot
 
 
-def test_link_elsewhere_is_known_by_what_it_links_to(snapshot: Path) -> None:
-    target = snapshot.parents[1] / "plain.safetensors"
-    target.write_bytes(CONTENT)
-    (snapshot / "more.safetensors").symlink_to(target)
-    before = fingerprint_directory(snapshot)
-    set_time(target)
-    assert fingerprint_directory(snapshot) != before
+NO_HUB_CACHE: dict[str, Callable[[Path], Path]] = {
+    "all zeros for a commit": other_commit,
+    "not below snapshots": other_parent,
+    "no link": plain_file,
+    "blobs of another folder": lambda path: link_to(path, path.parents[2] / "blobs" / BLOB),
+    "a name that is no hash": lambda path: link_to(path, path.parents[1] / "blobs" / "abcd"),
+    "all zeros for a hash": lambda path: link_to(path, path.parents[1] / "blobs" / ("0" * 64)),
+    "capitals": lambda path: link_to(path, path.parents[1] / "blobs" / BLOB.upper()),
+}
+
+
+@pytest.mark.parametrize("case", NO_HUB_CACHE)
+def test_only_a_hub_cache_names_files_by_their_content(snapshot: Path, case: str) -> None:
+    directory = NO_HUB_CACHE[case](snapshot)
+    (file,) = scan_source(directory)
+    assert file.blob is None
+    before = fingerprint_directory(directory)
+    rewrite(file.path.resolve(), 1_000_001)
+    assert fingerprint_directory(directory) != before
 
 
 def test_pipe_of_a_weights_name_does_not_hang(model: Path) -> None:
@@ -119,7 +183,7 @@ def test_pipe_of_a_weights_name_does_not_hang(model: Path) -> None:
 
 
 def test_link_to_a_blob_that_is_gone_is_refused(snapshot: Path) -> None:
-    (snapshot / "../../blobs/abcd").unlink()
+    (snapshot / "../../blobs" / BLOB).unlink()
     with pytest.raises(ConfigError, match="No such file"):
         fingerprint_directory(snapshot)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import shutil
 import socket
 from collections.abc import Callable
@@ -246,3 +247,9 @@ def test_rank_partition_knows_its_chunks(checkpoint: Checkpoint) -> None:
     assert ranges[0] == (header, CHUNK_NBYTES)
     assert ranges[-1] == (header + 4 * CHUNK_NBYTES, data - 4 * CHUNK_NBYTES)
     assert sum(nbytes for _, nbytes in ranges) == data
+
+
+def test_an_error_survives_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(CheckpointCorrupt("/a/b", "it is torn", "convert it again")))
+    assert type(error) is CheckpointCorrupt
+    assert str(error) == "/a/b: it is torn; convert it again"

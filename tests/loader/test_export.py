@@ -37,15 +37,18 @@ def convert(tmp_path: Path) -> Convert:
         from vllm.model_executor.model_loader import get_model_loader
 
         from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
+        from sllm_vllm.checkpoint.source_records import SourceRecords
         from sllm_vllm.loader.module_state import named_state
         from sllm_vllm.loader.save import save_state
-        from sllm_vllm.loader.vllm_layout import layout_of, source_of
+        from sllm_vllm.loader.vllm_layout import layout_of
+        from sllm_vllm.loader.vllm_source import source_of
 
         config = engine_config(Fill(model))
         module = empty_module(config)
         with set_current_vllm_config(config):
             get_model_loader(config.load_config).load_weights(module, config.model_config)
-            key = CheckpointKey(source_of(config.model_config), layout_of(config, config.model_config))
+            source = source_of(config.model_config, SourceRecords(tmp_path / "store"))
+            key = CheckpointKey(source, layout_of(config, config.model_config))
         state = named_state(module)
         change(state)
         repository = CheckpointRepository(tmp_path / "store")

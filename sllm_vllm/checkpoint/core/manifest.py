@@ -25,6 +25,7 @@ PARTITION_DIR = "partitions"
 DATA_ALIGNMENT = 4096
 """Partition data starts on a multiple of this, so that any chunk can be read with O_DIRECT."""
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX64 = re.compile(r"[0-9a-f]{16}")
 TENSOR_ALIGNMENT = 256
 """Tensors whose size is no multiple of this lie behind all others, so that every large one starts on a multiple."""
@@ -40,12 +41,24 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
+class SourceFileRecord(_Record):
+    """A file that the weights came from. ``digest`` names the algorithm, then the content: ``xxh3:…``, ``sha256:…``."""
+
+    name: Name
+    nbytes: Count
+    digest: Annotated[str, Field(max_length=128)]
+
+
 class Source(_Record):
-    """Where the weights came from. ``fingerprint`` changes when any of its weight files does."""
+    """Where the weights came from. ``fingerprint`` identifies the content of all ``files``, on every machine.
+
+    ``revision`` is the commit of a model from the Hub. Checkpoints of earlier versions list no files.
+    """
 
     model: str
     revision: str | None = None
     fingerprint: str
+    files: Annotated[list[SourceFileRecord], Field(max_length=100_000)] = []
 
 
 class Layout(_Record):
@@ -210,6 +223,8 @@ def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no text
     except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(path, f"the {what} is no valid JSON ({_one_line(error)})", _MEND) from None
     if not isinstance(value, dict):

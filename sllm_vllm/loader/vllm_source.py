@@ -1,0 +1,231 @@
+"""The source weights of a load: where they are, what identifies them, whether they are still the same afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import vllm.envs
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+
+from sllm_vllm.checkpoint.core.manifest import Source
+from sllm_vllm.checkpoint.fingerprint import SourceFile, hub_snapshot_of, scan_source
+from sllm_vllm.checkpoint.reader import Checkpoint
+from sllm_vllm.checkpoint.source_records import Effort, Identified, SourceRecords
+from sllm_vllm.errors import ConfigError, SourceChanged
+
+logger = init_logger(f"vllm.{__name__}")
+
+_TOLD_MAX = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a model's files are. ``commit``: of a model from the Hub, in whose cache ``directory`` is."""
+
+    model: str
+    directory: Path
+    commit: str | None = None
+
+
+def locate(model_config: ModelConfig, download_dir: str | None = None) -> Location:
+    """Where the stock loader finds the weights, or will put them.
+
+    Raises:
+        ConfigError: they are not on this machine (yet), so that nothing can be said of them.
+    """
+    model = model_config.model
+    if getattr(model_config, "model_weights", ""):
+        raise ConfigError(f"{model_config.model_weights}: weights in an object store have no fingerprint here")
+    if os.path.isdir(model):
+        place = hub_snapshot_of(Path(model).absolute())
+        return (
+            Location(str(Path(model).resolve()), Path(model))
+            if place is None
+            else Location(place[0], Path(model), place[1])
+        )
+    if vllm.envs.VLLM_USE_MODELSCOPE:
+        raise ConfigError(f"{model}: weights from ModelScope are known by their directory alone; give that")
+    config = None
+    with contextlib.suppress(ValueError):  # no name that the Hub allows
+        config = try_to_load_from_cache(model, "config.json", revision=model_config.revision)
+    if not isinstance(config, str):
+        raise ConfigError(f"{model}: it is not in the Hugging Face cache yet")
+    snapshot = Path(config).parent
+    directory = snapshot
+    if download_dir is not None:
+        directory = Path(download_dir, snapshot.parent.parent.name, "snapshots", snapshot.name)
+    return Location(model, directory, snapshot.name)
+
+
+class ModelSource:
+    """The weights of one model, as they were when this was made; one load owns it.
+
+    ``files`` is None while they are still to be downloaded.
+    """
+
+    def __init__(self, location: Location, records: SourceRecords) -> None:
+        self.location = location
+        self._records = records
+        self.files = self._scan()
+        self._reading: _Reading | None = None
+
+    def known(self) -> Source | None:
+        """What the weights are, if they need not be read for it.
+
+        Raises:
+            ConfigError: a file can't be read.
+        """
+        if self.files is None:
+            return None
+        identified = self._records.known(self.location.directory, self.files)
+        return None if identified is None else self._told(identified)
+
+    def identify(self) -> Source:
+        """What the weights are; they are read where they have changed or were never seen.
+
+        Raises:
+            ConfigError: a file can't be read, or is written to meanwhile.
+        """
+        return self._identify("unknown")
+
+    def start_reading(self, *, afresh: bool) -> None:
+        """Identify the weights in a thread, beside a load; with ``afresh`` every byte is read."""
+        if self.files is not None:
+            self._reading = _Reading(lambda: self._identify("all" if afresh else "unknown"))
+
+    def finish_reading(self) -> Source:
+        """What the weights were while they were loaded; called after the load.
+
+        Raises:
+            ConfigError: a file can't be read, or was written to meanwhile.
+        """
+        before = self.files
+        if self._reading is None:  # the load has downloaded them, or is to be sure of them
+            self.files = self._scan()
+            source = self._identify("unknown")
+        else:
+            source = self._reading.result()
+        if self.files is None or (before is not None and self._scan() != before):
+            raise ConfigError(f"{self.location.directory}: its weights changed while they were loaded")
+        return source
+
+    def require_unchanged(self, source: Source) -> None:
+        """Make sure, after a conversion, that the weights were ``source`` all the time; reads what only names tell.
+
+        Raises:
+            ConfigError: they were not, or can't be read.
+        """
+        if self.finish_reading().fingerprint != source.fingerprint or not self.has_content_of_names(source):
+            raise ConfigError(f"{self.location.directory}: its weights changed while they were loaded; convert again")
+
+    def require(self, checkpoint: Checkpoint) -> None:
+        """Hold what was read beside the load of ``checkpoint`` against what that was made from.
+
+        Raises:
+            SourceChanged: it is something else, or can't be read.
+        """
+        fix = "start again: the weights as they are now are loaded then"
+        try:
+            fingerprint = self.finish_reading().fingerprint
+        except ConfigError as error:
+            raise SourceChanged(self.location.directory, str(error), fix) from None
+        if fingerprint != checkpoint.manifest.source.fingerprint:
+            problem = f"its weights are other ones than those that {checkpoint.path} was made from"
+            raise SourceChanged(self.location.directory, problem, fix)
+
+    def has_content_of_names(self, source: Source) -> bool:
+        """Whether files that are known by their names in a Hub cache hold what these say; reads them."""
+        if self.files is None or all(file.blob is None for file in self.files):
+            return True
+        try:
+            return self._identify("named").fingerprint == source.fingerprint
+        except ConfigError as error:
+            logger.warning("event=source_unreadable reason=%s", error)
+            return False
+
+    def _scan(self) -> tuple[SourceFile, ...] | None:
+        try:
+            return scan_source(self.location.directory)
+        except ConfigError:
+            if self.location.commit is None:
+                raise
+            return None
+
+    def _identify(self, effort: Effort) -> Source:
+        if self.files is None:
+            raise ConfigError(f"{self.location.directory}: its weights are not there")
+        return self._told(self._records.identify(self.location.directory, self.files, effort=effort))
+
+    def _told(self, identified: Identified) -> Source:
+        if identified.changed:
+            names = ",".join(identified.changed[:_TOLD_MAX])
+            logger.warning(
+                "event=source_changed model=%s num_files=%d files=%s",
+                self.location.model,
+                len(identified.changed),
+                names,
+            )
+        if identified.seconds > 1:
+            logger.info(
+                "event=source_read model=%s nbytes=%d seconds=%.1f",
+                self.location.model,
+                identified.nbytes_read,
+                identified.seconds,
+            )
+        return Source(
+            model=self.location.model,
+            revision=self.location.commit,
+            fingerprint=identified.fingerprint,
+            files=list(identified.files),
+        )
+
+
+class _Reading:
+    """A call in a thread of its own, which ends with the process."""
+
+    def __init__(self, call: Callable[[], Source]) -> None:
+        self._call = call
+        self._result: Source | ConfigError | None = None
+        self._thread = threading.Thread(target=self._run, name="sllm-source", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._call()
+        except ConfigError as error:
+            self._result = error
+
+    def result(self) -> Source:
+        self._thread.join()
+        assert self._result is not None, "the thread died of another error"
+        if isinstance(self._result, ConfigError):
+            raise self._result
+        return self._result
+
+
+def source_of(model_config: ModelConfig, records: SourceRecords) -> Source:
+    """The source weights of a model on this machine.
+
+    Raises:
+        ConfigError: they are not on this machine, can't be read, or are written to meanwhile.
+    """
+    return ModelSource(locate(model_config), records).identify()
+
+
+def require_weights_here(module: nn.Module, model_config: ModelConfig) -> None:
+    """Refuse to convert a module that was filled from another model's files, too: their changes would not be seen.
+
+    Raises:
+        ConfigError: it was.
+    """
+    for source in getattr(module, "secondary_weights", ()):
+        if source.model_or_path != model_config.model:
+            raise ConfigError(f"{model_config.model}: some of its weights are loaded from {source.model_or_path}")
