@@ -9,6 +9,7 @@
     │   ├── CheckpointInvalid    its manifest or a header breaks the format: convert again
     │   ├── CheckpointCorrupt    its bytes are not those that were written: remove it, convert again
     │   ├── CheckpointUnreadable the system refuses to read it: mend the permissions
+    │   ├── SourceChanged        it was loaded, but its source has other weights now: start again
     │   └── LayoutMismatch       it is sound, but for another model, dtype or parallel size
     ├── WriteError               a checkpoint can't be written: serve on, unconverted
     │   ├── DiskFull

@@ -57,7 +57,7 @@ def convert_rank(job: RankJob, tell: Tell) -> None:
     source = _engine_config(job.request, job.request.model, job)
     _join_ranks(job, source)
     target = source if job.model_files is None else _config_of_files(job, job.model_files, source)
-    weights = ModelSource(locate(source.model_config), SourceRecords(job.request.store_dir))
+    weights = ModelSource(locate(source.model_config), SourceRecords(job.root))
     key = CheckpointKey(_from_first_rank(weights.identify, job.rank), layout_of(target, target.model_config))
     dtype = _dtype_to_tell(job.request, source.model_config, target.model_config)
     found = _from_first_rank(lambda: _find(job, key), job.rank)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.reader import open_checkpoint, verify_checkpoint
-from sllm_vllm.errors import SllmError
+from sllm_vllm.errors import LayoutMismatch, SllmError
 from sllm_vllm.loader import conversion
 from sllm_vllm.loader.conversion import (
     BytesDone,
@@ -34,6 +34,7 @@ from sllm_vllm.loader.conversion import (
 from sllm_vllm.loader.export import export_checkpoint
 from tests.conftest import ModelDir
 from tests.vllm_fill import Fill, prepare_environment, run_ranks, tensors_after_load_weights
+from tests.vllm_server import vllm_server
 
 if TYPE_CHECKING:
     import torch
@@ -213,6 +214,84 @@ def test_out_says_the_dtype_that_the_source_leaves_open(
     edit_config(model, dtype=None, torch_dtype=None)
     convert(model, out=tmp_path / "out")
     is_loaded_like_stock(tmp_path / "out", model, tmp_path / "empty")
+
+
+def with_dense_module(model: Path, target: Path, *, suffix: str = "safetensors") -> Path:
+    """A copy of ``model`` as a sentence-transformers model whose embeddings go through a linear layer."""
+    import torch
+
+    shutil.copytree(model, target)
+    size = json.loads((model / "config.json").read_text())["hidden_size"]
+    names = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(names)
+    ]
+    (target / "modules.json").write_text(json.dumps(modules))
+    for folder in ("1_Pooling", "2_Dense"):
+        (target / folder).mkdir()
+    pooling = {"word_embedding_dimension": size, "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+    (target / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    dense = {"in_features": size, "out_features": 16, "bias": False, "activation_function": "torch.nn.Identity"}
+    (target / "2_Dense" / "config.json").write_text(json.dumps(dense))
+    weights = {"linear.weight": torch.randn(16, size, generator=torch.Generator().manual_seed(1))}
+    if suffix == "safetensors":
+        save_file(weights, target / "2_Dense" / "model.safetensors")
+    else:
+        torch.save(weights, target / "2_Dense" / "pytorch_model.bin")
+    return target
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_out_has_the_weights_that_vllm_reads_outside_its_loader(
+    model_dir: ModelDir, convert: Converter, tmp_path: Path, suffix: str
+) -> None:
+    model = with_dense_module(model_dir(), tmp_path / "model", suffix=suffix)
+    out = tmp_path / "out"
+    convert(model, out=out)
+    assert [path.name for path in (out / "2_Dense").glob(f"*.{suffix}")]
+    assert is_loaded_like_stock(out, model, tmp_path / "empty") == str(out)
+    stock = tensors_after_load_weights(Fill(out, load_format="sllm", extra_config={"store_dir": str(tmp_path)}))
+    assert [name for name in stock if "projector" in name], "the test's model has no projection"
+
+
+def test_a_module_that_was_changed_beside_a_checkpoint_is_not_passed_over(
+    model_dir: ModelDir, convert: Converter, tmp_path: Path
+) -> None:
+    model = with_dense_module(model_dir(), tmp_path / "model")
+    convert(model, out=tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")
+    save_file(
+        {name: tensor * 2 for name, tensor in weights.items()}, tmp_path / "out" / "2_Dense" / "model.safetensors"
+    )
+    with pytest.raises(LayoutMismatch, match=r"2_Dense/model\.safetensors beside it changed since the conversion"):
+        load(Fill(tmp_path / "out", load_format="sllm"))
+
+
+def test_weights_beside_a_checkpoint_win_if_they_are_other_ones(
+    model_dir: ModelDir, convert: Converter, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "out", {"store_dir": str(tmp_path / "store"), "write_through": False}
+    convert(model_dir(), out=out)
+    shutil.copy(model_dir() / "model.safetensors", out)
+    assert load(Fill(out, load_format="sllm", extra_config=settings))[1] == "loaded"
+    shutil.copy(model_dir(seed=1) / "model.safetensors", out)
+    found, outcome, _ = load(Fill(out, load_format="sllm", extra_config=settings))
+    assert outcome == "unconverted"
+    wanted = load_file(out / "model.safetensors")["model.norm.weight"]
+    assert found["model.norm.weight"].equal(wanted)
+
+
+@pytest.mark.e2e_long
+def test_embeddings_of_out_are_stocks(model_dir: ModelDir, tmp_path: Path) -> None:
+    model, out, found = with_dense_module(model_dir(), tmp_path / "model"), tmp_path / "out", []
+    convert_model(ConvertRequest(model=str(model), store_dir=tmp_path / "store", out=out))
+    for directory, arguments in ((model, ()), (out, ("--load-format", "sllm"))):
+        with vllm_server(directory, tmp_path, *arguments) as server:
+            body = {"model": server.model, "input": "the cat sat on the mat"}
+            found.append(server.post("/v1/embeddings", body)["data"][0]["embedding"])
+    assert len(found[0]) == 16
+    assert found[0] == found[1]
 
 
 def test_out_that_was_made_before_is_found(model_dir: ModelDir, convert: Converter, tmp_path: Path) -> None:
