@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sllm_vllm.checkpoint.checksum import RunningDigest, digest
 from sllm_vllm.checkpoint.core.manifest import PARTITION_DIR, SourceFileRecord
@@ -49,8 +49,7 @@ class _Hasher(Protocol):
     def hexdigest(self) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
-class FileState:
+class FileState(NamedTuple):
     """What the file system says about a file without reading it; any write changes it where ctime is kept."""
 
     nbytes: int
@@ -67,7 +66,7 @@ class FileState:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that decides what parameters hold. ``name`` is its path inside the model's directory.
+    """A file that decides what parameters hold. ``name`` is its path in the model's directory, ``real`` without links.
 
     ``blob`` is the content's hash, ``sha256:…`` or ``git-sha1:…``, where the file's place in a Hub cache says it.
     ``is_weights``: it may be large; other files (indices, code, module configurations) are read at each look.
@@ -75,6 +74,7 @@ class SourceFile:
 
     name: str
     path: Path
+    real: str
     state: FileState
     blob: str | None
     is_weights: bool
@@ -135,11 +135,13 @@ def _counts(name: str, *, is_root: bool) -> bool:
 
 
 def _source_file(root: Path, path: Path, status: os.stat_result, *, blobs: Path | None) -> SourceFile:
+    real = os.path.realpath(path)
     return SourceFile(
         name=path.relative_to(root).as_posix(),
         path=path,
+        real=real,
         state=FileState.of(status),
-        blob=_blob_name(path, blobs),
+        blob=_blob_name(path, real, blobs),
         is_weights=path.name.endswith(WEIGHT_SUFFIXES),
     )
 
@@ -160,14 +162,14 @@ def _blobs_of(root: Path) -> Path | None:
     return (root.parent.parent / "blobs").resolve() if hub_snapshot_of(root) is not None else None
 
 
-def _blob_name(path: Path, blobs: Path | None) -> str | None:
+def _blob_name(path: Path, real: str, blobs: Path | None) -> str | None:
     """The hash that a file's place in a Hub cache says: the name of a file in this very repository's ``blobs``."""
     if blobs is None or not path.is_symlink():
         return None
-    target = path.resolve()
-    if target.parent != blobs or not _HASH_NAME.fullmatch(target.name):
+    folder, name = os.path.split(real)
+    if folder != str(blobs) or not _HASH_NAME.fullmatch(name):
         return None
-    return f"{_SHA256 if len(target.name) == 64 else _GIT_SHA1}:{target.name}"
+    return f"{_SHA256 if len(name) == 64 else _GIT_SHA1}:{name}"
 
 
 def fingerprint_of(records: Sequence[SourceFileRecord]) -> str:

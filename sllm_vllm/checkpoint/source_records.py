@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -97,6 +97,8 @@ class _Look:
     """One look at a directory: which files are known, and which have to be read."""
 
     known: dict[str, str] = field(default_factory=dict)
+    believed: set[str] = field(default_factory=set)
+    """Those of them that an earlier sighting tells."""
     unknown: list[SourceFile] = field(default_factory=list)
 
 
@@ -147,7 +149,8 @@ class SourceRecords:
         self, directory: Path, files: Sequence[SourceFile], *, look: _Look, record: _Record | None
     ) -> Identified:
         began_ns, start = time.time_ns(), time.perf_counter()
-        read = dict(zip((file.name for file in look.unknown), read_digests(look.unknown), strict=True))
+        digests = read_digests(look.unknown) if look.unknown else []
+        read = dict(zip((file.name for file in look.unknown), digests, strict=True))
         contents = {file.name: read.get(file.name) or look.known[file.name] for file in files}
         folder = str(directory.resolve())
         identified = Identified(
@@ -159,9 +162,9 @@ class SourceRecords:
         old = record or _Record()
         seen = {}
         for file in files:
-            if file.is_weights:
+            if file.is_weights and file.name not in look.believed:
                 now = _sighting(file, contents[file.name], began_ns=began_ns, is_read=file.name in read)
-                seen[_key(file)] = _merged(now, old.sightings.get(_key(file), []))
+                seen[file.real] = _merged(now, old.sightings.get(file.real, []))
         held = _Folder(fingerprint=identified.fingerprint, contents=contents)
         self._write(directory, record, _updated(old, sightings=seen, folders={folder: held}))
         return identified
@@ -224,28 +227,31 @@ def _updated(old: _Record, *, sightings: dict[str, list[_Sighting]], folders: di
     return _Record(is_whole=is_whole, sightings=merged, folders=kept | folders)
 
 
-def _key(file: SourceFile) -> str:
-    return str(file.path.resolve())
-
-
 def _look(files: Sequence[SourceFile], record: _Record | None, *, effort: Effort = "unknown") -> _Look:
     look = _Look()
     for file in files:
-        content = _recognise(file, record, trusts_names=effort == "unknown") if file.is_weights else None
-        if content is None:
-            look.unknown.append(file)
-        else:
+        seen = record.sightings.get(file.real) if record is not None else None
+        trusts_names = effort == "unknown"
+        if file.is_weights and (content := _recall(file, seen or (), trusts_names=trusts_names)) is not None:
+            look.believed.add(file.name)
             look.known[file.name] = content
+        elif trusts_names and _is_first_sight(file, seen, record):
+            assert file.blob is not None
+            look.known[file.name] = file.blob
+        else:
+            look.unknown.append(file)
     return look
 
 
-def _recognise(file: SourceFile, record: _Record | None, *, trusts_names: bool) -> str | None:
-    """What identifies a file's content, if that needs no reading of it."""
-    seen = record.sightings.get(_key(file)) if record is not None else None
-    if trusts_names and file.blob is not None and seen is None and (record is None or record.is_whole):
-        return file.blob
-    state = list(astuple(file.state))
-    for sighting in seen or ():
+def _is_first_sight(file: SourceFile, seen: object, record: _Record | None) -> bool:
+    """Whether the name of a file in a Hub cache is all that is known of it."""
+    return file.is_weights and file.blob is not None and seen is None and (record is None or record.is_whole)
+
+
+def _recall(file: SourceFile, seen: Sequence[_Sighting], *, trusts_names: bool) -> str | None:
+    """The content that a file had in the state in which it is now."""
+    state = list(file.state)
+    for sighting in seen:
         if sighting.state == state and sighting.digest is not None and (trusts_names or sighting.is_read):
             return sighting.digest if sighting.samples == read_samples(file) else None
     return None
@@ -255,7 +261,7 @@ def _sighting(file: SourceFile, content: str, *, began_ns: int, is_read: bool) -
     """``began_ns``: when reading began, or the state was taken."""
     is_settled = began_ns - max(file.state.mtime_ns, file.state.ctime_ns) > _SETTLED_NS
     return _Sighting(
-        state=list(astuple(file.state)),
+        state=list(file.state),
         samples=read_samples(file) if is_settled else None,
         digest=content if is_settled else None,
         is_read=is_read,

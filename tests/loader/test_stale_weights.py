@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +23,9 @@ from sllm_vllm.errors import SourceChanged
 from tests.conftest import ModelDir
 from tests.loader.test_bit_identity import _fill_and_tell, _same, wait_until_written
 from tests.vllm_fill import Fill, empty_module, engine_config, tensors_after_load_weights
+
+if TYPE_CHECKING:
+    import torch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LAYOUTS = ("plain", "sharded", "bin", "hub", "links to blobs elsewhere", "from object store")
@@ -77,11 +82,19 @@ def split(file: Path) -> None:
 
 
 def to_bin(file: Path) -> None:
-    import torch
     from safetensors.torch import load_file
 
-    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    save_pickled(load_file(file), file.with_name("pytorch_model.bin"))
     file.unlink()
+
+
+def save_pickled(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """As ``torch.save``, which else writes the file's name into it."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    file.write_bytes(buffer.getvalue())
 
 
 def link(file: Path, blobs: Path) -> Path:
@@ -112,7 +125,7 @@ def change_pickled(file: Path) -> None:
 
     tensors = torch.load(file, weights_only=True)
     next(iter(tensors.values())).view(-1)[0] += 1
-    torch.save(tensors, file)
+    save_pickled(tensors, file)
 
 
 def replace_keeping_times(source: Source, chance: random.Random) -> None:
