@@ -232,7 +232,7 @@ def with_dense_module(model: Path, target: Path, *, suffix: str = "safetensors")
         (target / folder).mkdir()
     pooling = {"word_embedding_dimension": size, "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
     (target / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    dense = {"in_features": size, "out_features": 16, "bias": False, "activation_function": "torch.nn.Identity"}
+    dense = {"in_features": size, "out_features": 16, "bias": False}
     (target / "2_Dense" / "config.json").write_text(json.dumps(dense))
     weights = {"linear.weight": torch.randn(16, size, generator=torch.Generator().manual_seed(1))}
     if suffix == "safetensors":
