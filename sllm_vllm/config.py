@@ -16,9 +16,13 @@ from sllm_vllm.units import GIB, KIB, MIB
 CHUNK_NBYTES_DEFAULT = 16 * MIB
 CHUNK_NBYTES_MIN = 4 * KIB
 CHUNK_NBYTES_MAX = GIB
-MANIFEST_NBYTES_MAX = 256 * MIB
-HEADER_NBYTES_MAX = 100_000_000
-"""Largest header that the safetensors library itself accepts (its ``MAX_HEADER_SIZE``)."""
+MANIFEST_NBYTES_MAX = 32 * MIB
+"""A model of 1 TB with 100,000 tensors and chunks of 16 MiB takes 18 MB."""
+MANIFEST_MARKS_MAX = 1 << 21
+"""Brackets, braces, commas and colons of a manifest or a header, which bound the values that reading it makes; that
+model has 1.8 million."""
+HEADER_NBYTES_MAX = MANIFEST_NBYTES_MAX
+"""Largest header of a partition: it says less of each tensor than the manifest does."""
 SOURCE_FILES_MAX = 10_000
 """Most entries of one folder of source weights."""
 SOURCE_RECORD_NBYTES_MAX = 16 * MIB

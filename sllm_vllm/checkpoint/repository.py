@@ -37,11 +37,12 @@ from sllm_vllm.checkpoint.core.manifest import (
     Partition,
     Source,
     num_chunks,
+    num_marks,
     partition_path,
 )
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from sllm_vllm.checkpoint.writer import WrittenPartition, sync_directory, write_errors, write_file_durably
-from sllm_vllm.config import MANIFEST_NBYTES_MAX
+from sllm_vllm.config import MANIFEST_MARKS_MAX, MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import CheckpointError, CheckpointMissing, CheckpointUnreadable, NotConvertible, WriterBusy
 
 _LOCKS = ".locks"
@@ -279,8 +280,8 @@ class Staging:
 
     def _publish(self, manifest: Manifest) -> None:
         content = manifest.model_dump_json().encode()
-        if len(content) > MANIFEST_NBYTES_MAX:
-            problem = f"its manifest would have {len(content)} bytes, more than {MANIFEST_NBYTES_MAX}"
+        if len(content) > MANIFEST_NBYTES_MAX or num_marks(content) > MANIFEST_MARKS_MAX:
+            problem = f"its manifest would have {len(content)} bytes, and too many tensors or chunks"
             raise NotConvertible(self.target, problem, "set larger chunk_bytes")
         write_file_durably(self.path / MANIFEST_NAME, content)
         for partition in manifest.partitions:

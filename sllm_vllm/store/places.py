@@ -10,6 +10,7 @@ import asyncio
 import collections
 import functools
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class Places:
         self._known: dict[Path, _Known] = {}
         self._used_s: dict[str, float] = {}
         self._lookups: dict[str, asyncio.Task[Placed | None]] = {}
+        self._parsing = threading.Lock()
+        """One manifest of a remote at a time: a hostile one costs a quarter of a gigabyte while it is read."""
 
     async def find(self, name: str) -> Placed:
         """Where the checkpoint of this name or absolute path is; the disk is asked first, then each remote.
@@ -172,7 +175,8 @@ class Places:
         return None
 
     def _keep_manifest(self, name: str, raw: bytes, remote: Remote) -> Checkpoint:
-        manifest = parse_manifest(raw, f"{remote.shown}/{name}/{MANIFEST_NAME}")
+        with self._parsing:
+            manifest = parse_manifest(raw, f"{remote.shown}/{name}/{MANIFEST_NAME}")
         directory = self._remote_dir / name
         with write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)

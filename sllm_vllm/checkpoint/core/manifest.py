@@ -12,10 +12,16 @@ import re
 import reprlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from sllm_vllm.checkpoint.core.dtypes import DTYPE_CODES, ITEM_NBYTES_MAX
-from sllm_vllm.config import CHUNK_NBYTES_MAX, CHUNK_NBYTES_MIN, HEADER_NBYTES_MAX, MANIFEST_NBYTES_MAX
+from sllm_vllm.config import (
+    CHUNK_NBYTES_MAX,
+    CHUNK_NBYTES_MIN,
+    HEADER_NBYTES_MAX,
+    MANIFEST_MARKS_MAX,
+    MANIFEST_NBYTES_MAX,
+)
 from sllm_vllm.errors import CheckpointInvalid
 
 FORMAT_NAME: Literal["sllm-checkpoint"] = "sllm-checkpoint"
@@ -30,6 +36,7 @@ _HEX64 = re.compile(r"[0-9a-f]{16}")
 TENSOR_ALIGNMENT = 256
 """Tensors whose size is no multiple of this lie behind all others, so that every large one starts on a multiple."""
 
+_MARKS = (b"{", b"[", b",", b":")
 _METADATA_NAME = "__metadata__"  # safetensors keeps it for itself
 _MEND = "convert the model again"
 
@@ -82,10 +89,10 @@ class TensorRecord(_Record):
 
     name: Name
     dtype: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
-    shape: Annotated[list[Count], Field(max_length=64)]
+    shape: Annotated[list[Count], Field(max_length=64), FailFast()]
     offset: Count
     nbytes: Count
-    aliases: list[Name] = []
+    aliases: Annotated[list[Name], FailFast()] = []
 
     @property
     def end(self) -> int:
@@ -122,8 +129,8 @@ class Partition(_Record):
     nbytes: Count
     header_nbytes: Annotated[int, Field(ge=DATA_ALIGNMENT, le=HEADER_NBYTES_MAX + 8)]
     header_checksum: str
-    tensors: list[TensorRecord]
-    chunks: list[str]
+    tensors: Annotated[list[TensorRecord], FailFast()]
+    chunks: Annotated[list[str], FailFast()]
     """xxh3-64 of each chunk, as 16 hexadecimal digits."""
 
     @property
@@ -173,7 +180,7 @@ class Manifest(_Record):
     source: Source
     layout: Layout
     chunk_nbytes: Annotated[int, Field(ge=CHUNK_NBYTES_MIN, le=CHUNK_NBYTES_MAX, multiple_of=DATA_ALIGNMENT)]
-    partitions: list[Partition]
+    partitions: Annotated[list[Partition], FailFast()]
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -203,12 +210,19 @@ def num_chunks(data_nbytes: int, chunk_nbytes: int) -> int:
     return -(-data_nbytes // chunk_nbytes)
 
 
+def num_marks(raw: bytes) -> int:
+    """Brackets, braces, commas and colons of a JSON text: no fewer than the values that it makes."""
+    return sum(map(raw.count, _MARKS))
+
+
 def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
-    """A JSON object in UTF-8 whose keys are unique.
+    """A JSON object in UTF-8 whose keys are unique, of at most ``MANIFEST_MARKS_MAX`` values or so.
 
     Raises:
         CheckpointInvalid: ``raw`` is anything else.
     """
+    if num_marks(raw) > MANIFEST_MARKS_MAX:  # counted before anything is built: 3 bytes can cost 100
+        raise CheckpointInvalid(path, f"the {what} holds too many values (limit: {MANIFEST_MARKS_MAX})", _MEND)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
