@@ -23,6 +23,7 @@ SHARE_MIN = 0.01
 """A phase that is less than this share of every bar is drawn with what is not accounted for."""
 COLORS = {
     "process": "#8c8c8c",
+    "parent": "#dddddd",
     "imports": "#4477aa",
     "inspect": "#332288",
     "workers": "#66ccee",

@@ -134,6 +134,7 @@ def _order_of(options: RunOptions) -> ReplicaOrder:
             port=options.port,
             waits=options.wait,
             id=options.name,
+            reuses_id=options.name is not None,
         )
     except ValidationError as error:
         names = {"num_slots": "--slots", "port": "--port", "id": "--name", "environment": "--env", "model": "MODEL"}
@@ -224,19 +225,26 @@ def _warm_or_cold(start: StartReport) -> str:
 
 
 def _print_ready(report: ReplicaReport) -> None:
-    from shlex import quote
-
     took = ""
     if report.start is not None:
         kind = _warm_or_cold(report.start)
         took = f" in {report.start.total_s:.2f} s" + (f" ({kind})" if kind else "")
     typer.echo(f"ready{took}: {report.url}  id {report.id}")
-    key = f" OPENAI_API_KEY={quote(report.api_key)}" if report.api_key else ""
-    typer.echo(f"export OPENAI_BASE_URL={report.url}/v1{key}")
+    _print_export(report)
 
 
 def _print_accepted(report: ReplicaReport) -> None:
     typer.echo(f"{report.state}: {report.id}" + (f"  {report.url}" if report.url else ""))
+    if report.url:
+        _print_export(report)
+
+
+def _print_export(report: ReplicaReport) -> None:
+    """What a shell needs for OpenAI's client to find the engine."""
+    from shlex import quote
+
+    key = f" OPENAI_API_KEY={quote(report.api_key)}" if report.api_key else ""
+    typer.echo(f"export OPENAI_BASE_URL={report.url}/v1{key}")
 
 
 def _fail(report: ReplicaReport) -> NoReturn:

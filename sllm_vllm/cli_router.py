@@ -170,7 +170,9 @@ def _replica_row(replica: Mapping[str, Any]) -> dict[str, object]:
 def _node_row(node: Mapping[str, Any]) -> dict[str, object]:
     slots = f"{node['num_slots'] - node['num_free']} of {node['num_slots']} used"
     loads = age(node["load_s"]) if node["load_s"] else "-"
-    warm = "drained: none" if node["is_drained"] else "warm" if node["is_warm"] else "cold"
+    wait_s = node.get("warm_in_s", 0.0)
+    soon = f"warm in {age(wait_s)}" if wait_s >= 1 else "warm"
+    warm = "drained: none" if node["is_drained"] else soon if node["is_warm"] else "cold"
     return {"node": node["id"], "slots": slots, "loads for": loads, "starts": warm}
 
 

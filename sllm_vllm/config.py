@@ -239,6 +239,13 @@ class NodeConfig(BaseModel):
         default=None, description="on the CPU: each slot has processors of its own; by itself where it gets 4 or more"
     )
     warm: bool = Field(default=True, description="fork engines from a parent that has imported vLLM")
+    warm_wait_s: float = Field(
+        default=120.0,
+        ge=0,
+        le=3600,
+        description="longest that a start waits for a warm parent that is importing, where that is expected to be"
+        " sooner than a cold start; 0: it never waits",
+    )
     forks_max: int = Field(default=500, ge=1, description="forks after which the warm parent is replaced")
     engine_command: tuple[str, ...] | None = Field(
         default=None,
@@ -287,6 +294,11 @@ class NodeConfig(BaseModel):
     def log_dir(self) -> Path:
         """Engines' logs."""
         return self.node_dir / "logs"
+
+    @property
+    def imports_path(self) -> Path:
+        """What warm parents' imports and cold starts took."""
+        return self.node_dir / "imports.json"
 
     @property
     def record_path(self) -> Path:

@@ -83,7 +83,9 @@ def test_run_without_options_leaves_the_choice_to_the_agent(run: Run, served: Se
 
 def test_run_detached_returns_at_once(run: Run, served: ServedAgent) -> None:
     code, out, err = run("run", "-d", "--name", "w", "m/waits")
-    assert (code, out, err) == (0, "waiting: w  http://127.0.0.1:40123\n", "")
+    export = f"export OPENAI_BASE_URL=http://127.0.0.1:40123/v1 OPENAI_API_KEY={KEY}\n"
+    assert (code, out, err) == (0, f"waiting: w  http://127.0.0.1:40123\n{export}", "")
+    assert served.agent.orders[-1].reuses_id
     code, out, _ = run("run", "-d", "--json", "--name", "w2", "m/waits")
     assert (code, json.loads(out)["state"]) == (0, "waiting")
 

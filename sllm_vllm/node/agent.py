@@ -181,7 +181,8 @@ class NodeAgent:
         replica_id = order.id or new_id(order.model, self._records)
         if self._is_closing:
             raise OrderRefused(order.model, "the agent is stopping", "order again when it is back")
-        if replica_id not in self._records:
+        ended = self._ended_record(replica_id) if order.reuses_id else None
+        if replica_id not in self._records or ended is not None:
             self._admit(replica_id, order)
         spec = ReplicaSpec(
             id=replica_id,
@@ -190,7 +191,9 @@ class NodeAgent:
             environment=tuple(sorted(order.environment.items())),
             num_slots=order.num_slots or num_slots_of(order.arguments),
         )
-        refusals = self._happened(ReplicaOrdered(spec, order.waits))
+        refusals = self._happened(ReplicaOrdered(spec, order.waits, order.reuses_id))
+        if ended is not None:
+            self._replaced(replica_id, ended, is_refused=bool(refusals))
         if refusals:
             reason = refusals[0].reason
             mend = "stop a replica, or wait for one (`run --wait`)" if "slots wanted" in reason else "order otherwise"
@@ -363,8 +366,10 @@ class NodeAgent:
             self._starter.tidy(record.engine)
 
     def _end(self, action: TerminateEngine | KillEngine) -> None:
-        """Before there is a process nothing is done: the core says it again when there is one."""
+        """Before there is a process its start is called off where it waits; else the core says it again later."""
         record = self._records.get(action.replica)
+        if record is not None and record.engine is not None:
+            record.engine.called_off.set()
         if record is None or record.process is None:
             return
         if isinstance(action, KillEngine):
@@ -378,6 +383,7 @@ class NodeAgent:
         engine = record.engine
         if told.state == State.READY.value and engine is not None and not record.was_ready:
             record.was_ready = True
+            self._starter.learn(engine)
             model, now_s, start = record.order.model, time.time(), engine.report()
             self._timings.append(EngineTiming(replica=told.replica, model=model, ended_unix_s=now_s, start=start))
         if told.state in _OVER:
@@ -402,6 +408,21 @@ class NodeAgent:
         with contextlib.suppress(OSError):
             log.touch(0o600)  # so that it can be followed before there is a process
         self._records[replica_id] = ReplicaRecord(order, key, reservation, log)
+
+    def _ended_record(self, replica_id: str) -> ReplicaRecord | None:
+        """Of a replica that has ended and is still known."""
+        row = self._core.row(replica_id)
+        return self._records.get(replica_id) if row is not None and row.state in ENDED else None
+
+    def _replaced(self, replica_id: str, ended: ReplicaRecord, *, is_refused: bool) -> None:
+        """A new replica has the id of one that has ended, and an empty log; or was refused, and that one is kept."""
+        if is_refused:
+            self._records[replica_id].reservation.close()
+            self._records[replica_id] = ended
+            return
+        remove_log(ended.log)
+        with contextlib.suppress(OSError):
+            ended.log.touch(0o600)
 
     def _forget(self, replica_id: str) -> None:
         """Drop the record, and the log, of one that the core does not know (any more)."""

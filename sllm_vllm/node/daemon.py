@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
-from sllm_vllm.config import NodeConfig
+from sllm_vllm.config import NodeConfig, default_node_dir
 from sllm_vllm.ending import Ending, Stopped
 from sllm_vllm.errors import NodeBusy, NodeError
 from sllm_vllm.file_limit import connections_within, raise_file_limit
+from sllm_vllm.node.client import NodeClient
 from sllm_vllm.node.server import CONNECTIONS_MAX, Agent, Server
 from sllm_vllm.run_loops import RunLoops
 from sllm_vllm.unix_listener import DaemonWords, listening, locked, make_private_directory
@@ -33,6 +35,9 @@ BASE_DESCRIPTORS = 28
 and the files and store connections that it opens for a moment."""
 ENGINE_DESCRIPTORS = 8
 """What one engine takes: its process, the spare ones to end it, its output, log, port and health."""
+ASK_S = 5.0
+"""Longest wait for what the agent that is there says of itself."""
+ENGINES_SHOWN_MAX = 8
 
 MakeAgent = Callable[[NodeConfig], Agent]
 
@@ -50,9 +55,40 @@ def serve(config: NodeConfig, make_agent: MakeAgent | None = None) -> int:
     """
     raise_file_limit()
     make_private_directory(config.node_dir, WORDS)
-    with locked(config.node_dir / "lock", config.socket_path, WORDS), listening(config.socket_path, WORDS) as listener:
+    with locked_node(config.node_dir), listening(config.socket_path, WORDS) as listener:
         asyncio.run(_run(config, listener, make_agent))
     return 0
+
+
+@contextlib.contextmanager
+def locked_node(node_dir: Path) -> Iterator[None]:
+    """Have an agent's folder for this process alone, as long as the context lasts.
+
+    Raises:
+        NodeBusy: another agent has it: which one, and what ends it with which engines. NodeError: it can't be used.
+    """
+    socket_path = node_dir / "socket"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(node_dir / "lock", socket_path, WORDS))
+        except NodeBusy:
+            raise _who_is_there(socket_path) from None
+        yield
+
+
+def _who_is_there(socket_path: Path) -> NodeBusy:
+    """The agent that has the folder, as it says itself, and the command that ends it."""
+    at = "" if socket_path.parent == default_node_dir().expanduser().absolute() else f" --node-dir {socket_path.parent}"
+    command = f"`sllm-vllm node stop{at}`"
+    try:
+        report = NodeClient(socket_path, timeout_s=ASK_S).report()
+    except NodeError:  # it starts, or ends, or does not answer
+        return NodeBusy(socket_path, WORDS.busy_problem, f"stop it first: {command} ends it and its engines")
+    living = [f"{one.id} ({one.state})" for one in report.replicas if not one.has_ended]
+    more = f" and {len(living) - ENGINES_SHOWN_MAX} more" if len(living) > ENGINES_SHOWN_MAX else ""
+    engines = f"the engines {', '.join(living[:ENGINES_SHOWN_MAX])}{more}" if living else "no engine"
+    problem = f"{WORDS.busy_problem} (process {report.pid})"
+    return NodeBusy(socket_path, problem, f"stop it first: {command} ends it, and with it {engines}")
 
 
 def descriptors_kept(num_slots: int) -> int:

@@ -53,6 +53,10 @@ class Engine:
         """Its temporary directory, if it has one of its own."""
         self.is_warm: bool | None = None
         self.cold_reason = ""
+        self.called_off = asyncio.Event()
+        """Set when it is to end before it has a process."""
+        self.is_beside_import = False
+        """Whether a warm parent imported while it was started cold, so that both took longer."""
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.failure = FailureWords()
         self._on_event = on_event
@@ -64,6 +68,11 @@ class Engine:
         self._load: dict[str, str] = {}
         self._log = log
         self.pipe = OutputPipe(log, self._note)
+
+    def awaits_parent(self) -> None:
+        """Its process will be forked when the warm parent has imported."""
+        self._phases.parent_awaited(self._at_s())
+        self._log_phase()
 
     def started(self, process: EngineProcess, cold_reason: str) -> None:
         """Its process runs. ``cold_reason``: why it was not forked; empty if it was."""

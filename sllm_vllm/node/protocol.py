@@ -32,7 +32,9 @@ class ReplicaOrder(_Message):
     waits: bool = False
     """Rather wait for slots than be refused."""
     id: str | None = Field(default=None, pattern=NAME_PATTERN)
-    """Unique for ever; an order with the id of a replica that is alive changes nothing. None: the agent makes one."""
+    """An order with the id of a replica that is alive changes nothing. None: the agent makes one."""
+    reuses_id: bool = False
+    """Whether the id may be that of a replica that has ended: that one, with its log, is forgotten."""
     labels: dict[str, str] = Field(default={}, max_length=16)
     """Whatever whoever orders wants to find in its reports; the agent does not look at them."""
 
@@ -122,6 +124,8 @@ class WarmReport(_Message):
     """Why there is none; empty if there is."""
     num_forks: int
     import_s: float | None
+    ready_in_s: float | None = None
+    """Of one that imports: a start that comes now is expected to wait so long for it. None: no start waits."""
     pss_nbytes: int | None = None
 
 

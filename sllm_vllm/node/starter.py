@@ -22,6 +22,7 @@ from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.engine_process import EngineProcess, start_cold
 from sllm_vllm.node.hardware import detect_hardware
 from sllm_vllm.node.memory import pss_nbytes
+from sllm_vllm.node.parent_wait import ParentWait
 from sllm_vllm.node.protocol import WarmReport
 from sllm_vllm.node.residency import hint_store
 from sllm_vllm.node.scratch import Scratch
@@ -46,9 +47,12 @@ class EngineStarter:
         self._scratch.clear()
         self._hints: set[asyncio.Task[None]] = set()
         self._pool: WarmPool | None = None
+        num_cpus = len(hardware.cpus)
+        self._waits = ParentWait(config.imports_path, num_cpus=num_cpus, wait_s_max=config.warm_wait_s)
         if config.warm and config.engine_command is None:
             log = config.node_dir / "warm-parent.log"  # among the engines' it could be one's of this id
-            self._pool = WarmPool(_warm_environment(policy, hardware), log, forks_max=config.forks_max)
+            environment = _warm_environment(policy, hardware)
+            self._pool = WarmPool(environment, log, forks_max=config.forks_max, on_import=self._waits.imported)
 
     @property
     def parents(self) -> tuple[int, ...]:
@@ -67,9 +71,10 @@ class EngineStarter:
             launch.environment["TMPDIR"] = str(engine.scratch)
         self._hint(launch)
         try:
-            process, reason = await self._fork(launch, engine.pipe.writer, directory), ""
+            process, reason = await self._fork(launch, engine, directory), ""
         except NotWarm as problem:
             reason = str(problem)
+            engine.is_beside_import = self._pool is not None and self._pool.importing_s is not None
             command = (*(self._config.engine_command or serve_command()), *launch.arguments)
             process = start_cold(command, launch.environment, engine.pipe.writer, directory=directory, cpus=launch.cpus)
         engine.started(process, reason)
@@ -87,8 +92,17 @@ class EngineStarter:
         pid = pool.pid
         pss = await asyncio.to_thread(pss_nbytes, pid) if with_memory and pid is not None else None
         return WarmReport(
-            pid=pid, problem=pool.problem, num_forks=pool.num_forks, import_s=pool.import_s, pss_nbytes=pss
+            pid=pid,
+            problem=pool.problem,
+            num_forks=pool.num_forks,
+            import_s=pool.import_s,
+            ready_in_s=self._waits.ready_in_s(pool),
+            pss_nbytes=pss,
         )
+
+    def learn(self, engine: Engine) -> None:
+        """An engine is ready: a cold start tells what another one would take."""
+        self._waits.started(engine.report(), is_beside_import=engine.is_beside_import)
 
     def tidy(self, engine: Engine) -> None:
         """An engine is gone: remove what it left."""
@@ -105,7 +119,7 @@ class EngineStarter:
             await self._pool.close()
         await asyncio.gather(*self._hints, return_exceptions=True)
 
-    async def _fork(self, launch: Launch, output: int, directory: str) -> EngineProcess:
+    async def _fork(self, launch: Launch, engine: Engine, directory: str) -> EngineProcess:
         if self._pool is None:
             raise NotWarm(_SWITCHED_OFF)
         if launch.cold_reason:
@@ -118,7 +132,12 @@ class EngineStarter:
             cpus=launch.cpus,
             num_threads=launch.num_threads,
         )
-        return await self._pool.fork(order, output)
+        await self._waits.wait(self._pool, engine)
+        try:
+            return await self._pool.fork(order, engine.pipe.writer)
+        except NotWarm:  # it was let go, and another one is importing
+            await self._waits.wait(self._pool, engine)
+            return await self._pool.fork(order, engine.pipe.writer)
 
     def _hint(self, launch: Launch) -> None:
         """Have the store begin to read; beside the start, not before it."""

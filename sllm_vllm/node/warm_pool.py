@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,12 +64,24 @@ class WarmPool:
     Args:
         environment: the parent's, and so what vLLM's imports see.
         log: file that gets what the parent prints.
+        on_import: called with the seconds from a parent's process to its word that it is ready.
     """
 
-    def __init__(self, environment: Mapping[str, str], log: Path, *, forks_max: int = FORKS_MAX) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        forks_max: int = FORKS_MAX,
+        on_import: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self._environment = dict(environment)
         self._log = log
         self._forks_max = forks_max
+        self._on_import = on_import
+        self._import_began_s: float | None = time.monotonic()
+        self._attempted = asyncio.Event()
+        """Set while no parent imports."""
         self._parent: _Parent | None = None
         self._problem = "the warm parent is still importing"
         self._forking = asyncio.Lock()
@@ -90,6 +102,11 @@ class WarmPool:
     def import_s(self) -> float | None:
         """How long its imports took, while there is one."""
         return self._parent.ready.seconds if self._parent is not None else None
+
+    @property
+    def importing_s(self) -> float | None:
+        """For how long a parent has been importing; None if none is."""
+        return None if self._import_began_s is None else time.monotonic() - self._import_began_s
 
     @property
     def problem(self) -> str:
@@ -120,6 +137,12 @@ class WarmPool:
         self._keeper.cancel()
         await asyncio.gather(self._keeper, return_exceptions=True)
         self._drop("the agent is stopping")
+
+    async def wait_import(self, timeout_s: float) -> None:
+        """Wait until the parent that imports now is ready, or has failed; no longer than ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._attempted.wait()
 
     async def wait_warm(self, timeout_s: float) -> bool:
         """Wait until there is a warm parent; False if it takes too long."""
@@ -164,6 +187,8 @@ class WarmPool:
             self._parent.close()
         self._parent, self._problem = None, f"{reason}; another one is importing"
         self._warm.clear()
+        self._import_began_s = time.monotonic()  # the keeper's next step
+        self._attempted.clear()
         self._wanted.set()
 
     async def _keep(self) -> None:
@@ -172,14 +197,14 @@ class WarmPool:
         while True:
             self._wanted.clear()
             try:
-                parent = await self._start()
+                parent = await self._import()
             except Exception as error:  # the top of a run loop
                 self._problem = f"the warm parent does not start ({error or type(error).__name__}), see {self._log}"
                 logger.warning("event=warm_parent_failed reason=%r next_attempt_s=%.0f", self._problem, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
                 continue
-            self._parent, ready_s = parent, time.monotonic()
+            ready_s = time.monotonic()
             self._warm.set()
             logger.info("event=warm_parent_ready pid=%d seconds=%.1f", parent.ready.pid, parent.ready.seconds)
             await self._until_gone(parent)
@@ -187,6 +212,8 @@ class WarmPool:
                 pause_s = RESTART_PAUSE_S
                 continue
             logger.warning("event=warm_parent_died_young next_attempt_s=%.0f", pause_s)
+            self._import_began_s = None
+            self._attempted.set()  # none imports while it pauses
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
 
@@ -201,6 +228,18 @@ class WarmPool:
         finally:
             ended.cancel()
             wanted.cancel()
+
+    async def _import(self) -> _Parent:
+        """Start a parent, and wait until it has imported."""
+        self._import_began_s = began_s = time.monotonic()
+        self._attempted.clear()
+        try:
+            parent = self._parent = await self._start()
+        finally:
+            self._import_began_s = None
+            self._attempted.set()
+        self._on_import(time.monotonic() - began_s)
+        return parent
 
     async def _start(self) -> _Parent:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -190,6 +190,7 @@ def _node(controller: Controller, node: Node) -> Record:
         "num_slots": node.num_slots,
         "num_free": node.num_free,
         "is_warm": node.is_warm,
+        "warm_in_s": max(0.0, node.warm_at_s - controller.now_s()) if node.is_warm else 0.0,
         "is_drained": node.is_cordoned,
         "load_s": max(0.0, node.load_until_s - controller.now_s()),
         "tiers": {model: tier.name for model, tier in node.tiers.items()},

@@ -187,6 +187,12 @@ class NodeSection(_Section):
         description="on the CPU: bytes of a slot's KV cache; by itself 1/8 of it, 1GiB at most",
     )
     warm: Flag = Field(default=True, description="fork engines from a process that has imported vLLM: seconds faster")
+    warm_wait: Duration = Field(
+        default=120.0,
+        ge=0,
+        le=3600,
+        description="longest that a start waits for that process to import, where that is sooner than to start cold",
+    )
     engine_command: Words | None = Field(
         default=None,
         max_length=64,
@@ -336,6 +342,7 @@ class RouterConfig(_Section):
             memory_bytes=node.memory,
             kv_bytes=node.kv_memory,
             warm=node.warm,
+            warm_wait_s=node.warm_wait,
             engine_command=node.engine_command,
             migration=self.migration.enabled,
             secret_variables=self.keys.secret_variables(),

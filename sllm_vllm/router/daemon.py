@@ -18,7 +18,7 @@ from sllm_vllm.errors import ConfigError
 from sllm_vllm.file_limit import connections_within, raise_file_limit
 from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
-from sllm_vllm.node.daemon import CLOSE_S_MAX, WORDS, descriptors_kept, served
+from sllm_vllm.node.daemon import CLOSE_S_MAX, WORDS, descriptors_kept, locked_node, served
 from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
 from sllm_vllm.router.config import ModelConfig, RouterConfig
@@ -35,7 +35,7 @@ from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.state_store import SqliteStore, StateError
 from sllm_vllm.router.watch import Message, Receive, Send
 from sllm_vllm.run_loops import RunLoops
-from sllm_vllm.unix_listener import listening, locked, make_private_directory
+from sllm_vllm.unix_listener import listening, make_private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def serve(path: Path) -> int:
     raise_file_limit()
     make_private_directory(node.node_dir, WORDS)
     with (
-        locked(node.node_dir / "lock", node.socket_path, WORDS),
+        locked_node(node.node_dir),
         listening(node.socket_path, WORDS) as node_socket,
         _bound(config) as client_socket,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,

@@ -156,7 +156,8 @@ class NodeWatch:
         self._tiers = {name: _tier_of(checkpoint) for name, checkpoint in known.items()}
         return NodeReported(
             self._name,
-            is_warm=report.warm.pid is not None,
+            is_warm=report.warm.pid is not None or report.warm.ready_in_s is not None,
+            warm_in_s=report.warm.ready_in_s or 0.0,
             residency=self._tiers,
             nbytes={name: checkpoint.nbytes for name, checkpoint in known.items()},
             hops=_hops_of(report),

@@ -26,8 +26,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 @contextlib.asynccontextmanager
-async def warm_agent(directory: Path, *, slots: int = 2, migration: bool = False) -> AsyncIterator[NodeAgent]:
-    """One whose parent is warm; its folder and its store are in ``directory``."""
+async def warm_agent(
+    directory: Path, *, slots: int = 2, migration: bool = False, waits: bool = True
+) -> AsyncIterator[NodeAgent]:
+    """One whose parent is warm, or without ``waits`` imports; its folder and its store are in ``directory``."""
     config = NodeConfig(node_dir=directory / "node", store_dir=directory / "store", slots=slots, migration=migration)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVER_ENVIRONMENT.items():
@@ -37,7 +39,8 @@ async def warm_agent(directory: Path, *, slots: int = 2, migration: bool = False
         node = NodeAgent(config)
         try:
             await node.start()
-            await warm(node)
+            if waits:
+                await warm(node)
             yield node
         finally:
             await node.close()

@@ -149,6 +149,32 @@ async def test_an_id_stands_for_one_engine_for_ever(tmp_path: Path) -> None:
         assert bench.agent.replica("mine").state == "stopped"
 
 
+async def test_the_id_of_one_that_has_ended_can_be_used_again_where_the_order_says_so(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as bench:
+        first = await bench.ready(id="mine")
+        with pytest.raises(OrderRefused, match="another spec"):
+            await bench.order("late", id="mine", reuses_id=True)
+        await bench.stop("mine")
+        again = await bench.ready(id="mine", reuses_id=True)
+        assert (again.state, again.log) == ("ready", first.log)
+        assert again.pid != first.pid
+        said = b"".join([data async for data in bench.agent.logs("mine", tail_nbytes=None, follow=False)])
+        assert said.count(b"Application startup complete") == 1
+        assert [one.id for one in (await bench.agent.report()).replicas] == ["mine"]
+        assert (await bench.order(id="mine", reuses_id=True)).pid == again.pid  # it is alive
+
+
+async def test_one_that_failed_is_still_known_if_another_of_its_id_is_refused(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as bench:
+        await bench.reach((await bench.order("exits-3", id="mine")).id, "failed")
+        with pytest.raises(OrderRefused, match="9 slots"):
+            await bench.order(id="mine", reuses_id=True, num_slots=9)
+        report = bench.agent.replica("mine")
+        assert (report.state, report.status, report.tail[-1:]) == ("failed", 3, report.tail[-1:])
+        assert report.tail
+        assert (await bench.ready(id="mine", reuses_id=True)).tail == ()
+
+
 async def test_a_port_that_another_listens_on_is_refused(tmp_path: Path) -> None:
     async with running_agent(tmp_path) as bench:
         with socket.create_server(("127.0.0.1", 0)) as other:

@@ -251,10 +251,16 @@ def test_signals_end_the_agent_well(tmp_path: Path, number: signal.Signals) -> N
 
 
 def test_two_agents_of_one_directory(tmp_path: Path) -> None:
-    with agent_process(tmp_path / "node") as (client, process):
-        second = subprocess.run(agent_command(tmp_path / "node"), capture_output=True, check=False)
-        assert second.returncode != 0
-        assert b"another agent is running; stop it first" in second.stderr
+    node_dir = tmp_path / "node"
+    with agent_process(node_dir) as (client, process):
+        ending = f"`sllm-vllm node stop --node-dir {node_dir}` ends it, and with it"
+        for engines in ("no engine", "the engines s (loading)"):
+            second = subprocess.run(agent_command(node_dir), capture_output=True, check=False, text=True)
+            assert second.returncode != 0
+            told = f"another agent is running (process {process.pid}); stop it first: {ending} {engines}"
+            assert told in second.stderr
+            client.order(ReplicaOrder(model="slow", id="s"))
+            wait_until(lambda: client.replica("s").state == "loading", "the engine")
         assert client.report().pid == process.pid
 
 

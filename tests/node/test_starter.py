@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sllm_vllm.node import starter
+from sllm_vllm.node import agent, starter
 from sllm_vllm.node.engine_process import EngineProcess, start_cold
 from sllm_vllm.node.warm_order import WarmOrder
 from sllm_vllm.node.warm_pool import NotWarm
-from tests.node.agent_bench import FAKE_ENGINE, ask, running_agent
+from tests.node.agent_bench import FAKE_ENGINE, Bench, ask, running_agent, until
 
 FAKE = (sys.executable, str(FAKE_ENGINE), "serve")
 
@@ -25,11 +25,17 @@ class Pool:
 
     last: Pool
 
-    def __init__(self, environment: Mapping[str, str], log: Path, *, forks_max: int) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], log: Path, *, forks_max: int, on_import: Callable[[float], None]
+    ) -> None:
         self.environment = environment
         self.log = log
         self.forks_max = forks_max
+        self.on_import = on_import
         self.problem = ""
+        self.importing_s: float | None = None
+        self.imported = asyncio.Event()
+        self.comes = True
         self.orders: list[WarmOrder] = []
         self.parents: list[int] = []
         self.pid = os.getpid()
@@ -48,6 +54,10 @@ class Pool:
         words = (*FAKE, *order.arguments)
         return start_cold(words, order.environment, output, directory=order.directory, cpus=order.cpus)
 
+    async def wait_import(self, timeout_s: float) -> None:
+        await self.imported.wait()
+        self.importing_s, self.problem = None, "" if self.comes else self.problem
+
     async def wait_warm(self, timeout_s: float) -> bool:
         await asyncio.sleep(0)
         return not self.problem
@@ -61,7 +71,18 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of an agent that has a pool."""
     monkeypatch.setattr(starter, "WarmPool", Pool)
     monkeypatch.setattr(starter, "serve_command", lambda: FAKE)
+    monkeypatch.setattr(agent, "require_model", lambda *_: None)  # what runs is no vLLM
     return {"engine_command": None, "forks_max": 7}
+
+
+async def waits(bench: Bench, replica: str) -> None:
+    """Until a start waits for the parent."""
+
+    def is_so() -> bool:
+        start = bench.agent.replica(replica).start
+        return start is not None and start.phase == "waiting for the warm parent"
+
+    await until(is_so, "a start that waits for the warm parent")
 
 
 async def test_an_engine_is_forked_where_that_can_be(tmp_path: Path, warm: dict[str, Any]) -> None:
@@ -99,6 +120,52 @@ async def test_without_a_warm_parent_an_engine_starts_cold_and_says_why(tmp_path
         report = await bench.ready()
         assert report.start is not None
         assert (report.start.is_warm, report.start.cold_reason) == (False, "it is importing")
+
+
+async def test_a_start_waits_for_a_parent_that_imports_and_is_forked(tmp_path: Path, warm: dict[str, Any]) -> None:
+    async with running_agent(tmp_path, **warm) as bench:
+        pool = Pool.last
+        pool.problem, pool.importing_s = "it is importing", 1.0
+        assert (await bench.agent.report()).warm.ready_in_s == 29.0
+        replica = (await bench.order()).id
+        await waits(bench, replica)
+        pool.imported.set()
+        report = await bench.reach(replica, "ready")
+        assert report.start is not None
+        assert (report.start.is_warm, len(pool.orders)) == (True, 1)
+        assert report.start.seconds["parent"] > 0
+        assert (await bench.agent.report()).warm.ready_in_s is None
+
+
+async def test_a_start_that_waits_for_a_parent_can_be_stopped(tmp_path: Path, warm: dict[str, Any]) -> None:
+    async with running_agent(tmp_path, **warm) as bench:
+        Pool.last.problem, Pool.last.importing_s = "it is importing", 1.0
+        replica = (await bench.order()).id
+        await waits(bench, replica)
+        await bench.agent.stop_replica(replica)
+        report = await bench.reach(replica, "stopped")
+        assert (report.reason, report.slots, Pool.last.orders) == ("stop asked", (), [])
+
+
+async def test_a_parent_that_fails_to_import_makes_the_start_cold(tmp_path: Path, warm: dict[str, Any]) -> None:
+    async with running_agent(tmp_path, **warm) as bench:
+        pool = Pool.last
+        pool.problem, pool.importing_s = "it is importing", 1.0
+        replica = (await bench.order()).id
+        await waits(bench, replica)
+        pool.comes = False
+        pool.imported.set()
+        report = await bench.reach(replica, "ready")
+        assert report.start is not None
+        assert (report.start.is_warm, report.start.cold_reason) == (False, "it is importing")
+
+
+async def test_what_an_import_took_is_remembered_by_the_next_agent(tmp_path: Path, warm: dict[str, Any]) -> None:
+    async with running_agent(tmp_path, **warm):
+        Pool.last.on_import(80.0)
+    async with running_agent(tmp_path, **warm) as bench:
+        Pool.last.importing_s = 10.0
+        assert (await bench.agent.report()).warm.ready_in_s == 70.0
 
 
 async def test_what_a_forked_engine_would_not_heed_starts_cold(tmp_path: Path, warm: dict[str, Any]) -> None:

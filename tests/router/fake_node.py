@@ -84,6 +84,7 @@ class FakeNode:
         self.may_be_ready.set()
         self.is_warm = asyncio.Event()
         self.is_warm.set()
+        self.warm_in_s: float | None = None
 
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
         assert order.id is not None
@@ -122,7 +123,13 @@ class FakeNode:
             platform="cpu",
             slots=tuple(SlotReport(slot=slot, what=f"cpu {slot}", replica=None) for slot in range(self.num_slots)),
             replicas=tuple(reports),
-            warm=WarmReport(pid=99 if self.is_warm.is_set() else None, problem="", num_forks=3, import_s=9.5),
+            warm=WarmReport(
+                pid=99 if self.is_warm.is_set() else None,
+                problem="",
+                num_forks=3,
+                import_s=9.5,
+                ready_in_s=self.warm_in_s,
+            ),
             checkpoints=self.checkpoints,
             hops={"disk": {"bps": 2e9, "limit_bps": None}},
             store=self.store,

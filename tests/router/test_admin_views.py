@@ -108,6 +108,7 @@ def test_events_as_json_has_them() -> None:
         "residency": "65 entries",
         "nbytes": {"m": 1},
         "hops": {"DISK": 2.0},
+        "warm_in_s": 0.0,
     }
     assert plain(("a", {Tier.DISK})) == ["a", ["DISK"]]
 

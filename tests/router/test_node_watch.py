@@ -13,7 +13,7 @@ import pytest
 from sllm_vllm.errors import ReplicaUnknown
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport, ReplicaOrder, ReplicaReport
 from sllm_vllm.router import engines, node_watch
-from sllm_vllm.router.admin_views import explain_view
+from sllm_vllm.router.admin_views import explain_view, nodes_view
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.events import PrefetchModel, ReplicaEnded
@@ -91,6 +91,17 @@ async def test_a_warm_parent_that_has_imported_is_known_at_once(tmp_path: Path) 
         assert explain_view(controller, MODEL)["plans"][0]["is_warm"] is False
         node.is_warm.set()
         await until(lambda: explain_view(controller, MODEL)["plans"][0]["is_warm"], "a warm plan")
+
+
+async def test_a_parent_that_imports_is_waited_for_in_the_plan(tmp_path: Path) -> None:
+    node = FakeNode()
+    node.is_warm.clear()
+    node.warm_in_s = 1000.0
+    async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
+        plan = explain_view(controller, MODEL)["plans"][0]
+        assert plan["is_warm"] is True
+        assert 900.0 < plan["terms"]["queue"] <= 1000.0
+        assert 900.0 < nodes_view(controller)["nodes"][0]["warm_in_s"] <= 1000.0
 
 
 async def test_a_prefetch_is_followed_to_its_end(tmp_path: Path) -> None:

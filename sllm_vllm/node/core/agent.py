@@ -162,6 +162,9 @@ class AgentCore:
         if reason:
             self._actions.append(RefuseOrder(spec.id, reason))
             return
+        if known is not None:  # it has ended, and gives its id to this one
+            del self.replicas[spec.id]
+            self.ended.remove(spec.id)
         replica = Replica(spec, since_s=now_s, paced_s=self.paced_s)
         replica.story.append((now_s, event))
         self.replicas[spec.id] = replica
@@ -174,7 +177,7 @@ class AgentCore:
         """Why an order must be refused; empty if it need not be."""
         spec, limits = order.spec, self.limits
         known = self.replicas.get(spec.id)
-        if known is not None:
+        if known is not None and not (order.reuses_id and known.state in ENDED):
             what = f"is {known.state.value}" if known.spec == spec else "was ordered with another spec"
             return f"{spec.id} {what}: order under a new id"
         if not 1 <= spec.num_slots <= self.slots.num_slots:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """What is to run: ``vllm serve`` with these arguments, on so many slots. ``id`` is unique for ever."""
+    """What is to run: ``vllm serve`` with these arguments, on so many slots. ``id`` is unique, but for an order that
+    reuses that of a replica that has ended."""
 
     id: str
     model: str
@@ -21,10 +22,12 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOrdered:
-    """Somebody wants a replica. ``waits``: rather later than never, if no slot is free."""
+    """Somebody wants a replica. ``waits``: rather later than never, if no slot is free. ``reuses_id``: its id may be
+    that of one that has ended."""
 
     spec: ReplicaSpec
     waits: bool
+    reuses_id: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ class Phase(Enum):
 
     PROCESS = "starting the process"
     """From the order until the process runs."""
+    PARENT = "waiting for the warm parent"
+    """That imports; no part of what a start takes where there is one."""
     IMPORTS = "importing"
     """Until its API server has read its arguments. A forked engine has none."""
     INSPECT = "inspecting the model class"
@@ -42,7 +44,7 @@ class Phase(Enum):
 
 
 RANKS = {phase: rank for rank, phase in enumerate(Phase)} | dict.fromkeys(
-    (Phase.PROFILE, Phase.COMPILE, Phase.WARMUP, Phase.GRAPHS), 6
+    (Phase.PROFILE, Phase.COMPILE, Phase.WARMUP, Phase.GRAPHS), 7
 )
 """A start never goes back to a phase of lower rank (a slower worker says late what another said before). Within a
 rank it goes to and fro: on a GPU compiling is part of profiling, on a CPU it comes after the KV cache."""
@@ -115,6 +117,10 @@ class StartPhases:
         self._seconds: dict[Phase, float] = {}
         self._noted_s = 0.0
         self._nbytes: dict[str, int] = {}
+
+    def parent_awaited(self, at_s: float) -> None:
+        """Its process will be forked from a warm parent that still imports."""
+        self._begin(Phase.PARENT, at_s)
 
     def process_started(self, at_s: float) -> None:
         """The process runs; without this, its first line says so."""

@@ -71,7 +71,9 @@ class Node:
     id: str
     num_slots: int
     is_warm: bool = True
-    """Whether its next start finds a warm parent process."""
+    """Whether its next start is forked from a warm parent process."""
+    warm_at_s: float = 0.0
+    """When that has imported: starts before wait for it."""
     load_until_s: float = 0.0
     """When the loads ordered so far end. They run one after the other."""
     tiers: dict[str, Tier] = field(default_factory=dict)
@@ -86,6 +88,10 @@ class Node:
     """Of the evictable replica that has been idle the longest."""
     is_cordoned: bool = False
     """Nothing new may start there."""
+
+    def start_wait_s(self, now_s: float) -> float:
+        """How long a start that is ordered now waits: for loads before it, or for its warm parent."""
+        return max(0.0, self.load_until_s - now_s, self.warm_at_s - now_s if self.is_warm else 0.0)
 
     @property
     def num_open(self) -> int:
@@ -136,9 +142,10 @@ class Cluster:
         del self._nodes[node_id]
         return gone
 
-    def set_warm(self, node_id: str, is_warm: bool) -> None:
-        """Whether its next start finds a warm parent process."""
-        self._nodes[node_id].is_warm = is_warm
+    def set_warm(self, node_id: str, is_warm: bool, *, at_s: float = 0.0) -> None:
+        """Whether its next start is forked from a warm parent process, and when there is one."""
+        node = self._nodes[node_id]
+        node.is_warm, node.warm_at_s = is_warm, at_s
 
     def set_cordoned(self, node_id: str, is_cordoned: bool) -> None:
         """Whether nothing new may start there; what runs there stays."""

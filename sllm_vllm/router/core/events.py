@@ -46,6 +46,8 @@ class NodeReported:
     """Of models' weights, where the node knows them."""
     hops: Mapping[Tier, float] = field(default_factory=dict)
     """Bytes a second from a tier to the device."""
+    warm_in_s: float = 0.0
+    """Of a warm node whose parent process still imports: how long a start that comes now waits for it."""
 
 
 @dataclass(frozen=True, slots=True)

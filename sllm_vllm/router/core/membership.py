@@ -42,17 +42,17 @@ class Membership:
         """A node is there, perhaps with replicas on it."""
         self._cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
         if event.report is not None:
-            self.reported(event.report)
+            self.reported(event.report, now_s)
         self._recovery.replicas_found(event.found, event.node, now_s)
         if event.node in self.cordoned:
             self.drain(event.node, now_s)
         self._touch_wanting()
 
-    def reported(self, event: NodeReported) -> None:
+    def reported(self, event: NodeReported, now_s: float) -> None:
         """What one has; of a node that is not there it is not heard."""
         if event.node not in self._cluster.nodes:
             return
-        self._cluster.set_warm(event.node, event.is_warm)
+        self._cluster.set_warm(event.node, event.is_warm, at_s=now_s + event.warm_in_s)
         self._cluster.set_residency(event.node, event.residency)
         self._scaling.estimator.observe_hops(event.node, event.hops)
         for model, nbytes in event.nbytes.items():

@@ -314,7 +314,7 @@ class _Planner:
             node.tiers.get(spec.name, Tier.REMOTE),
             is_warm=node.is_warm,
             prompt_tokens=self._prompt_tokens if other is None else 0,
-            queue_s=max(0.0, node.load_until_s - self._now_s),
+            queue_s=node.start_wait_s(self._now_s),
         )
 
     def _plan(

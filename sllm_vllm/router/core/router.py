@@ -187,7 +187,7 @@ class RouterCore:
             case RequestFound():
                 self._recovery.request_found(event.facts, event.replica, now_s)
             case NodeReported():
-                self.membership.reported(event)
+                self.membership.reported(event, now_s)
             case NodeLost():
                 for replica in self.membership.lost(event.node, now_s):
                     self.moves.target_gone(replica, now_s)

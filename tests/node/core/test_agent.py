@@ -70,6 +70,26 @@ def test_another_spec_under_the_same_id_is_refused() -> None:
     assert bench.row("a").state is State.READY
 
 
+def test_an_order_may_take_the_id_of_a_replica_that_has_ended() -> None:
+    bench = Bench()
+    bench.reach("a", State.STOPPING)
+    bench.tell(EngineExited("a", 0))
+    bench.order("b")
+    again = ReplicaOrdered(ReplicaSpec("a", "other"), waits=False, reuses_id=True)
+    actions = bench.tell(again)
+    assert StartEngine(again.spec, bench.core.slots.held_by("a")) in actions
+    assert [row.id for row in bench.core.snapshot()] == ["b", "a"]
+    assert bench.row("a").state is State.STARTING
+    bench.core.validate()
+
+
+def test_the_id_of_a_replica_that_lives_is_taken_by_no_other() -> None:
+    bench = Bench()
+    bench.reach("a", State.STOPPING)
+    again = ReplicaOrdered(ReplicaSpec("a", "other"), waits=False, reuses_id=True)
+    assert refusal(bench.tell(again)) == "a was ordered with another spec: order under a new id"
+
+
 def test_an_id_that_is_stopping_or_has_ended_is_refused() -> None:
     bench = Bench()
     bench.reach("a", State.STOPPING)

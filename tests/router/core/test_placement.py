@@ -117,6 +117,18 @@ def test_warm_node_is_sooner() -> None:
     assert [(plan.node, plan.is_warm) for plan in plans] == [("n2", True), ("n1", False)]
 
 
+def test_a_node_whose_parent_imports_is_priced_with_the_wait_for_it() -> None:
+    """A start there is forked as well, only later: it is as soon as elsewhere when the wait is short."""
+    cluster = cluster_of(n1=1, n2=1)
+    cluster.set_warm("n1", True, at_s=NOW_S + 5.0)
+    cluster.set_load_until("n2", NOW_S + 2.0)
+    found = {plan.node: plan for plan in plans_for(cluster)}
+    assert (found["n1"].is_warm, found["n1"].estimate.terms[Term.QUEUE]) == (True, 5.0)
+    assert found["n2"].estimate.terms[Term.QUEUE] == 2.0
+    cluster.set_load_until("n1", NOW_S + 8.0)  # it imports meanwhile
+    assert {plan.estimate.terms[Term.QUEUE] for plan in plans_for(cluster)} == {8.0, 2.0}
+
+
 def test_prompt_counts() -> None:
     estimator = FakeEstimator()
     plans_for(cluster_of(n=1), estimator)

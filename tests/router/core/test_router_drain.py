@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sllm_vllm.router.core.events import DrainAsked, NodeJoined, NodeLost, NodeReported, Refusal, StartReplica
-from sllm_vllm.router.core.facts import Tier
+from sllm_vllm.router.core.facts import Term, Tier
 from tests.router.core.router_bench import RouterBench
 
 
@@ -153,6 +153,16 @@ def test_who_waits_for_a_drained_cluster_is_told_so() -> None:
     rejected = bench.books.rejected[request]
     assert rejected.why is Refusal.TOO_LATE
     assert rejected.reason == "it takes 1 slots, and no node that takes starts has so many"
+
+
+def test_a_start_right_after_its_node_joined_is_planned_with_the_parent_that_imports() -> None:
+    bench = RouterBench()
+    bench.deploy("a", min_replicas=1)
+    report = NodeReported("n", is_warm=True, warm_in_s=40.0)
+    (action,) = bench.tell(NodeJoined("n", 1, report=report))
+    assert isinstance(action, StartReplica)
+    prediction = bench.core.scaling.predictions[action.replica]
+    assert (prediction.is_warm, prediction.expected.terms[Term.QUEUE]) == (True, 40.0)
 
 
 def test_a_first_report_is_known_before_the_first_start() -> None:
