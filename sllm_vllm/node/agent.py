@@ -190,6 +190,7 @@ class NodeAgent:
             arguments=order.arguments,
             environment=tuple(sorted(order.environment.items())),
             num_slots=order.num_slots or num_slots_of(order.arguments),
+            start_s=order.start_s,
         )
         refusals = self._happened(ReplicaOrdered(spec, order.waits, order.reuses_id))
         if ended is not None:

@@ -27,6 +27,8 @@ class ReplicaOrder(_Message):
     """The engine's working directory, an absolute path."""
     num_slots: int | None = Field(default=None, ge=1, le=1024)
     """None: as many as the arguments' parallel sizes say."""
+    start_s: float | None = Field(default=None, gt=5, le=86400, allow_inf_nan=False)
+    """Longest from its process to its health. None: the agent's own limit."""
     port: int = Field(default=0, ge=0, le=65535)
     """On loopback. 0: the agent picks one."""
     waits: bool = False

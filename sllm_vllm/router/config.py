@@ -27,6 +27,7 @@ from sllm_vllm.router.config_values import (
     KeepAlive,
     Located,
     MaybeBytes,
+    MaybeDuration,
     NumBytes,
     Text,
     Words,
@@ -40,6 +41,8 @@ from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.units import GIB, KIB, MIB
 
 NAME_CHARS_MAX = 200
+QUEUE_S = 120.0
+"""Longest that a request waits where its model does not say, and no start makes it worth more."""
 ARGUMENTS_MAX = 240
 """Of an engine, as configured: an order's, less those that are added to them."""
 
@@ -85,8 +88,19 @@ class ModelDefaults(_Section):
     )
     priority: Count = Field(default=0, ge=-1000, le=1000, description="higher goes first")
     queue_max: Count = Field(default=256, ge=1, le=100_000, description="requests that wait; more get 429 at once")
-    queue_timeout: Duration = Field(
-        default=120.0, gt=0, le=86400, description="longest that a request waits: seconds, or 30s, 10m"
+    queue_timeout: MaybeDuration = Field(
+        default=None,
+        gt=0,
+        le=86400,
+        description="longest that a request waits: seconds, or 30s, 10m; default 120 s, or until an engine that starts"
+        " for it is predicted to be ready, if that is later",
+    )
+    start_timeout: MaybeDuration = Field(
+        default=None,
+        gt=5,
+        le=86400,
+        description="longest that an engine may take from its process to its health: seconds, or 10m; default the 99th"
+        " percentile of what is predicted, between 120 and 600 s",
     )
 
 
@@ -164,7 +178,9 @@ class ModelConfig(ModelDefaults):
             ongoing_max=self.ongoing_max,
             priority=self.priority,
             queue_max=self.queue_max,
-            queue_s_max=self.queue_timeout,
+            queue_s_max=QUEUE_S if self.queue_timeout is None else self.queue_timeout,
+            waits_for_start=self.queue_timeout is None,
+            start_s_max=self.start_timeout,
         )
 
 

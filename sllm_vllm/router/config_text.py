@@ -23,6 +23,9 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _DECIMAL = re.compile(r"-?[0-9]{1,12}\.[0-9]{1,12}")
 _JSON_PART = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}\[\],]|[^\s{}\[\],:"]+')
 _TOO_DEEP = "it is nested too deeply"
+_FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LONG_CHARS = 65_536
+"""Longer files are read with libyaml where PyYAML has it: forty times as fast, with shorter messages."""
 
 
 @dataclass(slots=True)
@@ -164,7 +167,7 @@ def parse_yaml(text: str) -> Document:
     Raises:
         InvalidConfig: it is none, or is nested too deeply.
     """
-    reader = _YamlReader(yaml.parse(text, Loader=yaml.SafeLoader))
+    reader = _YamlReader(yaml.parse(text, Loader=_FAST if len(text) > LONG_CHARS else yaml.SafeLoader))
     try:
         reader.read_document()
     except yaml.MarkedYAMLError as error:
@@ -206,7 +209,7 @@ class _YamlReader:
         if event.tag is not None:
             self.document.add(place, "tags (!) are not taken; put it in quotes if it is text", line)
         if isinstance(event, yaml.ScalarEvent):
-            return _plain_value(event.value) if event.style is None else event.value
+            return _plain_value(event.value) if event.style in {None, ""} else event.value
         if len(place) >= DEPTH_MAX:
             self.document.fail(_TOO_DEEP, line)
         return self._list(place) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(place)

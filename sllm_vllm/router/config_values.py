@@ -232,6 +232,12 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=TEXT_CHARS_MAX), AfterValidator(_plain)]
 Located = Annotated[Path, AfterValidator(located)]
 Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)]
+MaybeDuration = Annotated[
+    float | None,
+    BeforeValidator(
+        lambda value: None if value is None else parse_duration(value), json_schema_input_type=float | str | None
+    ),
+]
 KeepAlive = Annotated[float | None, BeforeValidator(_keep_alive, json_schema_input_type=float | str | None)]
 NumBytes = Annotated[int, BeforeValidator(_nbytes, json_schema_input_type=int | str)]
 MaybeBytes = Annotated[int | None, BeforeValidator(_nbytes, json_schema_input_type=int | str | None)]

@@ -7,8 +7,10 @@ import logging
 import secrets
 import time
 from collections import ChainMap, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from sllm_vllm.node.protocol import NodeReport, ReplicaReport
@@ -57,6 +59,8 @@ from sllm_vllm.run_loops import RunLoops
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
+FOLLOW_S = 0.005
+"""Longest that changes of many models keep the loop from requests."""
 OUTCOMES_MAX = 256
 
 
@@ -100,15 +104,16 @@ class Controller:
         self.models: dict[str, ModelConfig] = {}
         self.outcomes: deque[tuple[Ticket, Outcome]] = deque(maxlen=OUTCOMES_MAX)
         self.counts = Counts()
-        self._created: dict[str, int] = {}
-        self._served: tuple[ServedModel, ...] = ()
+        self._shown: dict[str, ServedModel] = {}
+        self._served: tuple[ServedModel, ...] | None = ()
+        """The same as a tuple; None: it changed."""
         self._clock = clock
         self._loops = RunLoops()
         self._members: dict[str, Member] = {}
         self._orders = NodeOrders(self._members, self.models, directory)
         self._leaving: set[asyncio.Task[None]] = set()
         self._movability = Movability(self._tell) if bounds.moves_max else None
-        self._lengths = ModelLengths(self._list_served)
+        self._lengths = ModelLengths(self._show)
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._followers: dict[str, OnMove] = {}
         """By request: who is to be told that it moves."""
@@ -189,6 +194,8 @@ class Controller:
 
     def served(self) -> Sequence[ServedModel]:
         """The models that were deployed, in that order."""
+        if self._served is None:
+            self._served = tuple(self._shown.values())
         return self._served
 
     def is_ready(self) -> bool:
@@ -279,19 +286,33 @@ class Controller:
 
     async def measure(self, models: Sequence[ModelConfig]) -> None:
         """Look how large models' sources are, where they are directories: their first start is predicted by it."""
-        for source in dict.fromkeys(model.source for model in models):
-            self._nbytes[source] = await asyncio.to_thread(weights_nbytes, self._orders.directory / source)
+        sources, directory = list(dict.fromkeys(model.source for model in models)), self._orders.directory
+        found = await asyncio.to_thread(lambda: [weights_nbytes(directory / source) for source in sources])
+        self._nbytes.update(zip(sources, found, strict=True))
+
+    async def change_models(self, removed: Iterable[str], deployed: Iterable[ModelConfig]) -> None:
+        """Delete and deploy many models; requests are served meanwhile."""
+        deletions = (partial(self._delete_known, name) for name in removed)
+        rest_s = time.monotonic() + FOLLOW_S
+        for change in chain(deletions, (partial(self.deploy, one) for one in deployed)):
+            change()
+            if time.monotonic() >= rest_s:
+                await asyncio.sleep(0)
+                rest_s = time.monotonic() + FOLLOW_S
+
+    def _delete_known(self, name: str) -> None:
+        if name in self.models:
+            self.delete(name)
 
     def deploy(self, model: ModelConfig) -> None:
         """Serve a model, or serve it otherwise from now on."""
         if self.models.get(model.name) != model:
             self._lengths.forget(model.name)
         self.models[model.name] = model
-        self._created.setdefault(model.name, int(time.time()))
-        self._list_served()
-        known = [member.watch.what_is_known(model) for member in self._members.values()]
-        tiers = dict[str, Tier](ChainMap(*(dict(there) for there, _ in known)))
-        nbytes = max((num for _, num in known), default=0) or self._nbytes.get(model.source, 0)
+        self._show(model.name)
+        told = [member.watch.what_is_known(model) for member in self._members.values()]
+        tiers = dict[str, Tier](ChainMap(*(dict(there) for there, _ in told)))
+        nbytes = max((num for _, num in told), default=0) or self._nbytes.get(model.source, 0)
         self._tell(ModelDeployed(replace(model.spec(model.generation), nbytes=nbytes), tiers))
         for member in self._members.values():
             member.watch.refresh()
@@ -299,17 +320,19 @@ class Controller:
     def delete(self, name: str) -> None:
         """Serve it no more; requests that run are answered."""
         self._nbytes.pop(self.models[name].source, None)
-        del self.models[name], self._created[name]
+        del self.models[name], self._shown[name]
         self._lengths.forget(name)
-        self._list_served()
+        self._served = None
         self._tell(ModelDeleted(name))
 
-    def _list_served(self) -> None:
-        """Once a change, and not once a request."""
-        self._served = tuple(
-            ServedModel(name, self._created[name], one.source, self._lengths.of(name))
-            for name, one in self.models.items()
-        )
+    def _show(self, name: str) -> None:
+        """One model as clients see it, if it is (still) served; the others' records stay as they are."""
+        if name not in self.models:
+            return
+        known = self._shown.get(name)
+        created_unix_s = int(time.time()) if known is None else known.created_unix_s
+        self._shown[name] = ServedModel(name, created_unix_s, self.models[name].source, self._lengths.of(name))
+        self._served = None
 
     def drain(self, target: str) -> None:
         """Have a replica, or all of a node, end without harm to a request; on the node nothing starts any more."""

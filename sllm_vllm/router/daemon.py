@@ -190,7 +190,7 @@ class RouterProcess:
         """
         async with self._reloading:
             config, warnings = await asyncio.to_thread(read_checked_config, self._path)
-            changes = compare(self._config, config)
+            changes = await asyncio.to_thread(compare, self._config, config)
             changes.require_live()
             self._require_hidden(config)
             settings = await asyncio.to_thread(self._settings, config)
@@ -198,11 +198,7 @@ class RouterProcess:
             self._kept.reread(config.models)
             await self._running.measure((*changes.added, *changes.restarted))
             self._running.set_waiting_max(config.server.waiting_max)
-            for name in changes.removed:
-                if name in self._running.models:
-                    self._running.delete(name)
-            for model in (*changes.added, *changes.restarted, *changes.adjusted):
-                self._running.deploy(model)
+            await self._running.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
             self._config = config
             self._admin.set_keys(digests)
             self._app.replace(Ingress(self._running, settings))
@@ -239,8 +235,7 @@ class RouterProcess:
         except StateError as error:
             raise ConfigError(str(error)) from None
         await controller.measure(models)
-        for model in models:
-            controller.deploy(model)
+        await controller.change_models((), models)
         await controller.start(self._loops)
         await controller.add_node(NODE_NAME, agent)
         saving = self._loops.start("saving estimates", lambda: _save_later(controller, path))

@@ -73,10 +73,19 @@ class Engines:
         self._tasks: set[asyncio.Task[None]] = set()
         self._called_off: set[str] = set()
 
-    def start(self, replica: str, model: ModelConfig, directory: str, *, peer: str | None = None) -> None:
+    def start(
+        self,
+        replica: str,
+        model: ModelConfig,
+        directory: str,
+        *,
+        timeout_s: float | None = None,
+        peer: str | None = None,
+    ) -> None:
         """Order a replica; ``ReplicaReady`` and ``ReplicaEnded`` follow.
 
         Args:
+            timeout_s: longest from its process to its health; None: its agent's.
             peer: where to pull its checkpoint from first; without success its engine looks for the weights itself.
         """
         order = ReplicaOrder(
@@ -86,6 +95,7 @@ class Engines:
             environment=model.environment,
             directory=directory,
             num_slots=model.num_accelerators,
+            start_s=timeout_s,
             waits=True,
             labels=_labels_of(model),
         )

@@ -18,10 +18,10 @@ class ModelLengths:
     """By model, as its engines said; forgotten when the model is changed.
 
     Args:
-        changed: called after each change.
+        changed: called with the model after each change.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[str], None]) -> None:
         self._changed = changed
         self._known: dict[str, int] = {}
         self._upstream = Upstream(IngressSettings())
@@ -61,4 +61,4 @@ class ModelLengths:
             return
         if length is not None:
             self._known[ticket.model] = length
-            self._changed()
+            self._changed(ticket.model)

@@ -34,7 +34,8 @@ class NodeOrders:
             case StartReplica():
                 logger.info("event=start replica=%s model=%r node=%s", action.replica, action.model, action.node)
                 model = self._models[action.model]
-                member.engines.start(action.replica, model, str(self.directory), peer=self._peer_of(model, member))
+                directory, peer = str(self.directory), self._peer_of(model, member)
+                member.engines.start(action.replica, model, directory, timeout_s=action.timeout_s, peer=peer)
             case StopReplica():
                 logger.info("event=stop replica=%s reason=%r", action.replica, action.reason)
                 member.engines.stop(action.replica)

@@ -107,11 +107,7 @@ class RayController:
         self._kept.reread(config.models)
         await self._controller.measure((*changes.added, *changes.restarted))
         self._controller.set_waiting_max(config.server.waiting_max)
-        for name in changes.removed:
-            if name in self._controller.models:
-                self._controller.delete(name)
-        for model in (*changes.added, *changes.restarted, *changes.adjusted):
-            self._controller.deploy(model)
+        await self._controller.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
         self._admin.set_keys(_admin_digests(config))
         service.set_settings(config.ingress_settings(_client_digests(config)))
         return ""
@@ -159,8 +155,7 @@ class RayController:
         self._kept = KeptModels(self._store, config.models)
         models = await self._kept.all()
         await controller.measure(models)
-        for model in models:
-            controller.deploy(model)
+        await controller.change_models((), models)
         await controller.start(self._loops)
         service = GateService(controller, config.ingress_settings(_client_digests(config)), clock=time.monotonic)
         self._admin = AdminApp(controller, key_digests=_admin_digests(config), reload=_no_reload, keep=self._kept.keep)

@@ -14,6 +14,8 @@ _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
 
 def weights_nbytes(source: Path) -> int:
     """Bytes of the weight files in a directory; 0 if it is none, can't be read, or holds none."""
+    if not source.is_dir():  # a name of the Hub: three searches less
+        return 0
     for kind in _KINDS:
         try:
             files = [path for path in source.glob(kind) if path.name not in _NO_WEIGHTS]

@@ -181,7 +181,8 @@ def test_a_model_is_as_the_core_knows_it() -> None:
     config = model(engine_arguments={"tensor-parallel-size": 2}, keep_alive="10m", ongoing_max=4, queue_timeout=5)
     expected = ModelSpec("m", 7, accelerators=2, keep_alive_s=600.0, target_ongoing=4, ongoing_max=4, queue_s_max=5.0)
     assert replace(config.spec(7), lineage=0) == expected
-    assert replace(model().spec(0), lineage=0) == ModelSpec("m")
+    assert replace(model().spec(0), lineage=0) == ModelSpec("m", waits_for_start=True)
+    assert model(start_timeout="10m").spec(0).start_s_max == 600.0
 
 
 def test_accelerators_that_are_said_count_more_than_the_arguments() -> None:

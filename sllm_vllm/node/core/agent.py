@@ -48,10 +48,10 @@ from sllm_vllm.node.core.slots import Slots
 class AgentLimits:
     """How long, how often, how many.
 
-    ``start_s``: from the order to the process, and again from the process to healthy. ``stop_s``: from SIGTERM to
-    SIGKILL, and between one SIGKILL and the next. ``unwell_max``: health answers missed in a row that make a replica
-    hung. ``orders_max``: orders that may wait. ``ended_max``: ended replicas remembered. ``tick_max_s``: the most that
-    one step of the clock counts against a limit.
+    ``start_s``: from the order to the process, and again from the process to healthy, unless an order says otherwise.
+    ``stop_s``: from SIGTERM to SIGKILL, and between one SIGKILL and the next. ``unwell_max``: health answers missed in
+    a row that make a replica hung. ``orders_max``: orders that may wait. ``ended_max``: ended replicas remembered.
+    ``tick_max_s``: the most that one step of the clock counts against a limit.
     """
 
     start_s: float = 600.0
@@ -228,9 +228,9 @@ class AgentCore:
             if replica.state is State.STOPPING:
                 if waited_s >= limits.stop_s:
                     self._step(replica, Kind.STOP_OVERDUE, now_s)
-            elif waited_s >= limits.start_s:
+            elif waited_s >= (start_s := replica.spec.start_s or limits.start_s):
                 what = "not healthy" if replica.state in STARTED_ONCE else "no process"
-                self._step(replica, Kind.START_OVERDUE, now_s, reason=f"{what} within {limits.start_s:g} s")
+                self._step(replica, Kind.START_OVERDUE, now_s, reason=f"{what} within {start_s:.0f} s")
 
     # --------------------------------------------------------------------------------------------------- one step
 

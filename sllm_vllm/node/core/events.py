@@ -15,6 +15,8 @@ class ReplicaSpec:
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     num_slots: int = 1
+    start_s: float | None = None
+    """Longest from its process to its health; None: the agent's."""
 
 
 # ------------------------------------------------------------------------------------------------------------ events

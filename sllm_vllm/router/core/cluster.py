@@ -58,6 +58,8 @@ class Replica:
     """Prefixes of its requests and when each came last, the most recent last; at most ``PREFIXES_MAX``."""
     is_pinned: bool = False
     """Not to be evicted: one of those its model must keep."""
+    unwanted_since_s: float | None = None
+    """While it is ORDERED and nothing waits for it: another start may have its slots."""
     is_movable: bool = False
     """Requests can move here and away; no index knows it."""
     is_unmovable: bool = False
@@ -81,7 +83,7 @@ class Node:
     replicas: dict[str, Replica] = field(default_factory=dict)
     num_free: int = 0
     num_evictable: int = 0
-    """Slots of replicas that are idle and not pinned; 0 where nothing may start."""
+    """Slots of replicas that are idle and not pinned, or that start in vain; 0 where nothing may start."""
     num_busy: int = 0
     """Slots of replicas that are READY, have requests and are not pinned; 0 where nothing may start."""
     idle_since_s: float = inf
@@ -239,6 +241,7 @@ class Cluster:
         if is_ready and replica.ready_s is None:
             replica.ready_s = now_s
         replica.idle_since_s = now_s if is_ready and not replica.ongoing else None
+        replica.unwanted_since_s = None
         self._file_state(replica)
         self._refresh(self._nodes[replica.node])
 
@@ -247,6 +250,14 @@ class Cluster:
         replica = self._replicas[replica_id]
         if replica.is_pinned is not is_pinned:
             replica.is_pinned = is_pinned
+            self._refresh(self._nodes[replica.node])
+
+    def set_unwanted(self, replica_id: str, is_unwanted: bool, now_s: float) -> None:
+        """Whether nothing waits for one that is ORDERED."""
+        replica = self._replicas[replica_id]
+        assert replica.state is ReplicaState.ORDERED, f"{replica_id} is {replica.state.name}"
+        if (replica.unwanted_since_s is not None) is not is_unwanted:
+            replica.unwanted_since_s = now_s if is_unwanted else None
             self._refresh(self._nodes[replica.node])
 
     def replicas_of(self, model: str, state: ReplicaState | None = None) -> tuple[Replica, ...]:
@@ -259,9 +270,9 @@ class Cluster:
         return [self._replicas[name] for name in self._least_busy.first((model,), num_max)]
 
     def evictable_on(self, node_id: str) -> list[Replica]:
-        """Its replicas that are idle and not pinned."""
+        """Its replicas that are idle and not pinned, or that start and nothing waits for."""
         replicas = self._nodes[node_id].replicas.values()
-        return [one for one in replicas if one.idle_since_s is not None and not one.is_pinned]
+        return [one for one in replicas if _evictable_since_s(one) is not None]
 
     # ---------------------------------------------------------------------------------------------------- requests
 
@@ -322,6 +333,7 @@ class Cluster:
         for replica in self._replicas.values():
             is_idle = replica.state is ReplicaState.READY and not replica.ongoing
             assert (replica.idle_since_s is not None) == is_idle, f"{replica.id} is wrong about being idle"
+            assert replica.unwanted_since_s is None or replica.state is ReplicaState.ORDERED
             assert len(replica.prefixes) <= PREFIXES_MAX
         filed = {(*key, name) for key, names in self._by_state.items() for name in names}
         assert filed == {(one.model, one.state, one.id) for one in self._replicas.values()}
@@ -398,12 +410,18 @@ def _count(node: Node) -> tuple[int, int, int, float]:
     since_s = inf
     for replica in node.replicas.values():
         used += replica.num_slots
-        if replica.state is not ReplicaState.READY or replica.is_pinned:
-            continue
-        if replica.idle_since_s is None:
-            busy += replica.num_slots
-        else:
+        evictable_since_s = _evictable_since_s(replica)
+        if evictable_since_s is not None:
             evictable += replica.num_slots
-            since_s = min(since_s, replica.idle_since_s)
+            since_s = min(since_s, evictable_since_s)
+        elif replica.state is ReplicaState.READY and not replica.is_pinned:
+            busy += replica.num_slots
     free = node.num_slots - used
     return (free, 0, 0, inf) if node.is_cordoned else (free, evictable, busy, since_s)
+
+
+def _evictable_since_s(replica: Replica) -> float | None:
+    """Since when a start could have its slots; None if it may not."""
+    if replica.state is ReplicaState.ORDERED:
+        return replica.unwanted_since_s
+    return None if replica.is_pinned else replica.idle_since_s

@@ -26,12 +26,14 @@ class Deployments:
         queues: ModelQueues,
         *,
         requests: dict[str, Request],
+        strays: set[str],
         reject_deleted: Callable[[str, str], None],
     ) -> None:
         self._scaling = scaling
         self._models = models
         self._queues = queues
         self._requests = requests
+        self._strays = strays
         self._reject_deleted = reject_deleted
 
     def deployed(self, event: ModelDeployed, now_s: float) -> None:
@@ -42,11 +44,17 @@ class Deployments:
                 self._scaling.cluster.set_tier(node, spec.name, tier)
         known = self._models.get(spec.name)
         if known is None:
-            left = sum(one.replica is not None and one.facts.model == spec.name for one in self._requests.values())
-            self._models[spec.name] = ModelState(spec, num_ongoing=left)  # of one that was deleted
+            self._models[spec.name] = ModelState(spec, num_ongoing=self._num_left(spec.name))
         else:
             self._change(known, spec, now_s)
         self._scaling.pin(spec.name)
+
+    def _num_left(self, model: str) -> int:
+        """Requests on replicas of one that was deleted; looks at all requests only if there may be some."""
+        if model not in self._strays:
+            return 0
+        self._strays.discard(model)
+        return sum(one.replica is not None and one.facts.model == model for one in self._requests.values())
 
     def _change(self, known: ModelState, spec: ModelSpec, now_s: float) -> None:
         is_changed = spec.generation != known.spec.generation
@@ -67,7 +75,8 @@ class Deployments:
             self._reject_deleted(facts.id, model)
         for pending in self._scaling.pending.of_model(model):
             self._scaling.call_off(pending, now_s)
-        del self._models[model]
+        if self._models.pop(model).num_ongoing:
+            self._strays.add(model)
         self._scaling.forget_model(model)
         for replica in self._scaling.cluster.replicas_of(model):
             if replica.state is ReplicaState.ORDERED:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import exp, log
+from statistics import stdev
 
 from sllm_vllm.router.core.facts import Estimate, ModelSpec, PrefillSample, ResumeSample, StartSample, Term, Tier
 from sllm_vllm.router.core.samples import FittedLine, Key, Line, Table, Track, note, note_point
@@ -19,6 +21,12 @@ KEYS_MAX = 32_768
 """Of each table, some 0.5 KiB each; the least recently used are dropped."""
 
 RECORD_VERSION = 1
+
+Z_99 = 2.326
+"""The normal distribution's 99th percentile, in standard deviations."""
+SIGMA_MIN = 0.5
+SIGMA_UNSEEN = 1.0
+"""Of the logarithm of a start: twice its expectation is common, ten times it is the 99th percentile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +188,16 @@ class Estimator:
         nbytes = spec.nbytes or self.defaults.nbytes
         weights_s = self._default_weights_s(nbytes, Tier.DISK)
         return self.defaults.process_warm_s + self.defaults.init_s + weights_s
+
+    def startup_p99_s(self, model: str, expected_s: float) -> float:
+        """The 99th percentile of a start that is expected to take ``expected_s``, if what starts take is log-normal.
+
+        Sigma is that of the model's last starts, and ``SIGMA_MIN`` at least; ``SIGMA_UNSEEN`` before the second one.
+        """
+        startup = self._startup.find((model, None))
+        logs = [log(max(seconds, 0.01)) for seconds in startup.samples] if startup is not None else []
+        sigma = max(SIGMA_MIN, stdev(logs)) if len(logs) > 1 else SIGMA_UNSEEN
+        return expected_s * exp(Z_99 * min(sigma, SIGMA_UNSEEN))
 
     def to_record(self) -> dict[str, object]:
         """What was learned, for JSON: the most recently used of it."""

@@ -243,12 +243,16 @@ class Refusal(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StartReplica:
-    """Start an engine. Its slots are free, as far as is known; ``ReplicaEnded`` says if it can't be had."""
+    """Start an engine. Its slots are free, as far as is known; ``ReplicaEnded`` says if it can't be had.
+
+    ``timeout_s``: it is a failure if it is not healthy by then.
+    """
 
     replica: str
     model: str
     generation: int
     node: str
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ class Term(Enum):
 class ModelSpec:
     """A model as it was deployed. ``generation`` grows when anything changes that its engines must be started with.
 
+    ``start_s_max``: how long a start may take; None: what is predicted says. ``queue_s_max``: longest that a request
+    waits; ``waits_for_start``: longer where an engine that is starting for it is predicted to be ready later.
     ``keep_alive_s``: how long an idle replica stays; None: as long as that is worth its memory. ``target_ongoing``:
     requests a replica should have at once; more start another one. ``ongoing_max``: more are never sent to one.
     """
@@ -52,6 +54,8 @@ class ModelSpec:
     """Higher goes first."""
     queue_max: int = 256
     queue_s_max: float = 120.0
+    waits_for_start: bool = False
+    start_s_max: float | None = None
     nbytes: int = 0
     """Of its weights, as far as that is known; 0 if it is not."""
 

@@ -10,7 +10,8 @@ class ScalingLimits:
     """How many nodes are looked at for a start (``plans_max``), how many models that lack slots are tried after each
     event (``hungry_max``); how long the oldest request waits before nobody who waits may overtake it and busy
     replicas are drained for it (``starve_s``); how long before its likely arrival a model is prefetched
-    (``prefetch_s``). What names of replicas end with (``name_suffix``), so that no two routers of a cluster give one
+    (``prefetch_s``). Between what a start's timeout is where its model sets none (``start_s_least``, ``start_s_most``).
+    What names of replicas end with (``name_suffix``), so that no two routers of a cluster give one
     twice."""
 
     plans_max: int = 8
@@ -18,6 +19,8 @@ class ScalingLimits:
     starve_s: float = 30.0
     prefetch_s: float = 30.0
     slack_s: float = 0.1
+    start_s_least: float = 120.0
+    start_s_most: float = 600.0
     name_suffix: str = ""
 
 

@@ -140,6 +140,8 @@ class Picture:
 
     models: dict[str, ModelState] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
+    strays: set[str] = field(default_factory=set)
+    """Models that are not deployed and have, or had, requests on replicas."""
     on_trial: dict[str, str] = field(default_factory=dict)
     """By replica: the suspect that is tried there."""
     suspects_waiting: dict[str, dict[str, float]] = field(default_factory=dict)

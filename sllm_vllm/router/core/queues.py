@@ -85,9 +85,13 @@ class ModelQueues:
 
         ``away_s``: of the time since then it did not wait, but was with a replica. Raises QueueFull.
         """
+        self._check_room(spec)
+        self.put_back(facts, now_s, spec=spec, away_s=away_s)
+
+    def put_back(self, facts: RequestFacts, now_s: float, *, spec: ModelSpec, away_s: float = 0.0) -> None:
+        """The same for one that has just been taken, whose place is still free."""
         assert facts.id not in self._entries, f"{facts.id} waits already"
         assert facts.model == spec.name, f"{facts.id} is for {facts.model}"
-        self._check_room(spec)
         self._num_pushed += 1
         rank = (-(spec.priority + facts.priority), now_s, self._num_pushed)
         deadline_s = now_s + away_s + spec.queue_s_max if facts.deadline_s is None else facts.deadline_s

@@ -22,6 +22,7 @@ class Recovery:
         self._cluster = scaling.cluster
         self._models = picture.models
         self._requests = picture.requests
+        self._strays = picture.strays
         self._touched = touched
 
     def replicas_found(self, found: Iterable[FoundReplica], node: str, now_s: float) -> None:
@@ -90,4 +91,6 @@ class Recovery:
         self._cluster.begin_request(replica.id, facts.id, prefix=facts.prefix, now_s=now_s)
         if (state := self._models.get(facts.model)) is not None:
             state.num_ongoing += 1
+        else:
+            self._strays.add(facts.model)
         self._touched[facts.model] = None

@@ -40,7 +40,7 @@ from sllm_vllm.router.core.events import (
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, RequestFacts, StartSample
+from sllm_vllm.router.core.facts import PrefillSample, RequestFacts, StartSample
 from sllm_vllm.router.core.failures import Failures
 from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.limits import RouterLimits
@@ -50,10 +50,10 @@ from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.recovery import Recovery
 from sllm_vllm.router.core.scaling import Scaling
-from sllm_vllm.router.core.starving import fits_somewhere
 from sllm_vllm.router.core.story import is_about
 from sllm_vllm.router.core.suspects import Suspects
 from sllm_vllm.router.core.trials import Trials
+from sllm_vllm.router.core.waits import due_s, what_it_waits_for
 
 CHOICES_MAX = 8
 """Replicas that are looked at for a request, those with the fewest first."""
@@ -84,6 +84,7 @@ class RouterCore:
             self.models,
             self.queues,
             requests=self.requests,
+            strays=picture.strays,
             reject_deleted=lambda request, name: self._refuse(
                 self.requests[request], Refusal.DELETED, f"model {name!r} was deleted"
             ),
@@ -114,6 +115,7 @@ class RouterCore:
         self._touched.clear()
         for model in touched:
             self._serve(model, now_s)
+            self.scaling.mark_unwanted(model, now_s)
         if self._has_new_room:  # those that wait for room come before whoever gave it
             self._has_new_room = False
             self.scaling.feed_hungry(now_s)
@@ -425,12 +427,8 @@ class RouterCore:
 
     def _ticked(self, now_s: float) -> None:
         for facts in self.queues.expire(now_s):
-            self._forget(self.requests[facts.id])
-            state = self.models[facts.model]
-            if state.back_off.reason and not self._has_replica(facts.model):
-                self._reject_no_start(facts.id, state, now_s)
-            else:
-                self._reject(facts.id, Refusal.TOO_LATE, self._why_too_late(state.spec), retry_after_s=1.0)
+            self._touched[facts.model] = None
+            self._waited_long(self.requests[facts.id], now_s)
         for replica_id in self.suspects.cleared(now_s):
             if (replica := self.cluster.replicas.get(replica_id)) is not None:
                 self._touched[replica.model] = None
@@ -444,10 +442,21 @@ class RouterCore:
         self._touched.update(dict.fromkeys(self.scaling.to_consider(now_s)))
         self._has_new_room = True
 
-    def _why_too_late(self, spec: ModelSpec) -> str:
-        if self._has_replica(spec.name) or fits_somewhere(self.cluster, spec.accelerators):
-            return "no replica had room in time"
-        return f"it takes {spec.accelerators} slots, and no node that takes starts has so many"
+    def _waited_long(self, request: Request, now_s: float) -> None:
+        """It has waited as long as its model lets it; longer, if an engine that starts for it is due later."""
+        facts, state = request.facts, self.models[request.facts.model]
+        until_s = due_s(state.spec, self.cluster) if facts.deadline_s is None and state.spec.waits_for_start else None
+        latest_s = request.arrived_s + state.spec.queue_s_max + self.limits.scaling.start_s_most
+        if until_s is not None and now_s < min(until_s, latest_s):
+            extended = replace(facts, deadline_s=min(until_s, latest_s))
+            self.queues.put_back(extended, request.arrived_s, spec=state.spec)
+            return
+        self._forget(request)
+        if state.back_off.reason and not self._has_replica(facts.model):
+            self._reject_no_start(facts.id, state, now_s)
+        else:
+            why, retry_s = what_it_waits_for(state, self.scaling, now_s)
+            self._reject(facts.id, Refusal.TOO_LATE, why, retry_after_s=retry_s)
 
     def _refuse(self, request: Request, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:
         self._forget(request)

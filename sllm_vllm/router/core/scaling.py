@@ -89,6 +89,14 @@ class Scaling:
         self._hungry.discard(model)
         return True
 
+    def mark_unwanted(self, model: str, now_s: float) -> None:
+        """Starts that nothing waits for give way to others; they go on while their slots are not needed."""
+        state, ordered = self._models.get(model), self.cluster.replicas_of(model, ReplicaState.ORDERED)
+        num_kept = 0 if state is None else state.spec.min_replicas - len(self._ready(model))
+        is_waited_for = state is None or state.num_ongoing > 0 or self._queues.waiting(model) > 0
+        for number, replica in enumerate(ordered):
+            self.cluster.set_unwanted(replica.id, not is_waited_for and number >= num_kept, now_s)
+
     def _shed(self, state: ModelState, wanted: int, now_s: float) -> None:
         """End what is too much: what is only planned or starting, then what is idle; what is busy beyond the most."""
         spec = state.spec
@@ -255,13 +263,13 @@ class Scaling:
         self._carry_out(plan, self._models[relocation.model], now_s)
 
     def _start(self, pending: PendingStart, now_s: float) -> None:
-        estimate = pending.plan.estimate
+        estimate, spec = pending.plan.estimate, self._models[pending.model].spec
         self.cluster.add_replica(
             Replica(
                 id=pending.replica,
                 model=pending.model,
                 generation=pending.generation,
-                lineage=self._models[pending.model].spec.lineage,
+                lineage=spec.lineage,
                 node=pending.plan.node,
                 num_slots=pending.num_slots,
                 state_since_s=now_s,
@@ -269,7 +277,15 @@ class Scaling:
                 ready_at_s=now_s + estimate.total_s,
             )
         )
-        self.actions.append(StartReplica(pending.replica, pending.model, pending.generation, pending.plan.node))
+        timeout_s = self._timeout_s(spec, estimate.total_s)
+        self.actions.append(StartReplica(pending.replica, spec.name, pending.generation, pending.plan.node, timeout_s))
+
+    def _timeout_s(self, spec: ModelSpec, expected_s: float) -> float:
+        """How long a start that is expected to take ``expected_s`` may take."""
+        if spec.start_s_max is not None:
+            return spec.start_s_max
+        p99_s = self.estimator.startup_p99_s(spec.name, expected_s)
+        return min(self.limits.start_s_most, max(self.limits.start_s_least, p99_s))
 
     def call_off(self, pending: PendingStart, now_s: float) -> None:
         """It will not start. Victims that are stopped end all the same; those that drain take requests again."""

@@ -1,0 +1,83 @@
+"""What a model's requests wait for, in words for a client, and when to ask again. Pure; asked by ``RouterCore``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
+from sllm_vllm.router.core.facts import ModelSpec
+from sllm_vllm.router.core.model_state import ModelState
+from sllm_vllm.router.core.scaling import Scaling
+from sllm_vllm.router.core.starving import fits_somewhere
+
+LATE_SHARE = 0.25
+"""Of a predicted start: how much later than predicted it may be before its requests stop waiting for it."""
+SHOWN_MAX = 4
+"""Replicas that are named."""
+RETRY_S_MIN = 1.0
+RETRY_S_MAX = 60.0
+"""Where there is no prediction to go by."""
+
+
+def due_s(spec: ModelSpec, cluster: Cluster) -> float | None:
+    """When the first of its engines that start should be ready at the latest; None if none starts."""
+    coming = _coming(spec, cluster)
+    times = [one.ready_at_s + LATE_SHARE * max(0.0, one.ready_at_s - one.ordered_s) for one in coming]
+    return min(times, default=None)
+
+
+def what_it_waits_for(state: ModelState, scaling: Scaling, now_s: float) -> tuple[str, float]:
+    """What is in the way of a request that waits, and the seconds after which asking again makes sense."""
+    spec, cluster = state.spec, scaling.cluster
+    # 1. An engine starts.
+    if coming := _coming(spec, cluster):
+        return _starting(min(coming, key=lambda one: (one.ready_at_s, one.id)), now_s)
+    startup_s = scaling.estimator.startup_s(spec)
+    # 2. A start waits for others to leave.
+    if pending := scaling.pending.of_model(spec.name):
+        victims = [cluster.replicas[name] for name in sorted(pending[0].victims)]
+        return f"its engine starts when these have ended: {_listed(victims, now_s)}", _retry_s(startup_s)
+    # 3. All its replicas are full.
+    if ready := cluster.replicas_of(spec.name, ReplicaState.READY):
+        num = sum(len(one.ongoing) for one in ready)
+        return f"all its replicas are busy: {num} requests on {len(ready)}", _retry_s(state.service_s)
+    # 4. It fits nowhere, or 5. other models have the slots.
+    if not fits_somewhere(cluster, spec.accelerators):
+        return f"it takes {spec.accelerators} slots, and no node that takes starts has so many", RETRY_S_MAX
+    others = [one for one in cluster.replicas.values() if one.model]
+    if not others:
+        return "its start could not begin in time", _retry_s(startup_s)
+    return f"all slots are taken: {_listed(others, now_s)}", _retry_s(startup_s)
+
+
+def _coming(spec: ModelSpec, cluster: Cluster) -> list[Replica]:
+    ordered = cluster.replicas_of(spec.name, ReplicaState.ORDERED)
+    return [one for one in ordered if one.generation == spec.generation]
+
+
+def _starting(replica: Replica, now_s: float) -> tuple[str, float]:
+    passed_s, left_s = now_s - replica.ordered_s, replica.ready_at_s - now_s
+    said = f"its engine on node {replica.node} has been starting for {passed_s:.0f} s"
+    if left_s > 0:
+        return f"{said} and is expected in {max(1.0, left_s):.0f} s", max(RETRY_S_MIN, left_s)
+    return f"{said}, {-left_s:.0f} s longer than predicted", _retry_s(-left_s)
+
+
+def _listed(replicas: Iterable[Replica], now_s: float) -> str:
+    told = [f"{one.model} on {one.node} ({_doing(one, now_s)})" for one in replicas]
+    more = f" and {len(told) - SHOWN_MAX} more" if len(told) > SHOWN_MAX else ""
+    return ", ".join(told[:SHOWN_MAX]) + more
+
+
+def _doing(replica: Replica, now_s: float) -> str:
+    if replica.state is ReplicaState.ORDERED:
+        return f"starting for {now_s - replica.state_since_s:.0f} s"
+    if replica.ongoing:
+        return f"{len(replica.ongoing)} requests"
+    if replica.is_pinned:
+        return "kept by its min_replicas"
+    return "idle" if replica.state is ReplicaState.READY else replica.state.value
+
+
+def _retry_s(seconds: float) -> float:
+    return min(RETRY_S_MAX, max(RETRY_S_MIN, seconds))
