@@ -67,6 +67,9 @@ class EngineMetric(Enum):
     )
 
 
+REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
 class RouterMetric(Enum):
     """What the router tells of itself: vLLM's name where vLLM has one for it, summed over a model's engines."""
 
@@ -78,13 +81,39 @@ class RouterMetric(Enum):
     )
     INFO = Metric("sllm_router_info", "", "Always 1; the label says which router this is.", ("version",))
     MODELS = Metric("sllm_router_models", "models", "Models that are deployed.")
-    REPLICAS = Metric(
-        "sllm_router_replicas", "replicas", "Replicas of models that have any, by state.", ("model_name", "state")
-    )
+    REPLICAS = Metric("sllm_router_replicas", "replicas", "Replicas of a model, by state.", ("model_name", "state"))
     REQUESTS = Metric(
         "sllm_router_requests_total", "requests", "Requests that a replica had, by outcome.", ("model_name", "outcome")
     )
     REJECTIONS = Metric("sllm_router_rejections_total", "requests", "Requests that got no replica.", ("reason",))
+    TTFT = Metric(
+        "vllm:time_to_first_token_seconds",
+        "seconds",
+        "From a request's arrival until the first byte of its answer, waiting included.",
+        ("model_name",),
+        buckets=REQUEST_BUCKETS,
+    )
+    DURATION = Metric(
+        "vllm:e2e_request_latency_seconds",
+        "seconds",
+        "From a request's arrival until the end of its answer.",
+        ("model_name",),
+        buckets=REQUEST_BUCKETS,
+    )
+    QUEUE_WAIT = Metric(
+        "vllm:request_queue_time_seconds",
+        "seconds",
+        "How long a request waited for a replica.",
+        ("model_name",),
+        buckets=REQUEST_BUCKETS,
+    )
+    CONNECTIONS = Metric("sllm_router_connections", "connections", "Clients' connections that are open.")
+    CONNECTIONS_REFUSED = Metric(
+        "sllm_router_connections_refused_total", "connections", "Connections over the limit, closed at once."
+    )
+    SLOW_CLIENTS = Metric(
+        "sllm_router_slow_clients_total", "connections", "Connections ended because their client took nothing."
+    )
     STARTS = Metric("sllm_router_starts_total", "starts", "Starts of replicas, by how they ended.", ("outcome",))
     START_SECONDS = Metric(
         "sllm_router_start_seconds",
@@ -94,7 +123,7 @@ class RouterMetric(Enum):
         buckets=(0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
     )
     START_FAILURES = Metric(
-        "sllm_router_start_failures", "starts", "Failed starts in a row, of models that have any.", ("model_name",)
+        "sllm_router_start_failures", "starts", "Failed starts of a model in a row.", ("model_name",)
     )
     MOVES = Metric("sllm_router_moves_total", "moves", "Live migrations of requests, by how they ended.", ("outcome",))
     MOVE_TOKENS = Metric("sllm_router_move_tokens_total", "tokens", "Tokens that targets computed anew in rounds.")

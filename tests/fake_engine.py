@@ -38,6 +38,7 @@ from pathlib import PurePath
 LIFE_S = 900
 NOISE_NBYTES = 4 << 20
 BACKLOG = 2048
+MAX_MODEL_LEN = 512
 _POLL_S = 0.01
 LINES = (
     "(APIServer pid={pid}) INFO 11-20 12:46:17 [api_utils.py:286] non-default args: {{'model_tag': '{model}'}}",
@@ -115,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         elif not self.has_key():
             self.answer({"error": "Unauthorized"}, 401)
         elif self.path == "/v1/models":
-            self.answer({"object": "list", "data": [{"id": self.server.model, "object": "model", "pid": os.getpid()}]})
+            card = {"id": self.server.model, "object": "model", "max_model_len": MAX_MODEL_LEN, "pid": os.getpid()}
+            self.answer({"object": "list", "data": [card]})
         elif self.path == "/environment":
             self.answer(environment())
         elif self.path == "/stats":

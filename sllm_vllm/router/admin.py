@@ -103,6 +103,7 @@ class AdminApp:
         self._keep = keep
         self._check = check
         self._keys = Keys(key_digests)
+        self._scrape_keys = Keys(())
         self._reload = reload
         self._bodies = BodyReader(_SETTINGS)
         self._routes = self._all_routes()
@@ -111,12 +112,16 @@ class AdminApp:
         """Only these open it from now on."""
         self._keys = Keys(key_digests)
 
+    def set_scrape_keys(self, key_digests: Iterable[str]) -> None:
+        """These open ``/metrics``, and nothing else."""
+        self._scrape_keys = Keys(key_digests)
+
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
         if scope["type"] != "http":
             return
         try:
-            self._require_key(scope["headers"])
+            self._require_key(scope)
             reply = await self._answer(scope, receive)
             if not isinstance(reply.content, bytes):
                 content = json.dumps(reply.content, allow_nan=False).encode()
@@ -131,12 +136,15 @@ class AdminApp:
             logger.exception("event=admin_failed method=%s path=%r", scope["method"], scope["path"][:NAME_CHARS_MAX])
             await _send_error(send, ApiError(500, "The router failed; its log says how.", kind=SERVER))
 
-    def _require_key(self, headers: Headers) -> None:
-        if self._keys.is_open:  # it has none, and so nobody may
+    def _require_key(self, scope: Message) -> None:
+        key = bearer_key(values_of(scope["headers"], b"authorization"))
+        may_scrape = scope["path"] == "/metrics" and not self._scrape_keys.is_open
+        if may_scrape and key is not None and self._scrape_keys.allow(key):
+            return
+        if self._keys.is_open and not may_scrape:  # it has none, and so nobody may
             message = "No admin key is configured; add one under `keys.admin`."
             raise ApiError(403, message, kind="permission_error", code="admin_disabled").closing()
-        key = bearer_key(values_of(headers, b"authorization"))
-        if key is None or not self._keys.allow(key):
+        if key is None or self._keys.is_open or not self._keys.allow(key):
             raise unauthorized().closing()
 
     async def _answer(self, scope: Message, receive: Receive) -> Reply:

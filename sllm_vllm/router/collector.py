@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
+from typing import get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -12,10 +13,12 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sllm_vllm import __version__
-from sllm_vllm.metrics import SERIES_MAX, RouterMetric
+from sllm_vllm.metrics import REQUEST_BUCKETS, SERIES_MAX, RouterMetric
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.cluster import ReplicaState
+from sllm_vllm.router.core.events import Refusal
 from sllm_vllm.router.counts import Histogram
+from sllm_vllm.router.gate import How
 
 Sample = tuple[RouterMetric, tuple[str, ...], float]
 _HISTOGRAMS = {metric for metric in RouterMetric if metric.value.buckets}
@@ -44,6 +47,15 @@ def _families(controller: Controller) -> Iterator[Family]:
     yield from plain.values()
     yield _histogram(RouterMetric.START_SECONDS, {(kind,): one for kind, one in controller.counts.start_s.items()})
     yield _histogram(RouterMetric.MOVE_HELD_SECONDS, {(): controller.counts.held_s})
+    counts, shown = controller.counts, _shown_models(controller)
+    yield _histogram(RouterMetric.TTFT, _by_model(counts.ttft_s, shown))
+    yield _histogram(RouterMetric.DURATION, _by_model(counts.duration_s, shown))
+    yield _histogram(RouterMetric.QUEUE_WAIT, _by_model(counts.queue_wait_s, shown))
+
+
+def _by_model(histograms: Mapping[str, Histogram], shown: Iterable[str]) -> dict[tuple[str, ...], Histogram]:
+    """Those of models that are shown, an empty one for a model that had no request."""
+    return {(model,): histograms.get(model) or Histogram(REQUEST_BUCKETS) for model in shown}
 
 
 def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
@@ -74,8 +86,13 @@ def _samples(controller: Controller) -> Iterator[Sample]:
     for outcome in ("moved", "not_moved"):
         yield RouterMetric.MOVES, (outcome,), controller.counts.moves[outcome]
     yield RouterMetric.MOVE_TOKENS, (), controller.counts.num_filled
-    for reason, num in controller.counts.rejections.items():
-        yield RouterMetric.REJECTIONS, (reason,), num
+    for refusal in Refusal:
+        reason = refusal.name.lower()
+        yield RouterMetric.REJECTIONS, (reason,), controller.counts.rejections[reason]
+    clients = controller.counts.clients
+    yield RouterMetric.CONNECTIONS, (), clients.num_open
+    yield RouterMetric.CONNECTIONS_REFUSED, (), clients.num_refused
+    yield RouterMetric.SLOW_CLIENTS, (), clients.num_slow
     shown = _shown_models(controller)
     yield from _counted(controller, shown)
     for model in shown:
@@ -98,14 +115,13 @@ def _shown_models(controller: Controller) -> list[str]:
 
 
 def _counted(controller: Controller, shown: list[str]) -> Iterator[Sample]:
-    counts, known = controller.counts, {*shown, ""}
-    for (model, outcome), num in counts.requests.items():
-        if model in known:
-            yield RouterMetric.REQUESTS, (model, outcome), num
-    tokens = {"prompt": RouterMetric.PROMPT_TOKENS, "output": RouterMetric.OUTPUT_TOKENS}
-    for (model, kind), num in counts.tokens.items():
-        if model in known:
-            yield tokens[kind], (model,), num
+    counts = controller.counts
+    unnamed = [""] if any(not model for model, _ in counts.requests) else []
+    for model in (*shown, *unnamed):
+        for outcome in get_args(How):
+            yield RouterMetric.REQUESTS, (model, outcome), counts.requests[model, outcome]
+        yield RouterMetric.PROMPT_TOKENS, (model,), counts.tokens[model, "prompt"]
+        yield RouterMetric.OUTPUT_TOKENS, (model,), counts.tokens[model, "output"]
 
 
 def _model_samples(controller: Controller, model: str) -> Iterator[Sample]:
@@ -113,12 +129,10 @@ def _model_samples(controller: Controller, model: str) -> Iterator[Sample]:
     state = core.models[model]
     yield RouterMetric.RUNNING, (model,), state.num_ongoing
     yield RouterMetric.WAITING, (model,), core.queues.waiting(model)
-    if replicas := core.cluster.replicas_of(model):
-        by_state = Counter(replica.state for replica in replicas)
-        for one in ReplicaState:
-            yield RouterMetric.REPLICAS, (model, one.value), by_state[one]
-    if state.back_off.num_failures:
-        yield RouterMetric.START_FAILURES, (model,), state.back_off.num_failures
+    by_state = Counter(replica.state for replica in core.cluster.replicas_of(model))
+    for one in ReplicaState:
+        yield RouterMetric.REPLICAS, (model, one.value), by_state[one]
+    yield RouterMetric.START_FAILURES, (model,), state.back_off.num_failures
     prediction = core.scaling.predictions.get(model)
     if prediction is not None and prediction.actual is not None:
         yield RouterMetric.PREDICTED, (model,), prediction.expected.total_s

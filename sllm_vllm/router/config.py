@@ -292,6 +292,9 @@ class KeysSection(_Section):
     admin: tuple[KeySource, ...] = Field(
         default=(), max_length=100, description="keys of the orders that deploy and remove models"
     )
+    metrics: tuple[KeySource, ...] = Field(
+        default=(), max_length=100, description="keys that open /metrics and nothing else; admin keys open it, too"
+    )
     hidden_variables: tuple[str, ...] = Field(
         default=(),
         max_length=10_100,
@@ -303,7 +306,7 @@ class KeysSection(_Section):
 
     def secret_variables(self) -> tuple[str, ...]:
         """Environment variables that hold a key, or are to be hidden from engines for another reason."""
-        named = (source.env for source in (*self.clients, *self.admin) if source.env is not None)
+        named = (source.env for source in (*self.clients, *self.admin, *self.metrics) if source.env is not None)
         return tuple(sorted({*named, *self.hidden_variables}))
 
 

@@ -68,7 +68,7 @@ def _problems_here(found: Diagnosis, directory: Path) -> Iterator[Problem]:
 
 
 def _key_problems(keys: KeysSection) -> Iterator[Problem]:
-    for section, sources in (("clients", keys.clients), ("admin", keys.admin)):
+    for section, sources in (("clients", keys.clients), ("admin", keys.admin), ("metrics", keys.metrics)):
         for index, source in enumerate(sources):
             try:
                 read_key_digests([source], "")

@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 
-from sllm_vllm.metrics import RouterMetric
+from sllm_vllm.metrics import REQUEST_BUCKETS, RouterMetric
+from sllm_vllm.router.client_state import ClientCounts
 from sllm_vllm.router.core.events import (
     Action,
     Event,
@@ -37,6 +38,11 @@ class Histogram:
         self.total += value
 
 
+def observe(histograms: dict[str, Histogram], model: str, value_s: float) -> None:
+    """One more of a model's requests."""
+    histograms.setdefault(model, Histogram(REQUEST_BUCKETS)).observe(value_s)
+
+
 class Counts:
     """Counts of a model begin anew when it was deleted; what ends later has the model ''."""
 
@@ -49,6 +55,11 @@ class Counts:
         """By model and outcome."""
         self.tokens: Counter[tuple[str, str]] = Counter()
         """By model and kind, prompt or output; as far as engines told."""
+        self.ttft_s: dict[str, Histogram] = {}
+        self.duration_s: dict[str, Histogram] = {}
+        self.queue_wait_s: dict[str, Histogram] = {}
+        """By model: what its requests waited for their first byte, their end, and a replica."""
+        self.clients = ClientCounts()
         self.rejections: Counter[str] = Counter()
         self.moves: Counter[str] = Counter()
         """By how they ended."""
@@ -82,6 +93,10 @@ class Counts:
         self.requests[model, outcome.how] += 1
         self.tokens[model, "prompt"] += outcome.prompt_tokens or 0
         self.tokens[model, "output"] += outcome.output_tokens or 0
+        observe(self.queue_wait_s, model, outcome.waited_s)
+        observe(self.duration_s, model, outcome.waited_s + outcome.seconds)
+        if outcome.first_byte_s is not None:
+            observe(self.ttft_s, model, outcome.waited_s + outcome.first_byte_s)
 
     def note_move(self, report: MoveReport, *, outcome: str) -> None:
         """A move has ended."""
@@ -103,3 +118,5 @@ class Counts:
         for counter in (self.requests, self.tokens):
             for key in [key for key in counter if key[0] == model]:
                 del counter[key]
+        for histograms in (self.ttft_s, self.duration_s, self.queue_wait_s):
+            histograms.pop(model, None)

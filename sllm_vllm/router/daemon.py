@@ -142,6 +142,7 @@ class RouterProcess:
         self._admin = AdminApp(
             controller, key_digests=digests, reload=self.reload, keep=self._kept.keep, check=self._check_model
         )
+        self._admin.set_scrape_keys(await asyncio.to_thread(_scrape_digests, self._config))
         self._app = RouterApp(Ingress(controller, settings), self._admin)
         return self._app, settings
 
@@ -150,7 +151,8 @@ class RouterProcess:
     ) -> None:
         """Until the router ends; a server that ends before that ends the router."""
         loop = asyncio.get_running_loop()
-        serving = loop.create_task(serve_app(app, settings, sockets=[listener]))
+        counts = self._running.counts.clients
+        serving = loop.create_task(serve_app(app, settings, sockets=[listener], counts=counts))
 
         def ended(_: asyncio.Task[None]) -> None:
             if not ending.has_begun:
@@ -195,12 +197,14 @@ class RouterProcess:
             self._require_hidden(config)
             settings = await asyncio.to_thread(self._settings, config)
             digests = await asyncio.to_thread(self._admin_digests, config)
+            scrape_digests = await asyncio.to_thread(_scrape_digests, config)
             self._kept.reread(config.models)
             await self._running.measure((*changes.added, *changes.restarted))
             self._running.set_waiting_max(config.server.waiting_max)
             await self._running.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
             self._config = config
             self._admin.set_keys(digests)
+            self._admin.set_scrape_keys(scrape_digests)
             self._app.replace(Ingress(self._running, settings))
         _warn(self._path, warnings)
         num_changed = len(changes.restarted) + len(changes.adjusted)
@@ -260,6 +264,10 @@ class RouterProcess:
         """Those of the configuration, and one that lies in the agent's folder for this user's own commands."""
         own = digest_of(open_key(self._node.node_dir / ADMIN_KEY_NAME))
         return (own, *read_key_digests(config.keys.admin, "keys.admin"))
+
+
+def _scrape_digests(config: RouterConfig) -> tuple[str, ...]:
+    return read_key_digests(config.keys.metrics, "keys.metrics")
 
 
 def _warn(path: Path, warnings: Iterable[Problem]) -> None:

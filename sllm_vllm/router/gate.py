@@ -88,6 +88,8 @@ class Outcome:
     seconds: float
     prompt_tokens: int | None
     output_tokens: int | None
+    waited_s: float = 0.0
+    """From its arrival at the ingress until the ticket was there."""
 
 
 @dataclass(frozen=True, slots=True)

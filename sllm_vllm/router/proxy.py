@@ -64,6 +64,7 @@ class Report:
     first_byte_s: float | None = None
     """From the ticket on."""
     attempts: int = 0
+    arrived_s: float = field(default_factory=time.monotonic)
     begun_s: float = 0.0
     engine_status: int | None = None
     tail_pieces: deque[bytes] = field(default_factory=lambda: deque(maxlen=_TAIL_PIECES))
@@ -84,6 +85,7 @@ class Report:
             status=self.engine_status,
             first_byte_s=self.first_byte_s,
             seconds=time.monotonic() - self.begun_s,
+            waited_s=self.begun_s - self.arrived_s,
             prompt_tokens=_last_number(_PROMPT_TOKENS, tail),
             output_tokens=_last_number(_OUTPUT_TOKENS, tail),
         )

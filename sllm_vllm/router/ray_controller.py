@@ -109,6 +109,7 @@ class RayController:
         self._controller.set_waiting_max(config.server.waiting_max)
         await self._controller.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
         self._admin.set_keys(_admin_digests(config))
+        self._admin.set_scrape_keys(read_key_digests(config.keys.metrics, "keys.metrics"))
         service.set_settings(config.ingress_settings(_client_digests(config)))
         return ""
 
@@ -159,6 +160,7 @@ class RayController:
         await controller.start(self._loops)
         service = GateService(controller, config.ingress_settings(_client_digests(config)), clock=time.monotonic)
         self._admin = AdminApp(controller, key_digests=_admin_digests(config), reload=_no_reload, keep=self._kept.keep)
+        self._admin.set_scrape_keys(read_key_digests(config.keys.metrics, "keys.metrics"))
         loop = asyncio.get_running_loop()
         first_s = loop.time() + (RETURN_S if was_there else 0.0)
         self._loops.start("nodes of the cluster", lambda: self._follow_cluster(service, first_s=first_s))

@@ -15,15 +15,17 @@ from sllm_vllm.metrics import SERIES_MAX, RouterMetric
 from sllm_vllm.router.collector import registry_of
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.controller import Controller
-from sllm_vllm.router.core.events import ModelDeleted
+from sllm_vllm.router.core.events import ModelDeleted, ModelDeployed
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.gate import Outcome, Rejected, Ticket
+from sllm_vllm.router.keys import digest_of
 from tests.router.fake_gate import until
 from tests.router.fake_node import ServedAdmin, serving_admin
 
 MODEL = "meta/tiny"
 Samples = dict[tuple[str, ...], float]
+SCRAPE = {"authorization": "Bearer scrape"}
 
 
 @pytest.fixture
@@ -83,6 +85,47 @@ async def test_a_start_and_a_request(served: ServedAdmin) -> None:
     assert found["sllm_router_last_start_actual_seconds", MODEL] == prediction.actual.total_s
 
 
+async def test_a_model_that_had_no_request_has_series_of_zero(served: ServedAdmin) -> None:
+    await served.deploy(MODEL)
+    found = await scrape(served)
+    expected = [
+        *(("sllm_router_requests_total", MODEL, how) for how in ("done", "client_left", "engine_failed", "timeout")),
+        ("vllm:prompt_tokens_total", MODEL),
+        ("vllm:generation_tokens_total", MODEL),
+        ("vllm:time_to_first_token_seconds_count", MODEL),
+        ("vllm:e2e_request_latency_seconds_count", MODEL),
+        ("vllm:request_queue_time_seconds_count", MODEL),
+        ("sllm_router_replicas", MODEL, "ready"),
+        ("sllm_router_start_failures", MODEL),
+        ("sllm_router_rejections_total", "queue_full"),
+        ("sllm_router_connections_refused_total",),
+        ("sllm_router_slow_clients_total",),
+    ]
+    assert {key: found.get(key) for key in expected} == dict.fromkeys(expected, 0)
+
+
+def test_times_of_requests_count_from_their_arrival() -> None:
+    counts = Counts()
+    counts.note(ModelDeployed(ModelConfig(name=MODEL).spec(1)), [], 0.0)
+    ticket = Ticket("r-1", "a", MODEL, url="http://127.0.0.1:1", api_key="", attempt=1)
+    counts.note_outcome(ticket, Outcome("done", 200, 0.5, 3.0, 1, 1, waited_s=20.0))
+    counts.note_outcome(ticket, Outcome("timeout", None, None, 4.0, None, None, waited_s=1.0))
+    assert counts.queue_wait_s[MODEL].total == 21.0
+    assert counts.ttft_s[MODEL].total == 20.5
+    assert counts.duration_s[MODEL].total == 28.0
+
+
+async def test_a_key_for_scrapes_opens_the_metrics_alone(served: ServedAdmin) -> None:
+    served.admin.set_scrape_keys([digest_of("scrape")])
+    assert (await served.ask("GET", "/metrics", headers=SCRAPE)).status == 200
+    assert (await served.ask("GET", "/metrics", headers={"authorization": "Bearer wrong"})).status == 401
+    assert (await served.ask("GET", "/sllm/v1/models", headers=SCRAPE)).status == 401
+    assert (await served.ask("GET", "/metrics")).status == 200
+    served.admin.set_keys([])
+    assert (await served.ask("GET", "/metrics", headers=SCRAPE)).status == 200
+    assert (await served.ask("GET", "/sllm/v1/models", headers=SCRAPE)).status == 403
+
+
 async def test_what_runs_and_what_waits(served: ServedAdmin) -> None:
     await served.deploy(MODEL, ongoing_max=1)
     await asyncio.wait_for(served.controller.acquire(RequestFacts("r-1", MODEL)), 60)
@@ -123,7 +166,7 @@ async def test_a_deleted_model_has_no_series(served: ServedAdmin) -> None:
     found = await scrape(served)
     assert [key for key in found if MODEL in key] == []
     await served.deploy(MODEL)
-    assert ("sllm_router_requests_total", MODEL, "done") not in await scrape(served)  # it counts anew
+    assert (await scrape(served))["sllm_router_requests_total", MODEL, "done"] == 0  # it counts anew
 
 
 async def test_many_models_have_a_bounded_number_of_series(tmp_path: Path) -> None:

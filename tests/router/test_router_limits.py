@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.fake_engine import MAX_MODEL_LEN
 from tests.router.router_process import Answer, RouterUnderTest, running_router, write_config
 from tests.waiting import wait_until
 
@@ -50,6 +53,21 @@ def test_the_routers_queue_is_full_and_a_reload_makes_it_longer(tmp_path: Path) 
         second = router.post_later(pool, "fine")
         wait_until(lambda: waiting(router, "fine") == 1, "the second to wait beside the first")
         assert {told(one.result(60))[0] for one in (first, second)} == {503}
+
+
+def test_the_list_of_models_has_the_length_that_the_engine_says(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine")
+
+    def length(router: RouterUnderTest) -> object:
+        with urllib.request.urlopen(f"{router.url}/v1/models/fine", timeout=60) as answer:
+            card = json.load(answer)
+        assert card["root"] == "fine"  # and not where it is
+        return card["max_model_len"]
+
+    with running_router(tmp_path) as router:
+        assert length(router) is None
+        assert router.post("fine").status == 200
+        wait_until(lambda: length(router) == MAX_MODEL_LEN, "the length")
 
 
 def test_a_drained_node_starts_nothing_until_it_is_undrained(tmp_path: Path) -> None:
