@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, parse_resume
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, parse_resume, sign_resume
 
 REQUEST_MAX_S = 60.0
 TAKE_OVER_TRIES_MAX = 5
@@ -96,6 +96,8 @@ class Client:
     url: str
     model: str
     headers: dict[str, str] = field(default_factory=dict)
+    key: str | None = None
+    """Signs what a request owns; None: the one it sends."""
 
     def ask(self, path: str, body: dict[str, Any], resume: Resume | None = None) -> Answer:
         """The whole answer.
@@ -115,9 +117,12 @@ class Client:
             whole["stream_options"] = {"include_usage": True}
         if resume is not None:
             whole["vllm_xargs"] = {**whole.get("vllm_xargs", {}), RESUME_KEY: resume.to_json()}
-        request = urllib.request.Request(
-            self.url + path, json.dumps(whole).encode(), {"Content-Type": "application/json", **self.headers}
-        )
+        headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex, **self.headers}
+        if isinstance(owned := whole.get("vllm_xargs", {}).get(RESUME_KEY), str):
+            key = self.headers.get("Authorization", "").removeprefix("Bearer ") if self.key is None else self.key
+            signed = sign_resume(owned, key=key, request=headers["X-Request-Id"])
+            whole["vllm_xargs"] = {**whole["vllm_xargs"], RESUME_KEY: signed}
+        request = urllib.request.Request(self.url + path, json.dumps(whole).encode(), headers)
         with urllib.request.urlopen(request, timeout=REQUEST_MAX_S) as answer:
             if not whole.get("stream"):
                 yield json.loads(answer.read())

@@ -15,6 +15,7 @@ from typing import Any
 
 from prometheus_client import Gauge
 
+from sllm_vllm.engine.answer_notes import AnswerNotes
 from sllm_vllm.engine.in_flight import IdAmbiguous, find_in_flight, list_in_flight
 from sllm_vllm.engine.resume import RESUME_KEY
 from sllm_vllm.engine.self_test import why_unable
@@ -51,6 +52,7 @@ class SllmEndpoints:
             ("/sllm/requests/{id}/tokens", self._tokens),
         ):
             app.add_route(path, self._guarded(answer), methods=["GET"])
+        app.add_middleware(AnswerNotes, engine=lambda: self._engine)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Get to know the engine and its keys, and begin the self-test, as soon as nobody asks anything."""
@@ -59,6 +61,7 @@ class SllmEndpoints:
         del state
         self._engine = engine_client
         self._keys = tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key)
+        engine_client.sllm_resume_keys = self._keys or ("",)  # without a key whoever reaches it may sign
         self._trial = asyncio.get_running_loop().create_task(self._try())
 
     async def _try(self) -> None:

@@ -15,6 +15,7 @@ from sllm_vllm.engine.resume import (
     ResumeLimits,
     ResumeRefused,
     check_resume,
+    check_signature,
     digest_tokens,
     parse_resume,
 )
@@ -43,7 +44,8 @@ def hook_generate(module: ModuleType, points: HookPoints) -> None:
 
     def generate(self: Any, prompt: Any, sampling_params: Any, *places: Any, **named: Any) -> Any:
         if RESUME_KEY in (getattr(sampling_params, "extra_args", None) or {}):
-            _accept(self, prompt, sampling_params)
+            request_id = places[0] if places else named["request_id"]
+            _accept(self, prompt, sampling_params, request_id=request_id)
         return stock(self, prompt, sampling_params, *places, **named)
 
     engines.generate = generate
@@ -99,7 +101,7 @@ def _beam_install(name: str) -> Any:
     return install
 
 
-def _accept(engine: Any, prompt: Any, params: Any) -> None:
+def _accept(engine: Any, prompt: Any, params: Any, *, request_id: str) -> None:
     """Replace the text a request carries by what was read from it, checked.
 
     Raises:
@@ -108,7 +110,8 @@ def _accept(engine: Any, prompt: Any, params: Any) -> None:
     try:
         if engine.sllm_points.problems:
             raise ResumeRefused(f"this engine can't resume: {engine.sllm_points.problems[0]}")
-        resume = parse_resume(params.extra_args[RESUME_KEY])
+        keys = getattr(engine, "sllm_resume_keys", ())
+        resume = parse_resume(check_signature(params.extra_args[RESUME_KEY], keys=keys, request=request_id))
         if reason := why_immovable(engine.vllm_config, prompt, params):
             raise ResumeRefused(reason)
         check_resume(resume, _limits(engine, prompt["prompt_token_ids"], params))

@@ -31,11 +31,62 @@ def find_in_flight(engine: Any, id_: str) -> dict[str, Any] | None:
     Raises:
         IdAmbiguous: there are several.
     """
-    names = (id_, f"chatcmpl-{id_}", f"cmpl-{id_}-0")
-    found = [states for states in _by_request(engine) if states[0].external_req_id in names]
+    found = _all_named(engine, id_)
     if len(found) > 1:
         raise IdAmbiguous(f"{len(found)} requests in flight have the id {id_}")
     return _described(engine, found[0]) if found else None
+
+
+def find_states(engine: Any, id_: str) -> list[Any] | None:
+    """vLLM's states of the choices of the only request in flight that came with this X-Request-Id."""
+    found = _all_named(engine, id_)
+    return found[0] if len(found) == 1 else None
+
+
+def note_of(engine: Any, states: list[Any], told: dict[int, int]) -> list[dict[str, Any]] | None:
+    """What the choices of a request have got since ``told``, which is brought up to date; see ``answer_notes.py``.
+
+    None if the request can't be moved.
+    """
+    everything = _all_choices(states)
+    if not told and _why_immovable(engine, states[0], everything):
+        return None
+    if _has_ended(engine, states, everything):
+        return [{"end": True}]
+    entries: list[dict[str, Any]] = []
+    if not told:
+        digest = digest_tokens(states[0].prompt_token_ids)
+        entries.append({"d": digest, "c": _num_cached_tokens(states[0]), "n": len(everything)})
+    for index, state in enumerate(everything):
+        if told.setdefault(index, 0) >= 0 and (entry := _news_of(state, told[index])):
+            told[index] = -1 if "f" in entry else told[index] + len(entry["t"])
+            entries.append({"i": index, **entry})
+    return entries
+
+
+def _has_ended(engine: Any, states: list[Any], everything: list[Any]) -> bool:
+    if states[0].parent_req is None:
+        return states[0].request_id not in engine.output_processor.request_states
+    return all(_ending(state)[0] is not None for state in everything)
+
+
+def _news_of(state: Any, num_told: int) -> dict[str, Any]:
+    """Of one choice; empty if there are none."""
+    finish_reason, stop_reason = _ending(state)
+    tokens = state.detokenizer.output_token_ids[num_told:]
+    if not tokens and finish_reason is None:
+        return {}
+    news: dict[str, Any] = {"t": list(tokens)}
+    if (logprobs := state.logprobs_processor.logprobs) is not None:
+        news["l"] = [_entries(position) for position in list(logprobs)[num_told:]]
+    if finish_reason is not None:
+        news["f"] = [finish_reason, stop_reason]
+    return news
+
+
+def _all_named(engine: Any, id_: str) -> list[list[Any]]:
+    names = (id_, f"chatcmpl-{id_}", f"cmpl-{id_}-0")
+    return [states for states in _by_request(engine) if states[0].external_req_id in names]
 
 
 def _by_request(engine: Any) -> list[list[Any]]:

@@ -7,8 +7,10 @@ chat template, parsers, adapters) is derived anew, and nothing but tokens has to
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import math
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +24,8 @@ TOKENS_MAX_FACTOR = 2
 """All choices together own at most so many times the model's length: the replay holds up the front end."""
 FINISH_REASONS = ("stop", "length", "repetition")
 """With which a choice may have ended before the others did."""
+_SIGNED = re.compile(r"([0-9a-f]{64}):")
+_NAMED = re.compile(r"(?:chatcmpl-(.+)|cmpl-(.+)-[0-9]+)")
 _VERSION = 1
 _FIELDS = frozenset({"version", "prompt_digest", "num_cached_tokens", "step", "choices"})
 _CHOICE_FIELDS = frozenset({"token_ids", "logprobs", "finish_reason", "stop_reason"})
@@ -96,6 +100,47 @@ class ResumeLimits:
 def digest_tokens(token_ids: Iterable[int]) -> str:
     """A short name of a prompt: the same tokens, the same name."""
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()
+
+
+def sign_resume(text: str, *, key: str, request: str) -> str:
+    """What a body carries: ``Resume.to_json``, and proof that it comes from who knows the engine's key.
+
+    Args:
+        request: the X-Request-Id that the body is sent with; it is good for no other.
+    """
+    return f"{_signature(text, key, request)}:{text}"
+
+
+def check_signature(value: object, *, keys: Iterable[str], request: str) -> str:
+    """What was signed.
+
+    Args:
+        keys: of this engine.
+        request: vLLM's id of the request.
+
+    Raises:
+        ResumeRefused: it is unsigned, or signed by another key or for another request.
+    """
+    if not isinstance(value, str) or len(value) > RESUME_NBYTES_MAX:
+        raise ResumeRefused(f"{RESUME_KEY} must be a string of JSON of at most {RESUME_NBYTES_MAX} characters")
+    found = _SIGNED.match(value)
+    if found is None:
+        raise ResumeRefused(f"{RESUME_KEY} is the router's: it has to be signed with the engine's key")
+    text = value[found.end() :]
+    named = _NAMED.fullmatch(request)
+    names = {request, *(name for name in (named.groups() if named else ()) if name)}
+    is_right = False
+    for key in keys:
+        for name in names:
+            is_right |= hmac.compare_digest(found[1], _signature(text, key, name))
+    if not is_right:
+        raise ResumeRefused(f"{RESUME_KEY} is signed with another key than this engine's, or for another request")
+    return text
+
+
+def _signature(text: str, key: str, request: str) -> str:
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return hmac.new(key.encode(), f"{RESUME_KEY}\n{request}\n{digest}".encode(), hashlib.sha256).hexdigest()
 
 
 def parse_resume(value: object) -> Resume:

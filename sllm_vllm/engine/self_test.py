@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sllm_vllm.engine.movable import why_engine_unable
-from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, sign_resume
 
 TEST_MAX_S = 120.0
 _PROMPT = (3, 4)
@@ -68,6 +68,10 @@ async def _resumes(engine: Any, name: str, sampling: dict[str, Any]) -> bool:
     return await _answer(engine, f"sllm-self-test-{name}-resumed", sampling, resume=resume) == whole
 
 
+def _signed(engine: Any, resume: Resume, id_: str) -> str:
+    return sign_resume(resume.to_json(), key=engine.sllm_resume_keys[0], request=id_)
+
+
 async def _answer(engine: Any, id_: str, sampling: dict[str, Any], *, resume: Resume | None = None) -> Sequence[int]:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -77,7 +81,7 @@ async def _answer(engine: Any, id_: str, sampling: dict[str, Any], *, resume: Re
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={RESUME_KEY: resume.to_json()} if resume is not None else None,
+        extra_args={RESUME_KEY: _signed(engine, resume, id_)} if resume is not None else None,
         **arguments,
     )
     if _BAD_WORDS in sampling:  # vLLM takes them as text alone

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from typing import Any
 
-from sllm_vllm.router.admission import is_small
 from sllm_vllm.router.core.migration import (
     AskSource,
     Fill,
@@ -32,9 +31,10 @@ from sllm_vllm.router.core.migration import (
 )
 from sllm_vllm.router.engine_api import EngineApi, Reply, read_reply
 from sllm_vllm.router.gate import Gate, MoveOrder, MoveReport
-from sllm_vllm.router.headers import Headers, for_engine
+from sllm_vllm.router.headers import Headers
 from sllm_vllm.router.leg import Leg, drop_answer, is_event_stream
 from sllm_vllm.router.moved_body import MovedBody, NotMovable
+from sllm_vllm.router.resumed_body import resumed_body
 from sllm_vllm.router.settings import MoveSettings
 from sllm_vllm.router.transcript import NotAligned
 from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
@@ -46,7 +46,6 @@ GIVEN_S_MAX = 0.25
 PROOF_PAUSE_S = 0.01
 PROOF_PAUSE_S_MAX = 0.05
 _RESUME = "resume"
-_XARGS, _TRANSFER = "vllm_xargs", "kv_transfer_params"
 
 
 class Mover:
@@ -62,7 +61,6 @@ class Mover:
         self._api = EngineApi(upstream)
         self._settings = settings
         self._body: MovedBody | None = None
-        self._resume_key = ""
         self._told: dict[str, Any] = {}
         self._answer: asyncio.Task[EngineConnection] | None = None
         self._samples: list[tuple[int, float]] = []
@@ -88,13 +86,12 @@ class Mover:
                 drop_answer(self._answer)
 
     async def _drive(self) -> None:
-        self._body = await self._read_body()
+        self._body = await self._leg.moved_body()
         state = await self._api.state(self._target)
         if not state.body.get("resume"):
             reason = state.body.get("reason") or f"it answers {state.status}"
             self._fail(f"{self._target.replica} takes over no requests: {reason}", is_lasting=False)
             return
-        self._resume_key = state.body["resume_key"]
         limits = MigrationLimits(
             rounds_max=self._settings.rounds_max,
             round_tokens_max=self._settings.round_tokens_max,
@@ -108,10 +105,6 @@ class Mover:
             event = await self._do(actions.popleft())
             if event is not None:
                 actions.extend(migration.handle(event))
-
-    async def _read_body(self) -> MovedBody:
-        body = self._leg.asked.body
-        return MovedBody(body) if is_small(body) else await asyncio.to_thread(MovedBody, body)
 
     async def _do(self, action: MigrationAction) -> MigrationEvent | None:
         logger.debug("event=move_step request=%s action=%r", self._source.request, action)
@@ -180,7 +173,7 @@ class Mover:
             return told
         body = self._resumed_body()
         self._nbytes += len(body)
-        headers = for_engine(self._leg.asked.headers, shown=self._leg.asked.shown, api_key=self._target.api_key)
+        headers = self._leg.headers_for(self._target)
         self._answer = asyncio.get_running_loop().create_task(self._post(headers, body))
         self._num_moved = sum(len(choice["token_ids"]) for choice in self._told[_RESUME]["choices"])
         try:
@@ -193,24 +186,14 @@ class Mover:
         return await self._upstream.post(self._target.url, target=self._leg.asked.target, headers=headers, body=body)
 
     def _resumed_body(self) -> bytes:
-        """The client's own, with what it has got, and the prompt as it was: a template may name the time."""
         assert self._body is not None
-        resume = dict(self._told[_RESUME])
-        if not self._is_chat:
-            resume["step"] = 0  # no parser looks at single steps
-        given = self._body.get(_XARGS)
-        xargs = {
-            **(given if isinstance(given, dict) else {}),
-            self._resume_key: json.dumps(resume, separators=(",", ":")),
-        }
-        members: dict[str, object] = {_XARGS: xargs}
-        if self._is_chat and not self._body.get(_TRANSFER) and not self._body.get("echo"):
-            members[_TRANSFER] = {"prompt_token_ids": self._told["prompt_token_ids"]}
-        return self._body.with_members(members)
-
-    @property
-    def _is_chat(self) -> bool:
-        return self._body is not None and "messages" in self._body
+        return resumed_body(
+            self._body,
+            self._told[_RESUME],
+            prompt=self._told["prompt_token_ids"],
+            key=self._target.api_key,
+            request=self._leg.asked.shown,
+        )
 
     async def _wait_went_on(self, owned: int) -> MigrationEvent:
         """Until the target has generated a token, ended, or refused. It may stand in the target's queue till then."""

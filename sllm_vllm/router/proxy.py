@@ -18,9 +18,9 @@ from typing import Literal
 from sllm_vllm.router.body import Body
 from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 from sllm_vllm.router.engine_api import EngineApi
-from sllm_vllm.router.gate import Failure, Gate, How, MoveOrder, Outcome, Rejected, Ticket
-from sllm_vllm.router.headers import Headers, for_client, for_engine
-from sllm_vllm.router.leg import Asked, Leg, is_event_stream
+from sllm_vllm.router.gate import Gate, How, MoveOrder, Outcome, Rejected, Ticket
+from sllm_vllm.router.headers import Headers, for_client
+from sllm_vllm.router.leg import Asked, Leg, is_core_dead, is_event_stream
 from sllm_vllm.router.mover import Mover
 from sllm_vllm.router.openai_errors import SERVER, ApiError, engine_failed, not_served, rejection, timed_out
 from sllm_vllm.router.proving import Proving
@@ -139,16 +139,17 @@ class Proxy:
     async def _carry(self, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
         watch.begin_step(None, "")
         ticket = await self._gate.acquire(call.facts)
+        before: Leg | None = None
         while True:
             report.begin(ticket)
-            leg = Leg(ticket, call.asked, self._gate, is_moving=self._settings.moves is not None)
+            leg = Leg(ticket, call.asked, self._gate, is_moving=self._settings.moves is not None, before=before)
             try:
                 await self._attempt(leg, call, watch=watch, report=report, answer=answer)
             except EngineFailed as failure:
-                if report.status is not None or report.attempts >= ATTEMPTS_MAX:
+                told = leg.failure(failure, has_begun=report.status is not None)
+                if (report.status is not None and not told.has_begun) or report.attempts >= ATTEMPTS_MAX:
                     self._gate.finished(leg.ticket, report.outcome("engine_failed"))
                     raise
-                told = Failure(str(failure), failure.sign)
             except asyncio.CancelledError:
                 self._gate.finished(leg.ticket, report.outcome(watch.reason or "client_left"))
                 raise
@@ -159,6 +160,7 @@ class Proxy:
                 self._gate.finished(leg.ticket, report.outcome("done"))
                 return
             watch.begin_step(None, "")
+            before = leg if told.has_begun else None
             ticket = await self._gate.retry(leg.ticket, told)
 
     async def _attempt(self, leg: Leg, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
@@ -167,12 +169,13 @@ class Proxy:
         leg.follow(self._start_mover)
         proving = self._begin_to_prove(leg)
         try:
-            headers = for_engine(call.headers, shown=call.shown, api_key=leg.ticket.api_key)
-            await leg.open(self._upstream, headers)
+            await leg.open(self._upstream)
             engine = leg.head
             report.engine_status = engine.status
             if not 200 <= engine.status < 600:
                 raise EngineFailed("it answers with what is not HTTP", FailureSign.REFUSED)
+            if is_core_dead(engine):
+                raise EngineFailed("its engine core has died", FailureSign.CORE_DIED)
             if engine.status == 401 or (engine.status == 503 and report.attempts == 1):
                 raise EngineFailed(f"it answers {engine.status}", FailureSign.REFUSED)
             await self._pass_on(leg, watch=watch, report=report, answer=answer, proving=proving)
@@ -184,13 +187,10 @@ class Proxy:
     async def _pass_on(self, leg: Leg, *, watch: Watch, report: Report, answer: _Answer, proving: Proving) -> None:
         piece = await leg.read()
         proving.cancel()
-        report.first_byte_s = time.monotonic() - report.begun_s
         watch.pause()
-        if _is_route_missing(leg.head, piece):
-            await answer.refuse()
-            piece = b""
-        else:
-            await answer.begin(leg.head)
+        if report.status is None:
+            report.first_byte_s = time.monotonic() - report.begun_s
+            piece = await _begin(leg, answer, piece)
         if piece:  # before all else: a client waits for it
             report.tail_pieces.append(piece[-_TAIL_NBYTES:])
             await answer.write(piece)
@@ -215,6 +215,15 @@ class Proxy:
         assert self._settings.moves is not None
         mover = Mover(leg, order, self._gate, upstream=self._upstream, settings=self._settings.moves)
         return asyncio.get_running_loop().create_task(mover.run())
+
+
+async def _begin(leg: Leg, answer: _Answer, piece: bytes) -> bytes:
+    """Send the head; what is left of the first piece to be sent."""
+    if _is_route_missing(leg.head, piece):
+        await answer.refuse()
+        return b""
+    await answer.begin(leg.head)
+    return piece
 
 
 class _Answer:

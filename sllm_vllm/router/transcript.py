@@ -174,6 +174,11 @@ class Continuation:
         self._own_created: bytes | None = None
         self._shown_created = b""
 
+    @property
+    def is_even(self) -> bool:
+        """Whether the target has said all that the client has."""
+        return self._is_even
+
     def feed(self, data: bytes) -> bytes:
         """A piece of the target's stream; returns whole events for the client, maybe none.
 

@@ -22,6 +22,9 @@ class App:
     def __init__(self) -> None:
         self.routes: dict[str, Any] = {}
 
+    def add_middleware(self, kind: Any, **arguments: Any) -> None:
+        self.middleware = (kind, arguments)
+
     def add_route(self, path: str, answer: Any, methods: list[str]) -> None:
         assert methods == ["GET"]
         self.routes[path] = answer

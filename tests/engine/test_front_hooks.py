@@ -9,7 +9,7 @@ import pytest
 
 from sllm_vllm.engine.front_hooks import hook_generate, hook_outputs
 from sllm_vllm.engine.hook_points import HookPoints
-from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, handed_over
+from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, handed_over, sign_resume
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def resumed(engine: Any) -> bool:
 
     prompt = [1, 2, 3]
     carried = Resume(digest_tokens(prompt), (OwnedChoice((5, 6)),))
-    params = SamplingParams(max_tokens=10, extra_args={RESUME_KEY: carried.to_json()})
+    engine.sllm_resume_keys = ("key",)
+    signed = sign_resume(carried.to_json(), key="key", request="r")
+    params = SamplingParams(max_tokens=10, extra_args={RESUME_KEY: signed})
     asked = engine.generate({"type": "token", "prompt_token_ids": prompt}, params, "r")
     return bool(asked.extra_args[RESUME_KEY] == carried)
 
@@ -139,3 +141,18 @@ def test_where_a_hook_is_missing_it_is_refused_before_the_trial_too() -> None:
     points.problems.append("a module: there is no such function")
     with pytest.raises(VLLMValidationError, match="can't resume: a module"):
         resumed(engine)
+
+
+@pytest.mark.parametrize("key", ["another", ""])
+def test_a_resume_that_the_router_has_not_signed_is_refused(key: str) -> None:
+    """A client may write the key into its body: it would make the engine say that it said anything."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    engine = engine_with(HookPoints())
+    engine.sllm_resume_keys = ("key",)
+    text = Resume(digest_tokens([1, 2, 3]), (OwnedChoice((5, 6)),)).to_json()
+    for carried in (text, sign_resume(text, key=key, request="r"), sign_resume(text, key="key", request="r2")):
+        params = SamplingParams(max_tokens=10, extra_args={RESUME_KEY: carried})
+        with pytest.raises(VLLMValidationError, match="signed"):
+            engine.generate({"type": "token", "prompt_token_ids": [1, 2, 3]}, params, "r")

@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 
 from sllm_vllm.engine.resume import (
     RESUME_KEY,
+    RESUME_NBYTES_MAX,
     OwnedChoice,
     Resume,
     ResumeLimits,
     ResumeRefused,
     check_resume,
+    check_signature,
     digest_tokens,
     handed_over,
     owned_tokens,
     parse_resume,
+    sign_resume,
 )
 
 PROMPT = [1, 2, 3]
@@ -197,3 +200,31 @@ def test_a_core_takes_tokens_from_a_front_end_alone(extra_args: object) -> None:
     """A body's `vllm_xargs` may hold a list of numbers."""
     assert owned_tokens(extra_args) == []
     assert owned_tokens({RESUME_KEY: handed_over((5, 6))}) == [5, 6]
+
+
+SIGNED = sign_resume("{}", key="key", request="name")
+
+
+@pytest.mark.parametrize("request_id", ["name", "chatcmpl-name", "cmpl-name-0", "cmpl-name-3"])
+def test_what_the_router_signed_is_taken_under_every_id_that_vllm_makes_of_its_name(request_id: str) -> None:
+    assert check_signature(SIGNED, keys=["another", "key"], request=request_id) == "{}"
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "request_id"),
+    [
+        ("{}", ["key"], "name"),
+        (SIGNED, ["another"], "name"),
+        (SIGNED, [], "name"),
+        (SIGNED, ["key"], "name2"),
+        (SIGNED, ["key"], "cmpl-other-0"),
+        (SIGNED + " ", ["key"], "name"),
+        (SIGNED.replace(":", ":\n"), ["key"], "name"),
+        (f"{'0' * 64}:{{}}", ["key"], "name"),
+        ({"tokens": [5]}, ["key"], "name"),
+        ("x" * (RESUME_NBYTES_MAX + 1), ["key"], "name"),
+    ],
+)
+def test_what_anyone_else_wrote_is_refused(value: object, keys: list[str], request_id: str) -> None:
+    with pytest.raises(ResumeRefused, match=RESUME_KEY):
+        check_signature(value, keys=keys, request=request_id)

@@ -27,6 +27,7 @@ class Client:
     status: int = 0
     events: list[Any] = field(default_factory=list)
     body: Any = None
+    comments: list[bytes] = field(default_factory=list)
     is_cut: bool = False
     has_ended: bool = False
 
@@ -102,6 +103,8 @@ async def read(served: Served, path: str, body: dict[str, Any], client: Client) 
         try:
             if body["stream"]:
                 async for line in answer.content:
+                    if line.startswith(b":"):
+                        client.comments.append(line)
                     if line.startswith(b"data: "):
                         data = line[6:].strip()
                         client.events.append(DONE if data == b"[DONE]" else json.loads(data))

@@ -15,6 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
+from sllm_vllm.engine.resume import check_signature
 from tests.router.fake_gate import ENGINE_KEY
 
 KEY = "sllm_resume"
@@ -24,6 +25,12 @@ CREATED = {"a": 1_764_000_000, "b": 1_764_000_077, "c": 1_764_000_099}
 def text_of(num_tokens: int) -> str:
     """What an answer of so many tokens says."""
     return "".join(f"t{number} " for number in range(num_tokens))
+
+
+def owned_text(body: dict[str, Any]) -> str:
+    """What a body says that its request owns, without the signature."""
+    signed: str = body["vllm_xargs"][KEY]
+    return signed.partition(":")[2]
 
 
 @dataclass
@@ -48,6 +55,10 @@ class MovingEngine:
     resumed_status: int = 200
     says_error: bool = False
     """A resumed stream begins, and then says what went wrong."""
+    says_no_tokens: bool = False
+    """It has no plugin of ours, or an old one."""
+    is_deaf: bool = False
+    """It passes over what a request owns, and begins anew."""
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     """What waits for an event: ``fill``, ``resumed``, ``tokens``."""
     running: dict[str, Running] = field(default_factory=dict)
@@ -120,7 +131,7 @@ class MovingEngine:
         return web.json_response(told)
 
     async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        resume = json.loads((body.get("vllm_xargs") or {}).get(KEY, "null"))
+        resume = self.resume_of(body, request)
         owned = resume["choices"][0]["token_ids"] if resume else []
         if resume:
             await self.passed("resumed")
@@ -139,6 +150,20 @@ class MovingEngine:
         finally:
             del self.running[shown]
 
+    def resume_of(self, body: dict[str, Any], request: web.Request) -> Any:
+        """What a request owns, if it does, and its router signed that with this engine's key."""
+        signed = (body.get("vllm_xargs") or {}).get(KEY)
+        if signed is None or self.is_deaf:
+            return None
+        return json.loads(check_signature(signed, keys=[ENGINE_KEY], request=request.headers["x-request-id"]))
+
+    def note(self, one: Running, num_sent: int, request: web.Request) -> bytes:
+        """As an engine with our plugin says what a text comes from, to who asks."""
+        if self.says_no_tokens or request.headers.get("x-sllm-notes") != "1":
+            return b""
+        said: list[Any] = [] if num_sent else [{"d": "p", "c": 0, "n": 1}]
+        return b": sllm " + json.dumps([*said, {"i": 0, "t": one.tokens[num_sent:]}]).encode() + b"\n"
+
     async def stream(self, request: web.Request, body: dict[str, Any], one: Running) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
@@ -150,8 +175,9 @@ class MovingEngine:
             if one.tokens[num_sent:]:
                 is_last = len(one.tokens) == body["max_tokens"]
                 event = self.event(one.tokens[num_sent:], body, is_last=is_last)
+                note = self.note(one, num_sent, request)
                 num_sent = len(one.tokens)
-                await response.write(f"data: {json.dumps(event)}\n\n".encode())
+                await response.write(note + f"data: {json.dumps(event)}\n\n".encode())
             if num_sent == body["max_tokens"]:
                 break
             await self.generate(one, len(one.tokens) + 1)
@@ -162,7 +188,7 @@ class MovingEngine:
         async with self.changed:
             while len(one.tokens) < num_tokens:
                 await self.changed.wait_for(lambda: len(one.tokens) < self.allowed)
-                one.tokens.append(len(one.tokens))
+                one.tokens.append(len(one.tokens) + 100 * self.is_deaf)
 
     def event(self, tokens: list[int], body: dict[str, Any], *, is_last: bool) -> dict[str, Any]:
         text = "".join(f"t{token} " for token in tokens)

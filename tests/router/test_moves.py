@@ -15,7 +15,7 @@ from sllm_vllm.router import mover
 from sllm_vllm.router.leg import Leg
 from tests.router.fake_gate import until
 from tests.router.move_bench import NUM_TOKENS, assert_whole, bench
-from tests.router.moving_engine import CREATED, KEY, text_of
+from tests.router.moving_engine import CREATED, owned_text, text_of
 
 
 async def test_a_stream_goes_on_at_its_target() -> None:
@@ -34,7 +34,7 @@ async def test_a_stream_goes_on_at_its_target() -> None:
     assert (report.num_rounds, report.num_filled, report.num_moved) == (1, 27, 17)
     assert report.nbytes > 100
     resumed = one.b.bodies[-1]
-    assert json.loads(resumed["vllm_xargs"][KEY])["choices"][0]["token_ids"] == list(range(17))
+    assert json.loads(owned_text(resumed))["choices"][0]["token_ids"] == list(range(17))
     assert one.gate.outcomes[0].how == "done"
 
 
@@ -73,7 +73,7 @@ async def test_a_stream_is_held_right_after_an_event(monkeypatch: pytest.MonkeyP
         await until(lambda: one.b.running, "the request at its target")
         await one.b.allow(NUM_TOKENS)
         assert_whole(await one.ended())
-    assert json.loads(one.b.bodies[-1]["vllm_xargs"][KEY])["choices"][0]["token_ids"] == list(range(18))
+    assert json.loads(owned_text(one.b.bodies[-1]))["choices"][0]["token_ids"] == list(range(18))
 
 
 async def test_an_answer_that_does_not_stream_is_moved_too() -> None:
@@ -146,7 +146,7 @@ async def test_the_source_finishes_while_its_target_begins() -> None:
 
 
 async def test_the_source_dies_in_a_round() -> None:
-    """A stream that has begun gets one error, as without a move."""
+    """What it had said of its tokens is enough."""
     async with bench() as one:
         one.b.gates["fill"] = asyncio.Event()
         await one.a.allow(10)
@@ -154,10 +154,10 @@ async def test_the_source_dies_in_a_round() -> None:
         one.gate.order_move("b")
         await until(lambda: one.b.bodies, "the round")
         one.a.die()
-        client = await one.ended()
-    assert client.text == text_of(10)
-    assert client.events[-1]["error"]["code"] == "engine_failed"
-    assert one.gate.outcomes[0].how == "engine_failed"
+        await one.b.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+    assert one.gate.moves == []
+    assert [(failure.has_begun, failure.is_proven) for failure in one.gate.failures] == [(True, True)]
 
 
 async def test_the_source_of_a_plain_answer_dies_in_a_round() -> None:
@@ -205,8 +205,9 @@ async def test_the_target_dies_before_it_goes_on(when: str) -> None:
 
 
 async def test_the_target_dies_just_after_the_switch() -> None:
-    """Whose engine dies then gets one error, moved or not."""
+    """It goes on at a third engine, or where it came from."""
     async with bench() as one:
+        one.gate.attempts_max = 3
         await one.a.allow(10)
         await one.has(10)
         one.gate.order_move("b")
@@ -214,10 +215,87 @@ async def test_the_target_dies_just_after_the_switch() -> None:
         await one.moved()
         await one.has(12)
         one.b.die()
+        await one.a.allow(NUM_TOKENS)
         client = await one.ended()
-    assert client.text == text_of(12)
+    assert_whole(client)
+    assert {event["created"] for event in client.events[:-1]} == {CREATED["a"]}
+    assert [failure.has_begun for failure in one.gate.failures] == [True, True]  # the gate gave the dead one first
+    assert one.gate.outcomes[0].how == "done"
+
+
+async def test_a_stream_whose_engine_dies_goes_on_at_another() -> None:
+    async with bench() as one:
+        await one.a.allow(17)
+        await one.has(17)
+        one.a.die()
+        await until(lambda: one.b.running, "the request at the other")
+        await one.b.allow(NUM_TOKENS)
+        client = await one.ended()
+    assert_whole(client)
+    assert {event["created"] for event in client.events[:-1]} == {CREATED["a"]}
+    assert json.loads(owned_text(one.b.bodies[-1]))["choices"][0]["token_ids"] == list(range(17))
+    assert one.gate.outcomes[0].how == "done"
+    assert one.gate.num_first_bytes == 2
+
+
+async def test_a_stream_outlives_several_engines() -> None:
+    async with bench() as one:
+        one.gate.attempts_max = 3
+        await one.a.allow(10)
+        await one.has(10)
+        one.a.die()
+        await one.b.allow(20)
+        await one.has(20)
+        one.a.is_dead = False
+        one.b.die()
+        await one.a.allow(NUM_TOKENS)
+        assert_whole(await one.ended())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"resumed_status": 400}, "it answers 400: queue full"),
+        ({"says_error": True}, "no blocks left"),
+        ({"is_deaf": True}, "it began anew"),
+        ({"says_no_tokens": True}, "it began anew"),
+        ({"is_dead": True}, "it broke off"),
+    ],
+)
+async def test_a_stream_that_cant_go_on_ends_with_one_error(wrong: dict[str, Any], reason: str) -> None:
+    """Nothing that may be wrong goes to its client."""
+    async with bench() as one:
+        for name, value in wrong.items():
+            setattr(one.b, name, value)
+        await one.a.allow(17)
+        await one.has(17)
+        one.a.die()
+        await one.b.allow(NUM_TOKENS)
+        client = await one.ended()
+    assert client.text == text_of(17)
     assert client.events[-1]["error"]["code"] == "engine_failed"
+    assert [event for event in client.events if "error" in event] == client.events[-1:]
+    assert reason in one.gate.retries[-1]
+
+
+async def test_a_stream_whose_engine_said_nothing_of_its_tokens_ends_with_one_error() -> None:
+    async with bench() as one:
+        one.a.says_no_tokens = True
+        await one.a.allow(1)
+        await one.has(1)
+        one.a.die()
+        client = await one.ended()
+    assert client.events[-1]["error"]["code"] == "engine_failed"
+    assert one.gate.retries == []
     assert one.gate.outcomes[0].how == "engine_failed"
+
+
+async def test_notes_are_not_for_clients() -> None:
+    async with bench() as one:
+        await one.a.allow(NUM_TOKENS)
+        client = await one.ended()
+    assert_whole(client)
+    assert client.comments == []
 
 
 @pytest.mark.parametrize(
@@ -328,3 +406,13 @@ async def test_a_client_that_leaves_leaves_nothing_behind(when: str) -> None:
             event.set()
         await until(lambda: not one.a.running and not one.b.running, "both engines to be idle")
     assert one.gate.followers == {}
+
+
+async def test_an_engine_is_asked_whether_it_has_begun_a_plain_answer() -> None:
+    """Of which nothing is seen before it is whole: so its request is no suspect if the engine dies of another."""
+    async with bench(stream=False) as one:
+        await one.a.allow(3)
+        await until(lambda: one.gate.num_first_tokens, "the first token to be told")
+        await one.a.allow(NUM_TOKENS)
+        await one.ended()
+    assert one.gate.num_first_tokens == 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.upstream import (
     HEAD_NBYTES_MAX,
@@ -207,3 +208,31 @@ async def test_read_ahead_of_a_reader_that_stalls_is_bounded() -> None:
             await asyncio.sleep(0)
         assert READ_NBYTES <= len(answer.peek()) <= READ_NBYTES + READ_AT_ONCE_NBYTES
         assert len(await read_all(answer)) == nbytes
+
+
+async def test_what_an_idle_connection_swallowed_may_have_ended_its_engine() -> None:
+    """Nothing came back and nobody listens any more: that it could not be sent again does not make it innocent."""
+    asked: list[bytes] = []
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(2)
+            if asked:
+                server.close()
+                writer.close()
+                return
+            asked.append(head)
+            writer.write(OK)
+
+    server = await asyncio.start_server(connection, "127.0.0.1", 0)
+    url = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+    upstream = Upstream(IngressSettings())
+    answer = await upstream.post(url, target="/", headers=[], body=b"{}")
+    await read_all(answer)
+    answer.close()
+    for sign in (FailureSign.BROKE_OFF, FailureSign.UNREACHED):
+        with pytest.raises(EngineFailed) as failed:
+            await upstream.post(url, target="/", headers=[], body=b"{}")
+        assert failed.value.sign is sign
+    upstream.close()

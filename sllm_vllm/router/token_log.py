@@ -1,0 +1,127 @@
+"""The tokens of one streamed answer, out of the notes that its engine writes beside it. Pure.
+
+``engine/answer_notes.py`` says what notes look like. They are taken out of what the client gets. From them the answer
+can be continued elsewhere when its engine is gone; what was noted is never less than what the client has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from sllm_vllm.engine.answer_notes import NOTE
+
+FOLD_NBYTES = 1 << 13
+"""Notes kept as they came; more are read, into four bytes a token."""
+LOG_NBYTES_MAX = 4 << 20
+"""Of one answer: a million tokens, or some 4,000 with 20 top logprobs each. One with more can't be continued."""
+_LINE = re.compile(rb"(?m)^: sllm (.*)\n\n?")
+
+
+@dataclass(slots=True)
+class _Choice:
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    logprobs: list[Any] | None = None
+    ending: tuple[Any, Any] = (None, None)
+
+    def as_json(self) -> dict[str, Any]:
+        finish_reason, stop_reason = self.ending
+        return {
+            "token_ids": list(self.tokens),
+            "logprobs": self.logprobs,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+
+
+class TokenLog:
+    """Of one engine's answer, from its beginning."""
+
+    def __init__(self) -> None:
+        self.has_died = False
+        """The engine said that its core has."""
+        self._pieces: list[bytes] = []
+        self._num_raw = 0
+        self._nbytes = 0
+        self._choices: dict[int, _Choice] = {}
+        self._digest = ""
+        self._num_cached: int | None = None
+        self._is_over = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices."""
+        self._fold()
+        return sum(len(choice.tokens) for choice in self._choices.values())
+
+    def strip(self, events: bytes) -> bytes:
+        """Whole events without the notes, which are kept."""
+        if NOTE not in events:
+            return events
+        return _LINE.sub(self._take, events)
+
+    def resume(self) -> dict[str, Any] | None:
+        """What a target needs, as ``Resume.to_json`` has it; None if nothing can be continued."""
+        self._fold()
+        num_tokens = sum(len(choice.tokens) for choice in self._choices.values())
+        if self._is_over or not self._digest or not num_tokens:
+            return None
+        choices = [self._choices[index].as_json() for index in sorted(self._choices)]
+        return {
+            "version": 1,
+            "prompt_digest": self._digest,
+            "num_cached_tokens": self._num_cached,
+            "step": 1,
+            "choices": choices,
+        }
+
+    def goes_on_from(self, owned: dict[str, Any]) -> bool:
+        """Whether this is the log of an answer that began with what was owned: so its engine has heeded it."""
+        self._fold()
+        found = [self._choices.get(index) for index in range(len(owned["choices"]))]
+        return self._digest == owned["prompt_digest"] and all(
+            one is not None and one.tokens[: len(choice["token_ids"])].tolist() == choice["token_ids"]
+            for one, choice in zip(found, owned["choices"], strict=True)
+        )
+
+    def _take(self, line: re.Match[bytes]) -> bytes:
+        self._pieces.append(line[1])
+        self._num_raw += len(line[1])
+        self._nbytes += len(line[1])
+        self.has_died = self.has_died or line[1] == b'[{"died":true}]'
+        if self._nbytes > LOG_NBYTES_MAX:
+            self._is_over = True
+            self._choices.clear()
+        if self._num_raw > FOLD_NBYTES:
+            self._fold()
+        return b""
+
+    def _fold(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        self._num_raw = 0
+        if self._is_over:
+            return
+        for piece in pieces:
+            try:
+                for entry in json.loads(piece):
+                    self._add(entry)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):  # an engine of another version
+                self._is_over = True
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        if "d" in entry:
+            self._digest, self._num_cached = entry["d"], entry["c"]
+            self._choices = {index: _Choice() for index in range(entry["n"])}
+        elif "i" in entry:
+            choice = self._choices[entry["i"]]
+            choice.tokens.extend(entry["t"])
+            if "l" in entry:
+                choice.logprobs = choice.logprobs if choice.logprobs is not None else []
+                choice.logprobs.extend(entry["l"])
+            if "f" in entry:
+                choice.ending = tuple(entry["f"])
+        elif "end" in entry:
+            self._is_over = True
