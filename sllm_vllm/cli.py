@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,7 +23,16 @@ import typer
 
 from sllm_vllm import __version__
 from sllm_vllm.cli_node import add_engine_commands, node_app
-from sllm_vllm.cli_output import command_group, print_done, print_json, print_table, progress_bar, shown, wrong_usage
+from sllm_vllm.cli_output import (
+    age,
+    command_group,
+    print_done,
+    print_json,
+    print_table,
+    progress_bar,
+    shown,
+    wrong_usage,
+)
 from sllm_vllm.cli_router import add_router_commands
 from sllm_vllm.cli_store import Json, StoreDir, store_app, store_root, with_options
 from sllm_vllm.cli_transfer import add_transfer_commands
@@ -31,12 +40,14 @@ from sllm_vllm.cli_transfer import add_transfer_commands
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from sllm_vllm.checkpoint.core.manifest import Source
     from sllm_vllm.checkpoint.reader import Checkpoint
     from sllm_vllm.checkpoint.repository import CheckpointRepository
     from sllm_vllm.errors import CheckpointError, CheckpointMissing
     from sllm_vllm.loader.conversion import Converted, Event
 
 _LARGEST_SHOWN = 10
+_DIFFERING_SHOWN = 5
 
 app = command_group(
     "sllm-vllm",
@@ -226,7 +237,7 @@ class _RankBars:
 
         bar = self._bars[event.rank]
         if isinstance(event, StageBegun):
-            words = {"read": "reading", "write": "writing"}
+            words = {"read": "reading", "write": "writing", "compare": "comparing"}
             self._progress.reset(bar, total=event.nbytes, description=f"rank {event.rank} {words[event.stage]}")
         elif isinstance(event, BytesDone):
             self._progress.advance(bar, event.nbytes)
@@ -258,7 +269,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "created_by": manifest.created_by,
-        "source": manifest.source.model_dump(),
+        "source": _describe_source(manifest.source),
         "layout": manifest.layout.model_dump(),
         "nbytes": manifest.nbytes,
         "chunk_nbytes": manifest.chunk_nbytes,
@@ -276,9 +287,25 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _describe_source(source: Source) -> dict[str, Any]:
+    return {**source.model_dump(exclude={"files"}), "files": len(source.files)}
+
+
 @app.command()
-def verify(path: CheckpointPath, store_dir: StoreDir = None, as_json: Json = False) -> None:
-    """Check every byte of a checkpoint against its checksum."""
+def verify(
+    path: CheckpointPath,
+    *,
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare every tensor with what MODEL holds now.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in vllm serve.")] = False,
+    store_dir: StoreDir = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a checkpoint against its checksum, and with --source against the model.
+
+    The comparison loads MODEL as a conversion does. It ends with exit code 1 if a tensor differs.
+    """
     from sllm_vllm.checkpoint.reader import verify_checkpoint
     from sllm_vllm.units import format_bps, format_nbytes
 
@@ -290,7 +317,23 @@ def verify(path: CheckpointPath, store_dir: StoreDir = None, as_json: Json = Fal
     rate = nbytes / (time.perf_counter() - start)
     record = {"done": "sound", "path": checkpoint.path, "nbytes": nbytes, "bps": rate}
     line = f"sound: {checkpoint.path} ({format_nbytes(nbytes)}, {format_bps(rate)})"
+    if source is not None:
+        _require_as_in_source(checkpoint, source, trust_remote_code=trust_remote_code)
+        record["source"] = source
+        line = f"{line}; every tensor is as in {source}"
     print_done(record, line, as_json=as_json)
+
+
+def _require_as_in_source(checkpoint: Checkpoint, source: str, *, trust_remote_code: bool) -> None:
+    from sllm_vllm.errors import SllmError
+    from sllm_vllm.loader.conversion import compare_with_source
+
+    with progress_bar() as progress:
+        bars = _RankBars(progress, checkpoint.manifest.layout.num_partitions)
+        differing = compare_with_source(checkpoint, source, trust_remote_code=trust_remote_code, on_event=bars)
+    if differing:
+        told = ", ".join(differing[:_DIFFERING_SHOWN]) + (", …" if len(differing) > _DIFFERING_SHOWN else "")
+        raise SllmError(f"{checkpoint.path}: {len(differing)} tensors are not as in {source}: {told}; convert it again")
 
 
 @app.command()
@@ -320,34 +363,42 @@ def export(
 
 @app.command(name="list")
 def list_checkpoints(store_dir: StoreDir = None, as_json: Json = False) -> None:
-    """List the checkpoints of the store, broken ones too."""
+    """List the checkpoints of the store, with their age and last use; broken ones too."""
     repository = _repository(store_dir)
     entries = [_entry(found, repository) for found in repository.list()]
     if as_json:
         print_json(entries)
         return
-    from sllm_vllm.units import format_nbytes
-
     if not entries:
         typer.echo(f"no checkpoints in {repository.root}")
-    for entry in entries:
-        if entry["error"] is not None:
-            typer.echo(f"{entry['name']}  broken: {entry['error']}")
-        else:
-            layout = entry["layout"]
-            words = (layout["dtype"], layout["quantization"] or "", f"tp={layout['tensor_parallel_size']}")
-            told = " ".join(word for word in words if word)
-            typer.echo(f"{entry['name']}  {format_nbytes(entry['nbytes'])}  {told}  {entry['source']['model']}")
+        return
+    print_table("", [_list_row(entry) for entry in entries], cut=("source",))
+    typer.echo(f"{len(entries)} checkpoints, {shown('nbytes', sum(entry['nbytes'] or 0 for entry in entries))}")
+
+
+def _list_row(entry: dict[str, Any]) -> dict[str, object]:
+    row = {"name": entry["name"], "nbytes": entry["nbytes"], "for": None, "age": None, "last use": None}
+    if entry["layout"] is not None:
+        layout = entry["layout"]
+        words = (layout["dtype"], layout["quantization"] or "", f"tp={layout['tensor_parallel_size']}")
+        row["for"] = " ".join([*filter(None, words), f"vllm={layout['vllm_version']}"])
+        row["age"] = age(entry["age_s"])
+        row["last use"] = "never" if entry["unused_s"] is None else f"{age(entry['unused_s'])} ago"
+    source = entry["source"]["model"] if entry["source"] is not None else ""
+    row["source"] = source if entry["error"] is None else f"broken: {entry['error']}"
+    return row
 
 
 def _entry(found: Checkpoint | CheckpointError, repository: CheckpointRepository) -> dict[str, Any]:
     """A line of the list, ready for JSON; ``error`` is None for a checkpoint whose files are all there."""
+    from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
     from sllm_vllm.errors import CheckpointError
 
     if isinstance(found, CheckpointError):
         name = Path(found.path).relative_to(repository.root).parts[0]
-        return {"name": name, "path": str(repository.root / name), "error": str(found)}
-    manifest, error = found.manifest, None
+        facts = dict.fromkeys(("nbytes", "age_s", "unused_s", "source", "layout"))
+        return {"name": name, "path": str(repository.root / name), "error": str(found), **facts}
+    manifest, error, now_s = found.manifest, None, time.time()
     try:
         for partition in manifest.partitions:
             found.partition(partition.rank).open().close()
@@ -358,7 +409,9 @@ def _entry(found: Checkpoint | CheckpointError, repository: CheckpointRepository
         "path": str(found.path),
         "error": error,
         "nbytes": manifest.nbytes,
-        "source": manifest.source.model_dump(),
+        "age_s": now_s - (found.path / MANIFEST_NAME).stat().st_mtime,
+        "unused_s": None if (used_s := repository.last_use_s(found.path.name)) is None else now_s - used_s,
+        "source": _describe_source(manifest.source),
         "layout": manifest.layout.model_dump(),
     }
 
@@ -387,6 +440,39 @@ def rm(
     nbytes = repository.remove(name)
     line = f"removed: {name} ({format_nbytes(nbytes)})"
     print_done({"done": "removed", "name": name, "nbytes": nbytes}, line, as_json=as_json)
+
+
+@app.command()
+def prune(
+    store_dir: StoreDir = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Remove checkpoints that no start can use: of another vLLM, or of weights that are not here any more.
+
+    Source weights that have changed since they were read last are read for it.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    from sllm_vllm.checkpoint.prune import find_unused
+    from sllm_vllm.units import format_nbytes
+
+    repository, installed = _repository(store_dir), None
+    with contextlib.suppress(PackageNotFoundError):
+        installed = version("vllm")
+    unused = find_unused(repository, vllm_version=installed)
+    total = sum(item.nbytes for item in unused)
+    if not as_json and unused:
+        print_table("", [{"name": item.name, "nbytes": item.nbytes, "reason": item.reason} for item in unused])
+    if unused and not dry_run:
+        if not yes:
+            typer.confirm(f"Remove these {len(unused)} checkpoints ({format_nbytes(total)})?", abort=True, err=as_json)
+        total = sum(repository.remove(item.name) for item in unused)
+    done = "would be removed" if dry_run else "removed"
+    record = {"done": done, "nbytes": total, "checkpoints": [asdict(item) for item in unused]}
+    print_done(record, f"{done}: {len(unused)} checkpoints ({format_nbytes(total)})", as_json=as_json)
 
 
 @app.command()

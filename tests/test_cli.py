@@ -189,8 +189,32 @@ def test_list_shows_broken_checkpoints_too(run: Run, checkpoint: Checkpoint, sto
     assert "no valid JSON" in broken["error"]
     assert (sound["error"], sound["nbytes"]) == (None, checkpoint.manifest.nbytes)
     _, out, _ = run("list")
-    assert re.search(r"^broken  broken: .*no valid JSON", out, re.MULTILINE)
-    assert re.search(rf"^{checkpoint.path.name}  \S+ KiB  bfloat16 tp=2  /models/tiny$", out, re.MULTILINE)
+    assert re.search(r"^broken .*  broken: .*no valid JSON", out, re.MULTILINE)
+    told = r"\S+ KiB  bfloat16 tp=2 vllm=1.2.3 +\S+ s  never +/models/tiny$"
+    assert re.search(rf"^{checkpoint.path.name} +{told}", out, re.MULTILINE)
+    assert re.search(r"^2 checkpoints, \S+ KiB$", out, re.MULTILINE)
+
+
+def test_list_tells_when_a_checkpoint_was_used(run: Run, checkpoint: Checkpoint, store: Path) -> None:
+    CheckpointRepository(store).note_use(checkpoint.path.name)
+    _, out, _ = run("list", "--json")
+    (entry,) = json.loads(out)
+    assert 0 <= entry["unused_s"] <= entry["age_s"] + 1 < 600
+    assert re.search(r"  \S+ s ago  ", run("list")[1])
+
+
+def test_prune_asks_first_and_says_why(run: Run, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = checkpoint.path.name
+    _, out, _ = run("prune", "--dry-run")
+    assert re.search(rf"^{name} .* it is for vLLM 1.2.3, installed is ", out, re.MULTILINE)
+    assert "would be removed: 1 checkpoints (" in out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    assert run("prune")[0] == 1
+    assert checkpoint.path.exists()
+    code, out, _ = run("prune", "--yes", "--json")
+    assert (code, [item["name"] for item in json.loads(out)["checkpoints"]]) == (0, [name])
+    assert not checkpoint.path.exists()
+    assert run("prune", "--yes")[1] == "removed: 0 checkpoints (0 B)\n"
 
 
 def test_list_sees_that_a_partition_is_missing(run: Run, checkpoint: Checkpoint) -> None:

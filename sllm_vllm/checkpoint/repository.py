@@ -7,6 +7,7 @@
     <root>/.locks/                     one writer a rank, one publisher; the locks die with their process
     <root>/.rejected/<name>/           could not be used, kept for whoever wants to know why
     <root>/.trash/                     being removed; what a killed removal left goes with the next one
+    <root>/.used/<name>                empty; its time is when the checkpoint was loaded last
     <root>/.verified/                  which partitions were read whole and found sound since they last changed
 
 Ranks write independently and need not start together. Whoever finishes the last partition publishes. So a conversion
@@ -49,6 +50,7 @@ _LOCKS = ".locks"
 _REJECTED = ".rejected"
 _STAGING = ".staging"
 _TRASH = ".trash"
+_USED = ".used"
 
 
 _LAYOUT_DIGITS, _KEY_DIGITS = 6, 14
@@ -126,6 +128,18 @@ class CheckpointRepository:
         except CheckpointError as error:
             return error
 
+    def note_use(self, name: str) -> None:
+        """Remember that a checkpoint is loaded now, where the directory can be written."""
+        with contextlib.suppress(OSError):
+            (self._private_directory(_USED) / name).touch()
+
+    def last_use_s(self, name: str) -> float | None:
+        """When a checkpoint was loaded last, since the epoch; None: never, as far as is known."""
+        try:
+            return (self.root / _USED / name).stat().st_mtime
+        except OSError:
+            return None
+
     def remove(self, name: str) -> int:
         """Remove a checkpoint; engines that have it open keep reading it. Returns the bytes freed.
 
@@ -147,6 +161,7 @@ class CheckpointRepository:
             shutil.rmtree(doomed)
             for leftover in trash.iterdir():
                 shutil.rmtree(leftover, ignore_errors=True)
+            (self.root / _USED / name).unlink(missing_ok=True)
         return nbytes
 
     def set_aside(self, name: str) -> Path:

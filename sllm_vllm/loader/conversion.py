@@ -27,11 +27,12 @@ from pydantic import ValidationError
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, first_problem
 from sllm_vllm.checkpoint.fingerprint import has_weight_files
+from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
 from sllm_vllm.errors import ConfigError, SllmError
 from sllm_vllm.loader.model_files import copy_model_files, put_in_place, require_free, workplace
 
-Stage = Literal["read", "write"]
+Stage = Literal["read", "write", "compare"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class ConvertRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     chunk_nbytes: int = CHUNK_NBYTES_DEFAULT
+    compared: Path | None = None
+    """Write nothing; hold this checkpoint against what would be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +84,14 @@ class BytesDone:
 @dataclass(frozen=True, slots=True)
 class RankDone:
     """A rank's partition is there. ``found``: the whole checkpoint was; ``kept``: an earlier conversion had written
-    this partition; ``written``: now. ``dtype``: what vLLM must be told to load it, if not ``auto``."""
+    this partition; ``written``: now; ``compared``: it was held against the source. ``dtype``: what vLLM must be told to
+    load it, if not ``auto``. ``differing``: tensors that are not as in the source."""
 
     rank: int
     checkpoint: Path
-    outcome: Literal["found", "kept", "written"]
+    outcome: Literal["found", "kept", "written", "compared"]
     dtype: str | None = None
+    differing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +108,12 @@ Event = StageBegun | BytesDone | RankDone | RankFailed
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A published checkpoint. ``outcomes``: each rank's, in order; ``dtype``: see ``RankDone``."""
+    """A published checkpoint. ``outcomes``: each rank's, in order; ``dtype``, ``differing``: see ``RankDone``."""
 
     checkpoint: Path
     outcomes: tuple[str, ...]
     dtype: str | None
+    differing: tuple[str, ...] = ()
 
     @property
     def was_found(self) -> bool:
@@ -134,6 +140,32 @@ def convert_model(request: ConvertRequest, on_event: Callable[[Event], None] = l
             copy_model_files(model_files, converted.checkpoint)
             put_in_place(converted.checkpoint, target)
     return Converted(target, converted.outcomes, converted.dtype)
+
+
+def compare_with_source(
+    checkpoint: Checkpoint, model: str, *, trust_remote_code: bool = False, on_event: Callable[[Event], None]
+) -> tuple[str, ...]:
+    """Load ``model`` as for a conversion and hold every tensor of ``checkpoint`` against it.
+
+    Returns:
+        The tensors that differ, are missing in the checkpoint, or are not in the model, with their ranks.
+
+    Raises:
+        ConfigError: the checkpoint's parallel sizes can't be had in a conversion. SllmError: the model can't be loaded.
+    """
+    layout = checkpoint.manifest.layout
+    if layout.num_partitions != layout.tensor_parallel_size:
+        raise ConfigError(f"{checkpoint.path}: only tensor-parallel checkpoints can be compared with their source")
+    _require_source(model)
+    request = ConvertRequest(
+        model=model,
+        store_dir=checkpoint.path.parent,
+        tensor_parallel_size=layout.tensor_parallel_size,
+        dtype=layout.dtype,
+        trust_remote_code=trust_remote_code,
+        compared=checkpoint.path,
+    )
+    return run_ranks(request, checkpoint.path.parent, None, on_event=on_event).differing
 
 
 def _require_source(model: str) -> None:
@@ -167,7 +199,8 @@ def run_ranks(
         if not keeps_logs:
             shutil.rmtree(run_dir, ignore_errors=True)
     ranks = sorted(done, key=lambda rank: rank.rank)
-    return Converted(ranks[0].checkpoint, tuple(rank.outcome for rank in ranks), ranks[0].dtype)
+    differing = tuple(f"{name} (rank {rank.rank})" for rank in ranks for name in rank.differing)
+    return Converted(ranks[0].checkpoint, tuple(rank.outcome for rank in ranks), ranks[0].dtype, differing)
 
 
 def log_path(job: RankJob) -> Path:

@@ -32,10 +32,13 @@ from sllm_vllm.checkpoint.reader import open_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository, Staging
 from sllm_vllm.checkpoint.source_records import SourceRecords
 from sllm_vllm.checkpoint.writer import write_partition
+from sllm_vllm.config import LoaderConfig
 from sllm_vllm.errors import CheckpointError, CheckpointUnreadable, ConfigError, WriteError
 from sllm_vllm.loader.conversion import BytesDone, ConvertRequest, Event, RankDone, RankJob, StageBegun
-from sllm_vllm.loader.model_files import adapt_config, copy_model_files, folders_read_aside, is_free
+from sllm_vllm.loader.model_files import CONFIG_NAME, adapt_config, copy_model_files, folders_read_aside, is_free
 from sllm_vllm.loader.module_state import TransientBuffers, dtype_name, named_state, storable_tensors
+from sllm_vllm.loader.read import read_tensors
+from sllm_vllm.loader.sink import byte_view
 from sllm_vllm.loader.tensorizer_file import TENSORIZER_NAME, read_tensorizer
 from sllm_vllm.loader.vllm_layout import layout_of
 from sllm_vllm.loader.vllm_source import ModelSource, locate, require_weights_here
@@ -56,6 +59,10 @@ def convert_rank(job: RankJob, tell: Tell) -> None:
     """
     source = _engine_config(job.request, job.request.model, job)
     _join_ranks(job, source)
+    if job.request.compared is not None:
+        tell(_compare_rank(job, job.request.compared, source, tell=tell))
+        _leave_ranks()
+        return
     target = source if job.model_files is None else _config_of_files(job, job.model_files, source)
     weights = ModelSource(locate(source.model_config), SourceRecords(job.root))
     key = CheckpointKey(_from_first_rank(weights.identify, job.rank), layout_of(target, target.model_config))
@@ -69,9 +76,38 @@ def convert_rank(job: RankJob, tell: Tell) -> None:
         tell(RankDone(job.rank, staging.target, "written" if was_needed else "kept", dtype))
     else:
         tell(RankDone(job.rank, found, "found", dtype))
+    _leave_ranks()
+
+
+def _leave_ranks() -> None:
     torch.distributed.barrier()  # a rank that leaves early would fail the others' last collective
     destroy_model_parallel()
     destroy_distributed_environment()
+
+
+def _compare_rank(job: RankJob, compared: Path, source: VllmConfig, *, tell: Tell) -> RankDone:
+    """Hold this rank's partition of a checkpoint against the module that the stock loader fills."""
+    checkpoint = open_checkpoint(compared)
+    is_model = (compared / CONFIG_NAME).exists()
+    target = _engine_config(job.request, str(compared), job) if is_model else source
+    state = _load_rank(job, source, target, tell=tell)
+    partition = checkpoint.partition(job.rank)
+    tell(StageBegun(job.rank, "compare", partition.record.nbytes))
+    progress, differing, missing = _Progress(job.rank, tell), list[str](), set(state)
+    for name, tensor in read_tensors(partition, LoaderConfig(store_dir=compared.parent, store=False, verify="always")):
+        missing.discard(name)
+        if name not in state or not _holds_the_same(state[name], tensor):
+            differing.append(name)
+        progress.add(tensor.nbytes)
+    progress.flush()
+    return RankDone(job.rank, compared, "compared", differing=(*differing, *sorted(missing)))
+
+
+def _holds_the_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Bit for bit: NaN is equal to itself, 0.0 is not equal to -0.0."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(byte_view(first.detach().contiguous()), byte_view(second.contiguous()))
 
 
 def _engine_config(request: ConvertRequest, model: str, job: RankJob, *, dtype: str | None = None) -> VllmConfig:

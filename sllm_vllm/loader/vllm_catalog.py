@@ -128,6 +128,7 @@ class Catalog:
             _check(checkpoint, key)
             for partition in checkpoint.manifest.partitions:
                 checkpoint.partition(partition.rank).open().close()
+            self._repository.note_use(key.name)
             return Found(checkpoint, source, key.layout)
         except CheckpointMissing as error:
             if not (self._repository.root / key.name).exists():

@@ -23,6 +23,7 @@ from sllm_vllm.checkpoint import source_records
 from sllm_vllm.checkpoint.fingerprint import fingerprint_directory, scan_source
 from sllm_vllm.checkpoint.source_records import SourceRecords
 from sllm_vllm.errors import ConfigError
+from tests.waiting import wait_until
 
 SETTLED_NS = 30_000_000
 """Longer than the tick of any kernel's clock, so that a run meets states that prove something, and others."""
@@ -197,7 +198,8 @@ def lose_records(world: World) -> None:
 
 def let_time_pass(world: World) -> None:
     """Until what was written is settled."""
-    time.sleep(SETTLED_NS / 1e9 + 0.01)
+    deadline_ns = time.time_ns() + SETTLED_NS + 10_000_000
+    wait_until(lambda: time.time_ns() > deadline_ns, "the clock")
 
 
 EDITS: list[Callable[[World], None]] = [

@@ -322,6 +322,28 @@ def test_out_goes_on_where_a_conversion_was_killed(model_dir: ModelDir, convert:
     assert not root.exists()
 
 
+def compare(process: ProcessPoolExecutor, checkpoint: Path, model: Path, run_dir: Path) -> tuple[str, ...]:
+    """What `compare_with_source` finds, in the process that has vLLM imported already."""
+    run_dir.mkdir()
+    request = ConvertRequest(model=str(model), store_dir=checkpoint.parent, dtype="bfloat16", compared=checkpoint)
+    done = process.submit(convert_here, RankJob(request, 0, run_dir, checkpoint.parent, None)).result()[-1]
+    assert isinstance(done, RankDone)
+    return done.differing
+
+
+def test_checkpoint_is_compared_with_its_source(
+    model_dir: ModelDir, convert: Converter, process: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    model = shutil.copytree(model_dir(), tmp_path / "model")
+    converted, _ = convert(model)
+    assert compare(process, converted.checkpoint, model, tmp_path / "first") == ()
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    differing = compare(process, converted.checkpoint, model, tmp_path / "second")
+    assert differing == ("model.layers.0.self_attn.qkv_proj.weight",)
+
+
 def test_tensorizer_file_as_source(model_dir: ModelDir, convert: Converter, tmp_path: Path) -> None:
     """There and back: what was exported is converted again, and holds the same bits."""
     first, _ = convert(model_dir("qwen2"))
