@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import wrapt
 
 from sllm_vllm.start_hint import StartHint, plan_hint
 
+_OURS = "sllm"
 _MODEL_LOADERS = "vllm.model_executor.model_loader"
 
 
@@ -21,6 +23,7 @@ def register() -> None:
     somebody imports them: a process that never does starts that much faster.
     """
     wrapt.register_post_import_hook(_register_now, _MODEL_LOADERS)
+    _keep_quiet_about_ours()
     _hook_if_wanted()
     _hint_once()
 
@@ -28,6 +31,30 @@ def register() -> None:
 def _register_now(module: ModuleType) -> None:
     """Import our loader, whose class registers itself with ``module``."""
     import sllm_vllm.loader.vllm_loader  # noqa: F401 (not before vLLM's own loaders are there)
+
+
+class _WithoutOurs(logging.Filter):
+    """Takes our endpoint plugin out of vLLM's advice to allow endpoint plugins by ``VLLM_PLUGINS``.
+
+    Its routes are for the router's moves alone, and it sets the variable for the engines that need them; a user who
+    follows the advice has every engine start cold. Plugins of others are still named, and all other records pass.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("Found endpoint plugin(s)") or not isinstance(record.args, tuple):
+            return True
+        names = record.args[0] if record.args else None
+        if not isinstance(names, list) or _OURS not in names:
+            return True
+        others = [name for name in names if name != _OURS]
+        record.args = (others, *record.args[1:])
+        return bool(others)
+
+
+def _keep_quiet_about_ours() -> None:
+    logger = logging.getLogger("vllm.plugins")
+    if not any(isinstance(one, _WithoutOurs) for one in logger.filters):
+        logger.addFilter(_WithoutOurs())
 
 
 def _hook_if_wanted() -> None:

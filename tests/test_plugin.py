@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -172,3 +173,27 @@ def test_a_dead_daemon_s_socket_does_not_fail_a_start(script: Path, state_dir: P
     with listening(state_dir):
         pass
     assert start(script, "org/model", store={"store_dir": str(state_dir.parent)}) == "registered 0\n"
+
+
+QUIET = """
+import logging
+import vllm.plugins
+from vllm.plugins import load_endpoint_plugins, load_general_plugins
+load_general_plugins()
+load_general_plugins()
+load_endpoint_plugins(None)
+logger = logging.getLogger("vllm.plugins")
+logger.warning("Found endpoint plugin(s) %s but", ["sllm", "others"])
+logger.warning("plainly %s", ["sllm"])
+"""
+
+
+def test_a_plain_start_does_not_advise_to_allow_our_endpoints(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120, check=True, env=environment
+    )
+    said = done.stdout + done.stderr
+    assert said.count("Found endpoint plugin(s)") == 1
+    assert "Found endpoint plugin(s) ['others'] but" in said
+    assert "plainly ['sllm']" in said

@@ -14,14 +14,14 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 
 import aiohttp
 
 from sllm_vllm import __version__
 from sllm_vllm.config import NodeConfig
-from sllm_vllm.errors import NodeError, OrderRefused, ReplicaUnknown
+from sllm_vllm.errors import ConfigError, NodeError, OrderRefused, ReplicaUnknown
 from sllm_vllm.file_limit import Spare
 from sllm_vllm.node.core.agent import AgentCore, AgentLimits
 from sllm_vllm.node.core.events import (
@@ -50,6 +50,7 @@ from sllm_vllm.node.core.launch import (
 )
 from sllm_vllm.node.core.replica import ENDED, WELL_ONCE, ReplicaRow, State
 from sllm_vllm.node.engine import Engine
+from sllm_vllm.node.engine_config import expand_config
 from sllm_vllm.node.logs import BoundedLog, read_log, remove_log, remove_old_logs
 from sllm_vllm.node.model_path import require_model
 from sllm_vllm.node.orphans import DeathWatch, Record, sweep
@@ -86,6 +87,24 @@ def _limits_of(config: NodeConfig) -> AgentLimits:
         orders_max=config.orders_max,
         ended_max=config.ended_max,
     )
+
+
+def _expanded(order: ReplicaOrder) -> tuple[str, ...]:
+    """Its arguments, with those of a ``--config`` file."""
+    try:
+        return expand_config(order.arguments, order.directory)
+    except ConfigError as error:
+        raise OrderRefused(order.model, str(error), "give a file that vLLM can read, or none") from None
+
+
+def _require_reachable(model: str, arguments: Sequence[str]) -> None:
+    """Refuse what would have an engine listen elsewhere, or for everyone."""
+    for name in UNREACHABLE_OPTIONS:
+        if has_option(arguments, name):
+            raise OrderRefused(model, f"{name}: an engine listens where the agent says", "leave it out")
+    for name in UNGUARDED_OPTIONS:
+        if has_option(arguments, name):
+            raise OrderRefused(model, f"{name}: it opens a port that asks for no key", "leave it out")
 
 
 class NodeAgent:
@@ -176,20 +195,23 @@ class NodeAgent:
         Raises:
             OrderRefused: no slot is free, the port is taken, another replica has or had this id.
         """
+        arguments = order.arguments
         if self.config.engine_command is None:  # another command may take what it likes
             await asyncio.to_thread(require_model, order.model, order.directory)
+            arguments = await asyncio.to_thread(_expanded, order)
         replica_id = order.id or new_id(order.model, self._records)
         if self._is_closing:
             raise OrderRefused(order.model, "the agent is stopping", "order again when it is back")
         ended = self._ended_record(replica_id) if order.reuses_id else None
         if replica_id not in self._records or ended is not None:
+            _require_reachable(order.model, arguments)
             self._admit(replica_id, order)
         spec = ReplicaSpec(
             id=replica_id,
             model=order.model,
             arguments=order.arguments,
             environment=tuple(sorted(order.environment.items())),
-            num_slots=order.num_slots or num_slots_of(order.arguments),
+            num_slots=order.num_slots or num_slots_of(arguments),
             start_s=order.start_s,
         )
         refusals = self._happened(ReplicaOrdered(spec, order.waits, order.reuses_id))
@@ -393,12 +415,6 @@ class NodeAgent:
 
     def _admit(self, replica_id: str, order: ReplicaOrder) -> None:
         """Make the record of a new order; its port is its own from now on."""
-        for name in UNREACHABLE_OPTIONS:
-            if has_option(order.arguments, name):
-                raise OrderRefused(order.model, f"{name}: an engine listens where the agent says", "leave it out")
-        for name in UNGUARDED_OPTIONS:
-            if has_option(order.arguments, name):
-                raise OrderRefused(order.model, f"{name}: it opens a port that asks for no key", "leave it out")
         try:
             reservation = self._ports.reserve(order.port)
         except OSError as error:

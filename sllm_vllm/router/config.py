@@ -11,10 +11,21 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sllm_vllm.config import NodeConfig, default_node_dir, default_store_dir
+from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.core.launch import num_slots_of
+from sllm_vllm.node.engine_config import expand_config
 from sllm_vllm.router.config_migration import MigrationSection, lineage_of
 from sllm_vllm.router.config_poison import PoisonSection
 from sllm_vllm.router.config_ray import RaySection
@@ -107,6 +118,8 @@ class ModelDefaults(_Section):
 class ModelConfig(ModelDefaults):
     """A model: what clients call it, where its weights are, and how its engines run."""
 
+    _num_slots: int = PrivateAttr(default=1)
+    """What its arguments' parallel sizes say, those of a ``--config`` file too."""
     name: str = Field(min_length=1, max_length=NAME_CHARS_MAX, description="what clients say; printable characters")
     source: Text = Field(
         default="",
@@ -145,10 +158,20 @@ class ModelConfig(ModelDefaults):
             raise wrong_key(f"{self.max_replicas} is less than min_replicas, {self.min_replicas}", "max_replicas")
         return self
 
+    @model_validator(mode="after")
+    def _sized(self, info: ValidationInfo) -> Self:
+        """Their file is read once, here, so that a wrong one is told at once."""
+        try:
+            words = expand_config(self.engine_arguments, (info.context or {}).get("directory", ""))
+        except ConfigError as error:
+            raise wrong_key(str(error), "engine_arguments") from None
+        self._num_slots = num_slots_of(words)
+        return self
+
     @property
     def num_accelerators(self) -> int:
         """Slots of a replica."""
-        return self.accelerators or num_slots_of(self.engine_arguments)
+        return self.accelerators or self._num_slots
 
     @property
     def generation(self) -> int:

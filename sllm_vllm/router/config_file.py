@@ -23,7 +23,8 @@ from sllm_vllm.router.config_text import Document, parse_json, parse_yaml
 from sllm_vllm.router.keys import digest_of
 from sllm_vllm.units import KIB, MIB
 
-FILE_NBYTES_MAX = MIB
+FILE_NBYTES_MAX = 8 * MIB
+"""Of a configuration; ten thousand models with a few settings each fit."""
 KEY_FILE_NBYTES_MAX = 64 * KIB
 
 _FIXED_SECTIONS = ("node", "store", "poison")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from sllm_vllm.node.core.launch import option_value
+from sllm_vllm.node.core.launch import CONFIG_OPTION, option_value
 from sllm_vllm.units import parse_nbytes
 
 TEXT_CHARS_MAX = 4096
@@ -147,6 +147,8 @@ def _option_words(option: str, value: object) -> list[str]:
         return [option if value else f"--no-{option[2:]}"]
     if isinstance(value, list | tuple):
         return [option, *map(_word, value)]
+    if option == CONFIG_OPTION:  # vLLM passes over --config=FILE
+        return [option, _word(value)]
     return [f"{option}={_word(value)}"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,10 +18,14 @@ KV_SHARE = 8
 PINNED_CPUS_MIN = 4
 """With fewer processors a slot is not pinned: its engine's three processes start side by side."""
 PARALLEL_OPTIONS = (
-    ("--tensor-parallel-size", "-tp"),
-    ("--pipeline-parallel-size", "-pp"),
-    ("--data-parallel-size", "-dp"),
+    ("--tensor-parallel-size", "-tp", "--te"),
+    ("--pipeline-parallel-size", "-pp", "--pi"),
+    ("--prefill-context-parallel-size", "-pcp", "--prefill-c"),
 )
+"""Each with its short name and its shortest abbreviation that vLLM's parser takes; longer ones are taken, too."""
+DATA_PARALLEL = ("--data-parallel-size", "-dp")
+LOCAL_DATA_PARALLEL = ("--data-parallel-size-local", "-dpl")
+CONFIG_OPTION = "--config"
 UNREACHABLE_OPTIONS = ("--headless", "--ssl-certfile", "--ssl-keyfile", "--uds", "--grpc")
 """With these nobody would answer where the agent asks for health."""
 UNGUARDED_OPTIONS = ("--grpc-port", "--data-parallel-supervisor-port", "--data-parallel-multi-port-external-lb")
@@ -30,6 +35,7 @@ GUARD = ("--middleware", "sllm_vllm.engine.guard.EngineGuard")
 COLD_VARIABLES = (
     "GLIBC_TUNABLES",
     "HF_",
+    "HUGGINGFACE_",
     "KMP_",
     "LD_",
     "MALLOC_",
@@ -43,8 +49,11 @@ COLD_VARIABLES = (
     "VLLM_LOGGING_",
     "VLLM_PLUGINS",
     "VLLM_TARGET_DEVICE",
+    "XDG_CACHE_HOME",
 )
 """How variables begin that are read while a process starts or imports: a forked engine would not heed them."""
+WARM_VARIABLES = frozenset({"HF_TOKEN"})
+"""That begin so, and are read when they are used (``huggingface_hub.get_token``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +151,37 @@ def describe_slot(slot: int, hardware: Hardware, policy: LaunchPolicy) -> str:
 
 
 def num_slots_of(arguments: Sequence[str]) -> int:
-    """How many accelerators an engine with these arguments uses: the product of its parallel sizes."""
-    product = 1
-    for names in PARALLEL_OPTIONS:
-        said = option_value(arguments, *names)
-        if said is not None and said.isdecimal() and len(said) <= 4:
-            product *= max(1, int(said))
+    """How many accelerators an engine with these arguments uses here: the product of its parallel sizes.
+
+    Decode context parallelism is left out: it shares the accelerators of tensor parallelism.
+    """
+    product = _size(option_value(arguments, *LOCAL_DATA_PARALLEL) or option_value(arguments, *DATA_PARALLEL))
+    for name, short, shortest in PARALLEL_OPTIONS:
+        product *= _size(option_value(arguments, name, short, shortest=shortest))
     return product
+
+
+def _size(said: str | None) -> int:
+    return max(1, int(said)) if said is not None and said.isdecimal() and len(said) <= 4 else 1
+
+
+def config_path_of(arguments: Sequence[str]) -> str | None:
+    """The file of more arguments that vLLM would read; None if there is none. It does not read ``--config=FILE``."""
+    places = [index for index, word in enumerate(arguments) if word == CONFIG_OPTION]
+    return arguments[places[0] + 1] if places and places[0] + 1 < len(arguments) else None
+
+
+def with_config(arguments: Sequence[str], values: Mapping[str, object]) -> tuple[str, ...]:
+    """Arguments with those of their file before them, as vLLM has it: what stands in the command line counts."""
+    words: list[str] = []
+    for key, value in values.items():
+        if value is True:
+            words.append(f"--{key}")
+        elif isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value, default=str)]
+        elif value is not False and value != []:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return (*words, *arguments)
 
 
 def has_option(arguments: Sequence[str], name: str) -> bool:
@@ -156,14 +189,17 @@ def has_option(arguments: Sequence[str], name: str) -> bool:
     return option_value(arguments, name) is not None
 
 
-def option_value(arguments: Sequence[str], *names: str) -> str | None:
-    """The last value of an option, in vLLM's spellings ``--a-b c`` and ``--a_b=c``; None if it is not there."""
+def option_value(arguments: Sequence[str], *names: str, shortest: str = "") -> str | None:
+    """The last value of an option, in vLLM's spellings ``--a-b c`` and ``--a_b=c``; None if it is not there.
+
+    ``shortest``: the shortest abbreviation of the first name that is taken; empty: none is.
+    """
     found = None
     for index, word in enumerate(arguments):
         name, has_value, value = word.partition("=")
         if name.startswith("--"):
             name = name.replace("_", "-")
-        if name in names:
+        if name in names or (shortest and name.startswith(shortest) and names[0].startswith(name)):
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
             found = value if has_value else following
     return found
@@ -229,5 +265,5 @@ def _kv_nbytes(hardware: Hardware, policy: LaunchPolicy) -> int:
 
 
 def _cold_reason(environment: Mapping[str, str]) -> str:
-    found = sorted(name for name in environment if name.startswith(COLD_VARIABLES))
+    found = sorted(name for name in environment if name.startswith(COLD_VARIABLES) and name not in WARM_VARIABLES)
     return f"{', '.join(found)} would be read too late" if found else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import huggingface_hub
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,12 +20,14 @@ from sllm_vllm.node.core.launch import (
     Launch,
     LaunchPolicy,
     Place,
+    config_path_of,
     cpus_of,
     default_num_slots,
     describe_slot,
     num_slots_of,
     option_value,
     plan_launch,
+    with_config,
 )
 from sllm_vllm.units import GIB, MIB
 
@@ -183,6 +186,13 @@ def test_an_option_is_found_in_vllms_spellings(arguments: tuple[str, ...], value
         (("-tp", "²"), 1),
         (("-tp", "10000"), 1),
         (("-tp",), 1),
+        (("--prefill-context-parallel-size", "2", "-tp", "2"), 4),
+        (("-pcp=3",), 3),
+        (("--prefill_context_parallel_size=2", "--decode-context-parallel-size", "2"), 2),
+        (("--tensor-par", "4"), 4),
+        (("--pipeline-parallel=2",), 2),
+        (("--tokenizer", "4"), 1),
+        (("-dp", "8", "--data-parallel-size-local", "2"), 2),
     ],
 )
 def test_the_parallel_sizes_say_how_many_slots_are_wanted(arguments: tuple[str, ...], num_slots: int) -> None:
@@ -320,6 +330,26 @@ def test_a_variable_that_is_read_early_needs_a_cold_start(prefix: str) -> None:
     name = f"{prefix}X"
     assert launch(environment={name: "1"}).cold_reason == f"{name} would be read too late"
     assert launch(policy=LaunchPolicy(2, environment={name: "1"})).cold_reason == ""  # the warm parent has it, too
+
+
+def test_a_token_of_the_hub_and_what_is_read_when_it_is_used_start_warm() -> None:
+    assert launch(environment={"HF_TOKEN": "hf_x", "HUGGING_FACE_HUB_TOKEN": "hf_x"}).cold_reason == ""
+    assert launch(environment={"HF_TOKEN_PATH": "/x"}).cold_reason == "HF_TOKEN_PATH would be read too late"
+
+
+def test_the_token_of_the_hub_is_read_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_first")
+    assert huggingface_hub.get_token() == "hf_first"
+    monkeypatch.setenv("HF_TOKEN", "hf_second")
+    assert huggingface_hub.get_token() == "hf_second"
+
+
+def test_a_file_of_arguments_stands_before_the_command_line() -> None:
+    assert config_path_of(("--config", "a.yaml", "-tp", "2")) == "a.yaml"
+    assert config_path_of(("--config=a.yaml", "--config")) is None  # vLLM passes over the first, and refuses the second
+    said = with_config(("-tp", "2"), {"tensor_parallel_size": 4, "enforce-eager": True, "x": False, "y": {"z": 1}})
+    assert said == ("--tensor_parallel_size", "4", "--enforce-eager", "--y", '{"z": 1}', "-tp", "2")
+    assert num_slots_of(said) == 2
 
 
 def test_all_variables_that_need_a_cold_start_are_named() -> None:
