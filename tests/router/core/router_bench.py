@@ -14,6 +14,7 @@ from sllm_vllm.router.core.events import (
     DrainAsked,
     Event,
     FirstByte,
+    FirstToken,
     ModelDeleted,
     ModelDeployed,
     MoveAsked,
@@ -163,6 +164,10 @@ class RouterBench:
     def answer(self, request: str) -> None:
         self.tell(FirstByte(request))
 
+    def generate(self, request: str) -> None:
+        """Its engine has a token, which nobody has seen."""
+        self.tell(FirstToken(request))
+
     def end(self, request: str) -> None:
         del self.books.running[request]
         self.moving.pop(request, None)
@@ -179,13 +184,20 @@ class RouterBench:
         self.books.ended.add(request)
         self.tell(RequestGone(request))
 
-    def notice(self, request: str, sign: FailureSign = FailureSign.BROKE_OFF) -> None:
-        """The ingress notices that its engine failed before a byte."""
+    def notice(
+        self,
+        request: str,
+        sign: FailureSign = FailureSign.BROKE_OFF,
+        *,
+        has_begun: bool = False,
+        is_proven: bool = False,
+    ) -> None:
+        """The ingress notices that its engine failed, before a byte or after."""
         self.lost.pop(request, None)
         self.moving.pop(request, None)
         del self.books.running[request]
         self.books.waiting[request] = None
-        self.tell(RequestFailed(request, "connection reset", sign))
+        self.tell(RequestFailed(request, "connection reset", sign, has_begun=has_begun, is_proven=is_proven))
 
     def _take(self, action: Action) -> None:
         match action:
@@ -277,6 +289,7 @@ WEIGHTS = {
     "leave": 3,
     "crash": 1,
     "notice": 6,
+    "token": 2,
     "node": 0.5,
     "drain": 0.5,
     "drain one": 0.5,
@@ -292,7 +305,12 @@ def step(bench: RouterBench, models: list[str], chance: random.Random) -> None:
     """One thing happens, if it can; else time passes."""
     kind = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     if kind == "ask":
-        bench.ask(chance.choice(models), prefix=chance.choice(("", "a", "b")), prompt_tokens=chance.randint(1, 999))
+        bench.ask(
+            chance.choice(models),
+            prefix=chance.choice(("", "a", "b")),
+            prompt_tokens=chance.randint(1, 999),
+            digest=f"d{chance.randint(1, 40)}",
+        )
     elif kind == "node":
         change_nodes(bench, chance)
     elif kind == "drain":
@@ -323,13 +341,23 @@ def happen(bench: RouterBench, kind: str, chance: random.Random) -> bool:
         "move": (list(bench.moving), bench.move),
         "fail move": (list(bench.moving), lambda name: bench.fail_move(name, is_lasting=chance.random() < 0.3)),
         "crash": (list(bench.ready), bench.crash),
-        "notice": (list(bench.lost), bench.notice),
+        "notice": (list(bench.lost), lambda name: notice_somehow(bench, name, chance)),
+        "token": (running, bench.generate),
         "tick": ([], bench.notice),
     }
     names, do = whom[kind]
     if names:
         do(chance.choice(names))
     return bool(names)
+
+
+def notice_somehow(bench: RouterBench, request: str, chance: random.Random) -> None:
+    """Streams that have begun can go on elsewhere, mostly; of others it is seen how their engine failed."""
+    known = bench.core.requests[request]
+    if (known.is_proven or known.has_begun) and chance.random() < 0.7:
+        bench.notice(request, has_begun=True, is_proven=known.is_proven)
+    else:
+        bench.notice(request, chance.choice(list(FailureSign)))
 
 
 def order_something(bench: RouterBench, kind: str, chance: random.Random) -> None:
