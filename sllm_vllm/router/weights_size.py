@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
 
 def weights_nbytes(source: Path) -> int:
     """Bytes of the weight files in a directory; 0 if it is none, can't be read, or holds none."""
-    if not source.is_dir():  # a name of the Hub: three searches less
+    if not os.path.isdir(source):  # a name of the Hub: three searches less; a path that is too long is none either
         return 0
     for kind in _KINDS:
         try:
