@@ -302,9 +302,10 @@ def verify(
     store_dir: StoreDir = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a checkpoint against its checksum, and with --source against the model.
+    """Check every byte of a checkpoint against its checksum.
 
-    The comparison loads MODEL as a conversion does. It ends with exit code 1 if a tensor differs.
+    With --source also against the model: the comparison loads MODEL as a conversion does. It ends with exit code 1 if a
+    tensor differs.
     """
     from sllm_vllm.checkpoint.reader import verify_checkpoint
     from sllm_vllm.units import format_bps, format_nbytes
@@ -363,7 +364,7 @@ def export(
 
 @app.command(name="list")
 def list_checkpoints(store_dir: StoreDir = None, as_json: Json = False) -> None:
-    """List the checkpoints of the store, with their age and last use; broken ones too."""
+    """List the checkpoints, with age and last use. Broken ones, too."""
     repository = _repository(store_dir)
     entries = [_entry(found, repository) for found in repository.list()]
     if as_json:
@@ -450,7 +451,9 @@ def prune(
     *,
     as_json: Json = False,
 ) -> None:
-    """Remove checkpoints that no start can use: of another vLLM, or of weights that are not here any more.
+    """Remove checkpoints that no start can use.
+
+    Those of another vLLM, or of weights that are not here any more.
 
     Source weights that have changed since they were read last are read for it.
     """

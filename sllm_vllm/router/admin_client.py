@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -48,7 +49,7 @@ def find_url(given: str | None) -> tuple[str, bool]:
     Also whether it was said.
 
     Raises:
-        ConfigError: the given one, or that of SLLM_URL, is no such address.
+        ConfigError: the given one, or that of SLLM_URL, is no such address; or this machine's router has ended.
     """
     variable = read_variable(URL_VARIABLE) or None
     for place, url in (("--url", given), (URL_VARIABLE, variable)):
@@ -67,15 +68,22 @@ def write_url(node_dir: Path, host: str, port: int) -> None:
 
 
 def _recorded_url(node_dir: Path) -> str | None:
-    """What the process that has the node's socket now has noted; None if it is no router, or there is none."""
+    """What the process that has the node's socket now has noted; None if no router has noted anything.
+
+    Raises:
+        ConfigError: another process has noted it: what listens there now must not be told a key.
+    """
     try:
         with (node_dir / URL_NAME).open(encoding="ascii", errors="replace") as file:
             url, _, pid = file.read(_URL_NBYTES_MAX).strip().partition(" ")
-        channel, owner, uid = open_channel(node_dir / "socket", TIMEOUT_S)
-        channel.close()
     except OSError:
         return None
-    return url if str(owner) == pid and is_trusted(uid) else None
+    with contextlib.suppress(OSError):
+        channel, owner, uid = open_channel(node_dir / "socket", TIMEOUT_S)
+        channel.close()
+        if str(owner) == pid and is_trusted(uid):
+            return url
+    raise ConfigError(f"no router runs on this machine now (the last one listened at {url}); {_NO_ROUTER}")
 
 
 def read_admin_key(file: Path | None, *, is_elsewhere: bool = False) -> str:
