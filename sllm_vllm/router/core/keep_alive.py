@@ -25,7 +25,7 @@ PAUSES_MAX = 16
 class KeepAliveLimits:
     """What the rule is tuned with; figures in ``benchmarks/results/README.md`` (Keep-alive)."""
 
-    idle_worth: float = 25.0
+    idle_worth: float = 22.0
     """Seconds of idling on all of a node's accelerators that one second of starting is worth."""
     floor_startups: float = 2.0
     """Startup times that an idle replica stays at least."""
@@ -36,6 +36,8 @@ class KeepAliveLimits:
     """Seen before they are believed."""
     margin: float = 1.25
     """Of a pause: the next one like it may be that much longer."""
+    slack: float = 0.05
+    """Of two times whose costs differ by less the longer one is taken."""
     first_gap_s: float = 300.0
     """Taken for the mean gap of a model that was asked at most once."""
 
@@ -104,22 +106,24 @@ def keep_alive_s(
     pauses_s = sorted(arrivals.pauses_s)
     if len(pauses_s) < limits.pauses_min:
         return max(shortest_s, longest_s)
-    return max(shortest_s, _cheapest_s(pauses_s, longest_s, start_cost_s=bound_s, margin=limits.margin))
+    return max(shortest_s, _cheapest_s(pauses_s, longest_s, start_cost_s=bound_s, limits=limits))
 
 
-def _cheapest_s(pauses_s: list[float], longest_s: float, *, start_cost_s: float, margin: float) -> float:
-    """The time that would have cost least over ``pauses_s``, which are sorted; of equal ones the longest.
+def _cheapest_s(pauses_s: list[float], longest_s: float, *, start_cost_s: float, limits: KeepAliveLimits) -> float:
+    """The time that would have cost least over ``pauses_s``, which are sorted; of those about as cheap the longest.
 
-    Staying t costs the pauses that are shorter than t, and t and a start for each of the others; so only 0 and times
-    just after a pause can be best.
+    Staying t costs the pauses that are shorter than t, and t and a start for each of the others; so only 0, times just
+    after a pause and the longest one can be best.
     """
     num = len(pauses_s)
-    best = (num * start_cost_s, 0.0)
-    for index, (pause_s, sum_s) in enumerate(zip(pauses_s, accumulate(pauses_s), strict=True), 1):
-        if pause_s <= longest_s:
-            stay_s = min(longest_s, margin * pause_s)
-            best = min(best, (sum_s + (num - index) * (stay_s + start_cost_s), -stay_s))
-    return -best[1]
+    short_s = [pause_s for pause_s in pauses_s if pause_s <= longest_s]
+    costs = {0.0: num * start_cost_s}
+    for index, (pause_s, sum_s) in enumerate(zip(short_s, accumulate(short_s), strict=True), 1):
+        stay_s = min(longest_s, limits.margin * pause_s)
+        costs[stay_s] = sum_s + (num - index) * (stay_s + start_cost_s)
+    costs[longest_s] = sum(short_s) + (num - len(short_s)) * (longest_s + start_cost_s)
+    most = (1 + limits.slack) * min(costs.values())
+    return max(stay_s for stay_s, cost in costs.items() if cost <= most)
 
 
 def keep_value_s(
