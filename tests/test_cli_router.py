@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -88,6 +89,26 @@ def test_status_of_a_model_whose_starts_fail(run: Run, served: AdminThread) -> N
     core = served.served.controller.core
     wait_until(lambda: core.models["other"].back_off.num_failures, "a failed start")
     assert "no slot is free" in " ".join(run("status", *url(served))[1].split())
+
+
+def figures_as_text(record: object) -> list[str]:
+    """Strings in JSON that are numbers, with a unit or without."""
+    if isinstance(record, dict):
+        return [text for value in record.values() for text in figures_as_text(value)]
+    if isinstance(record, list):
+        return [text for value in record for text in figures_as_text(value)]
+    is_figure = isinstance(record, str) and re.fullmatch(r"-?\d+(\.\d+)?( (s|min|h|B|[KMG]iB|GB/s))?|-", record)
+    return [str(record)] if is_figure else []
+
+
+def test_numbers_in_json_are_numbers(run: Run, served: AdminThread) -> None:
+    served.answer_request(MODEL)
+    for words in (("status",), ("requests",), ("explain", MODEL), ("story", MODEL), ("story", "r-1")):
+        code, out, _ = run(*words, "--json", *url(served))
+        found = json.loads(out)
+        for replica in found.get("replicas", ()):
+            (replica["report"] or {}).pop("labels", None)  # text by its nature
+        assert (code, figures_as_text(found)) == (0, [])
 
 
 # -------------------------------------------------------------------------------------------------------------- orders
