@@ -22,6 +22,7 @@ from sllm_vllm.cli_router import add_router_commands
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.admin_client import AdminClient, write_url
 from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config_file import FILE_NBYTES_MAX
 from sllm_vllm.simulate import command
 from tests.node.commands import Run, caller, use_folders
 from tests.router.fake_node import ADMIN_KEY, ENGINE_KEY, AdminThread
@@ -151,7 +152,7 @@ def test_deploy_from_stdin(run: Run, served: AdminThread, monkeypatch: pytest.Mo
         ("models: []", "no model is in it"),
         ("", "it has to be a mapping"),
         ("models: [{name: a, min_replicas: 5}]", "models[0].max_replicas: 1 is less than min_replicas, 5"),
-        ("# " + "x" * (1 << 20), "it is larger than"),
+        ("# " + "x" * FILE_NBYTES_MAX, "it can't be read: it is larger than"),
     ],
     ids=["yaml", "unknown", "empty list", "empty", "order", "large"],
 )

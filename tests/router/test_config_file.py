@@ -69,7 +69,8 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_refused(tmp_path: Path) -> None:
-    assert refusal("#" * (FILE_NBYTES_MAX + 1), tmp_path / "a.yaml") == f"it is larger than {FILE_NBYTES_MAX} bytes"
+    said = refusal("#" * (FILE_NBYTES_MAX + 1), tmp_path / "a.yaml")
+    assert said == f"it can't be read: it is larger than {FILE_NBYTES_MAX} bytes"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "null", "- a", "text"])
