@@ -101,13 +101,14 @@ def _options(
 def main() -> None:
     """Entry point of the command."""
     try:
-        _run()
+        run_command()
     except SystemExit as end:
         _end_before_obstore(end)
         raise
 
 
-def _run() -> None:
+def run_command() -> None:
+    """Run the command line in this process, which ``main`` ends; raises ``SystemExit``."""
     from sllm_vllm.errors import SllmError
 
     try:

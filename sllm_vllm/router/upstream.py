@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import select
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -127,14 +128,17 @@ class Upstream:
                 del self._idle[connection.address]
 
     def _take_idle(self, address: Address) -> EngineConnection | None:
-        idle = self._idle.get(address)
-        if not idle:
-            return None
-        connection = idle.pop()
-        if not idle:
-            del self._idle[address]
-        connection.wake()
-        return connection
+        """One that its engine has not closed, if any: a request sent into a closed one would look swallowed."""
+        idle = self._idle.pop(address, [])
+        while idle:
+            connection = idle.pop()
+            if connection.is_quiet:
+                if idle:
+                    self._idle[address] = idle
+                connection.wake()
+                return connection
+            connection.abort()
+        return None
 
     async def _connect(self, address: Address, sign: FailureSign) -> EngineConnection:
         loop = asyncio.get_running_loop()
@@ -176,6 +180,15 @@ class EngineConnection(asyncio.BufferedProtocol):
     def is_silent(self) -> bool:
         """Whether nothing at all came back for the last request."""
         return not self._has_head and self._head_nbytes == 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the socket holds nothing unread, not even its end, which the event loop may not have seen yet."""
+        if self._transport is None or self._failure:
+            return False
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLRDHUP)
+        return not poll.poll(0)
 
     @property
     def is_at_end(self) -> bool:

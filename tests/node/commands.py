@@ -24,7 +24,7 @@ def caller(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sllm-vllm", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            cli.run_command()
         captured = capfd.readouterr()
         code = caught.value.code
         return code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err

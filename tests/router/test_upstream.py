@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -208,6 +209,25 @@ async def test_read_ahead_of_a_reader_that_stalls_is_bounded() -> None:
             await asyncio.sleep(0)
         assert READ_NBYTES <= len(answer.peek()) <= READ_NBYTES + READ_AT_ONCE_NBYTES
         assert len(await read_all(answer)) == nbytes
+
+
+async def test_an_engine_that_ended_while_idle_never_got_the_request() -> None:
+    """Its end lies unread in the socket: the request must not be suspected of it, and quarantined."""
+    upstream = Upstream(IngressSettings())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = "http://127.0.0.1:{1}".format(*server.getsockname())
+        asked = asyncio.create_task(upstream.post(url, target="/", headers=[], body=b"{}"))
+        engine, _ = await asyncio.to_thread(server.accept)
+        await asyncio.to_thread(engine.recv, 65536)
+        engine.sendall(OK)
+        answer = await asked
+        await read_all(answer)
+        answer.close()
+        engine.close()
+    with pytest.raises(EngineFailed) as failed:  # no turn of the event loop lies between the engine's end and this
+        await upstream.post(url, target="/", headers=[], body=b"{}")
+    assert failed.value.sign is FailureSign.UNREACHED
+    upstream.close()
 
 
 async def test_what_an_idle_connection_swallowed_may_have_ended_its_engine() -> None:
