@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -52,6 +53,18 @@ W8A8_CONFIG: dict[str, Any] = {
         }
     },
 }
+MEL_BINS, AUDIO_CLIP_S = 80, 10
+WHISPER_TOKENS = (
+    "<|startoftranscript|>",
+    *(f"<|{code}|>" for code in LANGUAGES),
+    "<|translate|>",
+    "<|transcribe|>",
+    "<|prev|>",
+    "<|notimestamps|>",
+)
+# Tokens beside SPECIAL_TOKENS, the vocabulary's last.
+MEDIA_TOKENS = {"whisper": WHISPER_TOKENS}
+OUTPUT_LAYERS = ("lm_head.weight", "proj_out.weight")
 SMALL_IF_TIED = frozenset({"embed_tokens", "embed_positions", "wte", "wpe"})
 
 
@@ -185,6 +198,33 @@ ARCHITECTURES: dict[str, Callable[[Size], transformers.PretrainedConfig]] = {
     "opt": _opt,
     "bert": _bert,
 }
+
+
+def _whisper(size: Size) -> transformers.PretrainedConfig:
+    first_special = size.vocab - NUM_PADDED_ROWS - len(WHISPER_TOKENS)
+    return transformers.WhisperConfig(
+        vocab_size=size.vocab,
+        d_model=size.hidden,
+        encoder_layers=size.num_layers,
+        decoder_layers=size.num_layers,
+        encoder_attention_heads=size.num_heads,
+        decoder_attention_heads=size.num_heads,
+        encoder_ffn_dim=size.intermediate,
+        decoder_ffn_dim=size.intermediate,
+        num_mel_bins=MEL_BINS,
+        max_source_positions=AUDIO_CLIP_S * 50,
+        max_target_positions=448,
+        decoder_start_token_id=first_special,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+
+
+# Architectures that read audio; their directories have a feature extractor too.
+MEDIA_ARCHITECTURES: dict[str, Callable[[Size], transformers.PretrainedConfig]] = {"whisper": _whisper}
 # Architectures that embed instead of generating.
 POOLING_ARCHITECTURES = frozenset({"bert"})
 # Architectures whose output layer is the embedding, so that their checkpoints have no `lm_head.weight`.
@@ -196,9 +236,9 @@ def write_random_model(
 ) -> Path:
     """Write a model directory (created if need be) and return `path`; the same arguments write the same bytes."""
     path.mkdir(parents=True, exist_ok=True)
-    config = ARCHITECTURES[architecture](SIZES[size])
+    config = (ARCHITECTURES | MEDIA_ARCHITECTURES)[architecture](SIZES[size])
     config.dtype = getattr(torch, dtype)
-    shapes = _checkpoint_shapes(config, is_pooling=architecture in POOLING_ARCHITECTURES)
+    shapes = _checkpoint_shapes(config, architecture)
     tensors = _random_tensors(shapes, config, seed=seed)
     if architecture == "llama_w8a8":
         tensors = _quantized_w8a8(tensors)
@@ -208,19 +248,33 @@ def write_random_model(
         transformers.GenerationConfig(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID).save_pretrained(
             path
         )
-    _write_tokenizer(path, vocab_size=SIZES[size].vocab - NUM_PADDED_ROWS)
+    _write_tokenizer(
+        path, vocab_size=SIZES[size].vocab - NUM_PADDED_ROWS, more_tokens=MEDIA_TOKENS.get(architecture, ())
+    )
+    if architecture in MEDIA_ARCHITECTURES:
+        _write_feature_extractor(path)
     return path
 
 
-def _checkpoint_shapes(config: transformers.PretrainedConfig, *, is_pooling: bool) -> dict[str, torch.Size]:
-    """Names and shapes of the checkpoint, read off the model built on the meta device; sets `config.architectures`."""
-    auto_class = transformers.AutoModel if is_pooling else transformers.AutoModelForCausalLM
+def _empty_model(config: transformers.PretrainedConfig, architecture: str) -> torch.nn.Module:
+    """The model on the meta device."""
+    auto_class = {
+        **dict.fromkeys(POOLING_ARCHITECTURES, transformers.AutoModel),
+        "whisper": transformers.AutoModelForSpeechSeq2Seq,
+    }.get(architecture, transformers.AutoModelForCausalLM)
     with torch.device("meta"):
-        model = auto_class.from_config(_without_quantization(config))
+        model: torch.nn.Module = auto_class.from_config(_without_quantization(config))
+    return model
+
+
+def _checkpoint_shapes(config: transformers.PretrainedConfig, architecture: str) -> dict[str, torch.Size]:
+    """Names and shapes of the checkpoint, read off the model built on the meta device; sets `config.architectures`."""
+    model = _empty_model(config, architecture)
     config.architectures = [type(model).__name__]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
+        for name in OUTPUT_LAYERS:
+            shapes.pop(name, None)
     return dict(itertools.chain.from_iterable(_unfused(name, shape) for name, shape in shapes.items()))
 
 
@@ -265,7 +319,7 @@ def _random_tensor(name: str, shape: torch.Size, config: transformers.Pretrained
         # Gemma's norms multiply by 1 + weight.
         return tensor.mul_(0.05).add_(0.0 if config.model_type.startswith("gemma") else 1.0)
     # GPT-2's Conv1D stores its weights transposed.
-    fan_in = shape[0] if ".c_" in name else shape[-1]
+    fan_in = shape[0] if ".c_" in name else shape[1:].numel()
     # A tied embedding as large as the layers' outputs would make each token predict itself.
     is_small = config.tie_word_embeddings and name.split(".")[-2] in SMALL_IF_TIED
     return tensor.mul_(fan_in**-0.5 * (0.25 if is_small else 1.0))
@@ -284,16 +338,20 @@ def _quantized_w8a8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return quantized
 
 
-def _write_tokenizer(path: Path, *, vocab_size: int) -> None:
-    """Write a byte-level BPE tokenizer of `vocab_size` tokens, most of them pronounceable syllables."""
+def _write_tokenizer(path: Path, *, vocab_size: int, more_tokens: Sequence[str]) -> None:
+    """Write a byte-level BPE tokenizer of `vocab_size` tokens, most of them pronounceable syllables.
+
+    Args:
+        more_tokens: special ones, the last of the vocabulary.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIAL_TOKENS, *alphabet]
-    merges = list(itertools.islice(_syllable_merges(), vocab_size - len(tokens)))
-    tokens += [left + right for left, right in merges]
+    merges = list(itertools.islice(_syllable_merges(), vocab_size - len(tokens) - len(more_tokens)))
+    tokens += [*(left + right for left, right in merges), *more_tokens]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*SPECIAL_TOKENS, *more_tokens)])
     assert tokenizer.get_vocab_size() == vocab_size
     tokenizer.save(str(path / "tokenizer.json"))
     tokenizer_config = {
@@ -305,6 +363,18 @@ def _write_tokenizer(path: Path, *, vocab_size: int) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
+
+
+def _write_feature_extractor(path: Path) -> None:
+    """Write what turns audio into mel spectrograms, as `save_pretrained` of transformers' processor would."""
+    fields = {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "processor_class": "WhisperProcessor",
+        "feature_size": MEL_BINS,
+        "chunk_length": AUDIO_CLIP_S,
+        "sampling_rate": 16000,
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(fields, indent=2))
 
 
 def _syllable_merges() -> Iterator[tuple[str, str]]:
@@ -320,7 +390,7 @@ def main() -> None:
     """Command line of `write_random_model`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="llama")
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES | MEDIA_ARCHITECTURES), default="llama")
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
