@@ -111,7 +111,8 @@ class ModelDefaults(_Section):
         gt=5,
         le=86400,
         description="longest that an engine may take from its process to its health: seconds, or 10m; default the 99th"
-        " percentile of what is predicted, between 120 and 600 s",
+        " percentile of what is predicted, between 120 and 600 s; 600 s before its first start, and twice as long after"
+        " each that failed",
     )
 
 
@@ -265,6 +266,12 @@ class ServerSection(_Section):
         default=32 * MIB, ge=KIB, le=GIB, description="largest body of a request; a few images fit"
     )
     bodies_bytes: NumBytes = Field(default=GIB, ge=KIB, le=1 << 50, description="bodies of all requests together")
+    json_depth_max: Count = Field(
+        default=256, ge=8, le=900, description="how deep arrays and objects of a JSON body may be nested; more get 400"
+    )
+    json_containers_max: Count = Field(
+        default=100_000, ge=100, le=10_000_000, description="arrays and objects that a JSON body may have; more get 400"
+    )
     requests_max: Count = Field(default=4096, ge=1, le=1_000_000, description="requests at once, those that wait too")
     waiting_max: Count = Field(default=4096, ge=1, le=1_000_000, description="requests that wait, of all models")
     connections_max: Count = Field(default=8192, ge=1, le=1_000_000, description="clients' connections at once")
@@ -400,6 +407,8 @@ class RouterConfig(_Section):
             show_paths=server.show_paths,
             body_nbytes_max=server.body_bytes,
             bodies_nbytes_max=server.bodies_bytes,
+            json_depth_max=server.json_depth_max,
+            json_containers_max=server.json_containers_max,
             requests_max=server.requests_max,
             connections_max=server.connections_max,
             body_s_max=server.body_timeout,

@@ -185,7 +185,7 @@ class Engines:
 
     async def _watch(self, replica: str, model: str) -> None:
         was_ready = False
-        report, reason = self.reports[replica], ""
+        report, unseen = self.reports[replica], ""
         try:
             async for report in self.node.watch(replica):
                 self.reports[replica] = report
@@ -196,11 +196,11 @@ class Engines:
             self._on_lost(error.problem)
             return
         except NodeError as error:  # the agent does not know it (any more): its slots are not to be held for ever
-            reason = error.problem
+            unseen = error.problem
         self.reports.pop(replica)
-        is_fault = replica not in self._called_off
+        is_fault = replica not in self._called_off and report.state != "stopped"  # an operator may ask the agent
         self._called_off.discard(replica)
-        self._tell(ReplicaEnded(replica, reason or reason_of(report), is_fault=is_fault))
+        self._tell(ReplicaEnded(replica, unseen or reason_of(report), is_fault=is_fault, is_unseen=bool(unseen)))
 
     async def _pull(self, peer: str) -> None:
         if not isinstance(self.node, Puller):

@@ -71,7 +71,7 @@ class Failure:
     is_proven: bool = False
 
 
-How = Literal["done", "client_left", "engine_failed", "timeout"]
+How = Literal["done", "client_left", "client_slow", "engine_failed", "timeout"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from sllm_vllm.router.client_state import ClientCounts, HalfClosed, SlowClient
 from sllm_vllm.router.headers import values_of
 from sllm_vllm.router.openai_errors import ApiError
 from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.watch import SLOW
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +110,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self._watch_slow()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection; one with bytes left would stay open as long as its client."""
+        """Close an idle connection; one with bytes left stays open as long as its client takes some now and then."""
+        super().timeout_keep_alive_handler()
         if self.transport.get_write_buffer_size():
-            self._end_slow(self.transport.get_write_buffer_size())
-        else:
-            super().timeout_keep_alive_handler()
+            self._watch_slow()
 
     def data_received(self, data: bytes) -> None:
         """Count what belongs to a head that is not complete yet; what is complete is measured below."""
@@ -218,7 +218,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _end_slow(self, num_unsent: int) -> None:
         self.counts.num_slow += 1
-        path = self.scope["path"] if self.scope is not None else ""
+        path = ""
+        if self.scope is not None:
+            self.scope[SLOW] = True  # type: ignore[literal-required]
+            path = self.scope["path"]
         logger.warning("event=slow_client_ended client=%s path=%r unsent=%d", self.client, path[:200], num_unsent)
         self.transport.abort()
 

@@ -35,7 +35,7 @@ from sllm_vllm.router.openai_errors import (
 from sllm_vllm.router.openapi import openapi_document
 from sllm_vllm.router.proxy import Call, Proxy, Report
 from sllm_vllm.router.settings import IngressSettings
-from sllm_vllm.router.watch import Ended, Message, Receive, Send, send_last
+from sllm_vllm.router.watch import Ended, Message, Receive, Send, send_last, telling_slow
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Ingress:
         report = Report()
         self._num_requests += 1
         try:
-            await self._answer(request, report, receive=receive, send=send)
+            await self._answer(request, report, receive=telling_slow(scope, receive), send=send)
         except ApiError as error:
             await self._tell(request, report, error=error, send=send)
         except Ended as ended:  # nobody listens

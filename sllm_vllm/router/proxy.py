@@ -126,7 +126,7 @@ class Proxy:
             error = rejection(Rejected(503, SERVER, "The router is stopping.", retry_after_s=5.0, code="stopping"))
         except Ended as ended:
             report.how = ended.reason
-            if ended.reason == "client_left":
+            if ended.reason != "timeout":
                 raise
             error = timed_out(ended.problem)
         if error is None:

@@ -18,7 +18,10 @@ Send = Callable[[Message], Awaitable[None]]
 LAST_S = 60.0
 """What a client gets to take the last piece of an answer."""
 
-Reason = Literal["client_left", "timeout"]
+Reason = Literal["client_left", "client_slow", "timeout"]
+SLOW = "sllm.client_slow"
+"""Set in a request's scope, by the server, once it has ended the connection of a client that took nothing; then also in
+the message ``http.disconnect``."""
 
 
 class Ended(Exception):
@@ -28,6 +31,16 @@ class Ended(Exception):
         super().__init__(problem)
         self.reason = reason
         self.problem = problem
+
+
+def telling_slow(scope: Message, receive: Receive) -> Receive:
+    """The same, whose last message says whether the connection was ended because its client took nothing."""
+
+    async def told() -> Message:
+        message = await receive()
+        return {**message, SLOW: True} if SLOW in scope and message["type"] == "http.disconnect" else message
+
+    return told
 
 
 async def send_last(send: Send, *messages: Message) -> None:
@@ -106,9 +119,12 @@ class Watch:
             self._step = self._loop.call_at(end_s, self._check)
 
     async def _listen(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
+        while (message := await self._receive())["type"] != "http.disconnect":
             pass
-        self._end("client_left", "the client left")
+        if message.get(SLOW):
+            self._end("client_slow", "the client took nothing of what it was sent")
+        else:
+            self._end("client_left", "the client left")
 
     def _end(self, reason: Reason, problem: str) -> None:
         if self.reason is None:

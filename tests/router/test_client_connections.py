@@ -199,7 +199,7 @@ async def test_stream_whose_client_takes_nothing_is_ended(
         with closing(await stalled(served, json.dumps(chat(**wish)).encode())):  # type: ignore[arg-type]
             await until(lambda: gate.outcomes, "the request to end")
             assert served.counts.num_slow == 1
-    assert [outcome.how for outcome in gate.outcomes] == ["client_left"]
+    assert [outcome.how for outcome in gate.outcomes] == ["client_slow"]
     assert caplog.text.count("event=slow_client_ended") == 1
     await until(lambda: engine.stats()["running"] == 0, "the engine to have ended it")
 
@@ -219,6 +219,28 @@ async def test_client_that_reads_slowly_is_not_ended(gate: FakeGate) -> None:
             assert loop.time() - began_s > settings.slow_client_s_max
     assert num >= nbytes
     assert [outcome.how for outcome in gate.outcomes] == ["done"]
+
+
+async def test_last_bytes_of_a_client_that_reads_slowly_outlast_the_keep_alive(gate: FakeGate) -> None:
+    """The answer is complete for the router; its client takes some of it now and then, for longer than idle connections
+    stay."""
+    settings = IngressSettings(slow_client_s_max=30.0, keep_alive_s=1, drain_s=1)
+    gate.models = [f"model-{number:060}" for number in range(60_000)]
+    async with serving(gate, settings) as served:
+        client, loop = socket.socket(), asyncio.get_running_loop()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        with closing(client):
+            await loop.sock_connect(client, ("127.0.0.1", served.port))
+            client.send(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+            got, began_s = b"", loop.time()
+            while piece := await loop.sock_recv(client, 1 << 16):
+                got += piece
+                if loop.time() - began_s < 3 * settings.keep_alive_s:
+                    await asyncio.sleep(0.1)
+        body = got.partition(b"\r\n\r\n")[2]
+        assert len(json.loads(body)["data"]) == len(gate.models)
+        assert served.counts.num_slow == 0
 
 
 async def test_last_bytes_that_a_client_does_not_take_do_not_keep_its_connection(gate: FakeGate) -> None:

@@ -358,6 +358,9 @@ def test_server_and_keys_become_the_ingress_settings() -> None:
     server = {"body_bytes": "1MiB", "requests_max": 5, "request_timeout": "1m", "cors_origins": ["*"]}
     found = parse_router_config({"server": server}).ingress_settings(("0" * 64,))
     assert (found.body_nbytes_max, found.requests_max, found.request_s_max) == (MIB, 5, 60.0)
+    said = parse_router_config({"server": {"json_depth_max": 9, "json_containers_max": 101}}).ingress_settings(())
+    assert (said.json_depth_max, said.json_containers_max) == (9, 101)
+    assert refusal({"server": {"json_depth_max": 901}}).startswith("server.json_depth_max: ")
     assert (found.cors_origins, found.key_digests, found.insecure_no_keys) == (("*",), ("0" * 64,), False)
 
 

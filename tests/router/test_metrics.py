@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client.exposition import generate_latest
@@ -18,7 +19,7 @@ from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.events import ModelDeleted, ModelDeployed
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.counts import Counts
-from sllm_vllm.router.gate import Outcome, Rejected, Ticket
+from sllm_vllm.router.gate import How, Outcome, Rejected, Ticket
 from sllm_vllm.router.keys import digest_of
 from tests.router.fake_gate import until
 from tests.router.fake_node import ServedAdmin, serving_admin
@@ -89,7 +90,7 @@ async def test_a_model_that_had_no_request_has_series_of_zero(served: ServedAdmi
     await served.deploy(MODEL)
     found = await scrape(served)
     expected = [
-        *(("sllm_router_requests_total", MODEL, how) for how in ("done", "client_left", "engine_failed", "timeout")),
+        *(("sllm_router_requests_total", MODEL, how) for how in get_args(How)),
         ("vllm:prompt_tokens_total", MODEL),
         ("vllm:generation_tokens_total", MODEL),
         ("vllm:time_to_first_token_seconds_count", MODEL),

@@ -16,6 +16,7 @@ from sllm_vllm.router import engines, node_watch
 from sllm_vllm.router.admin_views import explain_view, nodes_view
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.core.cluster import ReplicaState
 from sllm_vllm.router.core.events import PrefetchModel, ReplicaEnded
 from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.gate import Outcome
@@ -195,7 +196,20 @@ async def test_a_replica_that_the_agent_does_not_know_any_more_gives_its_slot_ba
     async with running(Forgetful(num_slots=1), tmp_path, ModelConfig(name=MODEL, min_replicas=1)) as controller:
         await until(lambda: controller.core.models[MODEL].back_off.num_failures, "a failed start")
         ends = [what for _, what in controller.core.events if isinstance(what, ReplicaEnded)]
-        assert (ends[0].reason, ends[0].is_fault) == ("no replica has this id", True)
+        assert ends[0] == ReplicaEnded(ends[0].replica, "no replica has this id", is_fault=True, is_unseen=True)
+
+
+async def test_a_replica_that_an_operator_has_its_agent_stop_has_no_fault(tmp_path: Path) -> None:
+    """Else a request that it has at that moment would be refused as one that kills engines."""
+    node = FakeNode(num_slots=1)
+    async with running(node, tmp_path, ModelConfig(name=MODEL, min_replicas=1)) as controller:
+        await until(lambda: controller.core.cluster.replicas, "a replica")
+        (replica,) = controller.core.cluster.replicas
+        await until(lambda: controller.core.cluster.replicas[replica].state is ReplicaState.READY, "it to be ready")
+        await node.stop_replica(replica)
+        await until(lambda: replica not in controller.core.cluster.replicas, "it to end")
+        ends = [what for _, what in controller.core.events if isinstance(what, ReplicaEnded)]
+        assert [(one.replica, one.is_fault) for one in ends] == [(replica, False)]
 
 
 @pytest.mark.parametrize(

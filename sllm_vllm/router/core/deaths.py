@@ -7,7 +7,9 @@ that its engine survives it. What follows from a death, by the requests that wer
 suspected                      what follows
 =============================  ==================================================================================
 none                           nothing: streams go on elsewhere
-one request                    it is refused, and so is every request with the same digest for ``quarantine_s``
+one request                    it is refused, and so is every request with the same digest for ``quarantine_s``;
+                               but one whose digest an engine has answered lately, as a health probe's, is tried
+                               alone first: what kills engines kills the first that it meets
 several                        each is tried alone on a replica that serves no one else, see ``trials.py``; their
                                digests are suspected for ``quarantine_s``: who sends one again is tried alone, too
 a node was lost, an operator   none is suspected; each is sent to another replica
@@ -139,8 +141,8 @@ class DigestTable:
         if not digest:
             return
         self._until_s[digest] = max(until_s, self._until_s.pop(digest, until_s))
-        if len(self._until_s) > self._num_max:
-            del self._until_s[min(self._until_s, key=self._until_s.__getitem__)]
+        if len(self._until_s) > self._num_max:  # what was added first ends first: all stay equally long
+            del self._until_s[next(iter(self._until_s))]
 
     def discard(self, digest: str) -> None:
         """No more."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp, inf, log
 from statistics import stdev
 
 from sllm_vllm.router.core.facts import Estimate, ModelSpec, PrefillSample, ResumeSample, StartSample, Term, Tier
@@ -193,9 +193,12 @@ class Estimator:
         """The 99th percentile of a start that is expected to take ``expected_s``, if what starts take is log-normal.
 
         Sigma is that of the model's last starts, and ``SIGMA_MIN`` at least; ``SIGMA_UNSEEN`` before the second one.
+        Infinite before the first: its expectation is that of other models, or a default.
         """
         startup = self._startup.find((model, None))
         logs = [log(max(seconds, 0.01)) for seconds in startup.samples] if startup is not None else []
+        if not logs:
+            return inf
         sigma = max(SIGMA_MIN, stdev(logs)) if len(logs) > 1 else SIGMA_UNSEEN
         return expected_s * exp(Z_99 * min(sigma, SIGMA_UNSEEN))
 

@@ -176,11 +176,16 @@ class MoveFailed:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaEnded:
-    """Its engine is gone, or was never there. ``is_fault``: nobody had asked for its end."""
+    """Its engine is gone, or was never there.
+
+    ``is_fault``: nobody had asked for its end. ``is_unseen``: its agent does not know it, as one that was started again
+    does not; so no request is suspected.
+    """
 
     replica: str
     reason: str = ""
     is_fault: bool = False
+    is_unseen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

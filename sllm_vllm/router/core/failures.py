@@ -16,6 +16,9 @@ from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.trials import Trials
 
+HARMLESS_FACTOR = 16
+"""So many times as many digests of answered requests are remembered as of those that are refused."""
+
 
 class Refuse(Protocol):
     """Takes a request out of the picture and tells its client."""
@@ -54,6 +57,8 @@ class Failures:
         """Of requests that killed an engine."""
         self.suspected = DigestTable(limits.poison.digests_max)
         """Of requests one of which may have killed one."""
+        self._harmless = DigestTable(HARMLESS_FACTOR * limits.poison.digests_max)
+        """Of requests that an engine has answered."""
 
     # --------------------------------------------------------------------------------------------------- arriving
 
@@ -109,6 +114,11 @@ class Failures:
         request.num_resumes += 1
         self._enqueue(request, now_s)
 
+    def answered(self, facts: RequestFacts, now_s: float) -> None:
+        """An engine has survived such a request."""
+        self._harmless.add(facts.digest, now_s + self._limits.poison.quarantine_s)
+        self.quarantined.discard(facts.digest)
+
     def cleared(self, request: Request) -> bool:
         """It can't have killed an engine; whether it was on trial, and its replica takes others again."""
         request.is_suspect = False
@@ -121,11 +131,18 @@ class Failures:
         """Do with those that were held what is known now."""
         for verdict in self.deaths.due(now_s):
             until_s = now_s + self._limits.poison.quarantine_s
-            is_alone = len(verdict.suspects) == 1
+            was_harmless = [self._was_harmless(facts, now_s) for facts in verdict.suspects]
+            is_alone = was_harmless == [False]
             for facts in verdict.suspects:
                 (self.quarantined if is_alone else self.suspected).add(facts.digest, until_s)
             for name in verdict.held:
                 self._judge(self._requests[name], verdict, now_s, is_alone=is_alone)
+
+    def _was_harmless(self, facts: RequestFacts, now_s: float) -> bool:
+        """Whether an engine has answered such a request lately; after this death that counts no more."""
+        found = self._harmless.seconds_left(facts.digest, now_s) > 0
+        self._harmless.discard(facts.digest)
+        return found
 
     def _judge(self, request: Request, verdict: Verdict, now_s: float, *, is_alone: bool) -> None:
         request.is_held = False

@@ -154,7 +154,7 @@ class RouterCore:
             case RequestArrived():
                 self._request_arrived(event.facts, now_s)
             case FirstByte() | FirstToken():
-                self._proven(event.request)
+                self._proven(event.request, now_s)
                 self._first_byte(event, now_s)
             case RequestEnded():
                 self._learn_pace(event, now_s)
@@ -302,13 +302,14 @@ class RouterCore:
         if sample is not None and replica.ready_s is not None:
             self.scaling.came_true(replica.id, sample, prefill_s, ready_s=replica.ready_s)
 
-    def _proven(self, request_id: str) -> None:
+    def _proven(self, request_id: str, now_s: float) -> None:
         """Its replica answers it: that does not die of it."""
         request = self.requests.get(request_id)
         if request is None or request.replica is None:
             return
         request.is_proven = True
         self.deaths.answered(request.replica, request_id)
+        self._failures.answered(request.facts, now_s)
         if request.is_suspect and self._failures.cleared(request):
             self._touched[request.facts.model] = None
 
@@ -386,9 +387,10 @@ class RouterCore:
 
     def _replica_ended(self, event: ReplicaEnded, now_s: float) -> None:
         known = self.cluster.replicas.get(event.replica)
-        if known is not None and event.is_fault and (unproven := self._failures.unproven(known)):
+        has_died = event.is_fault and not event.is_unseen
+        if known is not None and has_died and (unproven := self._failures.unproven(known)):
             self.deaths.suspect(event.replica, unproven, now_s)
-        self.deaths.ended(event.replica, event.reason, is_fault=event.is_fault)
+        self.deaths.ended(event.replica, event.reason, is_fault=has_died)
         replica = self.scaling.ended(event.replica, now_s)
         self._samples.pop(event.replica, None)
         self.suspects.discard(event.replica)

@@ -277,15 +277,19 @@ class Scaling:
                 ready_at_s=now_s + estimate.total_s,
             )
         )
-        timeout_s = self._timeout_s(spec, estimate.total_s)
+        timeout_s = self._timeout_s(self._models[pending.model], estimate.total_s)
         self.actions.append(StartReplica(pending.replica, spec.name, pending.generation, pending.plan.node, timeout_s))
 
-    def _timeout_s(self, spec: ModelSpec, expected_s: float) -> float:
-        """How long a start that is expected to take ``expected_s`` may take."""
+    def _timeout_s(self, state: ModelState, expected_s: float) -> float:
+        """How long a start that is expected to take ``expected_s`` may take.
+
+        Twice as long after each failure: a start that is cut is no sample, so the prediction never learns of it.
+        """
+        spec, most_s = state.spec, self.limits.start_s_most
         if spec.start_s_max is not None:
             return spec.start_s_max
         p99_s = self.estimator.startup_p99_s(spec.name, expected_s)
-        return min(self.limits.start_s_most, max(self.limits.start_s_least, p99_s))
+        return min(most_s, max(self.limits.start_s_least, p99_s) * 2.0 ** min(state.back_off.num_failures, 8))
 
     def call_off(self, pending: PendingStart, now_s: float) -> None:
         """It will not start. Victims that are stopped end all the same; those that drain take requests again."""

@@ -90,6 +90,62 @@ def test_its_digest_is_refused_on_every_replica_for_a_while_and_no_longer() -> N
     assert bench.ask("m", digest=POISON) not in bench.books.rejected
 
 
+def test_what_engines_have_answered_before_is_tried_alone_before_it_is_refused() -> None:
+    """A health probe, the same from many clients, was new when its engine died of something else."""
+    bench = bench_with(num_slots=1)
+    probe = bench.ask("m", digest="probe")
+    bench.start()
+    bench.answer(probe)
+    bench.end(probe)
+    bench.wait(60.0)
+    again = bench.ask("m", digest="probe")
+    die_of(bench, again)
+    bench.wait(2.0)
+    bench.start()
+    assert list(bench.books.running) == [again]
+    bench.answer(again)
+    assert bench.ask("m", digest="probe") in bench.books.running
+
+
+@pytest.mark.parametrize("num_first", [1, 2])
+def test_what_kills_on_its_trial_is_refused_though_it_was_answered_before(num_first: int) -> None:
+    bench = bench_with(num_slots=1)
+    running(bench, num_first)
+    for name in list(bench.books.running):
+        bench.end(name)
+    requests = running(bench, num_first, proven=False)
+    die_of(bench, requests[0])
+    bench.wait(2.0)
+    bench.start()
+    die_of(bench, requests[0])
+    assert bench.books.rejected[requests[0]].why is Refusal.KILLED_ENGINE
+
+
+def test_what_another_engine_answers_meanwhile_is_refused_no_longer() -> None:
+    bench = bench_with(target_ongoing=1, ongoing_max=1)
+    probes = [bench.ask("m", digest="probe") for _ in range(2)]
+    while bench.starting:
+        bench.start()
+    assert bench.books.running.keys() == set(probes)
+    die_of(bench, probes[0])
+    assert bench.books.rejected[probes[0]].why is Refusal.KILLED_ENGINE
+    bench.answer(probes[1])
+    assert bench.ask("m", digest="probe") not in bench.books.rejected
+
+
+@pytest.mark.parametrize("is_unseen", [False, True])
+def test_an_end_that_no_agent_has_seen_makes_no_suspects(is_unseen: bool) -> None:
+    """Its agent was started again, and has ended all engines."""
+    bench = bench_with()
+    request = bench.ask("m", digest="d")
+    replica = bench.start()
+    bench.ready.pop(replica)
+    bench.tell(ReplicaEnded(replica, "no replica has this id", is_fault=True, is_unseen=is_unseen))
+    bench.lost[request] = None
+    bench.notice(request)
+    assert (request in bench.books.rejected) is not is_unseen
+
+
 def test_streams_of_the_dead_engine_go_on_at_the_other() -> None:
     bench = bench_with()
     others = running(bench, 8)

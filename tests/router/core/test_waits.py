@@ -99,8 +99,34 @@ def test_else_between_two_and_ten_minutes(nbytes: int, timeout_s: float) -> None
     assert [order.timeout_s for order in bench.starting.values()] == [timeout_s]
 
 
+def test_a_first_start_gets_the_longest_time_whatever_is_guessed_of_it() -> None:
+    """Its weights may be on a cold disk, its code is not compiled, and other models tell nothing of it."""
+    bench = bench_of(nbytes=1)
+    bench.core.estimator.observe_start(StartSample("b", "n", True, Tier.DISK, 1, 0.2, 0.2, 0.1))
+    bench.ask("a")
+    assert [order.timeout_s for order in bench.starting.values()] == [600.0]
+
+
+def test_starts_that_are_cut_get_longer() -> None:
+    """Else a node that has become slower than all samples would cut each of them, without end."""
+    bench = bench_of()
+    for _ in range(3):
+        bench.core.estimator.observe_start(StartSample("a", "n", True, Tier.DISK, 1, 0.2, 0.2, 0.1))
+    bench.ask("a")
+    bench.ask("a")
+    found = []
+    for _ in range(4):
+        found.append(next(iter(bench.starting.values())).timeout_s)
+        bench.fail_start(reason="not healthy in time")
+        bench.wait(70.0)
+        if not bench.starting:
+            bench.ask("a")
+    assert found == [120.0, 240.0, 480.0, 600.0]
+
+
 def test_the_99th_percentile_is_nearer_to_what_is_expected_the_steadier_starts_are() -> None:
     estimator = Estimator()
+    estimator.observe_start(StartSample("m", "n", True, Tier.DISK, 1, 0.0, 10.0, 0.0))
     assert estimator.startup_p99_s("m", 20.0) == pytest.approx(204.7, abs=0.1)
     for seconds in (10.0, 10.0, 10.0):
         estimator.observe_start(StartSample("m", "n", True, Tier.DISK, 1, 0.0, seconds, 0.0))
