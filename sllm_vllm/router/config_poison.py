@@ -35,7 +35,8 @@ class PoisonSection(BaseModel):
         default=30.0,
         ge=0,
         le=3600,
-        description="how long a suspected request waits for another replica before it may go to the last ready one",
+        description="how long a suspected request waits for another replica before it may go to the last ready one, or"
+        " for its only one to be empty before it is tried beside others",
     )
     resumes_max: Count = Field(
         default=2, ge=0, le=100, description="engines of one stream that may end before it ends with an error event"

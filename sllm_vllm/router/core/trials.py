@@ -4,7 +4,8 @@
 replica that has no request, and that gets no other one until the suspect is cleared: by its first byte or token, or
 after ``trial_s``. So what dies with a killer serves no one else. Where a model may have more replicas, the last one
 that is ready is not risked before ``last_replica_s``; meanwhile another one is started. Where all are busy, one of
-several gets nothing new until it is empty.
+several gets nothing new until it is empty. An only one that is never empty gets nothing new after ``last_replica_s``,
+for ``trial_s`` at most, until it has answered all that it has; then the suspect is tried beside them.
 """
 
 from __future__ import annotations
@@ -84,34 +85,44 @@ class Trials:
             return None
         ready = [one for one in self._cluster.least_busy(model, EMPTY_MAX) if one.id not in self._failing]
         empty = next((one for one in ready if not one.ongoing), None)
-        if empty is None:
-            self._reserve(model, ready)
-            return None
         since_s = self._picture.suspects_waiting.get(model, {}).get(request.facts.id, now_s)
+        if empty is None:
+            is_late = 0 <= now_s - since_s - self._limits.last_replica_s < self._limits.trial_s
+            self._reserve(model, ready, num_least=1 if is_late else 2)
+            return ready[0] if is_late and len(ready) == 1 and self._is_settled(ready[0]) else None
         is_last = len(self._cluster.replicas_of(model, ReplicaState.READY)) == 1
         may_have_more = self._picture.models[model].spec.max_replicas > 1
         if is_last and may_have_more and now_s - since_s < self._limits.last_replica_s:
             return None
         return empty
 
-    def _reserve(self, model: str, ready: list[Replica]) -> None:
-        """Let one run empty, if others serve the model meanwhile."""
+    def _reserve(self, model: str, ready: list[Replica], *, num_least: int) -> None:
+        """Let one run empty, if so many serve the model, that one included."""
         known = self._cluster.replicas.get(self._reserved.get(model, ""))
-        if known is not None and known.state is ReplicaState.READY:
+        if known is not None and known.state is ReplicaState.READY and len(ready) >= num_least:
             return
         self._reserved.pop(model, None)
-        if len(ready) > 1:
+        if len(ready) >= max(1, num_least):
             self._reserved[model] = ready[0].id
 
+    def _is_settled(self, replica: Replica) -> bool:
+        """Whether it has room, and has answered all that it has: of another one the engine does not die now."""
+        ongoing_max = self._picture.models[replica.model].spec.ongoing_max
+        return len(replica.ongoing) < ongoing_max and all(
+            self._picture.requests[name].is_proven for name in replica.ongoing
+        )
+
     def validate(self) -> None:
-        """Assert that a replica on trial has the suspect alone, and that those who wait are suspects that wait."""
+        """Assert that a replica on trial has no other request that it has not answered, and that those who wait are
+        suspects that wait."""
         models = [self._picture.requests[name].facts.model for name in self._picture.on_trial.values()]
         assert len(models) == len(set(models)), "two suspects of one model are tried at once"
         for replica_id, request_id in self._picture.on_trial.items():
             request = self._picture.requests[request_id]
             assert request.is_suspect, f"{request_id} is on trial"
             if (replica := self._cluster.replicas.get(replica_id)) is not None:
-                assert replica.ongoing == {request_id}, f"{request_id} is tried beside {replica.ongoing}"
+                others = [name for name in replica.ongoing if not self._picture.requests[name].is_proven]
+                assert others == [request_id], f"{request_id} is tried beside {replica.ongoing}"
         waiting = {
             (name, one.facts.model) for name, one in self._picture.requests.items() if one.is_suspect and one.is_queued
         }

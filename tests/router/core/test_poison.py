@@ -234,6 +234,41 @@ def test_several_are_tried_one_at_a_time_and_each_alone() -> None:
     assert not bench.books.rejected
 
 
+def test_suspects_get_their_turn_on_an_only_replica_that_is_never_empty() -> None:
+    bench = bench_with(num_slots=1)
+    suspects = running(bench, 3, proven=False)
+    die_of(bench, suspects[0])
+    bench.wait(1.0)
+    bench.start()
+    streams = [suspects[0]]
+    bench.answer(suspects[0])
+    for _ in range(60):
+        streams.append(bench.ask("m"))
+        bench.wait(1.0)
+        for name in (*streams, *suspects):
+            if name in bench.books.running and not bench.core.requests[name].is_proven:
+                bench.answer(name)
+        if len(streams) > 3 and streams[0] in bench.books.running:
+            bench.end(streams.pop(0))
+    assert all(name in bench.books.running for name in suspects[1:])
+    assert not bench.books.rejected
+
+
+def test_an_only_replica_is_closed_for_a_suspect_no_longer_than_a_trial_takes() -> None:
+    bench = bench_with(num_slots=1)
+    suspects = running(bench, 2, proven=False)
+    die_of(bench, suspects[0])
+    bench.wait(1.0)
+    bench.start()
+    bench.answer(suspects[0])
+    stuck = bench.ask("m")
+    bench.wait(25.0)
+    late = bench.ask("m")
+    assert (stuck in bench.books.running, late in bench.books.waiting) == (True, True)
+    bench.wait(PoisonLimits().trial_s)
+    assert late in bench.books.running
+
+
 def test_nothing_is_sent_to_a_replica_on_trial() -> None:
     bench = bench_with(num_slots=1)
     suspects = running(bench, 2, proven=False)
