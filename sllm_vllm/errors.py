@@ -4,6 +4,7 @@
 
     SllmError
     ├── ConfigError              a setting is wrong: the user mends it
+    │   └── SourceMissing        a model's weights are not there: they may be downloaded by the load
     ├── CheckpointError          a checkpoint can't be used; every message names the file and the mend
     │   ├── CheckpointMissing    there is none: load the stock way and convert
     │   ├── CheckpointInvalid    its manifest or a header breaks the format: convert again
@@ -55,6 +56,10 @@ class SllmError(Exception):
 
 class ConfigError(SllmError):
     """A setting is unknown or has an impossible value."""
+
+
+class SourceMissing(ConfigError):
+    """A model's directory is not there, or has no weights: they may still be to be downloaded."""
 
 
 class _PathError(SllmError):

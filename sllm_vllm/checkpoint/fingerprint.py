@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from sllm_vllm.checkpoint.checksum import RunningDigest, digest
 from sllm_vllm.checkpoint.core.manifest import PARTITION_DIR, SourceFileRecord
 from sllm_vllm.config import SOURCE_FILES_MAX
-from sllm_vllm.errors import ConfigError
+from sllm_vllm.errors import ConfigError, SourceMissing
 from sllm_vllm.units import MIB
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tensors", ".gguf")
@@ -29,6 +29,7 @@ INDEX_SUFFIX = ".index.json"
 READ_ASIDE = ("mask_embedding.pt",)
 """Weight files of a model's directory that vLLM reads outside its loader (0.32: ``qwen3_dflash.py``)."""
 _DEPTH_MAX = 8
+_LINKS_MAX = 40
 _SEGMENT_NBYTES = 256 * MIB
 """Files are hashed in segments of this size, in parallel, and the segments' digests once more."""
 _BUFFER_NBYTES = 4 * MIB
@@ -63,6 +64,15 @@ class FileState(NamedTuple):
         """From a ``stat``."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
 
+    def proves_same_as(self, other: FileState) -> bool:
+        """Whether a file in this state holds what it held in ``other``.
+
+        Device numbers of overlays and network mounts change with each container and each mount. They may differ if the
+        ctime is the kernel's own: one with a fraction of a second, and no copy of the mtime.
+        """
+        has_ctime = self.ctime_ns != self.mtime_ns and self.ctime_ns % 1_000_000_000 != 0
+        return self == other or (has_ctime and self[:-1] == other[:-1])
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -70,6 +80,7 @@ class SourceFile:
 
     ``blob`` is the content's hash, ``sha256:…`` or ``git-sha1:…``, where the file's place in a Hub cache says it.
     ``is_weights``: it may be large; other files (indices, code, module configurations) are read at each look.
+    ``link``: the state of the link itself, if ``path`` is one.
     """
 
     name: str
@@ -78,26 +89,35 @@ class SourceFile:
     state: FileState
     blob: str | None
     is_weights: bool
+    link: FileState | None = None
 
     @property
     def algorithm(self) -> str:
         """How its content is identified."""
         return _XXH3 if self.blob is None else self.blob.partition(":")[0]
 
+    @property
+    def is_as_downloaded(self) -> bool:
+        """Whether a file in a Hub cache is untouched since its link was made, which comes after the download."""
+        return self.link is not None and max(self.state.mtime_ns, self.state.ctime_ns) <= self.link.ctime_ns
+
 
 def scan_source(directory: str | os.PathLike[str]) -> tuple[SourceFile, ...]:
     """The files of a model's directory and its sub-folders that decide what its parameters hold, by name.
 
     Raises:
-        ConfigError: the directory can't be read, holds no weight file, or too many files.
+        SourceMissing: there is no such directory, or no weight file in it. ConfigError: it can't be read, or holds too
+            many files.
     """
     root = Path(directory)
     try:
         files = sorted(_walk(root, root, blobs=_blobs_of(root), above=()), key=lambda file: file.name)
     except OSError as error:
-        raise _unreadable(root, error) from None
+        unreadable = _unreadable(root, error)
+        raise (unreadable if os.path.lexists(root) else SourceMissing(str(unreadable))) from None
     if not any(file.is_weights for file in files):
-        raise ConfigError(f"{root}: there are no weight files ({', '.join(WEIGHT_SUFFIXES)}); give a model's directory")
+        suffixes = ", ".join(WEIGHT_SUFFIXES)
+        raise SourceMissing(f"{root}: there are no weight files ({suffixes}); give a model's directory")
     return tuple(files)
 
 
@@ -121,8 +141,8 @@ def _walk(
             if entry.is_dir():
                 if entry.name != PARTITION_DIR:
                     yield from _walk(root, Path(entry.path), blobs=blobs, above=(*above, place))
-            elif _counts(entry.name, is_root=not above) and stat.S_ISREG((found := entry.stat()).st_mode):
-                yield _source_file(root, Path(entry.path), found, blobs=blobs)
+            elif _counts(entry.name, is_root=not above) and (file := _source_file(root, entry, blobs=blobs)):
+                yield file
 
 
 def _counts(name: str, *, is_root: bool) -> bool:
@@ -134,8 +154,15 @@ def _counts(name: str, *, is_root: bool) -> bool:
     return name.endswith(".json") and ("quant" in name or (name == "config.json" and not is_root))
 
 
-def _source_file(root: Path, path: Path, status: os.stat_result, *, blobs: Path | None) -> SourceFile:
-    real = os.path.realpath(path)
+def _source_file(root: Path, entry: os.DirEntry[str], *, blobs: Path | None) -> SourceFile | None:
+    """None for what is no file: a link without its target, as an interrupted download or a cleaned cache leaves it."""
+    try:
+        status = entry.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    path, real = Path(entry.path), os.path.realpath(entry.path)
     return SourceFile(
         name=path.relative_to(root).as_posix(),
         path=path,
@@ -143,7 +170,27 @@ def _source_file(root: Path, path: Path, status: os.stat_result, *, blobs: Path 
         state=FileState.of(status),
         blob=_blob_name(path, real, blobs),
         is_weights=path.name.endswith(WEIGHT_SUFFIXES),
+        link=FileState.of(entry.stat(follow_symlinks=False)) if entry.is_symlink() else None,
     )
+
+
+def links_on(directory: Path) -> tuple[FileState, ...]:
+    """The states of all links on the way to ``directory``: another one where a link was set anew, even to and fro.
+
+    Raises:
+        ConfigError: one of them can't be read.
+    """
+    found, place = list[FileState](), directory.absolute()
+    try:
+        while len(found) < _LINKS_MAX:
+            link = next((path for path in (*reversed(place.parents), place) if path.is_symlink()), None)
+            if link is None:
+                break
+            found.append(FileState.of(link.lstat()))
+            place = link.parent / link.readlink() / place.relative_to(link)
+    except OSError as error:
+        raise _unreadable(directory, error) from None
+    return tuple(found)
 
 
 def hub_snapshot_of(directory: Path) -> tuple[str, str] | None:

@@ -18,6 +18,7 @@ it is written after the partition and goes before it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -177,6 +178,16 @@ class CheckpointRepository:
             locks = self._private_directory(_LOCKS)
         with _locked(locks / name, blocking=True), write_errors(path):
             return _set_aside(path)
+
+    def require_writable(self) -> None:
+        """Find out before costly work whether checkpoints can be written here.
+
+        Raises:
+            WriteError: the directory refuses writing.
+        """
+        with write_errors(self.root):
+            if not os.access(self._private_directory(_STAGING), os.W_OK):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def stage(self, key: CheckpointKey, chunk_nbytes: int) -> Staging:
         """A place to write ``key``'s partitions in.

@@ -6,8 +6,8 @@
 
 A record says for each file: in this state (size, times, inode, device) it had this content. It is believed only if the
 file had not been written to in the two seconds before it was read: a later write in the same tick of the file system's
-clock could leave the state as it is. A file that a Hub cache names by its hash is not read at its first sight, but
-whenever its state has changed since: it could have been written to in place.
+clock could leave the state as it is. A file that a Hub cache names by its hash is not read at its first sight unless it
+is younger than its link, but whenever its state has changed since: it could have been written to in place.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sllm_vllm.checkpoint.checksum import digest
 from sllm_vllm.checkpoint.core.manifest import SourceFileRecord
 from sllm_vllm.checkpoint.fingerprint import (
+    FileState,
     SourceFile,
     fingerprint_of,
     hub_snapshot_of,
@@ -41,8 +42,10 @@ Effort = Literal["unknown", "named", "all"]
 _SOURCES = ".sources"
 _SETTLED_NS = 2_000_000_000
 """FAT's tick, the coarsest of the file systems in use."""
+_AHEAD_NS = 86_400 * 1_000_000_000
+"""Stamps further ahead than any zone or skew were set, or are of a clock that was wrong: no write of this moment."""
 _PATHS_MAX = 20_000
-_SIGHTINGS_MAX = 4
+_SIGHTINGS_MAX = 32
 """Nodes that share a store see one path with different inodes and devices."""
 
 
@@ -204,6 +207,8 @@ class SourceRecords:
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough when a forked child holds the descriptor, too
             os.close(fd)
 
 
@@ -246,21 +251,23 @@ def _look(files: Sequence[SourceFile], record: _Record | None, *, effort: Effort
 
 def _is_first_sight(file: SourceFile, seen: object, record: _Record | None) -> bool:
     """Whether the name of a file in a Hub cache is all that is known of it."""
-    return file.is_weights and file.blob is not None and seen is None and (record is None or record.is_whole)
+    is_named = file.is_weights and file.blob is not None and file.is_as_downloaded
+    return is_named and seen is None and (record is None or record.is_whole)
 
 
 def _recall(file: SourceFile, seen: Sequence[_Sighting], *, trusts_names: bool) -> str | None:
     """The content that a file had in the state in which it is now."""
-    state = list(file.state)
     for sighting in seen:
-        if sighting.state == state and sighting.digest is not None and (trusts_names or sighting.is_read):
+        is_same = file.state.proves_same_as(FileState(*sighting.state))
+        if is_same and sighting.digest is not None and (trusts_names or sighting.is_read):
             return sighting.digest if sighting.samples == read_samples(file) else None
     return None
 
 
 def _sighting(file: SourceFile, content: str, *, began_ns: int, is_read: bool) -> _Sighting:
     """``began_ns``: when reading began, or the state was taken."""
-    is_settled = began_ns - max(file.state.mtime_ns, file.state.ctime_ns) > _SETTLED_NS
+    ages_ns = (began_ns - file.state.mtime_ns, began_ns - file.state.ctime_ns)
+    is_settled = not any(-_AHEAD_NS <= age_ns <= _SETTLED_NS for age_ns in ages_ns)
     return _Sighting(
         state=list(file.state),
         samples=read_samples(file) if is_settled else None,

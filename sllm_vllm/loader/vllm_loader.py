@@ -187,8 +187,7 @@ class SllmModelLoader(BaseModelLoader):
 
     def _load_stock(self, found: Found | None, model: nn.Module, model_config: ModelConfig) -> None:
         """Load the stock way, then write the module through; a failure to write never fails the start."""
-        source = found.source if found is not None and self.config.write_through else None
-        transient = None
+        source, transient = self._source_to_convert(found), None
         if source is not None:
             source.start_reading(afresh=self.config.verify_source == "always")
             transient = TransientBuffers(model)
@@ -202,6 +201,17 @@ class SllmModelLoader(BaseModelLoader):
             self._write_through(found, source, {**named_state(model), **transient.changed()})
         except (ConfigError, WriteError) as error:
             logger.warning("event=not_converted reason=%s", error)
+
+    def _source_to_convert(self, found: Found | None) -> ModelSource | None:
+        """The source whose content has to be known after the load: its reading may take as long as the load."""
+        if found is None or found.source is None or not self.config.write_through:
+            return None
+        try:
+            CheckpointRepository(self.config.store_dir).require_writable()
+        except WriteError as error:
+            logger.warning("event=not_converted reason=%s", error)
+            return None
+        return found.source
 
     def _write_through(self, found: Found, source: ModelSource, state: Mapping[str, torch.Tensor]) -> None:
         assert found.layout is not None

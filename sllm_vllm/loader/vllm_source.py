@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import vllm.envs
@@ -16,10 +16,10 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
 from sllm_vllm.checkpoint.core.manifest import Source
-from sllm_vllm.checkpoint.fingerprint import SourceFile, hub_snapshot_of, scan_source
+from sllm_vllm.checkpoint.fingerprint import SourceFile, hub_snapshot_of, links_on, scan_source
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.checkpoint.source_records import Effort, Identified, SourceRecords
-from sllm_vllm.errors import ConfigError, SourceChanged
+from sllm_vllm.errors import ConfigError, SourceChanged, SourceMissing
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -28,11 +28,20 @@ _TOLD_MAX = 3
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a model's files are. ``commit``: of a model from the Hub, in whose cache ``directory`` is."""
+    """Where a model's files are. ``commit``: of a model from the Hub, in whose cache ``directory`` is; ``ref``: the
+    file there that names the commit, for a load by name.
+    """
 
     model: str
     directory: Path
     commit: str | None = None
+    ref: Path | None = field(default=None, compare=False)
+
+    def is_current(self) -> bool:
+        """Whether the model's name still leads to ``commit``: a download may have moved it on."""
+        with contextlib.suppress(OSError, ValueError):
+            return self.ref is None or self.ref.read_text().strip() == self.commit
+        return True  # no such file: the revision is a commit
 
 
 def locate(model_config: ModelConfig, download_dir: str | None = None) -> Location:
@@ -62,7 +71,8 @@ def locate(model_config: ModelConfig, download_dir: str | None = None) -> Locati
     directory = snapshot
     if download_dir is not None:
         directory = Path(download_dir, snapshot.parent.parent.name, "snapshots", snapshot.name)
-    return Location(model, directory, snapshot.name)
+    ref = directory.parent.parent / "refs" / (model_config.revision or "main")
+    return Location(model, directory, snapshot.name, ref)
 
 
 class ModelSource:
@@ -74,6 +84,7 @@ class ModelSource:
     def __init__(self, location: Location, records: SourceRecords) -> None:
         self.location = location
         self._records = records
+        self._links = links_on(location.directory)
         self.files = self._scan()
         self._reading: _Reading | None = None
 
@@ -113,7 +124,8 @@ class ModelSource:
             source = self._identify("unknown")
         else:
             source = self._reading.result()
-        if self.files is None or (before is not None and self._scan() != before):
+        is_same = before is None or (self._scan() == before and links_on(self.location.directory) == self._links)
+        if self.files is None or not is_same or not self.location.is_current():
             raise ConfigError(f"{self.location.directory}: its weights changed while they were loaded")
         return source
 
@@ -154,7 +166,7 @@ class ModelSource:
     def _scan(self) -> tuple[SourceFile, ...] | None:
         try:
             return scan_source(self.location.directory)
-        except ConfigError:
+        except SourceMissing:
             if self.location.commit is None:
                 raise
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.checkpoint import source_records
-from sllm_vllm.checkpoint.fingerprint import fingerprint_directory, scan_source
+from sllm_vllm.checkpoint.fingerprint import FileState, fingerprint_directory, scan_source
 from sllm_vllm.checkpoint.source_records import Identified, SourceRecords
 from tests.checkpoint.test_fingerprint import BLOB, COMMIT, CONTENT, rewrite
 
@@ -198,3 +200,67 @@ def _look_s(records: SourceRecords, model: Path) -> float:
     start = time.perf_counter()
     assert known(records, model) is not None
     return time.perf_counter() - start
+
+
+def test_mtime_of_the_future_is_no_write_of_this_moment(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive packed under a wrong clock: its files would be read at each start."""
+    for file in model.iterdir():
+        os.utime(file, (4e9, 4e9))
+    monkeypatch.setattr(source_records, "_SETTLED_NS", 0)
+    records = SourceRecords(tmp_path / "store")
+    identify(records, model)
+    assert known(records, model) is not None
+
+
+@pytest.mark.parametrize(
+    ("ctime_ns", "is_known"), [(5_000_000_001, True), (5_000_000_000, False), (3_000_000_007, False)]
+)
+def test_other_device_number_of_an_overlay_or_a_mount(ctime_ns: int, is_known: bool) -> None:
+    """It may be another one if the ctime is the kernel's own: not if a file system has none, or shows the mtime."""
+    before = FileState(100, 3_000_000_007, ctime_ns, 12, 58)
+    assert before._replace(device=61).proves_same_as(before) is is_known
+    assert before.proves_same_as(before)
+    assert not before._replace(device=61, inode=13).proves_same_as(before)
+
+
+def test_record_of_a_container_that_has_another_device_number(records: SourceRecords, model: Path) -> None:
+    for file in model.iterdir():
+        os.utime(file, ns=(1, 1))  # so that ctime is no copy of it
+    identify(records, model)
+    (record,) = records._root.glob(".sources/*.json")
+    content = json.loads(record.read_text())
+    for sightings in content["sightings"].values():
+        sightings[0]["state"][-1] += 1
+    record.write_text(json.dumps(content))
+    assert known(records, model) is not None
+
+
+def test_many_nodes_with_copies_of_their_own_share_the_records(records: SourceRecords, model: Path) -> None:
+    """Each node sees the path with its own inodes; the second round of starts reads nothing."""
+    for node in ("a", "b", "c", "d", "e", "f", "g", "h"):
+        shutil.copytree(model, model.with_name(node))
+    shutil.rmtree(model)
+    for is_known in (False, True):
+        for node in ("a", "b", "c", "d", "e", "f", "g", "h"):
+            model.with_name(node).rename(model)
+            assert (known(records, model) is not None) is is_known
+            identify(records, model)
+            model.rename(model.with_name(node))
+
+
+def test_child_that_was_forked_meanwhile_keeps_no_lock(records: SourceRecords, model: Path) -> None:
+    release, hold = os.pipe()
+    with records._one_reader(model):
+        child = os.fork()
+        if child == 0:
+            os.close(hold)
+            os.read(release, 1)
+            os._exit(0)
+    try:
+        with records._path(model).with_suffix(".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(hold)
+        os.waitpid(child, 0)

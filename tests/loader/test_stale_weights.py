@@ -168,6 +168,28 @@ def fill_like_stock(ours: Fill) -> str:
     return outcome
 
 
+def test_link_to_nowhere_beside_changed_weights(model_dir: ModelDir, tmp_path: Path) -> None:
+    """It made the files of a Hub snapshot count as not downloaded yet, and the commit alone as their identity."""
+    source = lay_out("hub", model_dir("llama"), tmp_path)
+    ours = Fill(source.model, load_format="sllm", extra_config={"store_dir": str(tmp_path / "store")})
+    assert fill_like_stock(ours) == "converted"
+    change_values(source.files[0])
+    (source.model / "pytorch_model.bin").symlink_to("../../blobs/gone")
+    assert [fill_like_stock(ours), fill_like_stock(ours)] == ["converted", "loaded"]
+
+
+def test_store_copied_without_its_records_after_an_edit_through_a_link(model_dir: ModelDir, tmp_path: Path) -> None:
+    """``cp -r store/* new`` leaves hidden folders; then a blob's name must not count as its content."""
+    source = lay_out("hub", model_dir("llama"), tmp_path)
+    ours = Fill(source.model, load_format="sllm", extra_config={"store_dir": str(tmp_path / "store")})
+    assert fill_like_stock(ours) == "converted"
+    shutil.rmtree(tmp_path / "store" / ".sources")
+    assert fill_like_stock(ours) == "loaded", "names are trusted"
+    change_values(source.files[0])
+    shutil.rmtree(tmp_path / "store" / ".sources")
+    assert fill_like_stock(ours) == "converted"
+
+
 def test_changed_weights_are_told_in_one_line(model_dir: ModelDir, tmp_path: Path) -> None:
     source = lay_out("from object store", model_dir("llama"), tmp_path)
     ours = Fill(source.model, load_format="sllm", extra_config={"store_dir": str(tmp_path / "store")})

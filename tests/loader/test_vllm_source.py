@@ -88,6 +88,71 @@ def test_weights_that_change_while_they_are_loaded_are_not_converted(tmp_path: P
         source.finish_reading()
 
 
+@pytest.mark.parametrize("begins_reading", [True, False])
+def test_link_to_a_deployment_that_was_set_to_and_fro_during_the_load(tmp_path: Path, begins_reading: bool) -> None:
+    """The files are the same before and after; what was loaded may be the other deployment's."""
+    from sllm_vllm.loader.vllm_source import ModelSource, locate
+
+    for version in ("v1", "v2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "model.safetensors").write_bytes(version.encode())
+    set_link(tmp_path / "releases", tmp_path)
+    set_link(tmp_path / "current", Path("releases/v1"))
+    source = ModelSource(locate(model_config(tmp_path / "current")), SourceRecords(tmp_path / "store"))
+    if begins_reading:
+        source.start_reading(afresh=False)
+        assert source._reading is not None
+        source._reading.result()
+    set_link(tmp_path / "current", Path("releases/v2"))
+    set_link(tmp_path / "current", Path("releases/v1"))
+    with pytest.raises(ConfigError, match="changed while they were loaded"):
+        source.finish_reading()
+
+
+def set_link(link: Path, target: Path) -> None:
+    """Atomically, as deployments do."""
+    new = link.with_name("new")
+    new.symlink_to(target)
+    new.rename(link)
+
+
+def test_file_links_that_were_set_to_and_fro_during_the_load(tmp_path: Path) -> None:
+    from sllm_vllm.loader.vllm_source import ModelSource, locate
+
+    model = tmp_path / "model"
+    model.mkdir()
+    for version in ("v1", "v2"):
+        (tmp_path / version).write_bytes(version.encode())
+    set_link(model / "model.safetensors", tmp_path / "v1")
+    source = ModelSource(locate(model_config(model)), SourceRecords(tmp_path / "store"))
+    source.identify()
+    set_link(model / "model.safetensors", tmp_path / "v2")
+    set_link(model / "model.safetensors", tmp_path / "v1")
+    with pytest.raises(ConfigError, match="changed while they were loaded"):
+        source.finish_reading()
+
+
+def test_load_by_name_during_which_the_name_moved_on_is_not_converted(snapshot: Path, tmp_path: Path) -> None:
+    """The stock loader asks the Hub again: it has loaded the new commit, whose files lie elsewhere."""
+    from sllm_vllm.loader.vllm_source import ModelSource, locate
+
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    source = ModelSource(locate(model_config("org/name")), SourceRecords(tmp_path / "store"))
+    source.start_reading(afresh=False)
+    (snapshot.parents[1] / "refs" / "main").write_text("f" * 40)
+    with pytest.raises(ConfigError, match="changed while they were loaded"):
+        source.finish_reading()
+
+
+def test_load_of_a_commit_by_name_has_no_name_that_moves(snapshot: Path, tmp_path: Path) -> None:
+    from sllm_vllm.loader.vllm_source import ModelSource, locate
+
+    (snapshot / "model.safetensors").write_bytes(b"weights")
+    source = ModelSource(locate(model_config("org/name", revision=COMMIT)), SourceRecords(tmp_path / "store"))
+    source.start_reading(afresh=False)
+    assert source.finish_reading().revision == COMMIT
+
+
 def test_weights_of_a_second_model_keep_a_module_from_being_converted() -> None:
     from sllm_vllm.loader.vllm_source import require_weights_here
 
