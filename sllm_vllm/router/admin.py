@@ -35,6 +35,7 @@ from sllm_vllm.router.openai_errors import (
     unauthorized,
     wrong_method,
 )
+from sllm_vllm.router.pauses import json_of_many
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.state_store import StateBusy, StateDamaged, StateError, StateFull
 from sllm_vllm.router.watch import Ended, Message, Receive, Send
@@ -189,7 +190,7 @@ class AdminApp:
     # ------------------------------------------------------------------------------------------------------ models
 
     async def _models(self, call: Call) -> Reply:
-        return Reply(views.models_view(self._controller))
+        return Reply(await json_of_many("models", views.model_views(self._controller)))
 
     async def _model(self, call: Call) -> Reply:
         self._require_model(call.name)
@@ -304,7 +305,7 @@ class AdminApp:
             raise ApiError(400, str(error), code="invalid_config") from None
 
     async def _metrics(self, call: Call) -> Reply:
-        text = await asyncio.to_thread(generate_latest, registry_of(self._controller))
+        text = await asyncio.to_thread(generate_latest, await registry_of(self._controller))
         return Reply(text, kind=CONTENT_TYPE_LATEST)
 
 

@@ -48,10 +48,12 @@ def plain(value: object) -> object:
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-def models_view(controller: Controller) -> Record:
-    """All that are deployed."""
+def model_views(controller: Controller) -> Iterator[Record]:
+    """All that are deployed; models may change between two of them."""
     newest = _newest_predictions(controller)
-    return {"models": [model_view(controller, name, newest) for name in controller.models]}
+    for name in list(controller.models):
+        if name in controller.models:
+            yield model_view(controller, name, newest)
 
 
 def model_view(controller: Controller, name: str, newest: Mapping[str, Prediction] | None = None) -> Record:

@@ -1,9 +1,9 @@
-"""The router's state as Prometheus reads it. Reads the controller on its loop, anew for each scrape."""
+"""The router's state as Prometheus reads it. Reads the controller on its loop, in slices, anew for each scrape."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import get_args
 
@@ -19,38 +19,40 @@ from sllm_vllm.router.core.cluster import ReplicaState
 from sllm_vllm.router.core.events import Refusal
 from sllm_vllm.router.counts import Histogram
 from sllm_vllm.router.gate import How
+from sllm_vllm.router.pauses import in_slices
 
 Sample = tuple[RouterMetric, tuple[str, ...], float]
 _HISTOGRAMS = {metric for metric in RouterMetric if metric.value.buckets}
 
 
-def registry_of(controller: Controller) -> CollectorRegistry:
-    """What there is to say now. It may be written out on any thread."""
+async def registry_of(controller: Controller) -> CollectorRegistry:
+    """What there is to say now, read in slices. It may be written out on any thread."""
     registry = CollectorRegistry()
-    registry.register(_Snapshot(_families(controller)))
+    registry.register(_Snapshot([family async for family in _families(controller)]))
     return registry
 
 
 class _Snapshot(Collector):
     def __init__(self, families: Iterable[Family]) -> None:
-        self._families = list(families)
+        self._families = families
 
     def collect(self) -> Iterable[Family]:
         return self._families
 
 
-def _families(controller: Controller) -> Iterator[Family]:
+async def _families(controller: Controller) -> AsyncIterator[Family]:
     """One family a metric, also where it has no sample now."""
-    plain = {metric: _family(metric) for metric in RouterMetric if metric not in _HISTOGRAMS}
-    for metric, labels, value in _samples(controller):
-        plain[metric].add_metric(labels, value)
-    yield from plain.values()
-    yield _histogram(RouterMetric.START_SECONDS, {(kind,): one for kind, one in controller.counts.start_s.items()})
-    yield _histogram(RouterMetric.MOVE_HELD_SECONDS, {(): controller.counts.held_s})
     counts, shown = controller.counts, _shown_models(controller)
-    yield _histogram(RouterMetric.TTFT, _by_model(counts.ttft_s, shown))
-    yield _histogram(RouterMetric.DURATION, _by_model(counts.duration_s, shown))
-    yield _histogram(RouterMetric.QUEUE_WAIT, _by_model(counts.queue_wait_s, shown))
+    plain = {metric: _family(metric) for metric in RouterMetric if metric not in _HISTOGRAMS}
+    async for metric, labels, value in in_slices(_samples(controller, shown)):
+        plain[metric].add_metric(labels, value)
+    for family in plain.values():
+        yield family
+    yield await _histogram(RouterMetric.START_SECONDS, {(kind,): one for kind, one in counts.start_s.items()})
+    yield await _histogram(RouterMetric.MOVE_HELD_SECONDS, {(): counts.held_s})
+    yield await _histogram(RouterMetric.TTFT, _by_model(counts.ttft_s, shown))
+    yield await _histogram(RouterMetric.DURATION, _by_model(counts.duration_s, shown))
+    yield await _histogram(RouterMetric.QUEUE_WAIT, _by_model(counts.queue_wait_s, shown))
 
 
 def _by_model(histograms: Mapping[str, Histogram], shown: Iterable[str]) -> dict[tuple[str, ...], Histogram]:
@@ -64,21 +66,21 @@ def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
     return kind(record.name, record.help, labels=record.labels)
 
 
-def _histogram(metric: RouterMetric, histograms: Mapping[tuple[str, ...], Histogram]) -> HistogramMetricFamily:
+async def _histogram(metric: RouterMetric, histograms: Mapping[tuple[str, ...], Histogram]) -> HistogramMetricFamily:
     """By labels."""
     record = metric.value
     family = HistogramMetricFamily(record.name, record.help, labels=record.labels)
-    for labels, histogram in histograms.items():
+    async for labels, histogram in in_slices(histograms.items()):
         bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
         buckets = list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
         family.add_metric(labels, buckets, histogram.total)
     return family
 
 
-def _samples(controller: Controller) -> Iterator[Sample]:
+def _samples(controller: Controller, shown: list[str]) -> Iterator[Sample]:
     yield RouterMetric.INFO, (__version__,), 1
     yield RouterMetric.MODELS, (), len(controller.models)
-    for node in controller.core.cluster.nodes.values():
+    for node in list(controller.core.cluster.nodes.values()):  # slices: it may change
         yield RouterMetric.SLOTS, (node.id,), node.num_slots
         yield RouterMetric.FREE_SLOTS, (node.id,), node.num_free
     for outcome in ("ready", "failed", "called_off"):
@@ -93,10 +95,10 @@ def _samples(controller: Controller) -> Iterator[Sample]:
     yield RouterMetric.CONNECTIONS, (), clients.num_open
     yield RouterMetric.CONNECTIONS_REFUSED, (), clients.num_refused
     yield RouterMetric.SLOW_CLIENTS, (), clients.num_slow
-    shown = _shown_models(controller)
     yield from _counted(controller, shown)
     for model in shown:
-        yield from _model_samples(controller, model)
+        if model in controller.core.models:  # nothing has deleted it meanwhile
+            yield from _model_samples(controller, model)
 
 
 def _shown_models(controller: Controller) -> list[str]:

@@ -240,6 +240,13 @@ def compare(old: RouterConfig, new: RouterConfig) -> Changes:
     )
 
 
+def with_known_models(new: RouterConfig, old: RouterConfig) -> RouterConfig:
+    """The new one, with the old one's records of models that did not change, so that fewer live."""
+    before = {model.name: model for model in old.models}
+    kept = (before[model.name] if model == before.get(model.name) else model for model in new.models)
+    return new.model_copy(update={"models": tuple(kept)})
+
+
 def _changed_keys(old: RouterConfig, new: RouterConfig) -> Iterator[str]:
     for section in (*_LIVE_SECTIONS, *_FIXED_SECTIONS):
         before, after = getattr(old, section), getattr(new, section)

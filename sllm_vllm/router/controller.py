@@ -52,6 +52,7 @@ from sllm_vllm.router.member import Member
 from sllm_vllm.router.model_lengths import ModelLengths
 from sllm_vllm.router.movability import Movability
 from sllm_vllm.router.node_orders import NodeOrders
+from sllm_vllm.router.pauses import in_slices
 from sllm_vllm.router.refusals import rejected, stopping
 from sllm_vllm.router.weights_size import weights_nbytes
 from sllm_vllm.run_loops import RunLoops
@@ -59,8 +60,6 @@ from sllm_vllm.run_loops import RunLoops
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-FOLLOW_S = 0.005
-"""Longest that changes of many models keep the loop from requests."""
 OUTCOMES_MAX = 256
 
 
@@ -293,12 +292,8 @@ class Controller:
     async def change_models(self, removed: Iterable[str], deployed: Iterable[ModelConfig]) -> None:
         """Delete and deploy many models; requests are served meanwhile."""
         deletions = (partial(self._delete_known, name) for name in removed)
-        rest_s = time.monotonic() + FOLLOW_S
-        for change in chain(deletions, (partial(self.deploy, one) for one in deployed)):
+        async for change in in_slices(chain(deletions, (partial(self.deploy, one) for one in deployed))):
             change()
-            if time.monotonic() >= rest_s:
-                await asyncio.sleep(0)
-                rest_s = time.monotonic() + FOLLOW_S
 
     def _delete_known(self, name: str) -> None:
         if name in self.models:

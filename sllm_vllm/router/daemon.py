@@ -22,7 +22,7 @@ from sllm_vllm.node.daemon import CLOSE_S_MAX, WORDS, descriptors_kept, locked_n
 from sllm_vllm.router.admin import AdminApp
 from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
 from sllm_vllm.router.config import ModelConfig, RouterConfig
-from sllm_vllm.router.config_file import compare, read_key_digests
+from sllm_vllm.router.config_file import Changes, compare, read_key_digests, with_known_models
 from sllm_vllm.router.config_places import read_checked_config, require_model
 from sllm_vllm.router.config_problems import Problem
 from sllm_vllm.router.controller import Bounds, Controller
@@ -30,6 +30,7 @@ from sllm_vllm.router.estimates_file import read_estimates, write_record
 from sllm_vllm.router.ingress import Ingress
 from sllm_vllm.router.kept_models import KeptModels
 from sllm_vllm.router.keys import digest_of
+from sllm_vllm.router.pauses import freeze_heap, no_collections
 from sllm_vllm.router.serve import serve_app
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.state_store import SqliteStore, StateError
@@ -58,7 +59,8 @@ def serve(path: Path) -> int:
         NodeBusy: another agent has the node's folder. NodeError: that folder can't be used.
         DaemonFailed: a part of it can't work any more.
     """
-    config, warnings = read_checked_config(path)
+    with no_collections():
+        config, warnings = read_checked_config(path)
     _warn(path, warnings)
     node = config.node_config()
     raise_file_limit()
@@ -191,8 +193,7 @@ class RouterProcess:
             ConfigError: it is wrong, or changes what can't be changed while it serves: all stays as it was.
         """
         async with self._reloading:
-            config, warnings = await asyncio.to_thread(read_checked_config, self._path)
-            changes = await asyncio.to_thread(compare, self._config, config)
+            config, changes, warnings = await asyncio.to_thread(_read_again, self._path, self._config)
             changes.require_live()
             self._require_hidden(config)
             settings = await asyncio.to_thread(self._settings, config)
@@ -240,6 +241,7 @@ class RouterProcess:
             raise ConfigError(str(error)) from None
         await controller.measure(models)
         await controller.change_models((), models)
+        freeze_heap()
         await controller.start(self._loops)
         await controller.add_node(NODE_NAME, agent)
         saving = self._loops.start("saving estimates", lambda: _save_later(controller, path))
@@ -264,6 +266,18 @@ class RouterProcess:
         """Those of the configuration, and one that lies in the agent's folder for this user's own commands."""
         own = digest_of(open_key(self._node.node_dir / ADMIN_KEY_NAME))
         return (own, *read_key_digests(config.keys.admin, "keys.admin"))
+
+
+def _read_again(path: Path, old: RouterConfig) -> tuple[RouterConfig, Changes, list[Problem]]:
+    """The file as it is now, and what it changes. Blocking.
+
+    Raises:
+        InvalidConfig: something in it is wrong.
+    """
+    with no_collections():
+        config, warnings = read_checked_config(path)
+        changes = compare(old, config)
+        return with_known_models(config, old), changes, warnings
 
 
 def _scrape_digests(config: RouterConfig) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from sllm_vllm.router.openai_errors import (
     wrong_method,
 )
 from sllm_vllm.router.openapi import openapi_document
+from sllm_vllm.router.pauses import json_of_many
 from sllm_vllm.router.proxy import Call, Proxy, Report
 from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.watch import Ended, Message, Receive, Send, send_last, telling_slow
@@ -151,7 +152,7 @@ class Ingress:
         self._require_key(request)
         if _is_models(request.path):
             _require(request, "GET", "HEAD")
-            await self._send(request, report, status=200, body=self._models(request.path), send=send)
+            await self._send(request, report, status=200, body=await self._models(request.path), send=send)
             return
         target = _engine_target(request)
         _require(request, "POST")
@@ -211,10 +212,9 @@ class Ingress:
     def _ready(self) -> tuple[int, bytes]:
         return (200, b'{"ready": true}') if self._gate.is_ready() else (503, b'{"ready": false}')
 
-    def _models(self, path: str) -> bytes:
+    async def _models(self, path: str) -> bytes:
         if path == _MODELS:
-            served = self._gate.served()
-            return json.dumps({"object": "list", "data": [self._card(model) for model in served]}).encode()
+            return await json_of_many("data", map(self._card, self._gate.served()), object="list")
         name = path.removeprefix(_MODELS + "/")
         self._require_model(name)
         return json.dumps(self._card(self._names[name])).encode()

@@ -14,6 +14,7 @@ from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.core.events import Event, NodeJoined, NodeReported
 from sllm_vllm.router.core.facts import FoundReplica, Tier
 from sllm_vllm.router.engines import Node
+from sllm_vllm.router.pauses import in_slices
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class NodeWatch:
             NodeError: there is none.
         """
         report = await self._node.report()
-        first = self._taken(report)
+        first = await self._taken(report)
         found = find(report)
         self._tell(NodeJoined(self._name, len(report.slots), is_warm=first.is_warm, report=first, found=found))
         self._tell(first)
@@ -91,7 +92,7 @@ class NodeWatch:
         except SllmError as error:
             logger.warning("event=no_report node=%s reason=%s", self._name, error)
         else:
-            self._tell(self._taken(report))
+            self._tell(await self._taken(report))
         await asyncio.sleep(PAUSE_S)
 
     async def follow_warm(self) -> None:
@@ -148,11 +149,14 @@ class NodeWatch:
         checkpoint = None if config is None else _checkpoint_of(config, self._checkpoints)
         return 0 if checkpoint is None else checkpoint.resident_nbytes
 
-    def _taken(self, report: NodeReport) -> NodeReported:
+    async def _taken(self, report: NodeReport) -> NodeReported:
         self.report = report
-        self._checkpoints = _by_model(report.checkpoints)
-        found = {name: _checkpoint_of(model, self._checkpoints) for name, model in self._models.items()}
-        known = {name: checkpoint for name, checkpoint in found.items() if checkpoint is not None}
+        checkpoints = {name: one async for one in in_slices(report.checkpoints) for name in _names_of(one)}
+        self._checkpoints = checkpoints
+        known: dict[str, CheckpointReport] = {}
+        async for name, model in in_slices(list(self._models.items())):
+            if (checkpoint := _checkpoint_of(model, checkpoints)) is not None:
+                known[name] = checkpoint
         self._tiers = {name: _tier_of(checkpoint) for name, checkpoint in known.items()}
         return NodeReported(
             self._name,
@@ -164,15 +168,10 @@ class NodeWatch:
         )
 
 
-def _by_model(checkpoints: tuple[CheckpointReport, ...]) -> dict[str, CheckpointReport]:
-    """By the name that the model had, and by its plain path if that was a path; thousands need one look each."""
-    found: dict[str, CheckpointReport] = {}
-    for checkpoint in checkpoints:
-        if checkpoint.model:
-            found[checkpoint.model] = checkpoint
-            if os.path.isabs(checkpoint.model):
-                found[os.path.normpath(checkpoint.model)] = checkpoint
-    return found
+def _names_of(checkpoint: CheckpointReport) -> set[str]:
+    """The name that the model had, and its plain path if that was a path: thousands need one look each."""
+    name = checkpoint.model
+    return {name, os.path.normpath(name)} if name and os.path.isabs(name) else {name} if name else set()
 
 
 def _checkpoint_of(model: ModelConfig, checkpoints: Mapping[str, CheckpointReport]) -> CheckpointReport | None:

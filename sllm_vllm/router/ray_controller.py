@@ -97,9 +97,9 @@ class RayController:
         service = await self._service()
         if version <= self._version:
             return ""
-        config = _read(told)
+        config = await asyncio.to_thread(_read, told)
         try:
-            changes = compare(self._config, config)
+            changes = await asyncio.to_thread(compare, self._config, config)
             changes.require_live()
         except ConfigError as error:
             return str(error)

@@ -178,7 +178,7 @@ async def test_many_models_have_a_bounded_number_of_series(tmp_path: Path) -> No
     busy = f"m-{SERIES_MAX + 9:05}"
     waiting = asyncio.create_task(controller.acquire(RequestFacts("r-1", busy)))
     await until(lambda: controller.core.queues.waiting(busy), "its place in the queue")
-    found = parsed(generate_latest(registry_of(controller)).decode())
+    found = parsed(generate_latest(await registry_of(controller)).decode())
     shown = [key[1] for key in found if key[0] == "vllm:num_requests_waiting"]
     assert len(shown) == SERIES_MAX
     assert busy in shown
