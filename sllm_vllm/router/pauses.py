@@ -38,12 +38,17 @@ async def json_of_many(key: str, records: Iterable[Mapping[str, object]], **othe
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
-    """No garbage collection while a thread makes very many objects; it must not last long."""
+    """No garbage collection while a thread makes very many objects, nor later of those: it must not last long.
+
+    Cycles of garbage made meanwhile are never freed; what is in no cycle is freed as usual.
+    """
     was_on = gc.isenabled()
+    gc.collect(1)  # the young ones, or they would stay
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if was_on:
             gc.enable()
 
