@@ -144,13 +144,16 @@ def page(body: bytes, status: int = 200) -> Iterator[AdminClient]:
             thread.join()
 
 
+ELSEWHERE = "something else than a router listens there; say where the router is with --url or SLLM_URL"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "told"),
     [
-        (b"<html>", 200, "status 200, and no JSON; is a router there?"),
-        (b"[" * 100_000, 200, "status 200, and no JSON; is a router there?"),
-        (b"{}", 302, "status 302; is a router there?"),
-        (b'{"error": "no"}', 404, "status 404; is a router there?"),
+        (b"<html>", 200, f"status 200, and no JSON: {ELSEWHERE}"),
+        (b"[" * 100_000, 200, f"status 200, and no JSON: {ELSEWHERE}"),
+        (b"{}", 302, f"status 302: {ELSEWHERE}"),
+        (b'{"error": "no"}', 404, f"status 404: {ELSEWHERE}"),
         (b'{"error": {"message": "two\\nlines"}}', 500, "two lines"),
         (b"x" * 2000, 200, "the answer is larger than 1000 bytes"),
     ],

@@ -133,12 +133,12 @@ def test_a_request_that_kills_its_engine_is_found_among_others_that_had_nothing_
 
 def test_a_start_that_hangs_is_ended_and_made_again_for_who_waits(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     go = tmp_path / "go"
-    write_config(tmp_path, "late", defaults={"environment": {"FAKE_ENGINE_GO": str(go)}})
+    write_config(tmp_path, "late", defaults={"environment": {"FAKE_ENGINE_GO": str(go)}, "start_timeout": 6})
     with running_router(tmp_path, agent=SOON) as router:
         waiting = router.post_later(pool, "late")
         wait_until(lambda: router.pids("late"), "it to start")
         (first,) = router.pids("late")
-        wait_until(lambda: "not healthy within 5.5 s" in router.log, "its time to be over")
+        wait_until(lambda: "not healthy within 6 s" in router.log, "its time to be over")
         wait_until(lambda: not is_alive(first), "its end")
         go.touch()
         answer = waiting.result()
