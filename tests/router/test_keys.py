@@ -92,7 +92,7 @@ async def test_key_is_needed(engine: EngineProcess, path: str, headers: dict[str
         answer = await served.post(chat(), path, headers=headers)
     assert answer.status == status
     assert len(gate.facts) == (status == 200)
-    assert status == 200 or answer.error["code"] == "invalid_api_key"
+    assert status == 200 or answer.json["error"]["type"] == "authentication_error"  # so in both dialects
 
 
 async def test_lists_are_locked_too_and_health_is_not(engine: EngineProcess) -> None:
@@ -118,8 +118,7 @@ async def test_engine_that_refuses_the_router_is_no_news_for_the_clients_key(eng
     async with serving(gate) as served:
         answer = await served.post(chat(status=401))
     assert answer.status == 502
-    assert [outcome.how for outcome in gate.outcomes] == ["engine_failed"]
-    assert len(gate.retries) == 1
+    assert (len(gate.retries), gate.outcomes) == (2, [])  # the gate was given both failures, and ended it
 
 
 async def test_log_holds_no_key(engine: EngineProcess, caplog: pytest.LogCaptureFixture) -> None:
