@@ -95,7 +95,7 @@ class RunLoops:
                 if task is None or task.cancelling():
                     raise
                 self._failed(loop, error)  # something that it waited for was cancelled, not the loop
-            except Exception as error:  # the top of a run loop
+            except Exception as error:  # top of a run loop
                 self._failed(loop, error)
             else:
                 pause_s, loop.problem = PAUSE_S, ""

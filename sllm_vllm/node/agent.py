@@ -360,7 +360,7 @@ class NodeAgent:
             engine = Engine(spec.id, log, on_event=self._happened, on_change=record.notify)
             record.engine = engine
             process = await self._starter.start(engine, spec, place, directory=record.order.directory)
-        except Exception as error:  # the top of a task
+        except Exception as error:  # top of a run loop
             if not isinstance(error, OSError | ValueError):  # ValueError: a word that can't be given to a process
                 logger.exception("event=start_failed replica=%s", spec.id)
             self._let_go(record)
@@ -371,7 +371,7 @@ class NodeAgent:
         self._happened(EngineStarted(spec.id, process.pid))
         try:
             status = await engine.run(self._session, place.url, health_s=self.config.health_s)
-        except Exception:  # the top of a task
+        except Exception:  # top of a run loop
             logger.exception("event=engine_not_watched replica=%s", spec.id)
             process.kill()
             status = await process.wait()

@@ -198,7 +198,7 @@ class WarmPool:
             self._wanted.clear()
             try:
                 parent = await self._import()
-            except Exception as error:  # the top of a run loop
+            except Exception as error:  # top of a run loop
                 self._problem = f"the warm parent does not start ({error or type(error).__name__}), see {self._log}"
                 logger.warning("event=warm_parent_failed reason=%r next_attempt_s=%.0f", self._problem, pause_s)
                 await asyncio.sleep(pause_s)

@@ -163,7 +163,7 @@ class Engines:
             self._called_off.discard(replica)
             self._tell(ReplicaEnded(replica, error.problem, is_fault=True))
             return
-        except Exception as error:  # the top of a task: the core would hold its slots for good
+        except Exception as error:  # top of a run loop: the core would hold its slots for good
             logger.exception("event=order_failed replica=%s", replica)
             await self._stop(replica)  # how far the order came is not known
             self._called_off.discard(replica)
@@ -179,7 +179,7 @@ class Engines:
             try:
                 await self._watch(replica, model)
                 return
-            except Exception:  # the top of a run loop
+            except Exception:  # top of a run loop
                 logger.exception("event=watch_failed replica=%s", replica)
                 await asyncio.sleep(WATCH_AGAIN_S)
 

@@ -147,7 +147,7 @@ class MetricsServer:
         while not self._stopped.is_set():
             try:
                 self._server.serve_forever(_STOP_POLL_S)
-            except Exception:  # the top of a run loop
+            except Exception:  # top of a run loop
                 logger.exception("event=loop_failed loop='metrics'")
                 self._stopped.wait(_PAUSE_S)
 
