@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm_vllm.checkpoint.core.manifest import Manifest
-from sllm_vllm.checkpoint.fingerprint import scan_source
+from sllm_vllm.checkpoint.fingerprint import is_from_hub, scan_source
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.checkpoint.source_records import SourceRecords
@@ -49,8 +49,11 @@ def _reason(manifest: Manifest, sources: _Sources, vllm_version: str | None) -> 
         return "it was written by an earlier version of sllm-vllm"
     if manifest.source.fingerprint in sources.fingerprints_with(manifest.source.model):
         return None
-    has_source = sources.is_here(manifest.source.model)
-    return f"{manifest.source.model} {'has other weights now' if has_source else 'is not on this machine'}"
+    if sources.is_here(manifest.source.model):
+        return f"{manifest.source.model} has other weights now"
+    if is_from_hub(manifest.source.files):
+        return None  # a start finds it by the commit alone; it may be the only copy here
+    return f"{manifest.source.model} is not on this machine"
 
 
 class _Sources:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.checkpoint.core.manifest import Layout, Source
+from sllm_vllm.checkpoint.core.manifest import Layout, Source, SourceFileRecord
 from sllm_vllm.checkpoint.fingerprint import scan_source
 from sllm_vllm.checkpoint.prune import find_unused
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
@@ -59,6 +59,21 @@ def test_checkpoint_of_a_source_that_has_gone_is_not(repository: CheckpointRepos
     name = convert(repository, model)
     shutil.rmtree(model)
     assert unused(repository) == {name: f"{model} is not on this machine"}
+
+
+def test_checkpoint_of_a_hub_model_whose_weights_are_not_here_is_kept(
+    repository: CheckpointRepository, tmp_path: Path
+) -> None:
+    """A start takes it by its commit: pulled without the weights, it is the only copy."""
+    content = f"sha256:{'ab' * 32}"
+    source = Source(
+        model="org/model",
+        fingerprint="f" * 32,
+        files=[SourceFileRecord(name="model.safetensors", nbytes=7, digest=content)],
+    )
+    layout = make_key().layout.model_copy(update={"vllm_version": VLLM})
+    make_checkpoint(repository.root, key=CheckpointKey(source, layout))
+    assert unused(repository) == {}
 
 
 def test_checkpoint_of_another_vllm_is_not(repository: CheckpointRepository, model: Path) -> None:
