@@ -1,5 +1,6 @@
 """Fixtures of all tests. Owns: the environment vLLM is imported in, and the random models of a test session."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from tests.vllm_fill import prepare_environment
 ModelDir = Callable[..., Path]
 
 prepare_environment()
+
+with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may have torch and pytest alone
+    from hypothesis import HealthCheck, settings
+
+    # No test fails because the machine is slow: hypothesis allows 200 ms for an example by default.
+    settings.register_profile("slow machines", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("slow machines")
 
 
 @pytest.fixture(scope="session")
