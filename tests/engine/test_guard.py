@@ -28,6 +28,9 @@ def build(*arguments: str, tasks: tuple[str, ...] = ("generate",)) -> Any:
 
 @pytest.fixture(scope="module")
 def app() -> Any:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # only once a process, and other tests of this one need ours
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_API_KEY", KEY)
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # its routes, too
