@@ -56,11 +56,20 @@ def test_a_fork_that_dies_leaves_it_to_vllms_own_way() -> None:
     assert module._run_in_subprocess(die) == "vLLM's answer"
 
 
-def test_a_fork_that_hangs_is_ended() -> None:
+def test_a_fork_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[int] = []
+    fork = os.fork
+
+    def noted_fork() -> int:
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", noted_fork)
     with pytest.raises(NoAnswer, match="said nothing"):
         ask_fork(lambda: time.sleep(3600), answer_s=0.1)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    (pid,) = forked
+    with pytest.raises(ChildProcessError):  # ended and reaped
+        os.waitpid(pid, os.WNOHANG)
 
 
 def test_no_descriptor_is_left() -> None:
