@@ -43,7 +43,7 @@ from os import PathLike
 
 
 class SllmError(Exception):
-    """Root of the tree. ``str()`` is one line that says what, where, and the mend.
+    """Root of the tree. ``str()`` is one line that says what, where, and the fix.
 
     ``lines``: the same for people; an error about several things has a line for each.
     """

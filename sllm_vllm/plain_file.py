@@ -1,6 +1,6 @@
-"""Files that a daemon keeps or is told of: only regular ones are opened, and opening one never waits.
+"""Files that a daemon keeps or is given: only regular ones are opened, and opening one never waits.
 
-A FIFO in the place of a file keeps whoever opens it waiting, perhaps for good and with the daemon's loop, and a device
+A FIFO in the place of a file blocks the process that opens it, perhaps for good and with the daemon's loop; a device
 may do anything when it is opened.
 """
 

@@ -61,7 +61,7 @@ class SllmEndpoints:
         del state
         self._engine = engine_client
         self._keys = tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key)
-        engine_client.sllm_resume_keys = self._keys or ("",)  # without a key whoever reaches it may sign
+        engine_client.sllm_resume_keys = self._keys or ("",)  # without a key any client may sign
         self._trial = asyncio.get_running_loop().create_task(self._try())
 
     async def _try(self) -> None:

@@ -107,7 +107,7 @@ async def _run(config: NodeConfig, listener: socket.socket, make_agent: MakeAgen
             async with served(agent, listener, ending=ending, loops=loops):
                 logger.info("event=agent_serving socket=%s", config.socket_path)
                 await ending.wait()
-                await agent.close()  # within: whoever watches a replica is told of its end
+                await agent.close()  # within: clients that watch a replica get its end
         finally:
             await agent.close()
     logger.info("event=agent_stopped socket=%s", config.socket_path)

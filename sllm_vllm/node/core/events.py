@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """What is to run: ``vllm serve`` with these arguments, on so many slots. ``id`` is unique, but for an order that
+    """What is to run: ``vllm serve`` with these arguments, on ``num_slots`` slots. ``id`` is unique, unless the order
     reuses that of a replica that has ended."""
 
     id: str
