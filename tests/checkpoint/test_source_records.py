@@ -147,6 +147,9 @@ def test_blob_that_was_written_to_before_its_first_sight_is_found_when_it_is_rea
     records: SourceRecords, snapshot: Path
 ) -> None:
     rewrite(snapshot.parents[1] / "blobs" / BLOB, 1_000_001)
+    link = snapshot / "model.safetensors"
+    link.unlink()
+    link.symlink_to(f"../../blobs/{BLOB}")  # a link that is younger than the write
     named = known(records, snapshot)
     read = records.identify(snapshot, scan_source(snapshot), effort="named")
     assert named is not None
