@@ -173,7 +173,7 @@ class StoreConfig(BaseModel):
     redirect_hosts: tuple[str, ...] = Field(
         default=(),
         max_length=64,
-        description="hosts that remotes over http(s) may redirect to, `*.example.com` for all below; the Hub's own "
+        description="hosts that remotes over http(s) or s3:// may redirect to, `*.example.com` for all below; the Hub's own "
         "networks are allowed for hf://",
     )
     policy: Literal["cost", "lru"] = Field(default="cost", description="what is evicted first")

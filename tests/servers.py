@@ -35,13 +35,6 @@ http {{
     server {{ listen 127.0.0.1:{port}; root {root}; {directives} }}
 }}
 """
-_S3 = """
-import sys
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
-fd, port = map(int, sys.argv[1:])
-make_server("127.0.0.1", port, DomainDispatcherApplication(create_backend_app), threaded=True, fd=fd).serve_forever()
-"""
 _PREPARING_CALLS = 3  # what is done before moto begins to check keys and signatures
 
 
@@ -104,7 +97,7 @@ def s3_server() -> Iterator[S3]:
 
     with socket.create_server(("127.0.0.1", 0)) as listener, tempfile.TemporaryFile() as log:
         port = listener.getsockname()[1]
-        command = [sys.executable, "-c", _S3, str(listener.fileno()), str(port)]
+        command = [sys.executable, str(Path(__file__).with_name("s3_app.py")), str(listener.fileno()), str(port)]
         environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": str(_PREPARING_CALLS)}
         with _child(command, stderr=log, pass_fds=(listener.fileno(),), env=environment):
             endpoint = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Files behind http(s), asked for by ranges with aiohttp: redirects, addresses and the size of heads are bounded here.
+"""Files behind http(s) or S3, asked for by ranges with aiohttp: redirects, addresses and heads are bounded here.
 
 obstore's own client follows any redirect to any address and bounds no head, and its threads may still be in Python
 while the interpreter ends, which aborts the process.
@@ -6,10 +6,11 @@ while the interpreter ends, which aborts the process.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -63,11 +64,20 @@ class HttpSource:
     Args:
         headers: credentials, for the named origin alone.
         redirect_hosts: see ``RedirectRules``.
+        sign: makes the URL of a key, with credentials in its query; called in a thread, because it may ask for them.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], redirect_hosts: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        redirect_hosts: Sequence[str] = (),
+        *,
+        sign: Callable[[str], str] | None = None,
+    ) -> None:
         self._url = quote(url, safe=_SAFE)
         self._headers = dict(headers)
+        self._sign = sign
         self._rules = RedirectRules(urlsplit(self._url), redirect_hosts)
         self._session: aiohttp.ClientSession | None = None
 
@@ -80,8 +90,9 @@ class HttpSource:
         headers = {"Accept-Encoding": "identity"}
         if bounds is not None:
             headers["Range"] = f"bytes={bounds[0]}-{bounds[1] - 1}"
+        url = f"{self._url}/{key}" if self._sign is None else await asyncio.to_thread(self._sign, key)
         try:
-            response = await self._follow(f"{self._url}/{key}", shown, headers)
+            response = await self._follow(url, shown, headers)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise translated_http(error, shown) from None
         try:

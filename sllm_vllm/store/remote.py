@@ -62,8 +62,8 @@ PUT_CONCURRENCY = 4
 PUT_RETRIES_MAX = 5
 PUT_TIMEOUT = timedelta(minutes=10)
 """Longest that one part takes."""
-READ_TIMEOUT = timedelta(days=7)
-"""It is for a whole answer, however large and slow: ``fetch.py`` notices a stall instead."""
+SIGNED_FOR = timedelta(hours=1)
+"""How long the URL of a read from S3 is valid: until the request arrives, however far the clocks differ."""
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _OTHER_RANGE = re.compile(r"UnexpectedRange|InvalidRange|StartTooLarge|NoContentRange|ParseContentRange|got \d+\.\.\d+")
@@ -190,7 +190,7 @@ class Remote:
 
 @dataclass(frozen=True, slots=True)
 class _ObjectSource:
-    """Reads with obstore: a folder, or S3."""
+    """Reads a folder with obstore."""
 
     store: Callable[[], ObjectStore]
 
@@ -227,7 +227,7 @@ def open_remote(url: str, *, endpoint: str | None = None, redirect_hosts: Sequen
 
     Args:
         endpoint: of S3 or the Hub, instead of the environment's.
-        redirect_hosts: hosts that http(s) and the Hub may redirect to, beside their own and the Hub's networks.
+        redirect_hosts: hosts that http(s), S3 and the Hub may redirect to, beside their own and the Hub's networks.
 
     Raises:
         ConfigError: no URL of a remote; the message does not repeat its secrets.
@@ -236,7 +236,7 @@ def open_remote(url: str, *, endpoint: str | None = None, redirect_hosts: Sequen
     if parts.scheme == "file":
         return _open_folder(Path(unquote(parts.path)))
     if parts.scheme == "s3":
-        return _open_s3(parts, endpoint)
+        return _open_s3(parts, endpoint, redirect_hosts)
     if parts.scheme == "hf":
         return _open_hub(parts, endpoint, redirect_hosts)
     return _open_http(parts, redirect_hosts)
@@ -322,19 +322,29 @@ def _open_hub(
     return Remote(_shown(parts), source, _only_name=only_name)
 
 
-def _open_s3(parts: SplitResult, endpoint: str | None) -> Remote:
+def _open_s3(parts: SplitResult, endpoint: str | None, redirect_hosts: Sequence[str]) -> Remote:
+    """Read by signed URLs with ``HttpSource``, for obstore's own client follows any redirect; written with obstore."""
     # Whether the endpoint is http is its owner's choice; a request holds a signature, never the secret key.
     config: S3Config = {} if endpoint is None else {"endpoint": endpoint}
     prefix = unquote(parts.path.strip("/")) or None
-    bucket = parts.netloc
+    retries: RetryConfig = {"max_retries": PUT_RETRIES_MAX}
+    client: ClientConfig = {"allow_http": True, "timeout": PUT_TIMEOUT}
 
-    def store(retries_max: int, timeout: timedelta) -> ObjectStore:
-        retries: RetryConfig = {"max_retries": retries_max}
-        client: ClientConfig = {"allow_http": True, "timeout": timeout}
-        return S3Store(bucket, prefix=prefix, config=config, client_options=client, retry_config=retries)
+    def store(credentials: S3Config) -> S3Store:
+        both: S3Config = {**config, **credentials}
+        return S3Store(parts.netloc, prefix=prefix, config=both, client_options=client, retry_config=retries)
 
-    reader, writer = store(0, READ_TIMEOUT), store(PUT_RETRIES_MAX, PUT_TIMEOUT)
-    return Remote(_shown(parts), _ObjectSource(lambda: reader), lambda: writer)
+    writer = store({})
+    unknown: S3Config = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
+    anonymous = store(unknown)  # signs without asking for credentials, to learn where objects lie
+
+    def sign(key: str) -> str:
+        return obstore.sign(writer, "GET", key, SIGNED_FOR)
+
+    base = obstore.sign(anonymous, "GET", "x", SIGNED_FOR).partition("?")[0].removesuffix("/x")
+    is_public = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in {"1", "true", "on", "yes", "y"}
+    source = HttpSource(base, {}, redirect_hosts, sign=None if is_public else sign)
+    return Remote(_shown(parts), source, lambda: writer)
 
 
 def _sync_file(path: Path) -> None:

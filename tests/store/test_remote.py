@@ -102,6 +102,13 @@ async def test_s3_endpoint_may_be_an_argument(s3_environment: S3, monkeypatch: p
     assert await remote.read_manifest("argument") == b"{}"
 
 
+async def test_public_bucket_is_read_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    with faulty_server({"/bucket/a%20b/m/manifest.json": b"{}", f"/bucket/a%20b/m/{PATH}": DATA}) as server:
+        await assert_reads(open_remote("s3://bucket/a b", endpoint=server.url))
+        assert all("?" not in request.path and request.authorization is None for request in server.requests)
+
+
 async def test_wrong_secret_key_is_refused(s3_environment: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     await open_remote(f"s3://{BUCKET}").put("signed", "manifest.json", b"{}", nbytes=2)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
@@ -158,12 +165,14 @@ async def test_token_stays_with_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("no_token")
-@pytest.mark.parametrize("kind", ["http", "hf"])
+@pytest.mark.parametrize("kind", ["http", "hf", "s3"])
 async def test_a_redirect_elsewhere_is_followed_only_where_that_is_allowed(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Another port of the same host is elsewhere; and credentials do not go there."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     with faulty_server({"/cdn": DATA}) as cdn:
         moved = Fault(status=302, location=f"{cdn.url}/cdn")
         with faulty_server({}, forever=moved) as server:
@@ -171,6 +180,8 @@ async def test_a_redirect_elsewhere_is_followed_only_where_that_is_allowed(
             def opened(*hosts: str) -> Remote:
                 if kind == "hf":
                     return open_remote("hf://org/repo", endpoint=server.url, redirect_hosts=hosts)
+                if kind == "s3":
+                    return open_remote("s3://bucket", endpoint=server.url, redirect_hosts=hosts)
                 return open_remote(f"http://user:{SECRET}@127.0.0.1:{server.port}", redirect_hosts=hosts)
 
             with pytest.raises(RemoteRefused, match=r"redirects to 127\.0\.0\.1, which is not among"):
@@ -179,7 +190,8 @@ async def test_a_redirect_elsewhere_is_followed_only_where_that_is_allowed(
             assert await read(opened("127.0.0.1")) == DATA[100:5100]
             assert [request.authorization for request in cdn.requests] == [None]
             assert [request.range for request in cdn.requests] == ["bytes=100-5099"]
-            assert all(request.authorization for request in server.requests)
+            assert [request.path for request in cdn.requests] == ["/cdn"]
+            assert all(request.authorization or "X-Amz-Signature=" in request.path for request in server.requests)
 
 
 async def test_a_redirect_at_the_same_origin_is_followed_but_not_without_end() -> None:
