@@ -76,5 +76,5 @@ class ReplicaRecord:
 
 
 def _ended_by_exception(row: ReplicaRow) -> bool:
-    """Python's own exit status; one that was killed, or refused its arguments (2), may have printed others before."""
-    return row.state is State.FAILED and row.status == 1
+    """Python's own exit status, or argparse's; one that was killed may have printed others before."""
+    return row.state is State.FAILED and row.status in {1, 2}

@@ -20,6 +20,8 @@ _PREFIX = re.compile(r"(\([^()]* pid=\d+\) ?)?((?:[A-Z]+) \d\d-\d\d \d\d:\d\d:\d
 """Of vLLM's lines: which process prints, and what its logger adds."""
 _INVALID = re.compile(r"(?:\w+\.)*(ValidationError): \d+ validation errors? for ")
 """Pydantic says in the second line after it what is wrong, or in the first where it is a whole model."""
+_REFUSAL = re.compile(r"vllm(?: \w+)?: error: (.+)")
+"""What argparse says before it exits with status 2."""
 _VALUE = re.compile(r"\s*(.*?)(?: \[type=\w+.*)?$")
 _POINTS_ELSEWHERE = re.compile(
     r"[Ss]ee root cause above"
@@ -42,6 +44,9 @@ class FailureWords:
 
     def note(self, line: str) -> None:
         """It printed one more line. Any text will do."""
+        if (refusal := _REFUSAL.match(line[:LINE_MAX])) is not None:
+            self._cause = refusal[1]
+            return
         if not self._open and _TRACEBACK not in line:
             return
         prefix = _PREFIX.match(line[:LINE_MAX])
@@ -55,7 +60,10 @@ class FailureWords:
 
     @property
     def cause(self) -> str:
-        """The last exception that says why; if all refer to others, the last of them; empty if there was none."""
+        """The last exception that says why, or what vLLM's parser of arguments refused; empty if there was neither.
+
+        If all exceptions refer to others, the last of them.
+        """
         return (self._cause or self._pointer)[:CAUSE_MAX]
 
     def _continue(self, process: str, text: str) -> None:

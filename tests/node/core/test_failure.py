@@ -24,10 +24,10 @@ CAUSES = {
     "port-in-use": "OSError: [Errno 98] Address already in use",
     "too-long": "ValidationError: User-specified max_model_len (99999999) is greater than the derived max_model_len",
     "unknown-architecture": "ValidationError: Model architectures ['NopeForCausalLM'] are not supported for now.",
-    "wrong-argument": "",
-    "wrong-value": "",
+    "wrong-argument": "unrecognized arguments: --no-such-argument",
+    "wrong-value": "argument --dtype: invalid choice: 'float17' (choose from",
 }
-"""How each cause begins. vLLM's parser of arguments prints no exception; its last line says what is wrong."""
+"""How each cause begins."""
 
 ROOT = [
     "(Worker pid=7) ERROR 11-30 15:00:00 [multiproc_executor.py:953] Traceback (most recent call last):",
