@@ -23,7 +23,7 @@ class PoisonSection(BaseModel):
         default=1024, ge=1, le=1_000_000, description="bodies that are refused, or suspected, at most"
     )
     verdict_timeout: Duration = Field(
-        default=5.0, gt=0, le=60, description="longest that a request waits until it is known whether its engine ended"
+        default=15.0, gt=0, le=60, description="longest that a request waits until it is known whether its engine ended"
     )
     trial_timeout: Duration = Field(
         default=30.0,

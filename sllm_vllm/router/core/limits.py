@@ -46,7 +46,7 @@ class PoisonLimits:
 
     quarantine_s: float = 600.0
     digests_max: int = 1024
-    verdict_s: float = 5.0
+    verdict_s: float = 15.0
     trial_s: float = 30.0
     last_replica_s: float = 30.0
     resumes_max: int = 2
