@@ -173,8 +173,8 @@ class StoreConfig(BaseModel):
     redirect_hosts: tuple[str, ...] = Field(
         default=(),
         max_length=64,
-        description="hosts that remotes over http(s) or s3:// may redirect to, `*.example.com` for all below; the Hub's own "
-        "networks are allowed for hf://",
+        description="hosts that remotes over http(s) or s3:// may redirect to, `*.example.com` for all below; "
+        "the Hub's own networks are allowed for hf://",
     )
     policy: Literal["cost", "lru"] = Field(default="cost", description="what is evicted first")
     prefault: bool = Field(default=True, description="claim the memory at start instead of at first use")

@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from sllm_vllm.checkpoint.repository import CheckpointRepository, VerifiedMarks
+from sllm_vllm.checkpoint.source_records import SourceRecords
 from sllm_vllm.errors import ConfigError, NodeError
 from sllm_vllm.key_file import open_key
+from sllm_vllm.loader.limits import LIMITS_NAME, read_limits
+from sllm_vllm.loader.vllm_source import Location
 from sllm_vllm.node.daemon import WORDS
 from sllm_vllm.node.logs import BoundedLog
 from sllm_vllm.node.orphans import Record
@@ -22,10 +26,12 @@ from sllm_vllm.plain_file import open_plain, read_plain
 from sllm_vllm.router.config_file import read_router_config
 from sllm_vllm.router.estimates_file import read_estimates
 from sllm_vllm.store.calibrate import CALIBRATION_NAME, read_calibration
+from sllm_vllm.store.staged_file import StagedCheckpoint
 from sllm_vllm.unix_listener import locked
 from tests.router.router_process import write_config
 from tests.waiting import wait_until
 
+NAME = "from-elsewhere"
 COMMAND = str(Path(sys.executable).with_name("sllm-vllm"))
 
 
@@ -97,6 +103,33 @@ def test_no_file_that_a_daemon_reads_or_writes_is_waited_for(tmp_path: Path, fif
     in_time(lambda: BoundedLog(fifo, 1 << 20).write(b"x"))
     in_time(lambda: Record(tmp_path / "engines").add(os.getpid()))
     assert (tmp_path / "engines").is_file()
+
+
+def test_no_file_of_a_store_is_waited_for(tmp_path: Path) -> None:
+    for name in (CALIBRATION_NAME, LIMITS_NAME, f".staging/.received/{NAME}/manifest.json", "ref"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    repository = CheckpointRepository(tmp_path)
+    assert isinstance(in_time(lambda: StagedCheckpoint(repository, NAME, b"{}")), Exception)
+    assert in_time(lambda: read_limits(tmp_path)) == {}
+    assert in_time(lambda: Location("org/name", tmp_path, commit="0" * 40, ref=tmp_path / "ref").is_current()) is True
+
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    marks = VerifiedMarks(tmp_path)
+    assert marks.mark(file, file.stat())
+    assert marks.is_marked(file)
+    [mark] = (tmp_path / ".verified").iterdir()
+    mark.unlink()
+    os.mkfifo(mark)
+    assert in_time(lambda: marks.is_marked(file)) is False
+
+    records = SourceRecords(tmp_path)
+    records.identify(tmp_path, ())
+    [record] = (tmp_path / ".sources").glob("*.json")
+    record.unlink()
+    os.mkfifo(record)
+    assert in_time(lambda: records.folders()) == {}
 
 
 # -------------------------------------------------------------------------------------------------------------- daemons

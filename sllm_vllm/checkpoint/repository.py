@@ -46,6 +46,8 @@ from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from sllm_vllm.checkpoint.writer import WrittenPartition, sync_directory, write_errors, write_file_durably
 from sllm_vllm.config import MANIFEST_MARKS_MAX, MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import CheckpointError, CheckpointMissing, CheckpointUnreadable, NotConvertible, WriterBusy
+from sllm_vllm.plain_file import read_plain
+from sllm_vllm.units import KIB
 
 _LOCKS = ".locks"
 _REJECTED = ".rejected"
@@ -330,7 +332,7 @@ class Staging:
     def _record(self, rank: int) -> Partition | None:
         """The record of a rank's finished partition, if it is there, sound, and of our chunk size."""
         try:
-            value = json.loads(self._record_path(rank).read_bytes())
+            value = json.loads(read_plain(self._record_path(rank), MANIFEST_NBYTES_MAX))
             partition = Partition.model_validate(value["partition"])
             complete = (self.path / partition.path).stat().st_size == partition.nbytes
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -349,7 +351,7 @@ class VerifiedMarks:
     def is_marked(self, file: Path) -> bool:
         """Whether ``file`` was verified since its last change."""
         try:
-            return (self._directory / _mark_name(file)).read_text() == _identity(file.stat())
+            return read_plain(self._directory / _mark_name(file), KIB).decode() == _identity(file.stat())
         except (OSError, UnicodeDecodeError):
             return False
 

@@ -36,6 +36,7 @@ from sllm_vllm.checkpoint.fingerprint import (
     record_of,
 )
 from sllm_vllm.config import SOURCE_RECORD_NBYTES_MAX
+from sllm_vllm.plain_file import read_plain
 
 Effort = Literal["unknown", "named", "all"]
 
@@ -215,10 +216,7 @@ class SourceRecords:
 def _parse(path: Path) -> _Record:
     """A record; an empty one that is not whole if it can't be read or used."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(SOURCE_RECORD_NBYTES_MAX + 1)
-        if len(raw) <= SOURCE_RECORD_NBYTES_MAX:
-            return _Record.model_validate_json(raw)
+        return _Record.model_validate_json(read_plain(path, SOURCE_RECORD_NBYTES_MAX))
     except (OSError, ValidationError):
         pass
     return _Record(is_whole=False)

@@ -17,7 +17,8 @@ from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.checkpoint.writer import write_file_durably
 from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
 from sllm_vllm.loader.report import HopName
-from sllm_vllm.units import MIB
+from sllm_vllm.plain_file import read_plain
+from sllm_vllm.units import KIB, MIB
 
 LIMITS_NAME = ".limits.json"
 _SAMPLE_NBYTES_MAX = 512 * MIB
@@ -27,7 +28,7 @@ _ROUNDS = 3
 def read_limits(store_dir: Path) -> dict[HopName, float]:
     """Bytes a second of each hop as last measured for this store; empty if they never were."""
     try:
-        value = json.loads((store_dir / LIMITS_NAME).read_bytes())
+        value = json.loads(read_plain(store_dir / LIMITS_NAME, 64 * KIB))
         return {name: float(bps) for name, bps in value.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}

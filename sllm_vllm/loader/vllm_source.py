@@ -20,6 +20,8 @@ from sllm_vllm.checkpoint.fingerprint import SourceFile, hub_snapshot_of, links_
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.checkpoint.source_records import Effort, Identified, SourceRecords
 from sllm_vllm.errors import ConfigError, SourceChanged, SourceMissing
+from sllm_vllm.plain_file import read_plain
+from sllm_vllm.units import KIB
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,7 +42,7 @@ class Location:
     def is_current(self) -> bool:
         """Whether the model's name still leads to ``commit``: a download may have moved it on."""
         with contextlib.suppress(OSError, ValueError):
-            return self.ref is None or self.ref.read_text().strip() == self.commit
+            return self.ref is None or read_plain(self.ref, KIB).decode().strip() == self.commit
         return True  # no such file: the revision is a commit
 
 

@@ -31,7 +31,9 @@ from sllm_vllm.checkpoint.core.manifest import DATA_ALIGNMENT, MANIFEST_NAME, Ma
 from sllm_vllm.checkpoint.reader import RankPartition
 from sllm_vllm.checkpoint.repository import CheckpointRepository, is_legal_name
 from sllm_vllm.checkpoint.writer import sync_directory, write_errors, write_file_durably
+from sllm_vllm.config import MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import CheckpointCorrupt
+from sllm_vllm.plain_file import read_plain
 
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -92,7 +94,8 @@ class StagedCheckpoint:
     def _prepare(self, raw: bytes) -> None:
         manifest = self.path / MANIFEST_NAME
         with write_errors(self.path):
-            if not manifest.exists() or manifest.read_bytes() != raw:  # what lies there is of another checkpoint
+            is_ours = manifest.exists() and read_plain(manifest, MANIFEST_NBYTES_MAX) == raw
+            if not is_ours:  # what lies there is of another checkpoint
                 shutil.rmtree(self.path)
                 (self.path / "partitions").mkdir(parents=True)
                 try:

@@ -18,7 +18,7 @@ from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.checkpoint.core.manifest import DATA_ALIGNMENT, MANIFEST_NAME, Manifest, parse_manifest
 from sllm_vllm.checkpoint.reader import MEND_CORRUPT, Checkpoint, RankPartition
 from sllm_vllm.checkpoint.repository import CheckpointRepository
-from sllm_vllm.config import StoreConfig
+from sllm_vllm.config import MANIFEST_NBYTES_MAX, StoreConfig
 from sllm_vllm.errors import (
     CheckpointCorrupt,
     CheckpointInvalid,
@@ -28,6 +28,7 @@ from sllm_vllm.errors import (
     RemoteMissing,
     WriteError,
 )
+from sllm_vllm.plain_file import read_plain
 from sllm_vllm.store.fetch import FetchLimits, fetch_header, fetch_manifest, fetch_span
 from sllm_vllm.store.remote import Remote, open_checkpoint_url
 from sllm_vllm.store.staged_file import StagedCheckpoint, StagedPartition
@@ -108,7 +109,7 @@ async def push_checkpoint(
 def _read_manifest(checkpoint: Checkpoint) -> bytes:
     path = checkpoint.path / MANIFEST_NAME
     try:
-        raw = path.read_bytes()
+        raw = read_plain(path, MANIFEST_NBYTES_MAX)
     except OSError as error:
         raise CheckpointUnreadable(path, f"it can't be read ({error.strerror})", "mend its permissions") from None
     if parse_manifest(raw, str(path)) != checkpoint.manifest:
@@ -188,7 +189,7 @@ def _validated(raw: bytes, shown: str) -> Manifest:
 def _is_there(target: Path, raw: bytes) -> bool:
     """Whether this very checkpoint is published."""
     try:
-        there = (target / MANIFEST_NAME).read_bytes()
+        there = read_plain(target / MANIFEST_NAME, MANIFEST_NBYTES_MAX)
     except FileNotFoundError:
         return False
     except OSError as error:

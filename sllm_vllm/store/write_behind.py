@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
+from sllm_vllm.config import MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import (
     CheckpointError,
     CheckpointUnreadable,
@@ -23,6 +24,7 @@ from sllm_vllm.errors import (
     StoreError,
     WriteError,
 )
+from sllm_vllm.plain_file import read_plain
 from sllm_vllm.store.core.events import GiveSpan
 from sllm_vllm.store.core.schedule import Urgency
 from sllm_vllm.store.devices import Device
@@ -107,7 +109,7 @@ class WriteBehind:
     def _stage(self, placed: Placed) -> StagedCheckpoint:
         path = placed.checkpoint.path / MANIFEST_NAME
         try:
-            raw = path.read_bytes()
+            raw = read_plain(path, MANIFEST_NBYTES_MAX)
         except OSError as error:
             raise CheckpointUnreadable(path, f"it can't be read ({error.strerror})", "see its permissions") from None
         return StagedCheckpoint(self._store.places.repository, placed.name, raw)
