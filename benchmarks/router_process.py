@@ -36,6 +36,7 @@ class Router:
     url: str
     key_file: Path
     log: Path
+    pid: int
 
     def admin(self, path: str, *, method: str = "GET", body: object = None) -> dict[str, Any]:
         """What its admin API says."""
@@ -134,6 +135,6 @@ def _wait_warm(process: subprocess.Popen[bytes], log: Path, key_file: Path) -> R
     while time.monotonic() < deadline_s and process.poll() is None:
         found = _URL.search(log.read_text())
         if found is not None and "event=warm_parent_ready" in log.read_text() and key_file.exists():
-            return Router(found[1], key_file, log)
+            return Router(found[1], key_file, log, process.pid)
         time.sleep(0.1)
     raise RouterFailed(f"the router did not get ready\n{log.read_text(errors='replace')[-LOG_SHOWN:]}")
