@@ -49,7 +49,8 @@ def test_the_loader_is_registered_once_somebody_imports_the_loaders_and_not_befo
 
 HOOKED = """
 import os, sys
-import vllm.plugins
+import vllm.multimodal.inputs, vllm.plugins, vllm.pooling_params, vllm.sampling_params
+assert "vllm.v1.request" not in sys.modules
 for wanted in ("1", "0", ""):
     child = os.fork()
     if child == 0:

@@ -21,7 +21,7 @@ from tests.router.router_process import RouterUnderTest, running_router, write_c
 from tests.vllm_server import SERVER_ENVIRONMENT
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.e2e_long
 
 NUM_TOKENS = 160
 POISON = [7, 7, 7, 7]
