@@ -26,7 +26,7 @@ from obstore.store import LocalStore, S3Store
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.repository import is_legal_name
 from sllm_vllm.checkpoint.writer import sync_directory, write_errors
-from sllm_vllm.config import MANIFEST_NBYTES_MAX
+from sllm_vllm.config import MANIFEST_NBYTES_MAX, read_variable
 from sllm_vllm.errors import (
     ConfigError,
     DiskFull,
@@ -342,7 +342,7 @@ def _open_s3(parts: SplitResult, endpoint: str | None, redirect_hosts: Sequence[
         return obstore.sign(writer, "GET", key, SIGNED_FOR)
 
     base = obstore.sign(anonymous, "GET", "x", SIGNED_FOR).partition("?")[0].removesuffix("/x")
-    is_public = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in {"1", "true", "on", "yes", "y"}
+    is_public = (read_variable("AWS_SKIP_SIGNATURE") or "").lower() in {"1", "true", "on", "yes", "y"}
     source = HttpSource(base, {}, redirect_hosts, sign=None if is_public else sign)
     return Remote(_shown(parts), source, lambda: writer)
 
