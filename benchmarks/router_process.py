@@ -18,8 +18,8 @@ from benchmarks.bytecode import environment_of
 from benchmarks.supervise import Workspace
 from sllm_vllm.config import child_environment
 
-READY_S_MAX = 180.0
-ANSWER_S_MAX = 180.0
+READY_S_MAX = 600.0
+ANSWER_S_MAX = 600.0
 LOG_SHOWN = 4000
 """Characters."""
 _URL = re.compile(r"event=router_serving url=(\S+)")

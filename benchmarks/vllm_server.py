@@ -20,8 +20,8 @@ from typing import Any, Self
 from sllm_vllm.config import child_environment
 
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 300.0
-REQUEST_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 600.0
+REQUEST_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 15.0
 LOG_LINES_SHOWN = 30
 MODEL_NAME = "demo"

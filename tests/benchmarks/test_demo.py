@@ -27,8 +27,8 @@ from benchmarks.vllm_server import Completion, ServerFailed, VllmServer
 from sllm_vllm.config import child_environment
 from tests.benchmarks.process_tree import Identity, alive, descendants, read_until
 
-START_TIMEOUT_S = 180.0
-END_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 900.0
+END_TIMEOUT_S = 300.0
 
 
 def start_of(name: str, outcome: str) -> Start:

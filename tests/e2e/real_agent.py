@@ -19,7 +19,7 @@ from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
 from sllm_vllm.node.sessions import living_members
 from tests.vllm_server import SERVER_ENVIRONMENT
 
-WARM_MAX_S = 150.0
+WARM_MAX_S = 400.0
 ARGUMENTS = ("--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "64M")
 PROMPTS = ("hello world", "a b c d e f g")
 _PR_SET_CHILD_SUBREAPER = 36
@@ -90,7 +90,7 @@ async def ended(agent: NodeAgent, replica: str) -> ReplicaReport:
 def post(report: ReplicaReport, path: str, body: dict[str, Any]) -> Any:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {report.api_key}"}
     request = urllib.request.Request(f"{report.url}{path}", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=300) as answer:
         return json.loads(answer.read())
 
 

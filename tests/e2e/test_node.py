@@ -40,7 +40,7 @@ from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e_long, pytest.mark.asyncio(loop_scope="module")]
 
-END_MAX_S = 60.0
+END_MAX_S = 300.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

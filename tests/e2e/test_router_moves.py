@@ -129,6 +129,6 @@ def metrics(router: RouterUnderTest) -> str:
 
     key = (router.directory / "node" / "admin.key").read_text().strip()
     asked = urllib.request.Request(f"{router.url}/metrics", headers={"Authorization": f"Bearer {key}"})
-    with urllib.request.urlopen(asked, timeout=60) as answer:
+    with urllib.request.urlopen(asked, timeout=300) as answer:
         text: str = answer.read().decode()
     return text

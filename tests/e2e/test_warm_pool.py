@@ -29,7 +29,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.e2e_long
 
 PROMPTS = ("hello world", "a b c d e f g")
-WARM_MAX_S = 120.0
+WARM_MAX_S = 400.0
 _PR_SET_CHILD_SUBREAPER = 36
 ENVIRONMENT = {**SERVER_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENIZERS_PARALLELISM": "false"}
 
