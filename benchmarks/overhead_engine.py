@@ -1,9 +1,9 @@
 """An engine that costs next to nothing, for the router's overhead: a process with one uvloop, that streams to a pace.
 
-``python benchmarks/overhead_engine.py serve MODEL --host H --port P …``; unknown arguments are ignored, so a router can
-start it in place of ``vllm serve``. It asks for no key. A chat's ``max_tokens`` is the number of pieces it answers;
-``pace_ms=P`` in the last message has them P milliseconds apart, the first one at once. What it answers is
-``answer_of``, so that every stream can be checked.
+``python benchmarks/overhead_engine.py serve MODEL --host H --port P …``, or ``--uds PATH``; unknown arguments are
+ignored, so a router can start it in place of ``vllm serve``. It asks for no key. A chat's ``max_tokens`` is the number
+of pieces it answers; ``pace_ms=P`` in the last message has them P milliseconds apart, the first one at once. What it
+answers is ``answer_of``, so that every stream can be checked.
 """
 
 from __future__ import annotations
@@ -150,11 +150,14 @@ class Connection(asyncio.Protocol):
             self._schedule(number + 1, num_chunks, began_s=began_s, pace_s=pace_s)
 
 
-async def serve(model: str, host: str, port: int) -> None:
-    """Serve until SIGTERM."""
+async def serve(model: str, address: tuple[str, int] | str) -> None:
+    """Serve until SIGTERM, at a host and port or at the path of a Unix socket."""
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopped.set)
-    server = await loop.create_server(lambda: Connection(model), host, port, backlog=BACKLOG)
+    if isinstance(address, str):
+        server = await loop.create_unix_server(lambda: Connection(model), address, backlog=BACKLOG)
+    else:
+        server = await loop.create_server(lambda: Connection(model), *address, backlog=BACKLOG)
     await stopped.wait()
     server.close()
 
@@ -165,10 +168,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--port", type=int)
+    where.add_argument("--uds")
     parser.add_argument("--served-model-name", default=MODEL)
     given, _ = parser.parse_known_args(arguments)
-    uvloop.run(serve(given.served_model_name, given.host, given.port))
+    uvloop.run(serve(given.served_model_name, given.uds or (given.host, given.port)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from benchmarks.loading_report import Verdict
 from sllm_vllm.units import KIB, MIB
 
 DIRECT, OURS = "direct", "ours"
+OURS_SOCKET = "ours, socket"
+"""Our router with an engine of its own, on a Unix socket."""
 BEHIND_US = ("litellm", "Ray Serve")
 """Peers that ours has to be ahead of."""
 ADDED_MS_MAX = 1.5

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.bytecode import environment_of
 from benchmarks.overhead_processes import Tree
+from benchmarks.overhead_report import OURS, OURS_SOCKET
 from benchmarks.supervise import ROOT, Workspace
 from benchmarks.vllm_server import HOST, free_port
 from sllm_vllm.config import child_environment
@@ -203,20 +204,22 @@ def running_peer(workspace: Workspace, peer: Peer, programs: Path, *, backend: s
 
 
 @contextlib.contextmanager
-def running_ours(workspace: Workspace, engine: Engine) -> Iterator[tuple[Target, str]]:
-    """Our router, which starts the engine; and the engine's URL, for everybody else.
+def running_ours(workspace: Workspace, engine: Engine, *, on_socket: bool = False) -> Iterator[tuple[Target, str]]:
+    """Our router, which starts the engine, on a port or on a Unix socket; and the engine's URL, for everybody else.
 
     Raises:
         TargetFailed: one of them does not get ready.
     """
-    node_dir, log = workspace.tmp / "node", workspace.run / "ours.log"
-    config = workspace.tmp / "overhead.yaml"
+    name = "ours-socket" if on_socket else "ours"
+    node_dir, log = workspace.tmp / f"node-{name}", workspace.run / f"{name}.log"
+    config = workspace.tmp / f"{name}.yaml"
     values = {
         "server": {"port": 0},
         "keys": {"clients": [{"sha256": digest_of(CLIENT_KEY)}]},
         "node": {"slots": 1, "warm": False, "node_dir": str(node_dir), "engine_command": list(engine.command)}
+        | {"engine_sockets": on_socket}
         | engine.node,
-        "store": {"directory": str(workspace.run / "store")},
+        "store": {"directory": str(workspace.run / f"store-{name}")},
         "defaults": {"ongoing_max": ONGOING_MAX, "target_ongoing": ONGOING_MAX, "min_replicas": 1},
         "models": [{"name": engine.model, "source": engine.source, "engine_arguments": engine.arguments}],
     }
@@ -228,7 +231,7 @@ def running_ours(workspace: Workspace, engine: Engine) -> Iterator[tuple[Target,
         found = _URL.search(log.read_text())
         assert found is not None
         _wait_answer(process, int(found[1]), engine.model, log=log)
-        yield Target("ours", int(found[1]), Tree(process.pid, (pid,))), url
+        yield Target(OURS_SOCKET if on_socket else OURS, int(found[1]), Tree(process.pid, (pid,))), url
 
 
 @contextlib.contextmanager

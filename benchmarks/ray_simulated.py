@@ -57,6 +57,8 @@ def _checkpoint(name: str, number: int) -> CheckpointReport:
 class SimulatedNode:
     """A node whose replicas are ready at once, and whose reports come from the reporter."""
 
+    is_here = False
+
     def __init__(self, name: str, reporter: Any) -> None:  # noqa: ANN401 - Ray has no types
         self._name = name
         self._reporter = reporter

@@ -7,10 +7,13 @@ tiny random model. At 1, 16 and 64 streams at once: time to the first byte of th
 (difference of the same percentile, in the same round); chunks passed for each second of the processor time of a
 target's processes (ours without the engine; Ray Serve with its whole cluster); memory of a stream that is open, as
 growth of their proportional set size. Each peer has an environment of its own in the cache, and one worker. Every
-stream's text is checked. Exits with 1 if one is wrong, or if a target that is there failed.
+stream's text is checked. With ``--socket`` our router also runs with an engine of its own on a Unix socket, as it
+starts vLLM, while the one that all share listens on a port. Exits with 1 if one is wrong, or if a target that is there
+failed.
 
     python -m benchmarks.router_overhead --json FILE
     python -m benchmarks.router_overhead --peers none --quick
+    python -m benchmarks.router_overhead --peers none --socket
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from benchmarks.overhead_processes import OthersWatch
 from benchmarks.overhead_report import (
     DIRECT,
     OURS,
+    OURS_SOCKET,
     OpenMemory,
     Row,
     Sample,
@@ -87,11 +91,15 @@ WARM_SHAPE = Shape(16, 4, 5)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured. ``is_real``: the engine says what it likes, at its own pace, and only first bytes count."""
+    """How much is measured. ``is_real``: the engine says what it likes, at its own pace, and only first bytes count.
+
+    ``has_socket``: our router with an engine on a Unix socket, too.
+    """
 
     rounds: int
     seconds: float
     is_real: bool = False
+    has_socket: bool = False
 
     @property
     def backend(self) -> str:
@@ -111,7 +119,7 @@ class Outcome:
 
     def rows(self) -> list[Row]:
         """One for each target."""
-        names = [DIRECT, OURS, *NAMES]
+        names = [DIRECT, OURS, OURS_SOCKET, *NAMES]
         return sorted(rows_of(self.samples, self.memories), key=lambda row: names.index(row.target))
 
     def faults(self) -> list[str]:
@@ -259,12 +267,14 @@ def measure(measuring: Measuring, plan: Plan, targets: Sequence[Target], *, outc
 def run_backend(
     workspace: Workspace, plan: Plan, programs: dict[str, Path], *, outcome: Outcome, say: Progress
 ) -> None:
-    """Start everything before one engine, and measure."""
+    """Start everything before one engine, and our router before another one on a socket if asked for; and measure."""
     with contextlib.ExitStack() as stack:
         say.say(f"{plan.backend}: starting our router and its engine")
         engine = _real_engine(workspace) if plan.is_real else _fake_engine()
         ours, backend = stack.enter_context(running_ours(workspace, engine))
         targets = [Target(DIRECT, int(backend.rpartition(":")[2])), ours]
+        if plan.has_socket:
+            targets.append(stack.enter_context(running_ours(workspace, engine, on_socket=True))[0])
         for peer in PEERS:
             if peer.name in programs:
                 say.say(f"{plan.backend}: starting {peer.name}")
@@ -318,6 +328,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round, loads of a second at most")
     parser.add_argument("--peers", default=",".join(NAMES), help="only these, with commas, or none (default: all)")
     parser.add_argument("--real", action="store_true", help="also before real vLLM")
+    parser.add_argument("--socket", action="store_true", help="also our router with an engine on a Unix socket")
     parser.add_argument("--json", type=Path, help="file for the lines of JSON (default: standard output)")
     parser.add_argument("--cache", type=Path, default=CACHE_DEFAULT, help="directory for environments and the model")
     arguments = parser.parse_args()
@@ -340,7 +351,7 @@ def run_bench(workspace: Workspace, arguments: argparse.Namespace) -> int:
     rounds, seconds = (1, min(1.0, arguments.seconds)) if arguments.quick else (arguments.rounds, arguments.seconds)
     outcomes = []
     for is_real in (False, True) if arguments.real else (False,):
-        plan = Plan(min(rounds, 3) if is_real else rounds, seconds, is_real)
+        plan = Plan(min(rounds, 3) if is_real else rounds, seconds, is_real, arguments.socket)
         outcomes.append(outcome := Outcome(plan, missing=dict(missing)))
         try:
             run_backend(workspace, plan, programs, outcome=outcome, say=say)

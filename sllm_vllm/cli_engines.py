@@ -243,6 +243,8 @@ def _print_export(report: ReplicaReport) -> None:
     """What a shell needs for OpenAI's client to find the engine."""
     from shlex import quote
 
+    if report.port is None:  # a router's, on a Unix socket: no such client connects there
+        return
     key = f" OPENAI_API_KEY={quote(report.api_key)}" if report.api_key else ""
     typer.echo(f"export OPENAI_BASE_URL={report.url}/v1{key}")
 

@@ -260,6 +260,11 @@ class NodeConfig(BaseModel):
         max_length=253,
         description="address that engines listen on; another than loopback where their router is on another machine",
     )
+    engine_sockets: bool | None = Field(
+        default=None,
+        description="engines of a router in this process listen on Unix sockets, not on ports; default: true, or false"
+        " with an engine_command, which may run them where sockets can't be reached",
+    )
     secret_variables: tuple[str, ...] = Field(
         default=(),
         max_length=10_100,
@@ -284,6 +289,11 @@ class NodeConfig(BaseModel):
         default=64, ge=1, le=10_000, description="ended replicas that are remembered, with their logs"
     )
     log_bytes: int = Field(default=4 * MIB, ge=64 * KIB, description="largest file of a log; each has two")
+
+    @property
+    def has_engine_sockets(self) -> bool:
+        """Whether an engine whose router can reach a Unix socket listens on one."""
+        return self.engine_command is None if self.engine_sockets is None else self.engine_sockets
 
     @property
     def socket_path(self) -> Path:

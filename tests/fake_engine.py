@@ -1,7 +1,7 @@
 """A stand-in for `vllm serve`: a real process with real sockets that is up in a moment. Standard library only.
 
-``python tests/fake_engine.py serve MODEL --host H --port P …``; unknown arguments are ignored. The last part of MODEL's
-path says how it behaves:
+``python tests/fake_engine.py serve MODEL --host H --port P …``, or ``--uds PATH`` in place of both; unknown arguments
+are ignored. The last part of MODEL's path says how it behaves:
 
 =============  ======================================================================================================
 fine           binds the port, prints what vLLM prints, listens, answers
@@ -85,8 +85,9 @@ class FakeEngine(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = BACKLOG
 
-    def __init__(self, address: tuple[str, int], model: str, name: str) -> None:
-        super().__init__(address, Handler, bind_and_activate=False)
+    def __init__(self, address: tuple[str, int] | str, model: str, name: str) -> None:
+        self.address_family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        super().__init__(address, Handler, bind_and_activate=False)  # type: ignore[arg-type]
         self.model = model
         self.name = name
         self.key = os.environ.get("VLLM_API_KEY", "")
@@ -202,7 +203,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
-        say(f'INFO:     {self.client_address[0]}:{self.client_address[1]} - "{self.requestline}"')
+        client = ":".join(map(str, self.client_address))  # of a Unix socket it is empty
+        say(f'INFO:     {client} - "{self.requestline}"')
 
 
 def environment() -> dict[str, object]:
@@ -253,6 +255,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--uds")
     parser.add_argument("--served-model-name")
     given, _ = parser.parse_known_args(arguments)
     name = PurePath(given.model).name
@@ -260,7 +263,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if name == "ignores-term" else lambda *_: os._exit(0))
     if name == "family":
         start_children()  # before there is a socket that they would inherit
-    server = FakeEngine((given.host, given.port), given.served_model_name or given.model, name)
+    server = FakeEngine(given.uds or (given.host, given.port), given.served_model_name or given.model, name)
     server.server_bind()
     *first, last = LINES
     for line in first:

@@ -1,4 +1,4 @@
-"""Where a process's session listens on TCP, read from ``/proc``."""
+"""Where a process's session listens, read from ``/proc``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,26 @@ from sllm_vllm.node.sessions import living_members
 
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _LISTEN = "0A"
+_ACCEPTS = "00010000"
+"""Flag of a Unix socket that listens."""
 
 
 def listening_addresses(session: int) -> set[tuple[str, int]]:
     """Address and port of every TCP socket that a process of this session listens on."""
     held = {inode for pid in living_members(session) for inode in _sockets_of(pid)}
     return {where for inode, where in _listeners() if inode in held}
+
+
+def own_addresses(pid: int) -> set[tuple[str, int]]:
+    """The same of one process alone: of an engine's first one, its API."""
+    return {where for inode, where in _listeners() if inode in _sockets_of(pid)}
+
+
+def servers_of(session: int, path: str) -> set[int]:
+    """The processes of this session that hold the socket which listens at this path."""
+    words = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    inodes = {word[6] for word in words if word[7:] == [path] and word[3] == _ACCEPTS}
+    return {pid for pid in living_members(session) if inodes & _sockets_of(pid)}
 
 
 def _sockets_of(pid: int) -> set[str]:

@@ -246,6 +246,14 @@ def test_ps(run: Run, served: ServedAgent) -> None:
     assert len(json.loads(run("ps", "--json", "--all")[1])) == 4
 
 
+def test_a_routers_engine_on_a_socket_has_no_port_and_no_address_for_clients(run: Run, served: ServedAgent) -> None:
+    code, out, _ = run("run", "--name", "r-1", "m/on-socket")
+    assert (code, out) == (0, "ready in 1.02 s (warm): unix:///node/sockets/1  id r-1\n")
+    head, row = (line.split() for line in run("ps")[1].splitlines() if line)
+    assert row[head.index("port")] == "-"
+    assert json.loads(run("ps", "--json")[1])[0]["url"] == "unix:///node/sockets/1"
+
+
 def test_ps_of_nothing(run: Run, served: ServedAgent) -> None:
     assert run("ps") == (0, "no engine runs\n", "")
     assert run("ps", "--json") == (0, "[]\n", "")

@@ -17,8 +17,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 
-import aiohttp
-
 from sllm_vllm import __version__
 from sllm_vllm.config import NodeConfig
 from sllm_vllm.errors import ConfigError, NodeError, OrderRefused, ReplicaUnknown
@@ -43,7 +41,6 @@ from sllm_vllm.node.core.events import (
 from sllm_vllm.node.core.launch import (
     UNGUARDED_OPTIONS,
     UNREACHABLE_OPTIONS,
-    Place,
     has_option,
     num_slots_of,
     option_value,
@@ -54,11 +51,12 @@ from sllm_vllm.node.engine_config import expand_config
 from sllm_vllm.node.logs import BoundedLog, read_log, remove_log, remove_old_logs
 from sllm_vllm.node.model_path import require_model
 from sllm_vllm.node.orphans import DeathWatch, Record, sweep
-from sllm_vllm.node.ports import Ports
+from sllm_vllm.node.ports import PortReservation, Ports
 from sllm_vllm.node.protocol import EngineTiming, NodeReport, ReplicaOrder, ReplicaReport, SlotReport
 from sllm_vllm.node.replica_record import ReplicaRecord, new_id
 from sllm_vllm.node.residency import hint_store, prefetch_checkpoint, read_residency
 from sllm_vllm.node.sessions import reap_adopted
+from sllm_vllm.node.sockets import EngineSockets, SocketReservation
 from sllm_vllm.node.starter import open_starter
 from sllm_vllm.run_loops import RunLoops
 
@@ -115,6 +113,9 @@ class NodeAgent:
         clock: seconds that only the limits' clock is told by; tests let it jump.
     """
 
+    is_here = True
+    """For whoever holds it in their own process; see ``router/engines.py``."""
+
     def __init__(
         self, config: NodeConfig, *, loops: RunLoops | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
@@ -129,6 +130,7 @@ class NodeAgent:
         self._timings: deque[EngineTiming] = deque(maxlen=TIMINGS_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ports = Ports(config.engine_host)
+        self._sockets = EngineSockets(config.node_dir)
         self._orphans = Record(config.record_path)
         self._death_watch = DeathWatch(config.record_path)
         self._sessions: deque[int] = deque(maxlen=_SESSIONS_MAX)
@@ -156,10 +158,10 @@ class NodeAgent:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for pid in await asyncio.to_thread(sweep, config.record_path):
             logger.warning("event=orphan_killed pid=%d", pid)
+        self._sockets.clear()
         starter = self._starter = await open_starter(config)
         self._death_watch.start()
         self._core = AgentCore(starter.num_slots, _limits_of(config))
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True, limit=0))
         self._spare = Spare(_SPARE_DESCRIPTORS)
         self._ticked_s = time.monotonic()
         self._ticking = self._loops.start("the agent's tick", self._tick)
@@ -185,7 +187,7 @@ class NodeAgent:
         await self._starter.close()
         self._reap_adopted()
         self._spare.close()
-        await self._session.close()
+        self._sockets.clear()
         self._death_watch.close()
         logger.info("event=agent_stopped")
 
@@ -354,7 +356,7 @@ class NodeAgent:
     async def _run(self, start: StartEngine) -> None:
         """One engine, from its slots to its end; the core hears of that end whatever fails, so that slots come back."""
         spec, record = start.spec, self._records[start.spec.id]
-        place = Place(start.slots, record.reservation.port, record.api_key, record.reservation.host)
+        place = record.reservation.place(start.slots, record.api_key)
         try:
             log = BoundedLog(record.log, self.config.log_bytes)
             engine = Engine(spec.id, log, on_event=self._happened, on_change=record.notify)
@@ -370,7 +372,7 @@ class NodeAgent:
         self._orphans.add(process.pid)
         self._happened(EngineStarted(spec.id, process.pid))
         try:
-            status = await engine.run(self._session, place.url, health_s=self.config.health_s)
+            status = await engine.run(record.reservation.url, health_s=self.config.health_s)
         except Exception:  # top of a run loop
             logger.exception("event=engine_not_watched replica=%s", spec.id)
             process.kill()
@@ -414,17 +416,29 @@ class NodeAgent:
         record.notify()
 
     def _admit(self, replica_id: str, order: ReplicaOrder) -> None:
-        """Make the record of a new order; its port is its own from now on."""
-        try:
-            reservation = self._ports.reserve(order.port)
-        except OSError as error:
-            problem = f"port {order.port} can't be had ({error.strerror})"
-            raise OrderRefused(order.model, problem, "give another --port, or none") from None
+        """Make the record of a new order; its address is its own from now on."""
+        reservation = self._reserved(order)
         key = option_value(order.arguments, "--api-key") or secrets.token_urlsafe(_KEY_NBYTES)
         log = self._log_path(replica_id)
         with contextlib.suppress(OSError):
             log.touch(0o600)  # so that it can be followed before there is a process
         self._records[replica_id] = ReplicaRecord(order, key, reservation, log)
+
+    def _reserved(self, order: ReplicaOrder) -> PortReservation | SocketReservation:
+        """Where its engine is to listen.
+
+        Raises:
+            OrderRefused: it can't.
+        """
+        try:
+            if order.takes_socket and self.config.has_engine_sockets:
+                return self._sockets.reserve()
+            return self._ports.reserve(order.port)
+        except OSError as error:
+            what, mend = f"port {order.port}", "give another --port, or none"
+            if order.takes_socket and self.config.has_engine_sockets:
+                what, mend = "a folder for its socket", "make the agent's folder, or the temporary one, writable"
+            raise OrderRefused(order.model, f"{what} can't be had ({error.strerror})", mend) from None
 
     def _ended_record(self, replica_id: str) -> ReplicaRecord | None:
         """Of a replica that has ended and is still known."""

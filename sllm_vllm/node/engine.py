@@ -10,14 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import aiohttp
-
 from sllm_vllm.node.core.events import EngineHealthy, EngineUnhealthy, Event
 from sllm_vllm.node.core.failure import FailureWords
 from sllm_vllm.node.core.load_line import read_load_line
 from sllm_vllm.node.core.phases import Phase, StartPhases
 from sllm_vllm.node.engine_process import EngineProcess
-from sllm_vllm.node.health import keep_asking, wait_healthy
+from sllm_vllm.node.health import http_base, keep_asking, session_to, wait_healthy
 from sllm_vllm.node.logs import BoundedLog, OutputPipe
 from sllm_vllm.node.protocol import StartReport
 from sllm_vllm.node.running_time import within
@@ -81,10 +79,10 @@ class Engine:
         self._phases.process_started(self._at_s())
         self._log_phase()
 
-    async def run(self, session: aiohttp.ClientSession, url: str, *, health_s: float) -> int:
+    async def run(self, url: str, *, health_s: float) -> int:
         """Watch it until it has ended and nothing of it is left; its exit status, or minus the signal that ended it."""
         assert self.process is not None
-        asking = self._loops.start(f"health of {self.replica}", lambda: self._ask(session, url, health_s))
+        asking = self._loops.start(f"health of {self.replica}", lambda: self._ask(url, health_s))
         try:
             status = await self.process.wait()
         finally:
@@ -115,11 +113,12 @@ class Engine:
             load=self._load,
         )
 
-    async def _ask(self, session: aiohttp.ClientSession, url: str, health_s: float) -> None:
-        await wait_healthy(session, url, answer_s=health_s)
-        self._phases.became_ready(self._at_s())
-        self._on_event(EngineHealthy(self.replica))
-        await keep_asking(session, url, self._answered, every_s=health_s)
+    async def _ask(self, url: str, health_s: float) -> None:
+        async with session_to(url) as session:
+            await wait_healthy(session, http_base(url), answer_s=health_s)
+            self._phases.became_ready(self._at_s())
+            self._on_event(EngineHealthy(self.replica))
+            await keep_asking(session, http_base(url), self._answered, every_s=health_s)
 
     def _not_judged(self, reason: str) -> None:
         """Its health can't be asked for: an engine that could hang unseen is ended."""

@@ -7,6 +7,7 @@ question that it has no descriptor for was not asked.
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable
 
@@ -14,11 +15,28 @@ import aiohttp
 
 from sllm_vllm.node.running_time import within
 from sllm_vllm.run_loops import is_shortage
+from sllm_vllm.socket_url import HOST, socket_of_url
 
 EAGER_S = 0.02
 """Between questions in the first seconds of a start; a refused connection costs a fraction of a millisecond."""
 EAGER_FOR_S = 10.0
 PATIENT_S = 0.2
+
+
+def session_to(url: str) -> aiohttp.ClientSession:
+    """A client of one engine, with a connection for each question."""
+    path = socket_of_url(url)
+    connector = (
+        aiohttp.TCPConnector(force_close=True, limit=0)
+        if path is None
+        else aiohttp.UnixConnector(path, force_close=True, limit=0)
+    )
+    return aiohttp.ClientSession(connector=connector)
+
+
+def http_base(url: str) -> str:
+    """How questions to it begin in that session."""
+    return url if socket_of_url(url) is None else f"http://{HOST}"
 
 
 async def wait_healthy(session: aiohttp.ClientSession, url: str, *, answer_s: float) -> None:
@@ -51,5 +69,11 @@ async def ask_health(session: aiohttp.ClientSession, url: str, *, answer_s: floa
 
 
 async def _ask(session: aiohttp.ClientSession, url: str) -> str:
-    async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=None)) as answer:
-        return "" if answer.status == 200 else f"it answered with status {answer.status}"
+    while True:
+        try:
+            async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=None)) as answer:
+                return "" if answer.status == 200 else f"it answered with status {answer.status}"
+        except aiohttp.ClientConnectorError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            await asyncio.sleep(EAGER_S)  # its queue of connections is full, where TCP would wait

@@ -13,7 +13,7 @@ import os
 import socket
 from types import TracebackType
 
-from sllm_vllm.node.core.launch import LOOPBACK
+from sllm_vllm.node.core.launch import LOOPBACK, Place
 
 
 class PortReservation:
@@ -26,6 +26,15 @@ class PortReservation:
         self._holder = holder
         self._taken = taken
         taken.add(self.port)
+
+    @property
+    def url(self) -> str:
+        """Of what listens there."""
+        return f"http://{self.host}:{self.port}"
+
+    def place(self, slots: tuple[int, ...], api_key: str) -> Place:
+        """Where an engine of these slots listens."""
+        return Place(slots, self.port, api_key, self.host)
 
     def close(self) -> None:
         """Give the port back; a server that listens there goes on. May be called again."""

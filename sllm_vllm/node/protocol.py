@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 REQUEST_NBYTES_MAX = 256 << 10
 """Largest request to an agent."""
@@ -31,6 +31,9 @@ class ReplicaOrder(_Message):
     """Longest from its process to its health. None: the agent's own limit."""
     port: int = Field(default=0, ge=0, le=65535)
     """On loopback. 0: the agent picks one."""
+    takes_socket: bool = False
+    """Whether whoever orders can connect to a Unix socket of this machine and user: then the agent may have the engine
+    listen on one, and on no port."""
     waits: bool = False
     """Rather wait for slots than be refused."""
     id: str | None = Field(default=None, pattern=NAME_PATTERN)
@@ -46,6 +49,12 @@ class ReplicaOrder(_Message):
         if not value.startswith("/") or "\0" in value or len(value) > 4096:
             raise ValueError("it must be an absolute path")
         return value
+
+    @model_validator(mode="after")
+    def _port_or_socket(self) -> ReplicaOrder:
+        if self.port and self.takes_socket:
+            raise ValueError("an order of a port takes no socket")
+        return self
 
 
 class StartReport(_Message):
@@ -80,8 +89,9 @@ class ReplicaReport(_Message):
     status: int | None
     """How its process ended: an exit status, or minus a signal."""
     port: int | None
+    """None: it listens on a Unix socket."""
     url: str | None
-    """Of its OpenAI API, as ``http://127.0.0.1:40123``, from the moment it has a port."""
+    """Of its OpenAI API, as ``http://127.0.0.1:40123`` or ``unix:///path/to/socket``, from the moment it has one."""
     api_key: str | None
     """What it wants as bearer token."""
     age_s: float

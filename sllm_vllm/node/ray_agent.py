@@ -159,6 +159,8 @@ class RayNode:
     """A node, through its actor: what ``router/engines.py`` asks of one. Every call raises ``NodeUnavailable`` if there
     is no actor (any more), or a new one that knows nothing."""
 
+    is_here = False
+
     def __init__(self, name: str, actor: Any) -> None:  # noqa: ANN401 - Ray has no types
         self.name = name
         self._actor = actor

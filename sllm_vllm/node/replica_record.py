@@ -1,4 +1,4 @@
-"""What the agent keeps about a replica beside the core's picture of it: its order, port, key and engine."""
+"""What the agent keeps about a replica beside the core's picture of it: its order, address, key and engine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.engine_process import EngineProcess
 from sllm_vllm.node.ports import PortReservation
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
+from sllm_vllm.node.sockets import SocketReservation
 
 _SLUG_MAX = 40
 
@@ -33,7 +34,7 @@ class ReplicaRecord:
 
     order: ReplicaOrder
     api_key: str
-    reservation: PortReservation
+    reservation: PortReservation | SocketReservation
     log: Path
     ordered_s: float = field(default_factory=time.monotonic)
     engine: Engine | None = None
@@ -53,7 +54,7 @@ class ReplicaRecord:
 
     def report(self, row: ReplicaRow, *, in_state_s: float) -> ReplicaReport:
         """It, for others."""
-        engine, host, port = self.engine, self.reservation.host, self.reservation.port
+        engine = self.engine
         return ReplicaReport(
             id=row.id,
             model=row.model,
@@ -62,8 +63,8 @@ class ReplicaRecord:
             slots=row.slots,
             pid=row.pid,
             status=row.status,
-            port=port,
-            url=f"http://{host}:{port}",
+            port=self.reservation.port,
+            url=self.reservation.url,
             api_key=self.api_key,
             age_s=time.monotonic() - self.ordered_s,
             in_state_s=in_state_s,

@@ -22,12 +22,11 @@ class Scratch:
     """
 
     def __init__(self, node_dir: Path) -> None:
-        digest = hashlib.blake2b(os.fsencode(node_dir.absolute()), digest_size=4).hexdigest()
-        self._root = Path(tempfile.gettempdir()) / f"sllm-{os.geteuid()}-{digest}"
+        self._root = Path(tempfile.gettempdir()) / short_name(node_dir)
 
     def clear(self) -> None:
         """Remove what a killed agent left; before the first engine."""
-        if self._is_ours():
+        if is_private(self._root):
             shutil.rmtree(self._root, ignore_errors=True)
 
     def make(self) -> Path:
@@ -38,7 +37,7 @@ class Scratch:
         """
         with contextlib.suppress(FileExistsError):
             self._root.mkdir(mode=0o700)
-        if not self._is_ours():
+        if not is_private(self._root):
             return Path(tempfile.mkdtemp(prefix="sllm-"))
         return Path(tempfile.mkdtemp(dir=self._root, prefix=""))
 
@@ -48,10 +47,17 @@ class Scratch:
         with contextlib.suppress(OSError):
             self._root.rmdir()
 
-    def _is_ours(self) -> bool:
-        """Whether the root is a directory that nobody else can look into, not a link."""
-        try:
-            facts = os.lstat(self._root)
-        except OSError:
-            return False
-        return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077
+
+def short_name(node_dir: Path) -> str:
+    """The name of a directory in the system's temporary one, for the agent of this folder and user."""
+    digest = hashlib.blake2b(os.fsencode(node_dir.absolute()), digest_size=4).hexdigest()
+    return f"sllm-{os.geteuid()}-{digest}"
+
+
+def is_private(path: Path) -> bool:
+    """Whether it is a directory of this user that no other user can enter, not a link."""
+    try:
+        facts = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077

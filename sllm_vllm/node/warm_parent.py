@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import multiprocessing
@@ -30,6 +31,7 @@ from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
 from sllm_vllm.config import replace_environment
+from sllm_vllm.node.core.launch import option_value
 from sllm_vllm.node.model_inspection import inspect_in_forks
 from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, WarmReady, installation
 
@@ -217,7 +219,7 @@ def _become_engine(order: WarmOrder, fds: list[int], agent: int, *, parser: Any)
             os.dup2(source, target)
         os.closerange(3, 256)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.register_at_fork(after_in_child=_at_fork)
+        os.register_at_fork(after_in_child=functools.partial(_at_fork, option_value(order.arguments, "--uds")))
         replace_environment(order.environment)
         tempfile.tempdir = None  # what was found while importing is not this engine's
         os.chdir(order.directory)
@@ -248,25 +250,27 @@ def _wait_adopted(agent: int) -> None:
     die_with_parent(agent)
 
 
-def _at_fork() -> None:
-    """Each of the engine's processes ends with the one that forked it, and does not keep the server's port."""
+def _at_fork(socket_path: str | None) -> None:
+    """Each of the engine's processes ends with the one that forked it, and does not keep the server's address."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in os.listdir("/proc/self/fd"):
-        if _has_port(int(name)):
+        if is_server(int(name), socket_path):
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, int(name), inheritable=False)  # not closed: an object that was copied still names it
             os.close(null)
 
 
-def _has_port(fd: int) -> bool:
-    """Whether it is a socket with a TCP port, but no connection: a server's, even before it listens."""
+def is_server(fd: int, socket_path: str | None) -> bool:
+    """Whether it is a socket with a TCP port or this path, but no connection: a server's, even before it listens."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return False
         with socket.socket(fileno=os.dup(fd)) as copy:
-            if copy.family not in {socket.AF_INET, socket.AF_INET6} or copy.type != socket.SOCK_STREAM:
+            if copy.type != socket.SOCK_STREAM or _is_connected(copy):
                 return False
-            return copy.getsockname()[1] != 0 and not _is_connected(copy)
+            if copy.family == socket.AF_UNIX:
+                return socket_path is not None and copy.getsockname() == socket_path
+            return copy.family in {socket.AF_INET, socket.AF_INET6} and copy.getsockname()[1] != 0
     except OSError:  # the descriptor of the listing itself
         return False
 

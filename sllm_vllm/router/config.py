@@ -238,6 +238,11 @@ class NodeSection(_Section):
         max_length=64,
         description="what runs instead of `vllm serve`, with the same arguments; such engines start cold",
     )
+    engine_sockets: Flag | None = Field(
+        default=None,
+        description="engines listen on Unix sockets, which no other user reaches, instead of ports of the loopback; "
+        "default: true, or false with an engine_command, which may run them where sockets can't be reached",
+    )
     node_dir: Located | None = Field(
         default=None, description="the agent's own folder; by itself SLLM_NODE_DIR, else in the user's state directory"
     )
@@ -393,6 +398,7 @@ class RouterConfig(_Section):
             warm=node.warm,
             warm_wait_s=node.warm_wait,
             engine_command=node.engine_command,
+            engine_sockets=node.engine_sockets,
             migration=self.migration.enabled,
             secret_variables=self.keys.secret_variables(),
         )

@@ -29,7 +29,7 @@ OWNED_OPTIONS = (
     ("--revision", "`revision`"),
     ("--host", "nothing: engines listen on loopback"),
     ("--port", "nothing: the node picks one"),
-    ("--uds", "nothing: the node picks a port"),
+    ("--uds", "nothing: the node picks an address"),
     ("--api-key", "nothing: the node makes one"),
 )
 """Arguments that engines get from elsewhere, and what to write instead."""

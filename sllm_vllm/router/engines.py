@@ -31,6 +31,11 @@ _FOUND = {"starting", "loading", "ready", "unwell", "stopping"}
 class Node(Protocol):
     """What is asked of a node agent, in this process or elsewhere."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is in this process, so that its engines can be reached by Unix sockets."""
+        ...
+
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport: ...
     async def stop_replica(self, replica_id: str) -> ReplicaReport: ...
     def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]: ...
@@ -97,6 +102,7 @@ class Engines:
             num_slots=model.num_accelerators,
             start_s=timeout_s,
             waits=True,
+            takes_socket=self.node.is_here,
             labels=_labels_of(model),
         )
         self._in_background(self._live(order, model.name, peer))

@@ -16,6 +16,7 @@ from tests.e2e.resume_cases import CARRYING, CASES, Case, completion
 from tests.e2e.test_migration_exact import differs
 from tests.e2e.test_resume_exact import with_marks
 from tests.e2e.test_router_faults import START_MAX_S, wait_long
+from tests.e2e.test_router_moves import expect_no_port
 from tests.resumed import COMPLETIONS, Answer, Client
 from tests.router.router_process import RouterUnderTest, running_router, write_config
 from tests.vllm_server import SERVER_ENVIRONMENT
@@ -135,6 +136,8 @@ def poisoned(client: Client) -> tuple[int, dict[str, Any], str]:
 
 def test_a_poison_beside_twelve_streams_ends_one_engine_and_no_stream(router: RouterUnderTest) -> None:
     client = Client(router.url, "m")
+    for engine in router.admin("replicas").body["replicas"]:
+        expect_no_port(router, engine["id"])
     refusals: list[tuple[int, dict[str, Any], str]] = []
     assert len(cases()) == 12
     with ThreadPoolExecutor(16) as pool:

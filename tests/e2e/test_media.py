@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import ModelDir
+from tests.e2e.test_router_moves import expect_no_port
+from tests.engine_http import ask_engine
 from tests.router.router_process import RouterUnderTest, running_router, write_config
 from tests.vllm_server import SERVER_ENVIRONMENT
 
@@ -70,10 +72,9 @@ def form(fields: Mapping[str, str], file: bytes) -> tuple[bytes, str]:
     return data + f"\r\n--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
-def send(url: str, data: bytes, content_type: str, *, key: str = "") -> Any:
+def send(url: str, data: bytes, content_type: str) -> Any:
     """POST; what a 200 says. A client's error is raised."""
-    headers = {"Content-Type": content_type, **({"Authorization": f"Bearer {key}"} if key else {})}
-    request = urllib.request.Request(url, data, headers)
+    request = urllib.request.Request(url, data, {"Content-Type": content_type})
     with urllib.request.urlopen(request, timeout=START_MAX_S) as answer:
         assert answer.status == 200
         raw: bytes = answer.read()
@@ -83,7 +84,12 @@ def send(url: str, data: bytes, content_type: str, *, key: str = "") -> Any:
 def from_engine(router: RouterUnderTest, model: Path, path: str, data: bytes, content_type: str) -> Any:
     """The answer of the engine itself, past the router."""
     (one,) = (one for one in router.node.report().replicas if one.pid and one.model == str(model))
-    return send(f"{one.url}{path}", data, content_type, key=one.api_key or "")
+    expect_no_port(router, one.id)
+    assert one.url is not None
+    headers = {"Content-Type": content_type, "Authorization": f"Bearer {one.api_key}"}
+    status, kind, raw = ask_engine(one.url, path, data, headers, timeout_s=START_MAX_S)
+    assert status == 200
+    return json.loads(raw) if kind.startswith("application/json") else raw.decode()
 
 
 def test_two_sounds_are_transcribed_as_by_the_engine(router: RouterUnderTest, model_dir: ModelDir) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from sllm_vllm.node.sessions import living_members
+from sllm_vllm.socket_url import socket_of_url
 from tests.conftest import ModelDir
 from tests.e2e.move_bench import write_slow_plugin
 from tests.e2e.test_router_faults import wait_long
+from tests.listening import own_addresses, servers_of
 from tests.router.router_process import RouterUnderTest, Stream, running_router, write_config
 from tests.vllm_server import SERVER_ENVIRONMENT
 from tests.waiting import wait_until
@@ -64,6 +68,19 @@ def wait_movable(router: RouterUnderTest, num: int) -> list[str]:
     return found()
 
 
+def expect_no_port(router: RouterUnderTest, replica: str) -> None:
+    """Its API is on a Unix socket alone, which none of its other processes hold."""
+    report = router.node.replica(replica)
+    path = socket_of_url(report.url or "")
+    assert path is not None
+    assert report.port is None
+    assert report.pid is not None
+    assert own_addresses(report.pid) == set()
+    assert servers_of(report.pid, path) == {report.pid}
+    assert stat.S_IMODE(Path(path).parent.stat().st_mode) == 0o700
+    assert len(living_members(report.pid)) > 1
+
+
 def begin(router: RouterUnderTest) -> tuple[Stream, list[Any], dict[str, Any]]:
     """A stream, its first events, and its request as the router shows it."""
     stream = router.streaming("llama", **ASKED)
@@ -88,6 +105,8 @@ def kinds(router: RouterUnderTest, request: str) -> list[str]:
 def test_streams_move_and_their_clients_see_nothing_of_it(router: RouterUnderTest, tmp_path: Path) -> None:
     whole = router.post("llama", **ASKED).body["choices"][0]["text"]
     (first,) = wait_movable(router, 1)
+    expect_no_port(router, first)
+    assert [one.start.is_warm for one in router.node.report().timings] == [True]
 
     # An operator drains the only replica: another one starts, the request moves there, and the first one ends.
     stream, events, request = begin(router)
@@ -98,6 +117,7 @@ def test_streams_move_and_their_clients_see_nothing_of_it(router: RouterUnderTes
 
     # An engine argument that changes no answer is changed: the request moves to the new engine.
     (second,) = wait_movable(router, 1)
+    expect_no_port(router, second)
     stream, events, request = begin(router)
     config = json.loads((tmp_path / "router.yaml").read_text())
     config["defaults"]["engine_arguments"]["max-num-seqs"] = 8

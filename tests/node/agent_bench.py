@@ -19,6 +19,7 @@ import pytest
 from sllm_vllm.config import NodeConfig
 from sllm_vllm.node import agent as agent_module
 from sllm_vllm.node.agent import NodeAgent
+from sllm_vllm.node.health import http_base, session_to
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
 from sllm_vllm.node.sessions import living_members
 from sllm_vllm.units import GIB
@@ -114,9 +115,12 @@ async def ask(report: ReplicaReport, path: str, *, with_key: bool = True, post: 
     """Status and answer of an engine."""
     headers = {"Authorization": f"Bearer {report.api_key}"} if with_key else {}
     method = "POST" if post else "GET"
-    async with aiohttp.request(
-        method, f"{report.url}{path}", headers=headers, timeout=aiohttp.ClientTimeout(total=DEADLINE_S)
-    ) as answer:
+    assert report.url is not None
+    url, limit = f"{http_base(report.url)}{path}", aiohttp.ClientTimeout(total=DEADLINE_S)
+    async with (
+        session_to(report.url) as session,
+        session.request(method, url, headers=headers, timeout=limit) as answer,
+    ):
         text = await answer.text()
         return answer.status, await answer.json() if text else None
 

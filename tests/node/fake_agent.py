@@ -1,8 +1,8 @@
 """An agent without engines, with the real agent's methods: what a model does is in its name.
 
 ``slow`` loads until it is told to stop, ``waits`` gets no slots, ``fails`` ends with status 1, ``refused`` is refused,
-``dies`` takes the agent with it, ``unsaid`` breaks the agent's own code; any other is ready after a moment. Run as a
-program, it is an agent's process on the directory it is given.
+``dies`` takes the agent with it, ``unsaid`` breaks the agent's own code; any other is ready after a moment,
+``on-socket`` on a Unix socket. Run as a program, it is an agent's process on the directory it is given.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class FakeAgent:
             slots=(),
             pid=None,
             status=None,
-            port=40123,
-            url="http://127.0.0.1:40123",
+            port=None if name == "on-socket" else 40123,
+            url="unix:///node/sockets/1" if name == "on-socket" else "http://127.0.0.1:40123",
             api_key=KEY,
             age_s=1.0,
             in_state_s=0.5,

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from sllm_vllm.node.orphans import find_process
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder
 from sllm_vllm.node.sessions import living_members
+from sllm_vllm.socket_url import socket_of_url
+from tests.listening import listening_addresses as session_listeners
+from tests.listening import servers_of
 from tests.node.agent_bench import Bench, ask, descriptors, node_config, running_agent, text_of
 
 _LISTENING = "0A"
@@ -31,6 +35,10 @@ def listening_addresses(port: int) -> set[str]:
             if state == _LISTENING and int(number, 16) == port:
                 found.add(address)
     return found
+
+
+def is_there(path: str) -> bool:
+    return os.path.lexists(path)
 
 
 async def test_a_replica_lives_from_its_order_to_its_stop_and_leaves_nothing(tmp_path: Path) -> None:
@@ -64,6 +72,64 @@ async def test_an_engine_listens_on_loopback_alone(tmp_path: Path, said: tuple[s
         assert report.port is not None
         assert report.url == f"http://127.0.0.1:{report.port}"
         assert listening_addresses(report.port) == {"0100007F"}
+
+
+@pytest.mark.parametrize("said", [(), ("--host=0.0.0.0", "--port=1")])
+async def test_an_engine_of_a_router_here_listens_on_no_port(tmp_path: Path, said: tuple[str, ...]) -> None:
+    before = descriptors()
+    async with running_agent(tmp_path, engine_sockets=True) as bench:
+        report = await bench.ready(arguments=said, takes_socket=True)
+        path = socket_of_url(report.url or "")
+        assert path is not None
+        assert report.port is None
+        assert stat.S_ISSOCK(os.stat(path).st_mode)
+        assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
+        assert report.pid is not None
+        assert session_listeners(report.pid) == set()
+        assert servers_of(report.pid, path) == {report.pid}
+        assert await ask(report, "/v1/models", with_key=False) == (401, {"error": "Unauthorized"})
+        assert (await ask(report, "/v1/models"))[1]["data"][0]["pid"] == report.pid
+        by_hand = await bench.ready()  # a user's own: `run` says where it can be reached
+        assert by_hand.url == f"http://127.0.0.1:{by_hand.port}"
+
+        await bench.stop(report.id)
+        assert not is_there(path)
+        again = await bench.ready(takes_socket=True)
+        assert again.url != report.url
+    assert not is_there(os.path.dirname(path))
+    assert descriptors() == before
+
+
+async def test_a_socket_of_an_engine_that_was_killed_is_removed(tmp_path: Path) -> None:
+    async with running_agent(tmp_path, engine_sockets=True) as bench:
+        report = await bench.ready(takes_socket=True)
+        path = socket_of_url(report.url or "")
+        assert path is not None
+        assert report.pid is not None
+        os.kill(report.pid, signal.SIGKILL)
+        async for last in bench.agent.watch(report.id):
+            if last.has_ended:
+                break
+        assert not is_there(path)
+
+
+async def test_without_engine_sockets_whoever_takes_one_gets_a_port(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as bench:  # an engine_command may run where a socket can't be reached
+        assert (await bench.ready(takes_socket=True)).port is not None
+
+
+async def test_a_folder_for_sockets_that_can_not_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_agent(tmp_path, engine_sockets=True) as bench:
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.agent._sockets, "_folder", tmp_path / "missing" / "sockets")
+            with pytest.raises(OrderRefused, match="a folder for its socket can't be had"):
+                await bench.order(takes_socket=True)
+        await bench.ready(takes_socket=True)
+
+
+def test_an_order_of_a_port_takes_no_socket() -> None:
+    with pytest.raises(ValueError, match="takes no socket"):
+        ReplicaOrder(model="m", port=4000, takes_socket=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- slots

@@ -14,6 +14,7 @@ import pytest
 
 from sllm_vllm.node.orphans import find_process
 from sllm_vllm.node.sessions import living_members
+from sllm_vllm.socket_url import socket_of_url
 from tests.node.agent_bench import ask, node_config, running_agent
 from tests.waiting import wait_until
 
@@ -27,10 +28,10 @@ async def main():
     agent = NodeAgent(NodeConfig.model_validate_json(sys.argv[1]))
     await agent.start()
     for _ in range(2):
-        ordered = await agent.ensure_replica(ReplicaOrder(model="/models/family"))
+        ordered = await agent.ensure_replica(ReplicaOrder(model="/models/family", takes_socket=True))
         async for report in agent.watch(ordered.id):
             if report.is_ready:
-                print(report.pid, flush=True)
+                print(report.pid, report.url, flush=True)
                 break
     print(agent._death_watch.pid, flush=True)
     await asyncio.sleep(900)
@@ -45,7 +46,10 @@ class Agent:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         self.process = process
-        *self.engines, self.watch = (int(process.stdout.readline()) for _ in range(3))
+        told = [process.stdout.readline().split() for _ in range(3)]
+        self.engines = [int(words[0]) for words in told[:2]]
+        self.sockets = [socket_of_url(words[1]) or "" for words in told[:2]]
+        self.watch = int(told[2][0])
 
     @property
     def living(self) -> list[int]:
@@ -54,7 +58,7 @@ class Agent:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[Agent]:
-    command = [sys.executable, "-c", _AGENT, node_config(tmp_path).model_dump_json()]
+    command = [sys.executable, "-c", _AGENT, node_config(tmp_path, engine_sockets=True).model_dump_json()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         running = None
         try:
@@ -89,10 +93,12 @@ def kill_with_its_watch(agent: Agent) -> None:
 
 
 async def test_what_an_agent_and_its_watch_left_behind_is_ended_by_the_next_agent(agent: Agent, tmp_path: Path) -> None:
+    assert len(agent.sockets) == 2
     kill_with_its_watch(agent)
     assert len(agent.living) == 4
     async with running_agent(tmp_path) as bench:
         assert agent.living == []
+        assert not any(map(os.path.lexists, agent.sockets))
         assert (await ask(await bench.ready(), "/v1/models"))[0] == 200
 
 

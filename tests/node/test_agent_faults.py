@@ -171,16 +171,17 @@ async def test_one_that_turns_ill_is_unwell_until_it_is_well(tmp_path: Path) -> 
         assert len((await bench.agent.report()).timings) == 1  # it was started once
 
 
+@pytest.mark.parametrize("takes_socket", [False, True], ids=["port", "socket"])
 @pytest.mark.parametrize(
     ("name", "path", "lasts"),
     [("turns-ill", "/ill", {ILL, SILENT}), ("freezes", "/freeze", {SILENT})],
     ids=["ill", "frozen"],
 )
 async def test_one_that_is_ill_or_frozen_for_long_is_ended(
-    tmp_path: Path, name: str, path: str, lasts: set[str]
+    tmp_path: Path, name: str, path: str, lasts: set[str], takes_socket: bool
 ) -> None:
-    async with running_agent(tmp_path, health_s=EAGER_S, unwell_max=3) as bench:
-        report = await bench.ready(name)
+    async with running_agent(tmp_path, health_s=EAGER_S, unwell_max=3, engine_sockets=True) as bench:
+        report = await bench.ready(name, takes_socket=takes_socket)
         await ask(report, path, post=True)
         ended = await bench.reach(report.id, "failed")
         told, _, last = ended.reason.partition(", the last one: ")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import uvloop
 
 from sllm_vllm.node.client import NodeClient
-from sllm_vllm.node.health import ask_health, keep_asking, wait_healthy
+from sllm_vllm.node.health import ask_health, http_base, keep_asking, session_to, wait_healthy
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import ReplicaOrder
 from sllm_vllm.node.running_time import within
+from sllm_vllm.socket_url import url_of_socket
 from tests.node.commands import command
 from tests.waiting import wait_until
 
@@ -50,17 +53,29 @@ class Engine:
             writer.close()
 
 
-@pytest.fixture
-async def engine() -> AsyncIterator[tuple[Engine, str]]:
+@pytest.fixture(params=["port", "socket"])
+async def at(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Engine, str]]:
     """A server, and its URL."""
     engine = Engine()
-    async with await asyncio.start_server(engine.serve, "127.0.0.1", 0) as server:
-        yield engine, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    if request.param == "socket":
+        async with await asyncio.start_unix_server(engine.serve, tmp_path / "a socket"):
+            yield engine, url_of_socket(tmp_path / "a socket")
+    else:
+        async with await asyncio.start_server(engine.serve, "127.0.0.1", 0) as server:
+            yield engine, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+def engine(at: tuple[Engine, str]) -> tuple[Engine, str]:
+    """The same with the URL that it has in the session."""
+    return at[0], http_base(at[1])
+
+
+@pytest.fixture
+async def client(request: pytest.FixtureRequest) -> AsyncIterator[aiohttp.ClientSession]:
+    """Of the test's engine, or of any port."""
+    url = request.getfixturevalue("at")[1] if "at" in request.fixturenames else "http://127.0.0.1:1"
+    async with session_to(url) as session:
         yield session
 
 
@@ -96,6 +111,37 @@ async def test_one_that_does_not_listen_is_not_well(client: aiohttp.ClientSessio
         problem = await ask_health(client, f"http://127.0.0.1:{port.port}", answer_s=TIMEOUT_S)
     assert problem is not None
     assert "Cannot connect" in problem
+
+
+async def test_a_socket_that_is_not_there_or_not_listened_to_is_not_well(tmp_path: Path) -> None:
+    path = tmp_path / "engine"
+    async with session_to(url_of_socket(path)) as client:
+        assert "Cannot connect" in (await ask_health(client, "http://localhost", answer_s=TIMEOUT_S) or "")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            assert "Cannot connect" in (await ask_health(client, "http://localhost", answer_s=TIMEOUT_S) or "")
+
+
+def test_a_socket_whose_queue_is_full_is_waited_for(tmp_path: Path) -> None:
+    """Linux refuses one connection too many at once, where it has a TCP connection wait."""
+
+    async def work() -> None:
+        path = tmp_path / "engine"
+        with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first:
+            server.bind(str(path))
+            server.listen(0)
+            first.connect(str(path))
+            async with session_to(url_of_socket(path)) as client:
+                assert await ask_health(client, "http://localhost", answer_s=SHORT_S) == "no answer within 0.1 s"
+                asked = asyncio.create_task(ask_health(client, "http://localhost", answer_s=TIMEOUT_S))
+                server.accept()[0].close()
+                made, _ = await asyncio.to_thread(server.accept)
+                with made:
+                    await asyncio.to_thread(made.recv, 4096)
+                    made.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                assert await asked == ""
+
+    uvloop.run(work())  # as the router's
 
 
 async def test_the_first_yes_is_waited_for(engine: tuple[Engine, str], client: aiohttp.ClientSession) -> None:

@@ -1,10 +1,12 @@
-"""What the warm parent does with a vLLM that has less than the newest."""
+"""What the warm parent does with a vLLM that has less than the newest, and with sockets that engines inherit."""
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
-from sllm_vllm.node.warm_parent import override_kernels_once
+from sllm_vllm.node.warm_parent import is_server, override_kernels_once
 
 
 class Platform:
@@ -32,3 +34,25 @@ def test_a_platform_that_overrides_none_stays_as_it_is() -> None:
     platform = Platform()
     override_kernels_once(platform)
     assert platform.register_triton_kernel_overrides is None
+
+
+def test_only_a_servers_own_socket_is_taken_from_an_engines_other_processes(tmp_path: Path) -> None:
+    """Not a connection, nor what vLLM's processes talk over among themselves."""
+    path = str(tmp_path / "engine")
+    with (
+        socket.socket(socket.AF_UNIX) as server,
+        socket.socket(socket.AF_UNIX) as other,
+        socket.socket(socket.AF_UNIX) as client,
+        socket.create_server(("127.0.0.1", 0)) as on_port,
+    ):
+        server.bind(path)
+        assert is_server(server.fileno(), path)  # before it listens
+        server.listen()
+        other.bind(f"{path}-zmq")
+        other.listen()
+        client.connect(path)
+        accepted, _ = server.accept()
+        with accepted:
+            found = [is_server(one.fileno(), path) for one in (server, other, client, accepted, on_port)]
+        assert found == [True, False, False, False, True]
+        assert not is_server(server.fileno(), None)

@@ -71,6 +71,8 @@ class Life:
 class FakeNode:
     """Replicas become ready while ``may_be_ready`` is set; the next orders are refused while ``refusal`` says why."""
 
+    is_here = False
+
     def __init__(self, num_slots: int = 2) -> None:
         self.num_slots = num_slots
         self.lives: dict[str, Life] = {}

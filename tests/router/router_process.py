@@ -21,6 +21,7 @@ from typing import Any
 
 from sllm_vllm.config import child_environment
 from sllm_vllm.node.client import NodeClient
+from tests.engine_http import ask_engine
 from tests.waiting import wait_until
 
 _WITH_OTHER_LIMITS = """
@@ -166,8 +167,10 @@ class RouterUnderTest:
     def ask_engine(self, path: str, *, post: bool = False) -> Any:
         """Past the router, which lets nobody through to such paths. Of the only engine."""
         (one,) = (one for one in self.node.report().replicas if one.pid)
+        assert one.url is not None
         headers = {"Authorization": f"Bearer {one.api_key}"}
-        return self._send(urllib.request.Request(f"{one.url}{path}", b"" if post else None, headers)).body
+        data = b"" if post else None
+        return json.loads(ask_engine(one.url, path, data, headers, timeout_s=self.answer_s_max)[2] or b"null")
 
     def num_ongoing(self) -> int:
         """Requests that engines have, as the router counts them."""
@@ -204,6 +207,7 @@ def write_config(directory: Path, *models: str, slots: int = 2, **sections: Any)
             "warm": False,
             "node_dir": "./node",
             "engine_command": [sys.executable, str(FAKE_ENGINE), "serve"],
+            "engine_sockets": True,
         },
         "store": {"directory": "./store"},
         "models": [{"name": name, "source": f"/models/{name}"} for name in models],

@@ -354,6 +354,19 @@ def test_what_is_left_out_is_as_the_agent_has_it(monkeypatch: pytest.MonkeyPatch
     assert (found.slots, found.gpus, found.memory_bytes) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("node", "has_sockets"),
+    [
+        ({}, True),
+        ({"engine_sockets": False}, False),
+        ({"engine_command": ["docker", "run"]}, False),
+        ({"engine_command": ["vllm", "serve"], "engine_sockets": True}, True),
+    ],
+)
+def test_engines_listen_on_sockets_unless_a_command_may_not_reach_them(node: dict[str, Any], has_sockets: bool) -> None:
+    assert parse_router_config({"node": node}).node_config().has_engine_sockets is has_sockets
+
+
 def test_server_and_keys_become_the_ingress_settings() -> None:
     server = {"body_bytes": "1MiB", "requests_max": 5, "request_timeout": "1m", "cors_origins": ["*"]}
     found = parse_router_config({"server": server}).ingress_settings(("0" * 64,))

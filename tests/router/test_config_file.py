@@ -88,7 +88,8 @@ def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
         ("server: {prt: 5}", "server.prt: unknown key; did you mean `port`?"),
         (
             "node: {xyz: 5}",
-            "node.xyz: unknown key; known: slots, gpus, memory, kv_memory, warm, warm_wait, engine_command, node_dir",
+            "node.xyz: unknown key; known: slots, gpus, memory, kv_memory, warm, warm_wait, engine_command,"
+            " engine_sockets, node_dir",
         ),
         ("store: {dir: 5}", "store.dir: unknown key; known: directory, socket"),
         ("keys: {client: 5}", "keys.client: unknown key; did you mean `clients`?"),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 
 from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.settings import IngressSettings
@@ -20,10 +23,51 @@ from sllm_vllm.router.upstream import (
     EngineFailed,
     Upstream,
 )
+from sllm_vllm.socket_url import url_of_socket
 from tests.waiting import wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 CLOSES = b"<close>"
+
+
+class Way:
+    """Where servers of a test listen."""
+
+    folder: Path | None = None
+    """Of Unix sockets; None: on ports."""
+
+
+WAY = Way()
+
+
+@pytest.fixture(autouse=True, params=["port", "socket"])
+def way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests of this file run with servers of both kinds."""
+    monkeypatch.setattr(WAY, "folder", tmp_path if request.param == "socket" else None)
+
+
+@contextlib.contextmanager
+def bound() -> Iterator[tuple[socket.socket, str]]:
+    """A socket that does not listen yet, and its URL."""
+    with socket.socket(socket.AF_UNIX if WAY.folder else socket.AF_INET) as server:
+        if WAY.folder is None:
+            server.bind(("127.0.0.1", 0))
+            yield server, "http://127.0.0.1:{1}".format(*server.getsockname())
+        else:
+            path = WAY.folder / "a socket, 100%"
+            server.bind(str(path))
+            yield server, url_of_socket(path)
+
+
+async def serving(
+    connection: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> tuple[asyncio.Server, str]:
+    """A server and its URL."""
+    if WAY.folder is None:
+        server = await asyncio.start_server(connection, "127.0.0.1", 0)
+        return server, "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+    path = WAY.folder / "engine"
+    return await asyncio.start_unix_server(connection, path), url_of_socket(path)
 
 
 @dataclass
@@ -54,8 +98,7 @@ class Script:
 @contextlib.asynccontextmanager
 async def scripted(*answers: bytes, keep_alive_s: float = 60.0) -> AsyncIterator[tuple[Upstream, Script]]:
     script = Script(list(answers))
-    server = await asyncio.start_server(script.connection, "127.0.0.1", 0)
-    script.url = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+    server, script.url = await serving(script.connection)
     upstream = Upstream(IngressSettings(engine_keep_alive_s=keep_alive_s))
     try:
         async with asyncio.timeout(60):
@@ -82,7 +125,7 @@ async def read_all(answer: EngineConnection) -> bytes:
 async def test_request_is_written_plainly() -> None:
     async with scripted(OK) as (upstream, script):
         assert await ask(upstream, script) == (200, b"ok")
-    host = script.url.removeprefix("http://").encode()
+    host = b"localhost" if WAY.folder else script.url.removeprefix("http://").encode()
     assert script.requests == [
         b"POST /v1/x HTTP/1.1\r\nhost: " + host + b"\r\nx-a: b\r\ncontent-length: 2\r\n\r\n{}",
     ]
@@ -214,8 +257,8 @@ async def test_read_ahead_of_a_reader_that_stalls_is_bounded() -> None:
 async def test_an_engine_that_ended_while_idle_never_got_the_request() -> None:
     """Its end lies unread in the socket: the request must not be suspected of it, and quarantined."""
     upstream = Upstream(IngressSettings())
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = "http://127.0.0.1:{1}".format(*server.getsockname())
+    with bound() as (server, url):
+        server.listen()
         asked = asyncio.create_task(upstream.post(url, target="/", headers=[], body=b"{}"))
         engine, _ = await asyncio.to_thread(server.accept)
         await asyncio.to_thread(engine.recv, 65536)
@@ -245,8 +288,7 @@ async def test_what_an_idle_connection_swallowed_may_have_ended_its_engine() -> 
             asked.append(head)
             writer.write(OK)
 
-    server = await asyncio.start_server(connection, "127.0.0.1", 0)
-    url = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+    server, url = await serving(connection)
     upstream = Upstream(IngressSettings())
     answer = await upstream.post(url, target="/", headers=[], body=b"{}")
     await read_all(answer)
@@ -255,4 +297,43 @@ async def test_what_an_idle_connection_swallowed_may_have_ended_its_engine() -> 
         with pytest.raises(EngineFailed) as failed:
             await upstream.post(url, target="/", headers=[], body=b"{}")
         assert failed.value.sign is sign
+    upstream.close()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_full_queue_of_connections_is_waited_for(run: Callable[[Any], None]) -> None:
+    """Linux refuses a Unix socket's one too many at once; that says nothing against the engine."""
+
+    async def work() -> None:
+        upstream = Upstream(IngressSettings())
+        with bound() as (server, url):
+            server.listen(0)
+            asked = [asyncio.create_task(upstream.post(url, target="/", headers=[], body=b"{}")) for _ in range(4)]
+            for _ in range(100):  # whoever would fail, would
+                await asyncio.sleep(0.001)
+            assert not any(one.done() for one in asked)
+            async with asyncio.timeout(60):
+                for _ in asked:
+                    engine, _ = await asyncio.to_thread(server.accept)
+                    with engine:
+                        await asyncio.to_thread(engine.recv, 65536)
+                        engine.sendall(OK)
+                for one in asked:
+                    assert await read_all(await one) == b"ok"
+        upstream.close()
+
+    run(work())
+
+
+async def test_a_server_that_does_not_listen_or_has_gone_is_not_reached() -> None:
+    upstream = Upstream(IngressSettings())
+
+    async def sign_of(url: str) -> FailureSign:
+        with pytest.raises(EngineFailed, match="can't be reached") as failed:
+            await upstream.post(url, target="/", headers=[], body=b"{}")
+        return failed.value.sign
+
+    with bound() as (_, url):
+        assert await sign_of(url) is FailureSign.UNREACHED
+    assert await sign_of(f"{url}0" if WAY.folder else url) is FailureSign.UNREACHED
     upstream.close()

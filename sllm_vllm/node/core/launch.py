@@ -97,17 +97,21 @@ class LaunchPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where it will be: slots, an address and a port, and the key to what listens there."""
+    """Where it will be: slots, an address, and the key to what listens there.
+
+    The address is a host and a port, or ``socket``, the path of a Unix socket.
+    """
 
     slots: tuple[int, ...]
-    port: int
+    port: int | None
     api_key: str
     host: str = LOOPBACK
+    socket: str = ""
 
     @property
-    def url(self) -> str:
-        """Of what listens there."""
-        return f"http://{self.host}:{self.port}"
+    def options(self) -> tuple[str, ...]:
+        """Of ``vllm serve``, to listen there and nowhere else."""
+        return ("--uds", self.socket) if self.socket else ("--host", self.host, "--port", str(self.port))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +212,9 @@ def option_value(arguments: Sequence[str], *names: str, shortest: str = "") -> s
 def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: LaunchPolicy) -> Launch:
     """How to launch what was ordered.
 
-    What the arguments say is left alone, but for host and port, which come last and so count; the guard is added to any
-    middleware of theirs. What they leave open is filled in, unless they name a file of settings, which it would
-    overrule.
+    What the arguments say is left alone, but for host and port: those of the place come last and so count, and beside a
+    socket vLLM uses neither. The guard is added to any middleware of theirs. What they leave open is filled in, unless
+    they name a file of settings, which it would overrule.
     """
     added: list[str] = []
     arguments, environment, slots = spec.arguments, dict(spec.environment), place.slots
@@ -238,7 +242,7 @@ def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: 
         if fills_in and "VLLM_CPU_KVCACHE_SPACE" not in whole and _says_no_kv_size(arguments):
             added += ["--kv-cache-memory-bytes", str(_kv_nbytes(hardware, policy))]
     return Launch(
-        arguments=(spec.model, *arguments, *added, *GUARD, "--host", place.host, "--port", str(place.port)),
+        arguments=(spec.model, *arguments, *added, *GUARD, *place.options),
         environment=whole,
         cpus=cpus,
         num_threads=num_threads,

@@ -55,7 +55,9 @@ def test_an_engine_listens_where_its_place_is() -> None:
     hardware = Hardware(cpus=(0,), memory_nbytes=GIB)
     arguments = plan_launch(spec, place, hardware=hardware, policy=LaunchPolicy(1)).arguments
     assert arguments[-4:] == ("--host", "10.0.0.7", "--port", "4000")
-    assert place.url == "http://10.0.0.7:4000"
+    on_socket = plan_launch(spec, Place((0,), None, "secret", socket="/n/s"), hardware=hardware, policy=LaunchPolicy(1))
+    assert on_socket.arguments[-2:] == ("--uds", "/n/s")
+    assert not {"--host", "--port"} & set(on_socket.arguments)
 
 
 # ------------------------------------------------------------------------------------------------------- arguments

@@ -1,0 +1,105 @@
+"""Unix sockets of engines: their paths, in a folder that no other user can enter, from the order until they end.
+
+The engine makes its socket itself. No name is used twice while an agent lives, so no engine meets another one's file;
+what a killed agent's engines left is removed by the next agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path
+
+from sllm_vllm.node.core.launch import Place
+from sllm_vllm.node.scratch import is_private, short_name
+from sllm_vllm.socket_url import url_of_socket
+
+PATH_NBYTES_MAX = 107
+"""What an address of Linux holds, without the zero at its end."""
+_NAME_NBYTES = 4
+_SHORT = Path("/tmp")
+
+
+class SocketReservation:
+    """The path of an engine's socket. Made by `EngineSockets`."""
+
+    port = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._is_closed = False
+
+    @property
+    def url(self) -> str:
+        """Of what listens there."""
+        return url_of_socket(self.path)
+
+    def place(self, slots: tuple[int, ...], api_key: str) -> Place:
+        """Where an engine of these slots listens."""
+        return Place(slots, None, api_key, socket=str(self.path))
+
+    def close(self) -> None:
+        """Remove the socket, if there is one; the engine has ended. May be called again."""
+        if not self._is_closed:
+            self._is_closed = True
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+
+class EngineSockets:
+    """The sockets of one agent's engines. Owned by the agent's loop.
+
+    They are in the agent's own folder; where that makes a path too long, in a private one of the temporary directory.
+    ``XDG_RUNTIME_DIR`` is not used: it is removed when the user logs out, and an agent may run on.
+
+    Args:
+        node_dir: the agent's own folder; the next agent of the same folder clears what this one left.
+    """
+
+    def __init__(self, node_dir: Path) -> None:
+        short = f"{short_name(node_dir)}-sockets"
+        folders = [node_dir.absolute() / "sockets", *(parent / short for parent in _temporary())]
+        self._folder = next(folder for folder in folders if _fits(folder))
+        self._used: set[str] = set()
+
+    def clear(self) -> None:
+        """Remove what a killed agent's engines left; before the first engine, and after the last one."""
+        if not is_private(self._folder):
+            return
+        with contextlib.suppress(OSError):
+            for path in self._folder.iterdir():
+                if stat.S_ISSOCK(path.lstat().st_mode):
+                    path.unlink()
+            self._folder.rmdir()
+
+    def reserve(self) -> SocketReservation:
+        """A path that no engine has or had.
+
+        Raises:
+            OSError: there can be no private folder.
+        """
+        folder = self._made()
+        while (name := secrets.token_hex(_NAME_NBYTES)) in self._used or os.path.lexists(folder / name):
+            pass
+        self._used.add(name)
+        return SocketReservation(folder / name)
+
+    def _made(self) -> Path:
+        """The folder, there and private; another one if someone else has its name."""
+        with contextlib.suppress(FileExistsError):
+            self._folder.mkdir(mode=0o700)
+        if not is_private(self._folder):
+            parent = next(parent for parent in _temporary() if _fits(parent / "sllm-12345678"))
+            self._folder = Path(tempfile.mkdtemp(prefix="sllm-", dir=parent))
+        return self._folder
+
+
+def _temporary() -> tuple[Path, Path]:
+    return Path(tempfile.gettempdir()), _SHORT
+
+
+def _fits(folder: Path) -> bool:
+    return len(os.fsencode(folder)) + 1 + 2 * _NAME_NBYTES <= PATH_NBYTES_MAX
