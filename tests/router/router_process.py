@@ -197,7 +197,9 @@ class RouterUnderTest:
             return Answer(error.code, json.loads(error.read() or b"null"), _lower(error.headers.items()))
 
 
-def write_config(directory: Path, *models: str, slots: int = 2, **sections: Any) -> None:
+def write_config(
+    directory: Path, *models: str, slots: int = 2, node_changes: Mapping[str, Any] | None = None, **sections: Any
+) -> None:
     """A configuration with fake engines; a model is called as it behaves."""
     values = {
         "server": {"port": 0},
@@ -208,6 +210,7 @@ def write_config(directory: Path, *models: str, slots: int = 2, **sections: Any)
             "node_dir": "./node",
             "engine_command": [sys.executable, str(FAKE_ENGINE), "serve"],
             "engine_sockets": True,
+            **(node_changes or {}),
         },
         "store": {"directory": "./store"},
         "models": [{"name": name, "source": f"/models/{name}"} for name in models],

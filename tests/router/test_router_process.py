@@ -11,8 +11,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from sllm_vllm.config import child_environment
+from sllm_vllm.socket_url import socket_of_url
 from tests.benchmarks.process_tree import descendants
+from tests.listening import listening_addresses
 from tests.router.router_process import is_alive, running_router, write_config
 from tests.waiting import wait_until
 
@@ -26,6 +30,22 @@ def test_the_first_request_starts_an_engine_and_the_next_finds_it(tmp_path: Path
         unknown = router.post("nobody")
         assert unknown.status == 404
         assert "fine" in unknown.body["error"]["message"]
+
+
+@pytest.mark.parametrize("has_sockets", [True, False])
+def test_its_engines_listen_on_sockets_that_go_with_them_unless_it_says_otherwise(
+    tmp_path: Path, has_sockets: bool
+) -> None:
+    write_config(tmp_path, "fine", node_changes={"engine_sockets": has_sockets})
+    with running_router(tmp_path) as router:
+        assert router.post("fine").status == 200
+        (report,) = router.node.report().replicas
+        assert report.pid is not None
+        path = socket_of_url(report.url or "")
+        assert (path is not None, report.port is None) == (has_sockets, has_sockets)
+        assert bool(listening_addresses(report.pid)) == (not has_sockets)
+    assert not (tmp_path / "node" / "sockets").exists()
+    assert path is None or not os.path.lexists(path)
 
 
 def test_a_hundred_requests_at_once_to_a_model_that_is_down_are_all_answered_by_one_start(tmp_path: Path) -> None:
