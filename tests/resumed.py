@@ -17,7 +17,7 @@ from typing import Any
 
 from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, parse_resume, sign_resume
 
-REQUEST_MAX_S = 60.0
+REQUEST_MAX_S = 300.0
 TAKE_OVER_TRIES_MAX = 5
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
