@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.e2e_long
 
-NUM_TOKENS = 160
+NUM_TOKENS = 400
 POISON = [7, 7, 7, 7]
 NAMES = (
     *("greedy", "seed", "seed-top-p-top-k", "penalties-and-seed", "stop-string-never", "bad-words"),
