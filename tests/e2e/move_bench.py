@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 
 STEP_S = 0.01
 """Of an engine, at least: so that a switch comes soon after the token that it was ordered at."""
-HELD_STEP_S = 0.1
+HELD_STEP_S = 0.25
 """Of an engine that a request is to leave, until it has: on a busy machine, too, it should not end before."""
 _SLOW = """
 import os, time
