@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ EDGES = {
 }
 """Where alone each of them is imported."""
 
+NOTE = re.compile(r"\b(TODO|FIXME|XXX)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|work|opt/wheels|home/\w+|Users/\w+)/")
 REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org")
 
@@ -42,45 +45,84 @@ def name_of(path: Path) -> str:
 
 SOURCES = python_files("sllm_vllm", "tools", "benchmarks")
 EVERYTHING = SOURCES + python_files("tests")
-each_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
-each_file = pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text(), name_of(path)))
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the rules ask of one file. Lines are numbered from 1."""
+
+    num_lines: int
+    has_docstring: bool
+    function_lines: dict[str, int]
+    """By place and name, how many lines a function has."""
+    function_arguments: dict[str, int]
+    """By place and name, how many arguments it takes, but for `self` and `cls`."""
+    imported: frozenset[str]
+    """Top-level names of what it imports, wherever in it."""
+    environment_lines: tuple[int, ...]
+    broad_handlers: tuple[int, ...]
+    """Lines of handlers that catch everything and do not end by raising it again."""
+    notes: tuple[tuple[int, str], ...]
+    """Comments with TODO and the like."""
 
 
-def functions(path: Path) -> Iterator[Function]:
-    return (node for node in nodes(path) if isinstance(node, Function))
+@functools.cache
+def facts(path: Path) -> Facts:
+    """One parse serves all tests of a process."""
+    text = path.read_text()
+    tree = ast.parse(text, name_of(path))
+    nodes = list(ast.walk(tree))
+    functions = {f"{name_of(path)}:{f.lineno} {f.name}": f for f in nodes if isinstance(f, Function)}
+    return Facts(
+        num_lines=len(text.splitlines()),
+        has_docstring=not tree.body or ast.get_docstring(tree) is not None,
+        function_lines={name: (f.end_lineno or f.lineno) - f.lineno + 1 for name, f in functions.items()},
+        function_arguments={name: num_arguments(f) for name, f in functions.items()},
+        imported=frozenset(imported(nodes)),
+        environment_lines=tuple(environment_lines(nodes)),
+        broad_handlers=tuple(h.lineno for h in nodes if isinstance(h, ast.ExceptHandler) and hides_errors(h)),
+        notes=tuple(notes_of(text)),
+    )
 
 
 def num_arguments(function: Function) -> int:
-    """All it takes, but for `self` and `cls`."""
     arguments = function.args
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     extra = [argument for argument in (arguments.vararg, arguments.kwarg) if argument]
     return len([name for name in names if name not in {"self", "cls"}]) + len(extra)
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of what a file imports, wherever in it."""
-    found: set[str] = set()
-    for node in nodes(path):
+def imported(nodes: list[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found.update(alias.name.partition(".")[0] for alias in node.names)
+            yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found
+            yield node.module.partition(".")[0]
+
+
+def environment_lines(nodes: list[ast.AST]) -> Iterator[int]:
+    names = {"environ", "environb", "getenv", "getenvb"}
+    for node in nodes:
+        if (isinstance(node, ast.Attribute) and node.attr in names) or (
+            isinstance(node, ast.alias) and node.name in names
+        ):
+            yield node.lineno
 
 
 def hides_errors(handler: ast.ExceptHandler) -> bool:
-    """Whether it catches everything and does not end by raising it again."""
     caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
     is_broad = any(
         kind is None or (isinstance(kind, ast.Name) and kind.id in {"Exception", "BaseException"}) for kind in caught
     )
     last = handler.body[-1]
     return is_broad and not (isinstance(last, ast.Raise) and last.exc is None)
+
+
+def notes_of(text: str) -> Iterator[tuple[int, str]]:
+    if NOTE.search(text):
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT and NOTE.search(token.string):
+                yield token.start[0], token.string
 
 
 def project_files() -> list[Path]:
@@ -101,67 +143,60 @@ def lines_matching(pattern: re.Pattern[str]) -> list[str]:
     ]
 
 
-@each_file
-def test_file_is_short_enough(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= FILE_LINES_MAX
+def test_files_are_short_enough() -> None:
+    lines = {name_of(path): facts(path).num_lines for path in EVERYTHING}
+    assert {name: num for name, num in lines.items() if num > FILE_LINES_MAX} == {}
 
 
-@each_file
-def test_functions_are_short_enough(path: Path) -> None:
-    lines = {f"{name_of(path)}:{f.lineno} {f.name}": (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions(path)}
+def test_functions_are_short_enough() -> None:
+    lines = {name: num for path in EVERYTHING for name, num in facts(path).function_lines.items()}
+    assert len(lines) > 1000
     assert {name: num for name, num in lines.items() if num > FUNCTION_LINES_MAX} == {}
 
 
-@each_source
-def test_functions_take_few_arguments(path: Path) -> None:
-    counts = {f"{name_of(path)}:{f.lineno} {f.name}": num_arguments(f) for f in functions(path)}
+def test_functions_take_few_arguments() -> None:
+    counts = {name: num for path in SOURCES for name, num in facts(path).function_arguments.items()}
     assert {name: num for name, num in counts.items() if num > ARGUMENTS_MAX} == {}
 
 
-@each_source
-def test_file_name_says_what_is_in_it(path: Path) -> None:
-    assert path.name not in UNDECIDED_NAMES
+def test_file_names_say_what_is_in_them() -> None:
+    assert [name_of(path) for path in SOURCES if path.name in UNDECIDED_NAMES] == []
 
 
-@each_file
-def test_module_has_a_docstring(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert not tree.body or ast.get_docstring(tree)
+def test_modules_have_docstrings() -> None:
+    assert [name_of(path) for path in EVERYTHING if not facts(path).has_docstring] == []
 
 
-@each_source
-def test_environment_is_read_in_config_alone(path: Path) -> None:
-    if name_of(path) == "sllm_vllm/config.py":
-        return
-    names = {"environ", "environb", "getenv", "getenvb"}
-    uses = [node.lineno for node in nodes(path) if isinstance(node, ast.Attribute) and node.attr in names]
-    imports = [node.lineno for node in nodes(path) if isinstance(node, ast.alias) and node.name in names]
-    assert uses + imports == [], f"lines of {name_of(path)}"
+def test_environment_is_read_in_config_alone() -> None:
+    uses = {name_of(path): facts(path).environment_lines for path in SOURCES}
+    assert uses.pop("sllm_vllm/config.py")
+    assert {name: lines for name, lines in uses.items() if lines} == {}
 
 
-@each_source
-def test_no_handler_hides_every_error(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    handlers = [node for node in nodes(path) if isinstance(node, ast.ExceptHandler) and hides_errors(node)]
-    assert [f"{name_of(path)}:{h.lineno}" for h in handlers if RUN_LOOP_MARK not in lines[h.lineno - 1]] == []
+def test_no_handler_hides_every_error() -> None:
+    hidden = []
+    for path in SOURCES:
+        lines = path.read_text().splitlines() if facts(path).broad_handlers else []
+        hidden += [f"{name_of(path)}:{n}" for n in facts(path).broad_handlers if RUN_LOOP_MARK not in lines[n - 1]]
+    assert hidden == []
 
 
 @pytest.mark.parametrize("package", EDGES)
-@each_source
-def test_vllm_and_ray_are_imported_at_the_edge_alone(path: Path, package: str) -> None:
-    if name_of(path).startswith("sllm_vllm/") and not EDGES[package].fullmatch(name_of(path)):
-        assert package not in imported(path)
+def test_vllm_and_ray_are_imported_at_the_edge_alone(package: str) -> None:
+    users = [name_of(path) for path in SOURCES if package in facts(path).imported]
+    ours = [name for name in users if name.startswith("sllm_vllm/")]
+    assert ours != []
+    assert [name for name in ours if not EDGES[package].fullmatch(name)] == []
 
 
-@each_file
-def test_todo_has_a_home_in_the_changelog(path: Path) -> None:
+def test_todos_have_a_home_in_the_changelog() -> None:
     """A note is written TODO(title), and the title stands in CHANGELOG.md under "Known gaps"."""
     gaps = (ROOT / "CHANGELOG.md").read_text().partition("Known gaps")[2]
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-        if token.type == tokenize.COMMENT and re.search(r"\b(TODO|FIXME|XXX)\b", token.string):
-            title = re.search(r"TODO\((.+?)\)", token.string)
-            assert title is not None, f"{name_of(path)}:{token.start[0]}: {token.string}"
-            assert title[1] in gaps, f"{name_of(path)}:{token.start[0]}: no known gap called {title[1]!r}"
+    for path in EVERYTHING:
+        for line, comment in facts(path).notes:
+            title = re.search(r"TODO\((.+?)\)", comment)
+            assert title is not None, f"{name_of(path)}:{line}: {comment}"
+            assert title[1] in gaps, f"{name_of(path)}:{line}: no known gap called {title[1]!r}"
 
 
 def test_no_path_of_one_machine() -> None:
