@@ -1,1 +1,2 @@
-"""One agent a node: its accelerators, its engines, and the warm parent they are forked from. See DESIGN.md."""
+"""The node agent: one on each node, with its accelerators, its engines, and the warm parent they are forked from. See
+DESIGN.md."""

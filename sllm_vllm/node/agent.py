@@ -1,7 +1,7 @@
-"""The node agent: owns this node's accelerator slots and the engines on them. Does what ``core/agent.py`` decides.
+"""The node agent: owns this node's accelerator slots and their engines, and carries out what ``core/agent.py`` decides.
 
 One object on one event loop, which must run in the process's main thread: the kernel ends cold engines when the thread
-that started them ends. ``server.py`` gives it a socket; the router holds it in its own process, or as a Ray actor.
+that started them ends. ``server.py`` serves it on a socket; the router holds it in its own process, or as a Ray actor.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ logger = logging.getLogger(__name__)
 TIMINGS_MAX = 64
 _TICK_S = 1.0
 _STALL_S = 1.0
-"""A tick that comes so much too late is told in the log."""
+"""A tick that is later than this is logged."""
 _SPARE_DESCRIPTORS = 4
-"""For looking at processes, and for another death watch."""
+"""For listing processes, and for starting a new death watch."""
 _WATCH_S = 0.1
 _CLOSE_MARGIN_S = 10.0
 _KEY_NBYTES = 24
@@ -88,7 +88,7 @@ def _limits_of(config: NodeConfig) -> AgentLimits:
 
 
 def _expanded(order: ReplicaOrder) -> tuple[str, ...]:
-    """Its arguments, with those of a ``--config`` file."""
+    """The order's arguments, with those of a ``--config`` file."""
     try:
         return expand_config(order.arguments, order.directory)
     except ConfigError as error:
@@ -96,7 +96,7 @@ def _expanded(order: ReplicaOrder) -> tuple[str, ...]:
 
 
 def _require_reachable(model: str, arguments: Sequence[str]) -> None:
-    """Refuse what would have an engine listen elsewhere, or for everyone."""
+    """Refuse arguments that make an engine listen at another address, or for everyone."""
     for name in UNREACHABLE_OPTIONS:
         if has_option(arguments, name):
             raise OrderRefused(model, f"{name}: an engine listens where the agent says", "leave it out")
@@ -106,15 +106,15 @@ def _require_reachable(model: str, arguments: Sequence[str]) -> None:
 
 
 class NodeAgent:
-    """Starts, watches and ends the engines of a node; refuses what its slots can't hold.
+    """Starts, watches and ends the engines of a node; refuses orders that its slots can't hold.
 
     Args:
-        loops: where its loops run and are watched over.
-        clock: seconds that only the limits' clock is told by; tests let it jump.
+        loops: runs and supervises the agent's loops.
+        clock: the core's clock, in seconds; tests make it jump.
     """
 
     is_here = True
-    """For whoever holds it in their own process; see ``router/engines.py``."""
+    """The agent runs in its caller's process; see ``router/engines.py``."""
 
     def __init__(
         self, config: NodeConfig, *, loops: RunLoops | None = None, clock: Callable[[], float] = time.monotonic
@@ -140,11 +140,11 @@ class NodeAgent:
 
     @property
     def num_slots(self) -> int:
-        """Places for engines, once it has started."""
+        """The number of slots; known once the agent has started."""
         return self._starter.num_slots
 
     async def start(self) -> None:
-        """End what an agent before this one left behind, look at the machine, and have the warm parent import.
+        """End what a previous agent left behind, detect the hardware, and let the warm parent import.
 
         Raises:
             ConfigError: a GPU that was named is not there. NodeError: the agent's folder can't be used.
@@ -168,7 +168,7 @@ class NodeAgent:
         logger.info("event=agent_started platform=%s slots=%d", starter.hardware.platform, starter.num_slots)
 
     async def close(self) -> None:
-        """End all engines, then the warm parent; nothing happens if that was done."""
+        """End all engines, then the warm parent; does nothing if called again."""
         if self._is_closing:
             return
         self._is_closing = True
@@ -192,13 +192,13 @@ class NodeAgent:
         logger.info("event=agent_stopped")
 
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
-        """Have a replica started, or put in line for slots if the order waits.
+        """Start a replica, or queue it for slots if the order waits.
 
         Raises:
             OrderRefused: no slot is free, the port is taken, another replica has or had this id.
         """
         arguments = order.arguments
-        if self.config.engine_command is None:  # another command may take what it likes
+        if self.config.engine_command is None:  # a custom command has arguments of its own
             await asyncio.to_thread(require_model, order.model, order.directory)
             arguments = await asyncio.to_thread(_expanded, order)
         replica_id = order.id or new_id(order.model, self._records)
@@ -226,11 +226,11 @@ class NodeAgent:
         return self.replica(replica_id)
 
     async def wait_warm(self, timeout_s: float) -> bool:
-        """Wait until engines start warm; False if they don't in time, or never will."""
+        """Wait until engines can start warm; returns False if they can't within ``timeout_s``, or ever."""
         return await self._starter.wait_warm(timeout_s)
 
     async def stop_replica(self, replica_id: str) -> ReplicaReport:
-        """Ask a replica to end; harmless if it has ended.
+        """Ask a replica to end; does nothing if it has ended.
 
         Raises:
             ReplicaUnknown: there is none of this id.
@@ -240,7 +240,7 @@ class NodeAgent:
         return self.replica(replica_id)
 
     def replica(self, replica_id: str) -> ReplicaReport:
-        """What is known about it now.
+        """The replica's current report.
 
         Raises:
             ReplicaUnknown: there is none of this id.
@@ -249,7 +249,7 @@ class NodeAgent:
         return self._records[replica_id].report(row, in_state_s=max(0.0, self._clock() - row.since_s))
 
     def find(self, prefix: str) -> str:
-        """The id that begins so: the only one that is alive, else the only one.
+        """The one id with this prefix: among living replicas, else among all; an exact match comes first.
 
         Raises:
             ReplicaUnknown: there is none, or several.
@@ -265,7 +265,8 @@ class NodeAgent:
         raise ReplicaUnknown(prefix, f"{len(rows)} replicas have ids that begin so", "give more of the id")
 
     async def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]:
-        """It now, at every change, and ten times a second while it starts; ends after it has ended."""
+        """Yield the replica's report now, at every change, and ten times a second while it starts; returns once it has
+        ended."""
         while (record := self._records.get(replica_id)) is not None:
             changed, report = record.changed, self.replica(replica_id)
             yield report
@@ -280,18 +281,18 @@ class NodeAgent:
         """Have the store read a checkpoint into memory.
 
         Raises:
-            StoreError: there is no store, or it refuses. CheckpointError, RemoteError: it can't be had.
+            StoreError: there is no store, or it refuses. CheckpointError, RemoteError: the checkpoint can't be read.
         """
         await asyncio.to_thread(prefetch_checkpoint, self.config, checkpoint)
 
     async def prefetch_model(self, arguments: tuple[str, ...]) -> None:
-        """Have the store read what an engine with these arguments, the model first, would want."""
+        """Have the store read the checkpoint that an engine with these arguments would load; the model comes first."""
         if option_value(arguments, "--load-format") is None:
             arguments = (*arguments, "--load-format", self.config.load_format)
         await asyncio.to_thread(hint_store, self.config, arguments)
 
     async def report(self, *, with_memory: bool = False) -> NodeReport:
-        """Everything this agent knows. ``with_memory`` measures the warm parent's, which takes a moment."""
+        """The state of the whole node. ``with_memory`` measures the warm parent's memory, which takes a moment."""
         residency = await asyncio.to_thread(read_residency, self.config)
         warm = await self._starter.report(with_memory=with_memory)
         rows = self._core.snapshot()
@@ -315,7 +316,7 @@ class NodeAgent:
         )
 
     def logs(self, replica_id: str, *, tail_nbytes: int | None, follow: bool) -> AsyncIterator[bytes]:
-        """What it printed; with ``follow``, what it prints until it has ended.
+        """A replica's output so far; with ``follow``, also its later output until it has ended.
 
         Raises:
             ReplicaUnknown: there is none of this id.
@@ -329,7 +330,7 @@ class NodeAgent:
         return read_log(self._log_path(replica_id), tail_nbytes=tail_nbytes, is_over=is_over)
 
     def story(self, replica_id: str) -> list[str]:
-        """What happened to it and what was done, oldest first; raises ``ReplicaUnknown``."""
+        """The replica's last events and actions, oldest first; raises ``ReplicaUnknown``."""
         self._row(replica_id)
         now_s = self._clock()
         return [f"{at_s - now_s:+.3f} s  {_in_words(what)}" for at_s, what in self._core.story(replica_id)]
@@ -337,7 +338,7 @@ class NodeAgent:
     # ------------------------------------------------------------------------------------------------------ effects
 
     def _happened(self, event: Event) -> list[RefuseOrder]:
-        """Tell the core, and do what it says; returns the refusals of an order."""
+        """Pass an event to the core and carry out its actions; returns the refusals of an order."""
         refusals = []
         for action in self._core.handle(event, self._clock()):
             match action:
@@ -354,7 +355,8 @@ class NodeAgent:
         return refusals
 
     async def _run(self, start: StartEngine) -> None:
-        """One engine, from its slots to its end; the core hears of that end whatever fails, so that slots come back."""
+        """Run one engine from its start to its end. Whatever fails, the core gets the end event, so that slots are
+        released."""
         spec, record = start.spec, self._records[start.spec.id]
         place = record.reservation.place(start.slots, record.api_key)
         try:
@@ -363,7 +365,7 @@ class NodeAgent:
             record.engine = engine
             process = await self._starter.start(engine, spec, place, directory=record.order.directory)
         except Exception as error:  # top of a run loop
-            if not isinstance(error, OSError | ValueError):  # ValueError: a word that can't be given to a process
+            if not isinstance(error, OSError | ValueError):  # ValueError: an argument that no process can take
                 logger.exception("event=start_failed replica=%s", spec.id)
             self._let_go(record)
             self._happened(EngineNotStarted(spec.id, f"no process: {getattr(error, 'strerror', None) or error}"))
@@ -384,14 +386,14 @@ class NodeAgent:
         self._happened(EngineExited(spec.id, status))
 
     def _let_go(self, record: ReplicaRecord) -> None:
-        """Of what an engine that is gone, or never came, has taken."""
+        """Release what an engine that is gone, or never started, has used."""
         record.reservation.close()
         if record.engine is not None:
             record.engine.pipe.close()
             self._starter.tidy(record.engine)
 
     def _end(self, action: TerminateEngine | KillEngine) -> None:
-        """Before there is a process its start is called off where it waits; else the core says it again later."""
+        """End a process, or call off a start that still waits. Between the two the core repeats the action later."""
         record = self._records.get(action.replica)
         if record is not None and record.engine is not None:
             record.engine.called_off.set()
@@ -416,7 +418,7 @@ class NodeAgent:
         record.notify()
 
     def _admit(self, replica_id: str, order: ReplicaOrder) -> None:
-        """Make the record of a new order; its address is its own from now on."""
+        """Make the record of a new order and reserve its address."""
         reservation = self._reserved(order)
         key = option_value(order.arguments, "--api-key") or secrets.token_urlsafe(_KEY_NBYTES)
         log = self._log_path(replica_id)
@@ -425,10 +427,10 @@ class NodeAgent:
         self._records[replica_id] = ReplicaRecord(order, key, reservation, log)
 
     def _reserved(self, order: ReplicaOrder) -> PortReservation | SocketReservation:
-        """Where its engine is to listen.
+        """Reserve the address where the engine is to listen.
 
         Raises:
-            OrderRefused: it can't.
+            OrderRefused: it can't be reserved.
         """
         try:
             if order.takes_socket and self.config.has_engine_sockets:
@@ -441,12 +443,12 @@ class NodeAgent:
             raise OrderRefused(order.model, f"{what} can't be had ({error.strerror})", mend) from None
 
     def _ended_record(self, replica_id: str) -> ReplicaRecord | None:
-        """Of a replica that has ended and is still known."""
+        """The record of a replica that has ended and is still known."""
         row = self._core.row(replica_id)
         return self._records.get(replica_id) if row is not None and row.state in ENDED else None
 
     def _replaced(self, replica_id: str, ended: ReplicaRecord, *, is_refused: bool) -> None:
-        """A new replica has the id of one that has ended, and an empty log; or was refused, and that one is kept."""
+        """Give the id of an ended replica to a new one with an empty log; if that was refused, keep the ended one."""
         if is_refused:
             self._records[replica_id].reservation.close()
             self._records[replica_id] = ended
@@ -456,14 +458,14 @@ class NodeAgent:
             ended.log.touch(0o600)
 
     def _forget(self, replica_id: str) -> None:
-        """Drop the record, and the log, of one that the core does not know (any more)."""
+        """Drop the record and the log of a replica that the core no longer knows."""
         record = self._records.pop(replica_id)
         record.reservation.close()
         remove_log(record.log)
         record.notify()
 
     async def _tick(self) -> None:
-        """What has to be done every second."""
+        """Do what is due every second."""
         await asyncio.sleep(_TICK_S)
         now_s = time.monotonic()
         stood_s, self._ticked_s = now_s - self._ticked_s - _TICK_S, now_s

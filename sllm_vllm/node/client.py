@@ -1,6 +1,6 @@
-"""Talks to a node agent over its socket: blocking, one connection a request. Used by the commands.
+"""Client of a node agent's socket: blocking, one connection for each request. Used by the commands.
 
-Does without aiohttp, whose import would cost a command more than its work.
+It avoids aiohttp, whose import would cost a command more than its work.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MEND_ODD = "restart the agent: it may be of another version"
 TIMEOUT_S = 30.0
 """Longest wait for an answer that does not depend on an engine."""
 SILENT_S = 10.0
-"""After so long a silence of an answer that may take for ever, the agent is asked whether it still answers at all."""
+"""In an answer without a time limit, check after this much silence that the agent still answers at all."""
 _PING = "/v1/ping"
-"""No route of any agent's: whatever it says to that, it says something."""
+"""A path that no agent serves: any answer to it, an error included, shows that the agent answers."""
 _READ_NBYTES = 1 << 16
 _CONNECT_POLL_S = 0.05
 
@@ -47,11 +47,12 @@ Message = TypeVar("Message", bound=BaseModel)
 class NodeClient:
     """The agent behind a socket. Holds no connection between calls.
 
-    Every method raises ``NodeUnavailable`` if nobody answers or the agent ends in the middle, what the agent says
-    (``OrderRefused``, ``ReplicaUnknown``), and ``NodeError`` for anything else. An id may be its unique beginning.
+    Every method raises ``NodeUnavailable`` if no agent answers or it ends before its answer is complete, the agent's
+    own errors (``OrderRefused``, ``ReplicaUnknown``), and ``NodeError`` for anything else. An id may be given by a
+    unique prefix.
 
-    An answer must come within ``timeout_s``. What waits for an engine may be silent as long as that takes; but after
-    ``silent_s`` of silence the agent has to answer something else within ``timeout_s``, again and again.
+    An answer must arrive within ``timeout_s``. One that depends on an engine may be silent for any time, but after each
+    ``silent_s`` of silence the agent must answer another request within ``timeout_s``.
     """
 
     def __init__(self, socket_path: Path, *, timeout_s: float = TIMEOUT_S, silent_s: float = SILENT_S) -> None:
@@ -59,7 +60,7 @@ class NodeClient:
         self._timeout_s = timeout_s
         self._silent_s = silent_s
         self._has_answered = False
-        """Whoever is gone after that was there before."""
+        """If the agent can't be reached after this is set, it has ended meanwhile."""
 
     def is_there(self) -> bool:
         """Whether an agent accepts connections."""
@@ -70,23 +71,23 @@ class NodeClient:
         return True
 
     def report(self, *, with_memory: bool = False) -> NodeReport:
-        """Everything the agent knows."""
+        """The state of the whole node."""
         return self._ask("GET", f"/v1/report?memory={int(with_memory)}", NodeReport)
 
     def order(self, order: ReplicaOrder) -> ReplicaReport:
-        """Order a replica; returns when it is accepted."""
+        """Order a replica; returns once the order is accepted."""
         return self._ask("POST", "/v1/replicas", ReplicaReport, body=order.model_dump_json().encode())
 
     def replica(self, replica_id: str) -> ReplicaReport:
-        """A replica as it is now."""
+        """The replica's current report."""
         return self._ask("GET", self._path_of(replica_id), ReplicaReport)
 
     def stop_replica(self, replica_id: str) -> ReplicaReport:
-        """Ask a replica to end; ``watch`` tells when it has."""
+        """Ask a replica to end; ``watch`` shows when it has ended."""
         return self._ask("DELETE", self._path_of(replica_id), ReplicaReport)
 
     def watch(self, replica_id: str) -> Generator[ReplicaReport, None, None]:
-        """A replica now, at every change and often while it starts, until it has ended."""
+        """Yield a replica's report now, at every change, and often while it starts, until it has ended."""
         rest = b""
         for data in self._stream(f"{self._path_of(replica_id)}/watch"):
             *lines, rest = (rest + data).split(b"\n")
@@ -98,34 +99,34 @@ class NodeClient:
     def logs(
         self, replica_id: str, *, tail_nbytes: int | None = None, follow: bool = False
     ) -> Generator[bytes, None, None]:
-        """What a replica has printed, from its last ``tail_nbytes`` on; with ``follow`` until it has ended."""
+        """A replica's output, from its last ``tail_nbytes`` on; with ``follow``, until it has ended."""
         query = {"follow": int(follow)} | ({} if tail_nbytes is None else {"tail": tail_nbytes})
         return self._stream(f"{self._path_of(replica_id)}/logs?{urlencode(query)}")
 
     def story(self, replica_id: str) -> list[str]:
-        """The last events and actions about a replica."""
+        """The last events and actions of a replica."""
         told = self._json("GET", f"{self._path_of(replica_id)}/story").get("story")
         if not isinstance(told, list):
             raise self._odd("no story in its answer")
         return [str(line) for line in told]
 
     def prefetch(self, checkpoint: str) -> None:
-        """Have a checkpoint read into the store's memory; waits as long as the agent does."""
+        """Have a checkpoint read into the store's memory; returns once the agent has answered."""
         body = json.dumps({"checkpoint": checkpoint}).encode()
         connection = self._patient_connection()
         with contextlib.closing(connection), self._death_told():
             self._object(self._checked(self._sent(connection, "POST", "/v1/prefetch", body=body)))
 
     def stop(self, *, wait_s: float | None = None) -> None:
-        """End the agent and all its engines. Waits up to ``wait_s`` until its process is gone; None: not at all.
+        """End the agent and all its engines. Waits up to ``wait_s`` until its process is gone; None: does not wait.
 
         Raises:
-            NodeError: it is still there then.
+            NodeError: it still runs after ``wait_s``.
         """
         connection = self._connection(self._timeout_s)
         with contextlib.closing(connection), contextlib.ExitStack() as stack:
             process = -1
-            with contextlib.suppress(ProcessLookupError, OSError):  # in another container it has no number here
+            with contextlib.suppress(ProcessLookupError, OSError):  # a process in another container has no pid here
                 process = os.pidfd_open(connection.peer_pid)
                 stack.callback(os.close, process)
             with self._death_told():
@@ -161,7 +162,7 @@ class NodeClient:
             return self._object(self._checked(self._sent(connection, method, path)))
 
     def _stream(self, path: str) -> Generator[bytes, None, None]:
-        """A body as it comes. Without a limit of time: an engine may be silent for hours."""
+        """Yield a body as it arrives. No time limit: an engine may be silent for hours."""
         connection = self._patient_connection()
         with contextlib.closing(connection), self._death_told():
             response = self._sent(connection, "GET", path)
@@ -171,13 +172,13 @@ class NodeClient:
                 yield data
 
     def _patient_connection(self) -> _UnixConnection:
-        """One whose reads wait as long as the agent lives."""
+        """A connection whose reads wait as long as the agent lives."""
         connection = self._connection(self._timeout_s)
         connection.be_patient(self._silent_s, self._require_answer)
         return connection
 
     def _require_answer(self) -> None:
-        """Raises NodeUnavailable if the agent says nothing at all."""
+        """Raise NodeUnavailable if the agent does not answer at all."""
         connection = self._connection(self._timeout_s)
         with contextlib.closing(connection), self._death_told():
             self._sent(connection, "GET", _PING).read(REPLY_NBYTES_MAX)
@@ -211,18 +212,18 @@ class NodeClient:
 
     def _sent(self, connection: _UnixConnection, method: str, path: str, *, body: bytes | None = None) -> HTTPResponse:
         kind = {"Content-Type": "application/json"} if body is not None else {}
-        with contextlib.suppress(BrokenPipeError):  # refused while it was sent: the answer says why
+        with contextlib.suppress(BrokenPipeError):  # refused before it was sent whole: the answer says why
             connection.request(method, path, body=body, headers={**kind, "Connection": "close"})
         response = connection.getresponse()
         self._has_answered = True
         return response
 
     def _checked(self, response: HTTPResponse) -> bytes:
-        """The whole body of a good answer; that of another is raised."""
+        """The whole body of a successful answer; an error that the agent sent is raised."""
         data = response.read(REPLY_NBYTES_MAX + 1)
         if len(data) > REPLY_NBYTES_MAX:
             raise self._odd("an answer that is too long")
-        if response.length:  # http.client takes a part for the whole
+        if response.length:  # http.client takes a truncated body for a whole one
             raise IncompleteRead(data, response.length)
         if 200 <= response.status < 300:
             return data
@@ -255,7 +256,7 @@ class NodeClient:
 
 
 class _UnixConnection(HTTPConnection):
-    """HTTP to whoever listens on a Unix socket; ``peer_pid`` is 0 if it lives in another container."""
+    """HTTP over a Unix socket; ``peer_pid`` is 0 if the peer is in another container."""
 
     def __init__(self, path: Path, timeout_s: float | None) -> None:
         super().__init__("localhost")
@@ -266,18 +267,18 @@ class _UnixConnection(HTTPConnection):
         self.peer_uid = -1
 
     def connect(self) -> None:
-        """Connect; whether the peer is to be trusted is for the caller to see."""
+        """Connect; the caller decides whether to trust the peer."""
         self.sock, self.peer_pid, self.peer_uid = open_channel(self._path, self._timeout_s)
 
     def be_patient(self, silent_s: float, ask: Callable[[], None]) -> None:
-        """Read without a limit of time; call ``ask`` after each ``silent_s`` in which nothing came."""
+        """Read without a time limit; call ``ask`` after each ``silent_s`` in which nothing arrived."""
         assert self.sock is not None, "connect first"
         self.sock = _PatientSocket(self.sock, silent_s, ask)
 
 
 class _PatientSocket(socket.socket):
-    """A socket whose reads wait, and now and then ask whether that makes sense. A limit of time on the socket itself
-    would not do: after it is over, a response can't be read on."""
+    """A socket whose reads wait without a limit and call ``ask`` now and then. A timeout of the socket itself would not
+    do: after it has expired, the response can't be read any further."""
 
     def __init__(self, plain: socket.socket, silent_s: float, ask: Callable[[], None]) -> None:
         super().__init__(fileno=plain.detach())
@@ -286,7 +287,7 @@ class _PatientSocket(socket.socket):
         self._ask = ask
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - as socket has it
-        """Read, when there is something."""
+        """Read as soon as there is data."""
         poll = select.poll()
         poll.register(self, select.POLLIN)
         while not poll.poll(self._silent_s * 1e3):

@@ -1,6 +1,6 @@
-"""An engine started by exec. In the new process: ends with the agent, and then becomes ``vllm serve``.
+"""Starts an engine by exec. Runs in the new process: ties it to the agent's life, then becomes ``vllm serve``.
 
-``python -m sllm_vllm.node.cold_start AGENT_PID DIRECTORY CPUS PROGRAM ARGUMENTS…``. Imports nothing that costs time.
+``python -m sllm_vllm.node.cold_start AGENT_PID DIRECTORY CPUS PROGRAM ARGUMENTS…``. Imports nothing that takes time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def serve_command() -> tuple[str, ...]:
-    """``vllm serve``, of the vLLM that is beside this Python."""
+    """``vllm serve`` of the vLLM that is installed beside this Python."""
     program = Path(sys.executable).with_name("vllm")
     if program.exists():
         return (str(program), "serve")
@@ -37,7 +37,7 @@ def command_of(command: Sequence[str], directory: str, cpus: Sequence[int]) -> l
 def main(agent: int, directory: str, cpus: str, *, command: list[str]) -> None:
     """Become ``command``; the kernel ends this process when the agent ends, also after the exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != agent:  # it ended before
+    if os.getppid() != agent:  # the agent ended before the call above
         sys.exit(1)
     if cpus:
         os.sched_setaffinity(0, [int(cpu) for cpu in cpus.split(",")])

@@ -1,4 +1,5 @@
-"""The agent's process: one a directory, from its lock to its last engine's end. ``sllm-vllm node serve`` calls it."""
+"""The agent's process, one for each folder, from taking the lock to the last engine's end. Run by ``sllm-vllm node
+serve``."""
 
 from __future__ import annotations
 
@@ -29,21 +30,21 @@ WORDS = DaemonWords(
 )
 
 CLOSE_S_MAX = 60.0
-"""After SIGTERM, beside the time that engines get, the process is gone within this time."""
+"""Longest time from SIGTERM until the process is gone, on top of the time that engines get."""
 BASE_DESCRIPTORS = 28
-"""What an agent has open beside engines and connections: its loop, lock, socket, warm parent, death watch, libraries,
+"""Descriptors of an agent beside engines and connections: its loop, lock, socket, warm parent, death watch, libraries,
 and the files and store connections that it opens for a moment."""
 ENGINE_DESCRIPTORS = 8
-"""What one engine takes: its process, the spare ones to end it, its output, log, port and health."""
+"""Descriptors of one engine: its process, the spare ones to end it, its output, log, port and health."""
 ASK_S = 5.0
-"""Longest wait for what the agent that is there says of itself."""
+"""Longest wait for the running agent's description of itself."""
 ENGINES_SHOWN_MAX = 8
 
 MakeAgent = Callable[[NodeConfig], Agent]
 
 
 def serve(config: NodeConfig, make_agent: MakeAgent | None = None) -> int:
-    """Run the agent until SIGTERM, SIGINT or the order to stop; its engines end with it. Returns the exit status.
+    """Run the agent until SIGTERM, SIGINT or a stop request; its engines end with it. Returns the exit status.
 
     Args:
         make_agent: called on the agent's loop instead of ``NodeAgent``.
@@ -51,7 +52,7 @@ def serve(config: NodeConfig, make_agent: MakeAgent | None = None) -> int:
     Raises:
         NodeBusy: another agent has the directory. NodeError: the socket can't be made.
         ConfigError: a setting is wrong, or the process may open too few files.
-        DaemonFailed: a part of it can't work any more.
+        DaemonFailed: a part of the daemon has failed for good.
     """
     raise_file_limit()
     make_private_directory(config.node_dir, WORDS)
@@ -62,10 +63,11 @@ def serve(config: NodeConfig, make_agent: MakeAgent | None = None) -> int:
 
 @contextlib.contextmanager
 def locked_node(node_dir: Path) -> Iterator[None]:
-    """Have an agent's folder for this process alone, as long as the context lasts.
+    """Hold an agent's folder for this process alone while the context lasts.
 
     Raises:
-        NodeBusy: another agent has it: which one, and what ends it with which engines. NodeError: it can't be used.
+        NodeBusy: another agent has it; the message names that agent, its engines, and the command that ends it.
+        NodeError: the folder can't be used.
     """
     socket_path = node_dir / "socket"
     with contextlib.ExitStack() as stack:
@@ -77,12 +79,12 @@ def locked_node(node_dir: Path) -> Iterator[None]:
 
 
 def _who_is_there(socket_path: Path) -> NodeBusy:
-    """The agent that has the folder, as it says itself, and the command that ends it."""
+    """The error that describes the agent that has the folder, and the command that ends it."""
     at = "" if socket_path.parent == default_node_dir().expanduser().absolute() else f" --node-dir {socket_path.parent}"
     command = f"`sllm-vllm node stop{at}`"
     try:
         report = NodeClient(socket_path, timeout_s=ASK_S).report()
-    except NodeError:  # it starts, or ends, or does not answer
+    except NodeError:  # it is starting or ending, or does not answer
         return NodeBusy(socket_path, WORDS.busy_problem, f"stop it first: {command} ends it and its engines")
     living = [f"{one.id} ({one.state})" for one in report.replicas if not one.has_ended]
     more = f" and {len(living) - ENGINES_SHOWN_MAX} more" if len(living) > ENGINES_SHOWN_MAX else ""
@@ -92,7 +94,8 @@ def _who_is_there(socket_path: Path) -> NodeBusy:
 
 
 def descriptors_kept(num_slots: int) -> int:
-    """What the agent, with an engine in each slot and one more that starts, takes beside its clients' connections."""
+    """Descriptors that the agent needs beside its clients' connections, with an engine in each slot and one more
+    starting."""
     return BASE_DESCRIPTORS + ENGINE_DESCRIPTORS * (num_slots + 1)
 
 
@@ -107,7 +110,7 @@ async def _run(config: NodeConfig, listener: socket.socket, make_agent: MakeAgen
             async with served(agent, listener, ending=ending, loops=loops):
                 logger.info("event=agent_serving socket=%s", config.socket_path)
                 await ending.wait()
-                await agent.close()  # within: clients that watch a replica get its end
+                await agent.close()  # inside `served`, so that clients that watch a replica see its end
         finally:
             await agent.close()
     logger.info("event=agent_stopped socket=%s", config.socket_path)
@@ -115,14 +118,14 @@ async def _run(config: NodeConfig, listener: socket.socket, make_agent: MakeAgen
 
 
 def _node_agent(config: NodeConfig, loops: RunLoops) -> Agent:
-    from sllm_vllm.node.agent import NodeAgent  # tests serve another
+    from sllm_vllm.node.agent import NodeAgent  # imported here, as tests serve another agent
 
     return NodeAgent(config, loops=loops)
 
 
 @contextlib.asynccontextmanager
 async def served(agent: Agent, listener: socket.socket, *, ending: Ending, loops: RunLoops) -> AsyncIterator[None]:
-    """Answer on the agent's socket.
+    """Answer on the agent's socket while the context lasts.
 
     Raises:
         ConfigError: the process may open too few files.

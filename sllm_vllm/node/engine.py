@@ -1,4 +1,4 @@
-"""One engine, from its launch to the last word of its log: process, output, health, and what its start was spent on."""
+"""One engine from its launch to the end of its log: process, output, health, and the phases of its start."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ TAIL_LINES = 30
 TAIL_LINE_MAX = 400
 """Characters kept of each of the last lines."""
 _DRAIN_S = 2.0
-"""Longest wait for the rest of the output of a process that has ended."""
+"""Longest wait for the rest of an ended process's output."""
 _SESSION_S = 10.0
-"""Longest wait for what an engine leaves behind to end: the kernel may have gigabytes to free."""
+"""Longest wait until an ended engine's other processes have ended: the kernel may have gigabytes to free."""
 
 
 class Engine:
-    """What is known about one engine while it starts, runs and ends. Lives on the agent's loop.
+    """State of one engine while it starts, runs and ends. Lives on the agent's loop.
 
     Args:
-        on_event: gets ``EngineHealthy`` and ``EngineUnhealthy``.
-        on_change: called when its report reads differently.
+        on_event: receives ``EngineHealthy`` and ``EngineUnhealthy``.
+        on_change: called when the start's phase changes.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Engine:
         self.is_warm: bool | None = None
         self.cold_reason = ""
         self.called_off = asyncio.Event()
-        """Set when it is to end before it has a process."""
+        """Set to end it before it has a process."""
         self.is_beside_import = False
-        """Whether a warm parent imported while it was started cold, so that both took longer."""
+        """Whether a warm parent imported while it started cold, so that both took longer."""
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.failure = FailureWords()
         self._on_event = on_event
@@ -68,19 +68,20 @@ class Engine:
         self.pipe = OutputPipe(log, self._note)
 
     def awaits_parent(self) -> None:
-        """Its process will be forked when the warm parent has imported."""
+        """Record that it waits to be forked until the warm parent has imported."""
         self._phases.parent_awaited(self._at_s())
         self._log_phase()
 
     def started(self, process: EngineProcess, cold_reason: str) -> None:
-        """Its process runs. ``cold_reason``: why it was not forked; empty if it was."""
+        """Record that its process runs. ``cold_reason``: why it was not forked; empty if it was."""
         self.process, self.is_warm, self.cold_reason = process, not cold_reason, cold_reason
         self.pipe.close_writer()
         self._phases.process_started(self._at_s())
         self._log_phase()
 
     async def run(self, url: str, *, health_s: float) -> int:
-        """Watch it until it has ended and nothing of it is left; its exit status, or minus the signal that ended it."""
+        """Watch it until it has ended and none of its processes is left; returns its exit status, or minus the signal
+        that ended it."""
         assert self.process is not None
         asking = self._loops.start(f"health of {self.replica}", lambda: self._ask(url, health_s))
         try:
@@ -95,13 +96,13 @@ class Engine:
         return status
 
     async def drain(self) -> None:
-        """Take the rest of its output."""
+        """Read the rest of its output."""
         with contextlib.suppress(TimeoutError):
             await within(_DRAIN_S, self.pipe.wait_closed())
         self.pipe.close()
 
     def report(self) -> StartReport:
-        """Its start so far; the whole of it once it is ready."""
+        """The report of its start so far; complete once it is ready."""
         timings = self._phases.timings(self._at_s())
         return StartReport(
             phase=timings.phase.value,
@@ -121,7 +122,7 @@ class Engine:
             await keep_asking(session, http_base(url), self._answered, every_s=health_s)
 
     def _not_judged(self, reason: str) -> None:
-        """Its health can't be asked for: an engine that could hang unseen is ended."""
+        """End an engine whose health can't be checked any more: it could hang unnoticed."""
         logger.error("event=engine_not_judged replica=%s reason=%r", self.replica, reason)
         if self.process is not None:
             self.process.kill()
@@ -142,7 +143,7 @@ class Engine:
 
     def _log_phase(self) -> None:
         self._phase = self._phases.phase
-        if self._phase is not Phase.READY:  # that comes from its health, and is told by whoever hears of it
+        if self._phase is not Phase.READY:  # the agent reports READY, after the first healthy answer
             self._on_change()
 
     def _at_s(self) -> float:

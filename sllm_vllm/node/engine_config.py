@@ -1,4 +1,4 @@
-"""The file that ``--config`` names in an engine's arguments, read as vLLM reads it. Blocking, and bounded."""
+"""Reads the file that ``--config`` names in an engine's arguments, as vLLM does. Blocking, and bounded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CONFIG_NBYTES_MAX = 1 << 20
 
 
 def expand_config(arguments: Sequence[str], directory: Path | str) -> tuple[str, ...]:
-    """Arguments with those of their file; as they are if they name none.
+    """Expand arguments with those of their configuration file; returns them unchanged if they name none.
 
     Args:
         directory: the engine's working directory.
 
     Raises:
-        ConfigError: vLLM would not take the file.
+        ConfigError: vLLM would not accept the file.
     """
     name = config_path_of(arguments)
     if name is None:
@@ -41,7 +41,7 @@ def expand_config(arguments: Sequence[str], directory: Path | str) -> tuple[str,
 
 
 def _read(path: Path) -> bytes:
-    """Its bytes; a FIFO or a device is refused, and never waited for."""
+    """Read a regular file; a FIFO or a device is refused without waiting for it."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(number, "rb") as file:
         if not stat.S_ISREG(os.fstat(number).st_mode):

@@ -1,4 +1,4 @@
-"""One engine's process, warm or cold alike: a child of the agent, leader of a session and a group of its own."""
+"""One engine's process, warm or cold: a child of the agent that leads a session and a process group of its own."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sllm_vllm.node.sessions import kill_group, kill_members
 logger = logging.getLogger(__name__)
 
 _SPARE_DESCRIPTORS = 2
-"""For looking at the system's processes when it is to be ended."""
+"""For listing processes when the engine is to be ended."""
 _STATUS_LOST = 255
-"""Of one that something else in this process has reaped."""
+"""Exit status reported if other code in this process has reaped the engine."""
 
 
 class EngineProcess:
-    """A running process. Owned by the agent's loop; reaped when it ends, and whatever is left of its session killed.
+    """A running process. Owned by the agent's loop; reaped when it ends, and the rest of its session killed.
 
     Args:
-        pid: a child of this process, which nobody else waits for.
+        pid: a child of this process that no other code waits for.
     """
 
     def __init__(self, pid: int) -> None:
@@ -35,7 +35,7 @@ class EngineProcess:
         try:
             self._fd = os.pidfd_open(pid)
             self._spare = Spare(_SPARE_DESCRIPTORS)
-        except OSError:  # no descriptor is left: nobody could ever watch it
+        except OSError:  # without a descriptor it could never be watched
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
@@ -43,23 +43,23 @@ class EngineProcess:
         self._loop.add_reader(self._fd, self._reap)
 
     async def wait(self) -> int:
-        """Its exit status, or minus the signal that ended it."""
+        """Wait for its end; returns its exit status, or minus the signal that ended it."""
         return await asyncio.shield(self._ended)
 
     @property
     def status(self) -> int | None:
-        """The exit status, once it has ended."""
+        """Its exit status once it has ended, else None."""
         return self._ended.result() if self._ended.done() else None
 
     def terminate(self) -> None:
-        """Ask the server to end; it ends its other processes."""
+        """Ask the server to end (SIGTERM); it ends its other processes."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End every process of the engine."""
+        """Kill every process of the engine."""
         if not self._ended.done():
             self._kill_members()
-            self._signal(signal.SIGKILL)  # before it became the leader of a session it has none
+            self._signal(signal.SIGKILL)  # it may not lead its session yet, which then has no members
 
     def _signal(self, number: signal.Signals) -> None:
         if not self._ended.done():
@@ -67,7 +67,7 @@ class EngineProcess:
                 signal.pidfd_send_signal(self._fd, number)
 
     def _kill_members(self) -> None:
-        """Kill its session; never raises, as its end must be noticed whatever is the matter."""
+        """Kill its session; never raises, so that the process's end is always noticed."""
         with self._spare.lent():
             try:
                 kill_members(self.pid)
@@ -76,7 +76,7 @@ class EngineProcess:
                 kill_group(self.pid)
 
     def _reap(self) -> None:
-        self._kill_members()  # first: as long as it is not reaped, its number is its own
+        self._kill_members()  # before it is reaped, while its pid can't be reused
         self._loop.remove_reader(self._fd)
         try:
             found = os.waitid(os.P_PIDFD, self._fd, os.WEXITED)
@@ -98,7 +98,7 @@ def start_cold(
     directory: str = "/",
     cpus: Sequence[int] = (),
 ) -> EngineProcess:
-    """Start an engine the ordinary way.
+    """Start an engine by exec.
 
     Args:
         command: program and arguments, as ``cold_start.serve_command`` and those of ``vllm serve``.
@@ -106,7 +106,7 @@ def start_cold(
         cpus: where it may run; empty for everywhere.
 
     Raises:
-        OSError: there is no process to be had.
+        OSError: no process can be started.
     """
     words = command_of(command, directory, cpus)
     actions = [

@@ -1,4 +1,4 @@
-"""What this machine has for engines: GPUs as NVIDIA's own tool lists them, processors, memory. Changes nothing."""
+"""Detects this machine's resources for engines: GPUs as nvidia-smi lists them, processors, memory. Changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sllm_vllm.units import KIB, MIB
 logger = logging.getLogger(__name__)
 
 FREE_SHARE = 0.9
-"""Of the memory that is available when the agent starts, for engines."""
+"""Share of the memory available at the agent's start that engines may use."""
 _QUERY_S_MAX = 20.0
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -30,12 +30,12 @@ def detect_hardware(
     *,
     environment: Mapping[str, str] | None = None,
 ) -> Hardware:
-    """What engines may use. Blocking.
+    """Detect what engines may use. Blocking.
 
     Args:
-        gpus: indices or UUIDs that alone may be used; None for all; empty for none.
+        gpus: the only indices or UUIDs that may be used; None for all; empty for none.
         memory_nbytes: for engines on the CPU; None for most of what is available now.
-        visible: the value of CUDA_VISIBLE_DEVICES, which bounds the choice, too.
+        visible: the value of CUDA_VISIBLE_DEVICES, which limits the choice, too.
         environment: of nvidia-smi; None for this process's own.
 
     Raises:
@@ -54,7 +54,8 @@ def detect_hardware(
 
 
 def available_nbytes() -> int:
-    """Memory that can be had without pushing others out: the machine's, or what is left of this control group's."""
+    """Memory available without displacing other processes': the machine's, or the rest of this control group's if
+    less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     facts = {name: int(rest.split()[0]) * KIB for name, _, rest in (line.partition(":") for line in lines)}
     available = facts["MemAvailable"]
@@ -65,7 +66,7 @@ def available_nbytes() -> int:
 
 
 def _find_all(names: Sequence[str], gpus: Sequence[tuple[int, Gpu]]) -> list[tuple[int, Gpu]]:
-    """Those that are named, each once; as for CUDA, an empty name or -1 ends the list."""
+    """The named GPUs, each once; as in CUDA, an empty name or -1 ends the list."""
     wanted = itertools.takewhile(lambda name: name not in {"", "-1"}, (name.strip() for name in names))
     return list(dict.fromkeys(_find(name, gpus) for name in wanted))
 
@@ -93,6 +94,7 @@ def _gpus(environment: Mapping[str, str] | None) -> list[tuple[int, Gpu]]:
 
 
 def parse_gpu(line: str) -> tuple[int, Gpu]:
-    """Index and GPU from a line ``0, GPU-1b2c…, 143771`` (MiB; one that shares the machine's memory has no number)."""
+    """Parse a line ``0, GPU-1b2c…, 143771`` (MiB) into index and GPU; a GPU that shares the machine's memory has no
+    number."""
     index, uuid, total = (part.strip() for part in line.split(","))
     return int(index), Gpu(id=uuid, nbytes=int(total) * MIB if total.isdecimal() else 0)

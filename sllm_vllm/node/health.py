@@ -1,7 +1,7 @@
-"""Whether an engine is well: asks its ``/health``, soon and often until the first yes, then now and then.
+"""Whether an engine is healthy: polls its ``/health``, rapidly until the first success, then at intervals.
 
-An engine is not judged by what is this process's own fault: the time in which it stood still does not count, and a
-question that it has no descriptor for was not asked.
+An engine is not blamed for this process's own faults: time in which this process stood still does not count, and a
+check that it had no descriptor for counts as not made.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from sllm_vllm.run_loops import is_shortage
 from sllm_vllm.socket_url import HOST, socket_of_url
 
 EAGER_S = 0.02
-"""Between questions in the first seconds of a start; a refused connection costs a fraction of a millisecond."""
+"""Between checks in the first seconds of a start; a refused connection costs a fraction of a millisecond."""
 EAGER_FOR_S = 10.0
 PATIENT_S = 0.2
 
 
 def session_to(url: str) -> aiohttp.ClientSession:
-    """A client of one engine, with a connection for each question."""
+    """A client for one engine, which makes a new connection for each check."""
     path = socket_of_url(url)
     connector = (
         aiohttp.TCPConnector(force_close=True, limit=0)
@@ -35,12 +35,12 @@ def session_to(url: str) -> aiohttp.ClientSession:
 
 
 def http_base(url: str) -> str:
-    """How questions to it begin in that session."""
+    """The base URL of requests to the engine in that session."""
     return url if socket_of_url(url) is None else f"http://{HOST}"
 
 
 async def wait_healthy(session: aiohttp.ClientSession, url: str, *, answer_s: float) -> None:
-    """Return at the first yes; ask until then."""
+    """Check until the first success, then return."""
     start_s = time.monotonic()
     while True:
         if await ask_health(session, url, answer_s=answer_s) == "":
@@ -51,7 +51,7 @@ async def wait_healthy(session: aiohttp.ClientSession, url: str, *, answer_s: fl
 async def keep_asking(
     session: aiohttp.ClientSession, url: str, on_answer: Callable[[str], None], *, every_s: float
 ) -> None:
-    """Ask until cancelled; ``on_answer`` gets an empty string for a yes, else what was wrong."""
+    """Check at intervals until cancelled; ``on_answer`` gets an empty string for a success, else the problem."""
     while True:
         await asyncio.sleep(every_s)
         if (problem := await ask_health(session, url, answer_s=every_s)) is not None:
@@ -59,7 +59,7 @@ async def keep_asking(
 
 
 async def ask_health(session: aiohttp.ClientSession, url: str, *, answer_s: float) -> str | None:
-    """Ask once; empty for a yes, else what was wrong; None if it could not be asked."""
+    """Check once; returns an empty string for a success, else the problem; None if the check could not be made."""
     try:
         return await within(answer_s, _ask(session, url))
     except TimeoutError:
@@ -76,4 +76,4 @@ async def _ask(session: aiohttp.ClientSession, url: str) -> str:
         except aiohttp.ClientConnectorError as error:
             if error.errno != errno.EAGAIN:
                 raise
-            await asyncio.sleep(EAGER_S)  # its queue of connections is full, where TCP would wait
+            await asyncio.sleep(EAGER_S)  # its backlog is full; TCP would wait instead

@@ -1,4 +1,4 @@
-"""What the agent keeps about a replica beside the core's picture of it: its order, address, key and engine."""
+"""What the agent keeps about a replica beside the core's record: its order, address, key and engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SLUG_MAX = 40
 
 
 def new_id(model: str, taken: Container[str]) -> str:
-    """An id for a replica of a model: the model's last word and a few random digits."""
+    """A new id for a replica of a model: the last part of the model's name and a few random digits."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-._")[:_SLUG_MAX]
     while (replica_id := f"{slug or 'model'}-{secrets.token_hex(2)}") in taken:
         pass
@@ -40,20 +40,20 @@ class ReplicaRecord:
     engine: Engine | None = None
     was_ready: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set at its next change, and then another one."""
+    """Set at the next change, and then replaced by a new event."""
 
     @property
     def process(self) -> EngineProcess | None:
-        """Its engine's, once there is one."""
+        """Its engine's process, once there is one."""
         return self.engine.process if self.engine is not None else None
 
     def notify(self) -> None:
-        """Wake whoever waits for a change."""
+        """Wake all that wait for a change."""
         self.changed.set()
         self.changed = asyncio.Event()
 
     def report(self, row: ReplicaRow, *, in_state_s: float) -> ReplicaReport:
-        """It, for others."""
+        """The replica's report."""
         engine = self.engine
         return ReplicaReport(
             id=row.id,
@@ -77,5 +77,6 @@ class ReplicaRecord:
 
 
 def _ended_by_exception(row: ReplicaRow) -> bool:
-    """Python's own exit status, or argparse's; one that was killed may have printed others before."""
+    """Whether it failed with Python's own exit status, or argparse's. The log of a killed one may hold exceptions that
+    are not the cause."""
     return row.state is State.FAILED and row.status in {1, 2}

@@ -1,4 +1,4 @@
-"""Starts engines' processes: forked from the warm parent where that can be, else cold. Knows the machine."""
+"""Starts engines' processes: forked from the warm parent where possible, else cold. Knows the node's hardware."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SWITCHED_OFF = "the warm parent is switched off"
 
 
 class EngineStarter:
-    """Hardware, policy and warm parent of a node. Lives on the agent's loop; made by ``open_starter``."""
+    """Hardware, launch policy and warm parent of a node. Lives on the agent's loop; made by ``open_starter``."""
 
     def __init__(self, config: NodeConfig, hardware: Hardware, policy: LaunchPolicy) -> None:
         self.hardware = hardware
@@ -50,20 +50,20 @@ class EngineStarter:
         num_cpus = len(hardware.cpus)
         self._waits = ParentWait(config.imports_path, num_cpus=num_cpus, wait_s_max=config.warm_wait_s)
         if config.warm and config.engine_command is None:
-            log = config.node_dir / "warm-parent.log"  # among the engines' it could be one's of this id
+            log = config.node_dir / "warm-parent.log"  # in the log folder a replica could have this name
             environment = _warm_environment(policy, hardware)
             self._pool = WarmPool(environment, log, forks_max=config.forks_max, on_import=self._waits.imported)
 
     @property
     def parents(self) -> tuple[int, ...]:
-        """Warm parents that there are or were: what they leave half forked is in their sessions."""
+        """Pids of present and past warm parents: a process whose fork was not completed is still in their sessions."""
         return tuple(self._pool.parents) if self._pool is not None else ()
 
     async def start(self, engine: Engine, spec: ReplicaSpec, place: Place, *, directory: str) -> EngineProcess:
-        """Start what was ordered; ``engine`` is told.
+        """Start an engine's process for an order, and record it in ``engine``.
 
         Raises:
-            OSError: there is no process to be had.
+            OSError: no process can be started.
         """
         launch = plan_launch(spec, place, hardware=self.hardware, policy=self._policy)
         if "TMPDIR" not in dict(spec.environment):
@@ -81,11 +81,11 @@ class EngineStarter:
         return process
 
     async def wait_warm(self, timeout_s: float) -> bool:
-        """Wait until there is a warm parent; False if there is none in time, or ever."""
+        """Wait until there is a warm parent; returns False if there is none within ``timeout_s``, or ever."""
         return self._pool is not None and await self._pool.wait_warm(timeout_s)
 
     async def report(self, *, with_memory: bool) -> WarmReport:
-        """The warm parent as it is now; measuring its memory takes a moment."""
+        """The current state of the warm parent; measuring its memory takes a moment."""
         pool = self._pool
         if pool is None:
             return WarmReport(pid=None, problem=_SWITCHED_OFF, num_forks=0, import_s=None)
@@ -101,16 +101,16 @@ class EngineStarter:
         )
 
     def learn(self, engine: Engine) -> None:
-        """An engine is ready: a cold start tells what another one would take."""
+        """Learn from an engine that is ready: a cold start's duration predicts the next one's."""
         self._waits.started(engine.report(), is_beside_import=engine.is_beside_import)
 
     def tidy(self, engine: Engine) -> None:
-        """An engine is gone: remove what it left."""
+        """Remove the files that an engine left; called once it is gone."""
         if engine.scratch is not None:
             self._scratch.remove(engine.scratch)
 
     def describe_slot(self, slot: int) -> str:
-        """A slot in words."""
+        """Describe a slot for users."""
         return describe_slot(slot, self.hardware, self._policy)
 
     async def close(self) -> None:
@@ -135,19 +135,19 @@ class EngineStarter:
         await self._waits.wait(self._pool, engine)
         try:
             return await self._pool.fork(order, engine.pipe.writer)
-        except NotWarm:  # it was let go, and another one is importing
+        except NotWarm:  # the parent was dropped meanwhile, and another one is importing
             await self._waits.wait(self._pool, engine)
             return await self._pool.fork(order, engine.pipe.writer)
 
     def _hint(self, launch: Launch) -> None:
-        """Have the store begin to read; beside the start, not before it."""
+        """Have the store begin to read, while the engine starts."""
         task = asyncio.get_running_loop().create_task(asyncio.to_thread(hint_store, self._config, launch.arguments))
         self._hints.add(task)
         task.add_done_callback(self._hints.discard)
 
 
 async def open_starter(config: NodeConfig) -> EngineStarter:
-    """Look at the machine, and have the warm parent import.
+    """Detect the hardware, and let the warm parent import.
 
     Raises:
         ConfigError: a GPU that was named is not there, or more slots are wanted than there are GPUs.
@@ -175,7 +175,7 @@ async def open_starter(config: NodeConfig) -> EngineStarter:
 
 
 def _warm_environment(policy: LaunchPolicy, hardware: Hardware) -> dict[str, str]:
-    """What vLLM's imports see."""
+    """The environment in which vLLM is imported."""
     fixed = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if not hardware.gpus:
         fixed["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -1,1 +1,1 @@
-"""What the agent decides. Pure."""
+"""The agent's decisions. Pure."""

@@ -1,7 +1,9 @@
-"""All replicas of a node: events in, actions out. Pure; the life of one is the table in ``replica.py``.
+"""All replicas of a node: takes events, returns actions. Pure; the life cycle of a replica is the table in
+``replica.py``.
 
-Owned by the agent's run loop. What the shell owes: for each ``StartEngine`` one ``EngineStarted`` and later one
-``EngineExited``, or one ``EngineNotStarted``; for each process in this order; and a ``Ticked`` about every second.
+Owned by the agent's run loop. The caller must answer each ``StartEngine`` with either one ``EngineNotStarted``, or one
+``EngineStarted`` and later one ``EngineExited``, in this order for each process. It must also send a ``Ticked`` about
+every second.
 """
 
 from __future__ import annotations
@@ -46,12 +48,13 @@ from sllm_vllm.node.core.slots import Slots
 
 @dataclass(frozen=True, slots=True)
 class AgentLimits:
-    """How long, how often, how many.
+    """Time limits and maximum counts.
 
-    ``start_s``: from the order to the process, and again from the process to healthy, unless an order says otherwise.
-    ``stop_s``: from SIGTERM to SIGKILL, and between one SIGKILL and the next. ``unwell_max``: health answers missed in
-    a row that make a replica hung. ``orders_max``: orders that may wait. ``ended_max``: ended replicas remembered.
-    ``tick_max_s``: the most that one step of the clock counts against a limit.
+    ``start_s``: from the order to start until the process runs, and again from there until it is healthy, unless the
+    order gives its own. ``stop_s``: from SIGTERM to SIGKILL, and between one SIGKILL and the next. ``unwell_max``:
+    consecutive missed health answers after which a replica counts as hung. ``orders_max``: orders that may wait.
+    ``ended_max``: ended replicas that are remembered. ``tick_max_s``: the most that one step of the clock counts
+    against a limit.
     """
 
     start_s: float = 600.0
@@ -69,25 +72,25 @@ class AgentLimits:
 
 
 class AgentCore:
-    """The replicas of one node, and its slots.
+    """The replicas and slots of one node.
 
-    Limits are counted on a *paced* clock: from one event to the next it goes on as the given clock does, but by
-    ``tick_max_s`` at most, and never back. So a machine that slept, or an agent that stood still, for an hour has used
-    up five seconds of everybody's limit, not all of it. Limits are looked at when a ``Ticked`` comes.
+    Limits are measured on a *paced* clock: it advances from one event to the next as the given clock does, but by at
+    most ``tick_max_s``, and never backwards. So after a machine slept, or the agent was blocked, for an hour, every
+    limit has used up at most ``tick_max_s`` of it. Limits are checked when a ``Ticked`` arrives.
 
-    Waiting orders are served strictly in order: none overtakes, and whoever will not wait is refused as long as
-    another waits. Slots that a large order waits for stay empty meanwhile: how long engines run can't be foreseen, and
-    a large model that is overtaken again and again would never start.
+    Waiting orders are served strictly in order: none overtakes another, and while any order waits, an order that does
+    not wait is refused. Slots that a large order needs stay empty until it has all of them: how long engines run can't
+    be predicted, and a large model that is overtaken again and again would never start.
     """
 
     def __init__(self, num_slots: int, limits: AgentLimits) -> None:
         self.limits = limits
         self.slots = Slots(num_slots)
         self.replicas: dict[str, Replica] = {}
-        """All that are alive and the last that ended, in the order in which they were ordered."""
+        """All that are alive and those that ended last, in the order in which they were ordered."""
         self.waiting: deque[str] = deque()
         self.ended: deque[str] = deque()
-        """The one that ended last at the end."""
+        """Ids of ended replicas; the most recent is last."""
         self.paced_s = 0.0
         """The paced clock."""
         self._now_s: float | None = None
@@ -96,9 +99,9 @@ class AgentCore:
     # --------------------------------------------------------------------------------------------------- interface
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
-        """Take note of what happened; returns what must be done, in this order.
+        """Record an event and return the actions to take, in this order.
 
-        A ``RefuseOrder`` answers the very order it is returned for: a replica that has the same id lives on.
+        A ``RefuseOrder`` answers the order passed in this call: an existing replica with the same id is not affected.
         """
         self._pace(now_s)
         actions = self._actions = list[Action]()
@@ -108,21 +111,21 @@ class AgentCore:
         return actions
 
     def snapshot(self) -> tuple[ReplicaRow, ...]:
-        """All replicas that are known, in the order in which they were ordered."""
+        """All known replicas, in the order in which they were ordered."""
         return tuple(row_of(replica) for replica in self.replicas.values())
 
     def row(self, replica_id: str) -> ReplicaRow | None:
-        """One of them; None if it is not known (any more)."""
+        """One replica; None if it was never known or has been forgotten."""
         replica = self.replicas.get(replica_id)
         return None if replica is None else row_of(replica)
 
     def story(self, replica_id: str) -> list[tuple[float, Event | Action]]:
-        """The last events and actions about a replica, oldest first; those that changed nothing are left out."""
+        """The last events and actions of a replica, oldest first; those that changed nothing are left out."""
         replica = self.replicas.get(replica_id)
         return [] if replica is None else list(replica.story)
 
     def validate(self) -> None:
-        """Assert every invariant. Looks at everything: for tests and the simulator."""
+        """Assert every invariant. Checks everything, so only for tests and the simulator."""
         validate(self)
 
     # ------------------------------------------------------------------------------------------------------ events
@@ -162,7 +165,7 @@ class AgentCore:
         if reason:
             self._actions.append(RefuseOrder(spec.id, reason))
             return
-        if known is not None:  # it has ended, and gives its id to this one
+        if known is not None:  # an ended replica, whose id the new one takes over
             del self.replicas[spec.id]
             self.ended.remove(spec.id)
         replica = Replica(spec, since_s=now_s, paced_s=self.paced_s)
@@ -174,7 +177,7 @@ class AgentCore:
         self.waiting.append(spec.id)
 
     def _why_not(self, order: ReplicaOrdered) -> str:
-        """Why an order must be refused; empty if it need not be."""
+        """Why an order must be refused; empty if it can be accepted."""
         spec, limits = order.spec, self.limits
         known = self.replicas.get(spec.id)
         if known is not None and not (order.reuses_id and known.state in ENDED):
@@ -193,7 +196,7 @@ class AgentCore:
     def _engine_started(self, event: EngineStarted, now_s: float) -> None:
         replica = self.replicas.get(event.replica)
         if replica is None or not replica.slots:
-            # It was thought to be gone, and others may have its slots.
+            # The replica is gone or has no slots any more; others may own its slots.
             self._actions.append(KillEngine(event.replica))
             return
         assert replica.pid is None, f"{event.replica} runs as process {replica.pid}, and now as {event.pid}"
@@ -242,14 +245,14 @@ class AgentCore:
         *,
         reason: str = "",
     ) -> None:
-        """Something happened to a replica, if that is known and cares."""
+        """Apply an event to its replica, if the replica is known and the table has an entry for it."""
         replica = self.replicas.get(event.replica)
         if replica is not None and (replica.state, kind) in LIFE:
             replica.story.append((now_s, event))
             self._step(replica, kind, now_s, reason=reason)
 
     def _step(self, replica: Replica, kind: Kind, now_s: float, *, reason: str = "") -> None:
-        """One line of the table. Of a replica that must end, the first reason is the one that is kept."""
+        """Apply one entry of the table. A replica that is stopping keeps its first reason."""
         transition = LIFE.get((replica.state, kind))
         if transition is None:
             return
@@ -264,7 +267,7 @@ class AgentCore:
         self._do(replica, transition.do, now_s)
 
     def _enter(self, replica: Replica, now_s: float) -> None:
-        """It is in another state now."""
+        """Update the record after a change of state."""
         name, state = replica.spec.id, replica.state
         replica.since_s = now_s
         if state is not State.UNWELL:
@@ -302,7 +305,7 @@ class AgentCore:
     # ------------------------------------------------------------------------------------------------------- slots
 
     def _fits(self, spec: ReplicaSpec) -> bool:
-        """Whether an order that comes now could start now."""
+        """Whether an order that arrives now could start at once."""
         return not self.waiting and spec.num_slots <= self.slots.num_free
 
     def _lack(self, spec: ReplicaSpec) -> str:

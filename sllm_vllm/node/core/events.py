@@ -1,4 +1,4 @@
-"""What happens to a node's replicas, and what is to be done about it. Pure: events in, actions out of ``agent.py``."""
+"""Events of a node's replicas and the actions that answer them. Pure: ``agent.py`` takes events and returns actions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """What is to run: ``vllm serve`` with these arguments, on ``num_slots`` slots. ``id`` is unique, unless the order
-    reuses that of a replica that has ended."""
+    """What to run: ``vllm serve`` with these arguments, on ``num_slots`` slots. ``id`` is unique, unless the order
+    reuses the id of a replica that has ended."""
 
     id: str
     model: str
@@ -16,7 +16,7 @@ class ReplicaSpec:
     environment: tuple[tuple[str, str], ...] = ()
     num_slots: int = 1
     start_s: float | None = None
-    """Longest from its process to its health; None: the agent's."""
+    """Longest time from its process's start until it is healthy; None: the agent's limit."""
 
 
 # ------------------------------------------------------------------------------------------------------------ events
@@ -24,8 +24,8 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOrdered:
-    """Somebody wants a replica. ``waits``: rather later than never, if no slot is free. ``reuses_id``: its id may be
-    that of one that has ended."""
+    """A replica is ordered. ``waits``: wait if no slot is free, instead of being refused. ``reuses_id``: its id may be
+    that of a replica that has ended."""
 
     spec: ReplicaSpec
     waits: bool
@@ -42,7 +42,7 @@ class EngineStarted:
 
 @dataclass(frozen=True, slots=True)
 class EngineNotStarted:
-    """There is no process, and there will be none."""
+    """Its process could not be started; none will follow."""
 
     replica: str
     reason: str
@@ -50,14 +50,14 @@ class EngineNotStarted:
 
 @dataclass(frozen=True, slots=True)
 class EngineHealthy:
-    """It answered that it is well."""
+    """It answered a health check with success."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class EngineUnhealthy:
-    """It did not answer, or said that it is not well."""
+    """It did not answer a health check, or answered with an error."""
 
     replica: str
     reason: str
@@ -65,7 +65,7 @@ class EngineUnhealthy:
 
 @dataclass(frozen=True, slots=True)
 class EngineExited:
-    """Its process ended: an exit status, or minus the signal that ended it."""
+    """Its process ended. ``status``: its exit status, or minus the signal that ended it."""
 
     replica: str
     status: int
@@ -73,14 +73,14 @@ class EngineExited:
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    """Nobody wants it any more."""
+    """A stop was requested."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ticked:
-    """Time passed: limits of starting, stopping and answering may be over."""
+    """Time passed: the limits of starting and stopping must be checked."""
 
 
 Event = (
@@ -99,7 +99,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartEngine:
-    """Start it on these slots."""
+    """Start an engine on these slots."""
 
     spec: ReplicaSpec
     slots: tuple[int, ...]
@@ -107,23 +107,23 @@ class StartEngine:
 
 @dataclass(frozen=True, slots=True)
 class TerminateEngine:
-    """Ask its process to end (SIGTERM). If there is none yet, call its start off: as ever, ``EngineStarted`` or
-    ``EngineNotStarted`` follows."""
+    """Ask its process to end (SIGTERM). If there is no process yet, call off its start; ``EngineStarted`` or
+    ``EngineNotStarted`` must follow all the same."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class KillEngine:
-    """End its whole process group (SIGKILL). If there is none yet, call its start off. May be told more than once, and
-    of a replica that is not known."""
+    """End its whole process group (SIGKILL). If there is no process yet, call off its start. May be returned more than
+    once, and for an unknown replica."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class RefuseOrder:
-    """It can't be started: tell whoever gave the very order that this is returned for."""
+    """The order can't be accepted: report the reason to the client that gave it."""
 
     replica: str
     reason: str
@@ -131,7 +131,7 @@ class RefuseOrder:
 
 @dataclass(frozen=True, slots=True)
 class TellState:
-    """It is in another state now: tell whoever waits for it, and the log."""
+    """It entered this state: notify waiting clients and log it."""
 
     replica: str
     state: str

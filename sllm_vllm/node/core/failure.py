@@ -1,7 +1,7 @@
-"""Why an engine failed, out of what it printed: its last exception that says why. Pure; fed line by line.
+"""Finds out why an engine failed from its output: the last exception that names a cause. Pure; fed line by line.
 
-An engine is several processes, whose tracebacks mix in one log, and its last exception often says only that there was
-another one above. Tried on logs of vLLM 0.32 on the CPU (``tests/node/core/logs/failures``).
+An engine is several processes, whose tracebacks mix in one log, and the last exception often only refers to another one
+above it. Tested with logs of vLLM 0.32 on the CPU (``tests/node/core/logs/failures``).
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import re
 
 LINE_MAX = 600
-"""Characters of a line that are looked at."""
+"""Characters of a line that are examined."""
 CAUSE_MAX = 300
-"""Characters of what is told."""
+"""Characters of the cause that are reported."""
 PROCESSES_MAX = 64
 """Processes whose tracebacks are followed at once."""
 
 _TRACEBACK = "Traceback (most recent call last)"
 _PREFIX = re.compile(r"(\([^()]* pid=\d+\) ?)?((?:[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?")
-"""Of vLLM's lines: which process prints, and what its logger adds."""
+"""Prefix of vLLM's lines: the process that prints, then what its logger adds."""
 _INVALID = re.compile(r"(?:\w+\.)*(ValidationError): \d+ validation errors? for ")
-"""Pydantic says in the second line after it what is wrong, or in the first where it is a whole model."""
+"""First line of a pydantic error. The cause follows in its second line after a field's name, or in its first where the
+error is about a whole model."""
 _REFUSAL = re.compile(r"vllm(?: \w+)?: error: (.+)")
-"""What argparse says before it exits with status 2."""
+"""What argparse prints before it exits with status 2."""
 _VALUE = re.compile(r"\s*(.*?)(?: \[type=\w+.*)?$")
 _POINTS_ELSEWHERE = re.compile(
     r"[Ss]ee root cause above"
@@ -30,7 +31,7 @@ _POINTS_ELSEWHERE = re.compile(
     r"|Error raised in (?:subprocess|a forked process)"
     r"|^(?:\w+\.)*(?:ValidationError: \d+ validation|SystemExit|KeyboardInterrupt|CancelledError|EngineDeadError)"
 )
-"""What an exception says that has its reason in another one, printed before it."""
+"""Exceptions that only refer to another one, printed earlier."""
 
 
 class FailureWords:
@@ -40,10 +41,11 @@ class FailureWords:
         self._cause = ""
         self._pointer = ""
         self._open: dict[str, str] = {}
-        """By process, what its traceback is at: empty while frames come, else the exception that wants its detail."""
+        """By process, the state of its open traceback: empty while frames come, else the exception whose detail comes
+        next."""
 
     def note(self, line: str) -> None:
-        """It printed one more line. Any text will do."""
+        """Take one more line of output. Any text is accepted."""
         if (refusal := _REFUSAL.match(line[:LINE_MAX])) is not None:
             self._cause = refusal[1]
             return
@@ -60,9 +62,9 @@ class FailureWords:
 
     @property
     def cause(self) -> str:
-        """The last exception that says why, or what vLLM's parser of arguments refused; empty if there was neither.
+        """The last exception that names a cause, or what vLLM's argument parser refused; empty if there was neither.
 
-        If all exceptions refer to others, the last of them.
+        If every exception only refers to another one, the last of them.
         """
         return (self._cause or self._pointer)[:CAUSE_MAX]
 
@@ -79,7 +81,7 @@ class FailureWords:
                 self._open[process] = found[1]
 
     def _detail(self, process: str, text: str, invalid: str) -> None:
-        """What pydantic says below its first line: perhaps the name of a field, then what is wrong with it."""
+        """Take a line below pydantic's first one: a field's name, if any, then what is wrong with it."""
         found = _VALUE.match(text)
         if not text.startswith("  ") and text.strip() and not text[0].isspace():
             self._open[process] = invalid  # the field's name

@@ -1,4 +1,4 @@
-"""What always holds between two events. Pure; looks at everything, so for tests and the simulator."""
+"""What holds between any two events. Pure; checks everything, so only for tests and the simulator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def validate(core: AgentCore) -> None:
-    """Assert that the records agree, that limits are kept, that no slot leaks and that nobody waits in vain."""
+    """Assert that the records agree, limits are kept, no slot leaks, and no order waits that could start."""
     for name, replica in core.replicas.items():
         assert replica.spec.id == name
         _validate_replica(replica)

@@ -1,4 +1,4 @@
-"""An order, its slots and the node's hardware as what a process needs: arguments, environment, processors. Pure."""
+"""Turns an order, its slots and the node's hardware into a process's arguments, environment and processors. Pure."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from sllm_vllm.units import GIB, MIB, format_nbytes
 
 LOOPBACK = "127.0.0.1"
 KV_NBYTES_MAX = GIB
-"""Of a slot on the CPU, unless told otherwise: vLLM fills it with zeros at each start, at a few GB a second."""
+"""Largest default KV cache of a slot on the CPU: vLLM fills it with zeros at each start, at a few GB a second."""
 KV_NBYTES_MIN = 16 * MIB
 KV_SHARE = 8
-"""The KV cache gets one part in so many of a slot's memory, the weights the rest."""
+"""The KV cache gets one ``KV_SHARE``-th of a slot's memory; the weights get the rest."""
 PINNED_CPUS_MIN = 4
-"""With fewer processors a slot is not pinned: its engine's three processes start side by side."""
+"""Slots with fewer processors are not pinned, so that the three processes of an engine's start can run side by side."""
 PARALLEL_OPTIONS = (
     ("--tensor-parallel-size", "-tp", "--te"),
     ("--pipeline-parallel-size", "-pp", "--pi"),
     ("--prefill-context-parallel-size", "-pcp", "--prefill-c"),
 )
-"""Each with its short name and its shortest abbreviation that vLLM's parser takes; longer ones are taken, too."""
+"""Each with its short name and the shortest abbreviation that vLLM's parser accepts; longer ones are accepted, too."""
 DATA_PARALLEL = ("--data-parallel-size", "-dp")
 LOCAL_DATA_PARALLEL = ("--data-parallel-size-local", "-dpl")
 CONFIG_OPTION = "--config"
 UNREACHABLE_OPTIONS = ("--headless", "--ssl-certfile", "--ssl-keyfile", "--uds", "--grpc")
-"""With these nobody would answer where the agent asks for health."""
+"""With these, no server would answer the agent's health checks."""
 UNGUARDED_OPTIONS = ("--grpc-port", "--data-parallel-supervisor-port", "--data-parallel-multi-port-external-lb")
-"""With these vLLM opens a second port, which asks for no key."""
+"""With these, vLLM opens a second port, which asks for no key."""
 GUARD = ("--middleware", "sllm_vllm.engine.guard.EngineGuard")
-"""Has an engine ask for its key everywhere but at ``/health``."""
+"""Makes an engine require its key for every path but ``/health``."""
 COLD_VARIABLES = (
     "GLIBC_TUNABLES",
     "HF_",
@@ -51,14 +51,14 @@ COLD_VARIABLES = (
     "VLLM_TARGET_DEVICE",
     "XDG_CACHE_HOME",
 )
-"""How variables begin that are read while a process starts or imports: a forked engine would not heed them."""
+"""Prefixes of variables that are read when a process starts or imports: a forked engine would ignore them."""
 WARM_VARIABLES = frozenset({"HF_TOKEN"})
-"""That begin so, and are read when they are used (``huggingface_hub.get_token``)."""
+"""Variables with such a prefix that are read only when they are used (``huggingface_hub.get_token``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. ``id`` is what CUDA_VISIBLE_DEVICES takes."""
+    """One GPU. ``id`` is an entry of CUDA_VISIBLE_DEVICES."""
 
     id: str
     nbytes: int
@@ -83,7 +83,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class LaunchPolicy:
-    """What an operator decided about all launches; see ``NodeConfig``."""
+    """The operator's settings for all launches; see ``NodeConfig``."""
 
     num_slots: int
     kv_nbytes: int | None = None
@@ -92,12 +92,12 @@ class LaunchPolicy:
     ray_address: str | None = None
     """Set where vLLM's Ray executor places engines' workers on several nodes; slots are those nodes' accelerators."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """The agent's own, which engines inherit."""
+    """The agent's own environment, which engines inherit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where it will be: slots, an address, and the key to what listens there.
+    """Where an engine runs and listens: its slots, its address, and the key that it asks for.
 
     The address is a host and a port, or ``socket``, the path of a Unix socket.
     """
@@ -110,13 +110,13 @@ class Place:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Of ``vllm serve``, to listen there and nowhere else."""
+        """Options of ``vllm serve`` that make it listen at this address."""
         return ("--uds", self.socket) if self.socket else ("--host", self.host, "--port", str(self.port))
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """All that a process needs. ``cpus`` is empty where it may run everywhere; ``num_threads`` is its OpenMP's."""
+    """What a process is started with. ``cpus`` is empty if it may run on any; ``num_threads`` is OpenMP's."""
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
@@ -124,16 +124,17 @@ class Launch:
     num_threads: int
     api_key: str
     cold_reason: str
-    """Why a warm parent must not fork it; empty if it may."""
+    """Why it can't be forked from a warm parent; empty if it can."""
 
 
 def default_num_slots(hardware: Hardware) -> int:
-    """One for each GPU, or for each processor."""
+    """One for each GPU, or for each processor if there is no GPU."""
     return len(hardware.gpus or hardware.cpus)
 
 
 def cpus_of(slots: Sequence[int], hardware: Hardware, num_slots: int) -> tuple[int, ...]:
-    """The processors of some slots: an equal share each, no processor in two slots but where slots outnumber them."""
+    """The processors of some slots: an equal share for each slot, disjoint unless there are more slots than
+    processors."""
     cpus = hardware.cpus
     found: set[int] = set()
     for slot in slots:
@@ -143,7 +144,7 @@ def cpus_of(slots: Sequence[int], hardware: Hardware, num_slots: int) -> tuple[i
 
 
 def describe_slot(slot: int, hardware: Hardware, policy: LaunchPolicy) -> str:
-    """A slot in words."""
+    """Describe a slot for users."""
     num_slots = policy.num_slots
     if policy.ray_address is not None:
         return f"one of {num_slots} accelerators of several nodes"
@@ -155,7 +156,7 @@ def describe_slot(slot: int, hardware: Hardware, policy: LaunchPolicy) -> str:
 
 
 def num_slots_of(arguments: Sequence[str]) -> int:
-    """How many accelerators an engine with these arguments uses here: the product of its parallel sizes.
+    """How many accelerators an engine with these arguments uses on this node: the product of its parallel sizes.
 
     Decode context parallelism is left out: it shares the accelerators of tensor parallelism.
     """
@@ -170,13 +171,14 @@ def _size(said: str | None) -> int:
 
 
 def config_path_of(arguments: Sequence[str]) -> str | None:
-    """The file of more arguments that vLLM would read; None if there is none. It does not read ``--config=FILE``."""
+    """The configuration file that vLLM would read; None if there is none. vLLM does not read ``--config=FILE``."""
     places = [index for index, word in enumerate(arguments) if word == CONFIG_OPTION]
     return arguments[places[0] + 1] if places and places[0] + 1 < len(arguments) else None
 
 
 def with_config(arguments: Sequence[str], values: Mapping[str, object]) -> tuple[str, ...]:
-    """Arguments with those of their file before them, as vLLM has it: what stands in the command line counts."""
+    """Put a configuration file's options before the arguments, as vLLM does, so that the command line takes
+    precedence."""
     words: list[str] = []
     for key, value in values.items():
         if value is True:
@@ -189,14 +191,14 @@ def with_config(arguments: Sequence[str], values: Mapping[str, object]) -> tuple
 
 
 def has_option(arguments: Sequence[str], name: str) -> bool:
-    """Whether an option is there, with a value or without."""
+    """Whether an option is given, with or without a value."""
     return option_value(arguments, name) is not None
 
 
 def option_value(arguments: Sequence[str], *names: str, shortest: str = "") -> str | None:
-    """The last value of an option, in vLLM's spellings ``--a-b c`` and ``--a_b=c``; None if it is not there.
+    """The last value of an option, in vLLM's spellings ``--a-b c`` and ``--a_b=c``; None if it is not given.
 
-    ``shortest``: the shortest abbreviation of the first name that is taken; empty: none is.
+    ``shortest``: the shortest abbreviation of the first name that is accepted; empty: none.
     """
     found = None
     for index, word in enumerate(arguments):
@@ -210,11 +212,11 @@ def option_value(arguments: Sequence[str], *names: str, shortest: str = "") -> s
 
 
 def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: LaunchPolicy) -> Launch:
-    """How to launch what was ordered.
+    """Plan the launch of an order.
 
-    What the arguments say is left alone, but for host and port: those of the place come last and so count, and beside a
-    socket vLLM uses neither. The guard is added to any middleware of theirs. What they leave open is filled in, unless
-    they name a file of settings, which it would overrule.
+    The order's arguments are kept, except for host and port: the place's address comes last and so takes precedence,
+    and with a socket vLLM ignores both. The guard is added to any middleware that the order names. Options that are not
+    given are filled in, unless the order names a configuration file, whose settings they would override.
     """
     added: list[str] = []
     arguments, environment, slots = spec.arguments, dict(spec.environment), place.slots
@@ -225,7 +227,7 @@ def plan_launch(spec: ReplicaSpec, place: Place, *, hardware: Hardware, policy: 
     whole.pop("VLLM_USE_RUST_FRONTEND", None)  # that frontend runs no middleware, so it would answer without the key
     cpus: tuple[int, ...] = ()
     if policy.ray_address is not None:
-        whole.pop("CUDA_VISIBLE_DEVICES", None)  # Ray gives each worker its own
+        whole.pop("CUDA_VISIBLE_DEVICES", None)  # Ray sets it for each worker
         whole["RAY_ADDRESS"] = policy.ray_address
         num_threads = len(hardware.cpus)
         if fills_in and option_value(arguments, "--distributed-executor-backend") is None:
@@ -261,7 +263,7 @@ def _says_no_kv_size(arguments: Sequence[str]) -> bool:
 
 
 def _kv_nbytes(hardware: Hardware, policy: LaunchPolicy) -> int:
-    """Of one slot: vLLM takes the size for each worker, and there is one worker a slot."""
+    """Size for one slot: vLLM takes it for each worker, and each slot has one worker."""
     if policy.kv_nbytes is not None:
         return policy.kv_nbytes
     share = hardware.memory_nbytes // policy.num_slots // KV_SHARE

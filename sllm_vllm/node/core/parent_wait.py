@@ -1,8 +1,8 @@
-"""Whether a start waits for the warm parent that is importing, or begins cold beside it. Pure; asked by ``WarmPool``.
+"""Whether a start waits for the warm parent that is importing, or starts cold beside it. Pure; used by ``ParentWait``.
 
-An engine that is forked from the parent is ready a second or two after it; one that is started cold imports vLLM in
-three processes, one after the other, and takes processors from the parent meanwhile. Both times are learned from this
-node's own imports and cold starts, which the agent keeps over a restart.
+An engine that is forked from the parent is ready a second or two after the parent; a cold one imports vLLM in three
+processes, one after the other, and meanwhile competes with the parent for processors. Both times are estimated from
+this node's own imports and cold starts, which the agent keeps across restarts.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from statistics import median_low
 SAMPLES_MAX = 8
 RECORD_VERSION = 1
 IMPORT_S = 30.0
-"""An import, before one was seen here."""
+"""Assumed duration of an import until one was measured on this node."""
 COLD_IMPORTS = 3
-"""A cold start before one was seen here, in imports: it has three processes, one after the other."""
+"""Assumed duration of a cold start until one was measured, in imports: its three processes import one after the
+other."""
 FORKED_S = 2.0
-"""From a fork to where a cold engine has imported."""
+"""From a fork until the engine is as far as a cold one is after its imports."""
 FREE_CPUS_MIN = 4
-"""With fewer processors, two that import at once take as long as one after the other."""
+"""With fewer processors, two imports at once take as long as one after the other."""
 _SECONDS_MAX = 1e6
 
 
 class ParentForecast:
-    """How long imports and cold starts take on one node. Samples that are negative or no numbers are passed over."""
+    """Estimates how long imports and cold starts take on one node. Ignores negative and non-numeric samples."""
 
     def __init__(self, num_cpus: int) -> None:
         self._num_cpus = num_cpus
@@ -33,42 +34,46 @@ class ParentForecast:
         self._cold: deque[float] = deque(maxlen=SAMPLES_MAX)
 
     def note_import(self, seconds: float) -> None:
-        """A warm parent was ready so long after its process had begun."""
+        """Record how long after its process began a warm parent was ready."""
         if _is_sound(seconds):
             self._imports.append(float(seconds))
 
     def note_cold(self, seconds: float) -> None:
-        """A cold engine, started while no parent imported, had its workers running so long after its order."""
+        """Record how long after its order a cold engine's workers ran; only for one that started while no parent
+        imported."""
         if _is_sound(seconds):
             self._cold.append(float(seconds))
 
     def ready_in_s(self, importing_s: float) -> float:
-        """Until a parent is ready that has imported for so long. One that is late is trusted less the later it is."""
+        """Expected time until a parent is ready that has imported for ``importing_s``. An overdue one is expected to
+        need as much time again as it is overdue."""
         remaining_s = self._import_s - importing_s
         return remaining_s if remaining_s > 0 else -remaining_s
 
     def cold_s(self, importing_s: float) -> float:
-        """What a cold start's imports take that begins now, beside a parent that has imported for so long."""
+        """Expected duration of the imports of a cold start that begins now, beside a parent that has imported for
+        ``importing_s``."""
         alone_s = median_low(self._cold) if self._cold else COLD_IMPORTS * self._import_s
         beside_s = 0.0 if self._num_cpus >= FREE_CPUS_MIN else min(alone_s, self.ready_in_s(importing_s))
         return alone_s + beside_s
 
     def wait_s(self, importing_s: float, *, wait_s_max: float) -> float:
-        """How long a start that comes now waits for that parent at most, before it begins cold; 0: it does so at once.
+        """How long a start that arrives now waits for the parent at most before it starts cold; 0: it starts cold at
+        once.
 
-        It waits where that is expected to be sooner, and no longer than a cold start takes: if the parent is never
-        ready, that makes the start twice as long.
+        It waits if that is expected to be faster, and for no longer than a cold start takes: if the parent is never
+        ready, the start takes twice as long.
         """
         cold_s = self.cold_s(importing_s)
         is_sooner = self.ready_in_s(importing_s) + FORKED_S < cold_s
         return min(cold_s, wait_s_max) if is_sooner else 0.0
 
     def to_record(self) -> dict[str, object]:
-        """What was learned, for JSON."""
+        """The samples, for JSON."""
         return {"version": RECORD_VERSION, "import_s": list(self._imports), "cold_s": list(self._cold)}
 
     def restore(self, record: object) -> None:
-        """Take what is sound in a record, and nothing more; never raises."""
+        """Take the valid samples of a record and ignore the rest; never raises."""
         if isinstance(record, Mapping) and record.get("version") == RECORD_VERSION:
             for seconds in _numbers(record.get("import_s")):
                 self.note_import(seconds)

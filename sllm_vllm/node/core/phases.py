@@ -1,7 +1,8 @@
-"""An engine's log lines as timed phases of its start. Pure; fed by the agent while the log grows.
+"""Turns an engine's log lines into the timed phases of its start. Pure; fed by the agent while the log grows.
 
-Lines are matched loosely, on words that have been stable: if another version of vLLM says it differently, the phase's
-time goes to the one before it, and nothing else happens. No line ever raises. Tried on logs of vLLM 0.32 on the CPU.
+Lines are matched loosely, on words that have been stable: if another version of vLLM words a line differently, the
+phase's time is counted in the phase before it, and nothing else changes. No line raises. Tested with logs of vLLM 0.32
+on the CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 LINE_MAX = 600
-"""Characters of a line that are looked at: vLLM prints its whole configuration in one."""
+"""Characters of a line that are examined: vLLM prints its whole configuration in one line."""
 
 
 class Phase(Enum):
@@ -22,20 +23,20 @@ class Phase(Enum):
     PROCESS = "starting the process"
     """From the order until the process runs."""
     PARENT = "waiting for the warm parent"
-    """That imports; no part of what a start takes where there is one."""
+    """While the parent is still importing; absent where the parent was ready."""
     IMPORTS = "importing"
-    """Until its API server has read its arguments. A forked engine has none."""
+    """Until its API server has read its arguments. Absent in a forked engine."""
     INSPECT = "inspecting the model class"
-    """vLLM asks what an architecture that it has not seen can do. A forked engine says how long that took; in one that
-    was started cold it counts as ``WORKERS``."""
+    """vLLM finds out what an architecture that it has not seen before can do. A forked engine logs how long that took;
+    in a cold one it is part of ``WORKERS``."""
     WORKERS = "starting workers"
-    """Reading the model's configuration; processes and imports of engine core and workers."""
+    """Reading the model's configuration; starting the processes of engine core and workers, and their imports."""
     INIT = "initialising"
-    """Workers find each other; the module is built, still empty."""
+    """Workers connect to each other; the module is built, still empty."""
     WEIGHTS = "loading weights"
     """Reading and copying them, with vLLM's post-processing."""
     PROFILE = "measuring memory"
-    """And making the KV cache."""
+    """And allocating the KV cache."""
     COMPILE = "compiling"
     WARMUP = "warming up"
     GRAPHS = "capturing graphs"
@@ -46,12 +47,12 @@ class Phase(Enum):
 RANKS = {phase: rank for rank, phase in enumerate(Phase)} | dict.fromkeys(
     (Phase.PROFILE, Phase.COMPILE, Phase.WARMUP, Phase.GRAPHS), 7
 )
-"""A start never goes back to a phase of lower rank (a slower worker says late what another said before). Within a
-rank it goes to and fro: on a GPU compiling is part of profiling, on a CPU it comes after the KV cache."""
+"""A start never returns to a phase of lower rank, because a slower worker may log late what another logged before.
+Phases of equal rank may alternate: on a GPU compiling is part of profiling, on a CPU it comes after the KV cache."""
 
 
 class Mark(NamedTuple):
-    """A line after which a phase begins."""
+    """A pattern of a log line, and the phase that begins with that line."""
 
     pattern: re.Pattern[str]
     phase: Phase
@@ -62,7 +63,7 @@ def _mark(pattern: str, phase: Phase) -> Mark:
 
 
 MARKS = (
-    # The first that matches counts. These two quote what the user wrote, so they must come first.
+    # The first match wins. The first two match lines that quote the user's arguments, so they must come first.
     _mark(r"non-default args|vLLM (API )?server version", Phase.WORKERS),
     _mark(r"Initializing a V\d+ LLM engine", Phase.WORKERS),
     _mark(r"world_size=\d+ rank=\d+", Phase.INIT),
@@ -84,18 +85,19 @@ TOLD = (
     _mark(r"event=load_model .*construct_s=(\d+(?:\.\d+)?)", Phase.INIT),
     _mark(r"Graph capturing finished in (\d+(?:\.\d+)?) s", Phase.GRAPHS),
 )
-"""Lines that tell how long a phase took that no line began: so much of the time up to now was that phase's."""
+"""Lines that give the duration of a phase whose beginning has no line: that much of the time so far was that
+phase's."""
 
 REPORT = re.compile(r"event=load_model .*rank=(\d+) bytes=(\d+)")
-"""The line of our ``LoadReport``, one from each worker."""
+"""The line of our ``LoadReport``; each worker prints one."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartTimings:
-    """How far a start is, and what it spent its time on.
+    """How far a start is, and how long each phase took.
 
-    ``seconds`` has the phases that there were, in the order of ``Phase``; they add up to ``total_s``, the seconds since
-    the order. ``nbytes`` of weights were loaded by all workers; None if our loader did not say.
+    ``seconds`` has the phases that occurred, in the order of ``Phase``; they add up to ``total_s``, the seconds since
+    the order. ``nbytes`` is the size of the weights that all workers loaded; None if our loader did not report it.
     """
 
     phase: Phase
@@ -105,12 +107,12 @@ class StartTimings:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the start came to its end."""
+        """Whether the start is complete."""
         return self.phase is Phase.READY
 
 
 class StartPhases:
-    """The phases of one start. All times are seconds since the order; one that goes back counts as no time."""
+    """The phases of one start. All times are seconds since the order; a step backwards counts as zero."""
 
     def __init__(self) -> None:
         self.phase = Phase.PROCESS
@@ -119,23 +121,23 @@ class StartPhases:
         self._nbytes: dict[str, int] = {}
 
     def parent_awaited(self, at_s: float) -> None:
-        """Its process will be forked from a warm parent that still imports."""
+        """The engine waits to be forked from a warm parent that is still importing."""
         self._begin(Phase.PARENT, at_s)
 
     def process_started(self, at_s: float) -> None:
-        """The process runs; without this, its first line says so."""
+        """The process runs; without this call, its first log line marks that."""
         self._begin(Phase.IMPORTS, at_s)
 
     def became_ready(self, at_s: float) -> None:
-        """It is healthy; without this, its log says so. What comes later is no part of the start."""
+        """The engine is healthy; without this call, its log marks that. Later lines are not part of the start."""
         self._begin(Phase.READY, at_s)
 
     def note(self, line: str, at_s: float) -> None:
-        """Its log has one more line, or a progress bar's next state. Any text will do."""
+        """Take one more log line, or a progress bar's next state. Any text is accepted."""
         if self.phase is Phase.READY:
             return
         line = line[:LINE_MAX]
-        self._begin(Phase.IMPORTS, at_s)  # changes nothing but before the first line
+        self._begin(Phase.IMPORTS, at_s)  # takes effect only at the first line
         self._take_told(line)
         report = REPORT.search(line)
         if report is not None:
@@ -145,7 +147,7 @@ class StartPhases:
             self._begin(phase, at_s)
 
     def timings(self, at_s: float) -> StartTimings:
-        """How far it is now."""
+        """The timings so far."""
         seconds = dict(self._seconds)
         if self.phase is not Phase.READY:
             seconds[self.phase] = seconds.get(self.phase, 0.0) + max(0.0, at_s - self._noted_s)
@@ -158,7 +160,7 @@ class StartPhases:
         )
 
     def _begin(self, phase: Phase, at_s: float) -> None:
-        """Up to now it was in its phase; now it is in this one, unless that would be a step back."""
+        """Count the time so far in the current phase, and enter this one unless that would be a step back."""
         if self.phase is Phase.READY:
             return
         passed_s = max(0.0, at_s - self._noted_s)
@@ -168,7 +170,7 @@ class StartPhases:
             self.phase = phase
 
     def _take_told(self, line: str) -> None:
-        """Give a phase the time that it is told to have had, at the cost of the phase that was thought to run."""
+        """Move the duration that a line gives for a phase to that phase, out of the time counted in the current one."""
         for pattern, phase in TOLD:
             told = pattern.search(line)
             if told is not None and phase is not self.phase:
@@ -178,7 +180,7 @@ class StartPhases:
 
 
 def timings_of(lines: Iterable[tuple[float, str]]) -> StartTimings:
-    """The phases of a log that is there already: (seconds since the order, line)."""
+    """The timings of a complete log, given as (seconds since the order, line)."""
     phases, at_s = StartPhases(), 0.0
     for at_s, line in lines:
         phases.note(line, at_s)

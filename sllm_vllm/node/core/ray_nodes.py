@@ -1,8 +1,8 @@
-"""Which of a Ray cluster's nodes get an agent, and what it may use there. Pure.
+"""Which of a Ray cluster's nodes get an agent, and what that agent may use. Pure.
 
-A node's agent holds all its accelerators: its GPUs, or, in a cluster that has none, its CPUs. Nodes that are meant for
-engines larger than a node have one agent together, which holds nothing: vLLM's Ray executor takes what it needs from
-Ray, for each engine, and these nodes' accelerators are left to it.
+A node's agent holds all of the node's accelerators: its GPUs, or, in a cluster without GPUs, its CPUs. Nodes reserved
+for engines larger than a node share one agent, which holds none: vLLM's Ray executor takes what each engine needs from
+Ray, so these nodes' accelerators must stay free.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any
 from sllm_vllm.config import NodeConfig
 
 PLACEHOLDER = "{node}"
-"""In a path of the configuration: the node's name, where several share a file system."""
+"""In a path of the configuration, replaced by the node's name; for nodes that share a file system."""
 WIDE = "wide"
-"""What several nodes with one agent are called."""
+"""Name of several nodes that share one agent."""
 _ID_CHARS, _DIGEST_CHARS = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
 class RayNodeFacts:
-    """A node that takes engines. ``id`` is Ray's, ``name`` what operators see: the same after a restart, if it can be.
+    """A node that takes engines. ``id`` is Ray's; ``name`` is shown to operators and stays the same after a restart
+    where possible.
 
-    ``address``: the IP by which the cluster knows it. Either ``num_gpus`` or ``num_cpus`` is what its agent holds; or,
-    where ``host`` is set, what the nodes have that are one to the router: ``host`` is Ray's id of the one with the
-    agent, and ``id`` is another as soon as one of them comes or goes.
+    ``address``: the node's IP in the cluster. Its agent holds either ``num_gpus`` or ``num_cpus``. If ``host`` is set,
+    this stands for several nodes that the router sees as one, and the numbers are their totals: ``host`` is Ray's id of
+    the node that runs the agent, and ``id`` changes whenever one of the nodes joins or leaves.
     """
 
     id: str
@@ -48,7 +49,7 @@ class RayNodeFacts:
 def nodes_for_agents(
     told: Iterable[Mapping[str, Any]], *, resource: str | None = None, wide_resource: str | None = None
 ) -> list[RayNodeFacts]:
-    """Of what ``ray.nodes()`` tells, those that take engines, by name; nodes that are one to the router come last.
+    """The nodes that take engines, out of what ``ray.nodes()`` returns; sorted by name, the group of wide nodes last.
 
     Args:
         resource: a custom resource that a node must have; None: all that have accelerators.
@@ -61,7 +62,7 @@ def nodes_for_agents(
 
 
 def _single(wanted: list[Mapping[str, Any]], alive: list[Mapping[str, Any]]) -> list[RayNodeFacts]:
-    """With an agent each."""
+    """Nodes with an agent each."""
     has_gpus = any(_count(node, "GPU") for node in wanted)
     kind = "GPU" if has_gpus else "CPU"
     taken = Counter(_name(node) for node in alive)
@@ -80,7 +81,8 @@ def _single(wanted: list[Mapping[str, Any]], alive: list[Mapping[str, Any]]) -> 
 
 
 def _together(wide: list[Mapping[str, Any]]) -> list[RayNodeFacts]:
-    """With one agent, on the first of them that has accelerators; none if no two have."""
+    """The nodes that share one agent, which runs on the first of them with accelerators; none unless two or more have
+    some."""
     num_gpus, num_cpus = (sum(_count(node, kind) for node in wide) for kind in ("GPU", "CPU"))
     with_some = sorted(
         (node for node in wide if _count(node, "GPU" if num_gpus else "CPU")), key=lambda node: node["NodeID"]
@@ -101,10 +103,10 @@ def _together(wide: list[Mapping[str, Any]]) -> list[RayNodeFacts]:
 
 
 def config_there(config: NodeConfig, node: RayNodeFacts, ray_address: str) -> NodeConfig:
-    """An agent's configuration on its node: one slot for each accelerator, and engines that others can reach.
+    """The configuration of a node's agent: one slot for each accelerator, and engines that other nodes can reach.
 
     Args:
-        ray_address: of the cluster, for an agent of several nodes.
+        ray_address: address of the cluster, for an agent of several nodes.
     """
     over_several = {"slots": node.num_gpus or node.num_cpus, "ray_address": ray_address} if node.is_wide else {}
     return config.model_copy(

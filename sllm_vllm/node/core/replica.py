@@ -1,7 +1,7 @@
-"""The life of a replica as a table, and the record of one. Pure; owned by ``AgentCore``.
+"""The life cycle of a replica as a table, and the record of a replica. Pure; owned by ``AgentCore``.
 
-``LIFE`` is the whole of it: what is not in the table changes nothing. The diagram in DESIGN.md is drawn from it, by
-``diagram``; a test fails if the two differ.
+``LIFE`` is complete: an event without an entry changes nothing. ``diagram`` draws the diagram in DESIGN.md from it; a
+test fails if the two differ.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from typing import NamedTuple
 from sllm_vllm.node.core.events import Action, Event, ReplicaSpec
 
 STORY_MAX = 64
-"""Events and actions remembered about one replica."""
+"""Events and actions remembered for each replica."""
 
 
 class State(Enum):
-    """Where a replica is in its life."""
+    """Where a replica is in its life cycle."""
 
     WAITING = "waiting"
-    """For slots, behind those that were ordered before it."""
+    """Waits for slots, behind earlier orders."""
     STARTING = "starting"
-    """It has slots and its start is ordered; there is no process yet."""
+    """Has slots, and its start is ordered; no process yet."""
     LOADING = "loading"
-    """Its process runs, and was never healthy."""
+    """Its process runs and has not been healthy yet."""
     READY = "ready"
     UNWELL = "unwell"
-    """It missed its last health answers. It may recover."""
+    """Missed its last health answers; may recover."""
     STOPPING = "stopping"
-    """It must end. Its process may still be there, or still come, so it keeps its slots."""
+    """Must end. Its process may still run, or still appear, so it keeps its slots."""
     STOPPED = "stopped"
-    """It ended as it was asked to."""
+    """Ended as requested."""
     FAILED = "failed"
-    """It ended by itself, or was killed because it was late or hung."""
+    """Ended without being asked, or was killed because it was late or hung."""
 
 
 class Kind(Enum):
-    """What can happen to a replica; the core makes it of an event, the limits and what went before."""
+    """What can happen to a replica. The core derives it from an event, the limits and the replica's record."""
 
     SLOTS_GIVEN = "slots given"
     STARTED = "process runs"
@@ -49,12 +49,12 @@ class Kind(Enum):
     STOP_ASKED = "stop asked"
     STOP_OVERDUE = "not gone in time"
     GONE = "process gone"
-    """Its process ended, or there never was one."""
+    """Its process ended, or could not be started."""
     GONE_AT_FAULT = "process gone, killed for a fault"
 
 
 class Do(Enum):
-    """What is to be done to its process."""
+    """The action on its process."""
 
     NOTHING = ""
     START = "start"
@@ -63,7 +63,7 @@ class Do(Enum):
 
 
 class Transition(NamedTuple):
-    """What becomes of it."""
+    """The state that follows and the action on the process."""
 
     to: State
     do: Do = Do.NOTHING
@@ -94,8 +94,8 @@ LIFE: dict[tuple[State, Kind], Transition] = {
     (State.UNWELL, Kind.STOP_ASKED): Transition(State.STOPPING, Do.TERMINATE),
     (State.UNWELL, Kind.GONE): Transition(State.FAILED),
     #
-    (State.STOPPING, Kind.STARTED): Transition(State.STOPPING, Do.TERMINATE),  # it came although it was called off
-    (State.STOPPING, Kind.STOP_OVERDUE): Transition(State.STOPPING, Do.KILL),  # again and again, until it is gone
+    (State.STOPPING, Kind.STARTED): Transition(State.STOPPING, Do.TERMINATE),  # although its start was called off
+    (State.STOPPING, Kind.STOP_OVERDUE): Transition(State.STOPPING, Do.KILL),  # repeated until it is gone
     (State.STOPPING, Kind.GONE): Transition(State.STOPPED),
     (State.STOPPING, Kind.GONE_AT_FAULT): Transition(State.FAILED),
 }
@@ -111,11 +111,11 @@ WELL_ONCE = frozenset({State.READY, State.UNWELL})
 
 @dataclass(slots=True)
 class Replica:
-    """One replica that was ordered. ``slots`` are those it owns now, ``pid`` is its process's while that may run."""
+    """One replica that was ordered. ``slots`` are those it owns now; ``pid`` is its process while that may run."""
 
     spec: ReplicaSpec
     since_s: float
-    """When it came into this state, by the clock of the events."""
+    """When it entered its state, on the events' clock."""
     state: State = State.WAITING
     slots: tuple[int, ...] = ()
     pid: int | None = None
@@ -124,17 +124,17 @@ class Replica:
     status: int | None = None
     """How its process ended: an exit status, or minus a signal."""
     is_faulty: bool = False
-    """It is killed for its own fault, so it will have FAILED."""
+    """It is being killed for a fault of its own, so it will end as FAILED."""
     misses: int = 0
-    """Health answers missed in a row."""
+    """Consecutive health answers missed."""
     paced_s: float = 0.0
-    """When its last transition was, by the paced clock of ``AgentCore``."""
+    """When its last transition was, on the paced clock of ``AgentCore``."""
     story: deque[tuple[float, Event | Action]] = field(default_factory=lambda: deque(maxlen=STORY_MAX))
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRow:
-    """A replica as people and the router see it."""
+    """A replica as shown to users and to the router."""
 
     id: str
     model: str
@@ -147,7 +147,7 @@ class ReplicaRow:
 
 
 def row_of(replica: Replica) -> ReplicaRow:
-    """It, frozen."""
+    """An immutable copy of the record's public part."""
     return ReplicaRow(
         id=replica.spec.id,
         model=replica.spec.model,
@@ -161,7 +161,7 @@ def row_of(replica: Replica) -> ReplicaRow:
 
 
 def diagram() -> str:
-    """The table as a mermaid state diagram: an arrow for each pair of states, with what happens and what is done."""
+    """Draw the table as a mermaid state diagram: an arrow for each pair of states, labelled with event and action."""
     labels: dict[tuple[State, State], list[str]] = {}
     for (state, kind), (to, do) in LIFE.items():
         done = f" / {do.value}" if do.value else ""
