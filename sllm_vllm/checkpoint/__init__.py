@@ -1,1 +1,1 @@
-"""What is on disk: the format (FORMAT.md), reading, writing, verifying. A library: it runs in every process."""
+"""Checkpoints on disk: the format (FORMAT.md), reading, writing and verifying. A library, used by every process."""

@@ -1,7 +1,7 @@
-"""A partition open for reading, a chunk at a time, by the fastest way the system offers for each chunk.
+"""Reads a partition's file chunk by chunk, each chunk in the fastest way the system offers.
 
-A chunk that lies in the page cache is copied from it; one that does not is read with O_DIRECT, past the cache, at the
-device's own speed. Which of the two is asked of the kernel for every chunk (``preadv2``, ``RWF_NOWAIT``), not guessed.
+A chunk that is in the page cache is copied from it; any other chunk is read with O_DIRECT, bypassing the cache, at the
+device's own speed. The kernel is asked for every chunk whether it is cached (``preadv2`` with ``RWF_NOWAIT``).
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ Tier = Literal["cache", "disk"]
 
 
 class ChunkFile:
-    """Reads ranges of one file. Owns its descriptors; safe to use from several threads at once.
+    """Reads ranges of one file. Owns its descriptors; several threads may read at once.
 
     Args:
-        fd: descriptor opened for reading; taken over.
-        path: of the file, for O_DIRECT and for messages.
+        fd: descriptor opened for reading. The object takes ownership and closes it.
+        path: the file's path, used in messages.
     """
 
     def __init__(self, fd: int, path: str) -> None:
         self.path = path
         self.status = os.fstat(fd)
         self._fd = fd
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or the probe for cached pages would start readahead
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # otherwise probing for cached pages starts readahead
         self._falling_back = threading.Lock()
         self._reads_direct = True
         self._direct_fd = self._open_direct()
 
     def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> Tier:
-        """Fill ``buffer[:nbytes]`` from ``offset``; says where the last of the bytes came from.
+        """Fill ``buffer[:nbytes]`` from ``offset``, and return where the last bytes came from.
 
         Args:
             buffer: page-aligned, with room for ``nbytes`` rounded up to 4096.
-            offset: in the file, a multiple of 4096.
+            offset: position in the file, a multiple of 4096.
 
         Raises:
-            CheckpointCorrupt: the file ends too early.
+            CheckpointCorrupt: the file is too short.
             OSError: the device failed.
         """
         done = self._read_cached(buffer[:nbytes], offset)
@@ -63,7 +63,7 @@ class ChunkFile:
         return "disk"
 
     def close(self) -> None:
-        """Close the descriptors; once is enough, twice does no harm."""
+        """Close the descriptors. Closing twice is harmless."""
         for fd in (self._fd, self._direct_fd):
             if fd is not None and fd >= 0:
                 os.close(fd)
@@ -99,7 +99,7 @@ class ChunkFile:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._fall_back(error)  # the descriptor stays open: another thread may be reading with it
+                self._fall_back(error)  # keep the descriptor open: another thread may be reading from it
         return os.preadv(self._fd, [buffer[:nbytes]], offset)
 
     def _fall_back(self, error: OSError) -> None:

@@ -1,7 +1,7 @@
-"""Which files a model's parameters are made from, and what identifies their content on every machine.
+"""Finds the files a model's parameters are made from, and identifies their content independently of the machine.
 
-Reads files; remembers nothing. ``source_records.py`` remembers what was read, so that a later look costs a few calls of
-``stat``. Called by the loader, by conversions and by the command line.
+Reads files but keeps no record of them; ``source_records.py`` does, so that a later check costs only a few ``stat``
+calls. Called by the loader, by conversions and by the command line.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from sllm_vllm.units import MIB
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tensors", ".gguf")
 INDEX_SUFFIX = ".index.json"
 READ_ASIDE = ("mask_embedding.pt",)
-"""Weight files of a model's directory that vLLM reads outside its loader (0.32: ``qwen3_dflash.py``)."""
+"""Weight files in a model's directory that vLLM reads outside its loader (0.32: ``qwen3_dflash.py``)."""
 _DEPTH_MAX = 8
 _LINKS_MAX = 40
 _SEGMENT_NBYTES = 256 * MIB
-"""Files are hashed in segments of this size, in parallel, and the segments' digests once more."""
+"""Files are hashed in segments of this size, in parallel; a file's digest is the digest of its segments' digests."""
 _BUFFER_NBYTES = 4 * MIB
 _SAMPLE_NBYTES = 4096
 _NUM_SAMPLES = 4
@@ -51,7 +51,7 @@ class _Hasher(Protocol):
 
 
 class FileState(NamedTuple):
-    """What the file system says about a file without reading it; any write changes it where ctime is kept."""
+    """A file's metadata from ``stat``. Any write changes it, on file systems that keep ctime."""
 
     nbytes: int
     mtime_ns: int
@@ -61,14 +61,14 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileState:
-        """From a ``stat``."""
+        """Make one from a ``stat`` result."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
 
     def proves_same_as(self, other: FileState) -> bool:
-        """Whether a file in this state holds what it held in ``other``.
+        """Whether a file in this state has the same content as it had in state ``other``.
 
-        Device numbers of overlays and network mounts change with each container and each mount. They may differ if the
-        ctime is the kernel's own: one with a fraction of a second, and no copy of the mtime.
+        Device numbers of overlays and network mounts change with each container and each mount. They may therefore
+        differ if the ctime was clearly set by the kernel: it has a fraction of a second and differs from the mtime.
         """
         has_ctime = self.ctime_ns != self.mtime_ns and self.ctime_ns % 1_000_000_000 != 0
         return self == other or (has_ctime and self[:-1] == other[:-1])
@@ -76,11 +76,13 @@ class FileState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that decides what parameters hold. ``name`` is its path in the model's directory, ``real`` without links.
+    """A file that affects the contents of parameters.
 
-    ``blob`` is the content's hash, ``sha256:…`` or ``git-sha1:…``, where the file's place in a Hub cache says it.
-    ``is_weights``: it may be large; other files (indices, code, module configurations) are read at each look.
-    ``link``: the state of the link itself, if ``path`` is one.
+    ``name``: its path inside the model's directory; ``real``: its path with all links resolved.
+    ``blob``: the content's hash, ``sha256:…`` or ``git-sha1:…``, if the file's name in a Hub cache gives it.
+    ``is_weights``: whether it is a weight file, which may be large; all other files (indices, code, module
+    configurations) are read at every check.
+    ``link``: the state of the symbolic link itself, if ``path`` is one.
     """
 
     name: str
@@ -93,21 +95,21 @@ class SourceFile:
 
     @property
     def algorithm(self) -> str:
-        """How its content is identified."""
+        """The hash algorithm that identifies its content."""
         return _XXH3 if self.blob is None else self.blob.partition(":")[0]
 
     @property
     def is_as_downloaded(self) -> bool:
-        """Whether a file in a Hub cache is untouched since its link was made, which comes after the download."""
+        """Whether a file in a Hub cache is unchanged since its link was made, which happens after the download."""
         return self.link is not None and max(self.state.mtime_ns, self.state.ctime_ns) <= self.link.ctime_ns
 
 
 def scan_source(directory: str | os.PathLike[str]) -> tuple[SourceFile, ...]:
-    """The files of a model's directory and its sub-folders that decide what its parameters hold, by name.
+    """Return the files below a model's directory that affect the contents of its parameters, sorted by name.
 
     Raises:
-        SourceMissing: there is no such directory, or no weight file in it. ConfigError: it can't be read, or holds too
-            many files.
+        SourceMissing: the directory does not exist or holds no weight file.
+        ConfigError: the directory can't be read, or holds too many files.
     """
     root = Path(directory)
     try:
@@ -127,7 +129,7 @@ def _walk(
     status = directory.stat()
     place = (status.st_dev, status.st_ino)
     if place in above or len(above) >= _DEPTH_MAX:
-        return  # a link that leads back up
+        return  # a link back to a parent directory, or nested too deeply
     count = 0
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -146,7 +148,7 @@ def _walk(
 
 
 def _counts(name: str, *, is_root: bool) -> bool:
-    """Whether a file decides what parameters hold; the root's ``config.json`` is in the key of a checkpoint already."""
+    """Whether a file affects parameters' contents. The root's ``config.json`` is already in a checkpoint's key."""
     if name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)) or name in _SHAPING_NAMES:
         return True
     if name.endswith(".py"):
@@ -155,7 +157,10 @@ def _counts(name: str, *, is_root: bool) -> bool:
 
 
 def _source_file(root: Path, entry: os.DirEntry[str], *, blobs: Path | None) -> SourceFile | None:
-    """None for what is no file: a link without its target, as an interrupted download or a cleaned cache leaves it."""
+    """Describe an entry. Returns None if it is not a regular file, or a dangling link.
+
+    Interrupted downloads and cleaned caches leave dangling links.
+    """
     try:
         status = entry.stat()
     except FileNotFoundError:
@@ -175,10 +180,12 @@ def _source_file(root: Path, entry: os.DirEntry[str], *, blobs: Path | None) -> 
 
 
 def links_on(directory: Path) -> tuple[FileState, ...]:
-    """The states of all links on the way to ``directory``: another one where a link was set anew, even to and fro.
+    """Return the states of all symbolic links on the path to ``directory``.
+
+    A link that was replaced has a new state, even if it points to its old target again.
 
     Raises:
-        ConfigError: one of them can't be read.
+        ConfigError: a link can't be read.
     """
     found, place = list[FileState](), directory.absolute()
     try:
@@ -194,7 +201,7 @@ def links_on(directory: Path) -> tuple[FileState, ...]:
 
 
 def hub_snapshot_of(directory: Path) -> tuple[str, str] | None:
-    """A model's name and commit, if ``directory`` is where a Hub cache has a snapshot and is named like a commit."""
+    """Return a model's name and commit if ``directory`` is a snapshot in a Hub cache that is named like a commit."""
     repository = directory.parent.parent.name
     if directory.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
@@ -204,13 +211,13 @@ def hub_snapshot_of(directory: Path) -> tuple[str, str] | None:
 
 
 def _blobs_of(root: Path) -> Path | None:
-    """The folder of the files of the snapshot ``root``, if it is one of a Hub cache."""
+    """Return the ``blobs`` folder that the snapshot ``root`` links to, if ``root`` is a snapshot in a Hub cache."""
     root = root.absolute()
     return (root.parent.parent / "blobs").resolve() if hub_snapshot_of(root) is not None else None
 
 
 def _blob_name(path: Path, real: str, blobs: Path | None) -> str | None:
-    """The hash that a file's place in a Hub cache says: the name of a file in this very repository's ``blobs``."""
+    """Return the hash that a file's name in a Hub cache gives, if it links into the ``blobs`` of its own repository."""
     if blobs is None or not path.is_symlink():
         return None
     folder, name = os.path.split(real)
@@ -220,12 +227,12 @@ def _blob_name(path: Path, real: str, blobs: Path | None) -> str | None:
 
 
 def fingerprint_of(records: Sequence[SourceFileRecord]) -> str:
-    """One name for the content of all files: equal on every machine, whatever the files' times and places are."""
+    """Return a digest of the content of all files. It does not depend on the machine, nor on file times or paths."""
     return digest(json.dumps([[record.name, record.nbytes, record.digest] for record in records]).encode())
 
 
 def fingerprint_directory(directory: str | os.PathLike[str]) -> str:
-    """The fingerprint of a model's directory, all of whose bytes are read for it.
+    """Return the fingerprint of a model's directory, reading every byte of its files.
 
     Raises:
         ConfigError: the directory can't be read or holds no weight file.
@@ -235,15 +242,15 @@ def fingerprint_directory(directory: str | os.PathLike[str]) -> str:
 
 
 def record_of(file: SourceFile, content: str) -> SourceFileRecord:
-    """What a manifest keeps of a file whose content is identified by ``content``."""
+    """Return the manifest's record of a file whose content has the digest ``content``."""
     return SourceFileRecord(name=file.name, nbytes=file.state.nbytes, digest=content)
 
 
 def read_digests(files: Sequence[SourceFile]) -> list[str]:
-    """Identify the content of ``files`` by reading every byte, several at once.
+    """Return the digests of ``files``. Reads every byte, several files at once.
 
     Raises:
-        ConfigError: a file can't be read, or is written to meanwhile.
+        ConfigError: a file can't be read, or changed while it was read.
     """
     with ThreadPoolExecutor(min(_THREADS_MAX, os.cpu_count() or 1), "sllm-hash") as pool:
         finishers = [_start_digest(file, pool.submit) for file in files]
@@ -255,7 +262,7 @@ def read_digests(files: Sequence[SourceFile]) -> list[str]:
 
 
 def _start_digest(file: SourceFile, submit: Callable[..., Future[str]]) -> Callable[[], str]:
-    """Start to read a file in the pool; the result waits and says what identifies its content."""
+    """Start reading a file in the pool. Returns a function that waits for the result and returns the file's digest."""
     nbytes = file.state.nbytes
     step = _SEGMENT_NBYTES if file.algorithm == _XXH3 else max(nbytes, 1)
     parts = [submit(_read_segment, file, start, min(step, nbytes - start)) for start in range(0, max(nbytes, 1), step)]
@@ -299,7 +306,9 @@ def _hasher(algorithm: str, nbytes: int) -> _Hasher:
 
 
 def read_samples(file: SourceFile) -> str:
-    """A digest of a few pages: notices a replaced file where the file system keeps neither ctime nor inodes.
+    """Return a digest of a few pages of a file.
+
+    It detects a replaced file on file systems that keep neither ctime nor inode numbers.
 
     Raises:
         ConfigError: the file can't be read.
@@ -323,16 +332,16 @@ def _unreadable(path: Path, error: OSError) -> ConfigError:
 
 
 def is_from_hub(records: Sequence[SourceFileRecord]) -> bool:
-    """Whether all weight files had their place in a Hub cache, and the content that their names say."""
+    """Whether all weight files came from a Hub cache and had the content that their names there give."""
     weights = [record for record in records if record.name.endswith(WEIGHT_SUFFIXES)]
     return bool(weights) and not any(record.digest.startswith(f"{_XXH3}:") for record in weights)
 
 
 def changed_since(files: Sequence[SourceFile], records: Sequence[SourceFileRecord]) -> list[str]:
-    """Names of weight files that vLLM reads outside its loader and that ``records`` know with another content.
+    """Return the names of weight files whose content differs from ``records``; files not in ``records`` are skipped.
 
     Raises:
-        ConfigError: a file can't be read, or is written to meanwhile.
+        ConfigError: a file can't be read, or changed while it was read.
     """
     known = {record.name: record for record in records}
     compared = [file for file in files if file.is_weights and file.name in known]
@@ -342,12 +351,12 @@ def changed_since(files: Sequence[SourceFile], records: Sequence[SourceFileRecor
 
 
 def _read_like(file: SourceFile, content: str) -> SourceFile:
-    """``file``, to be identified by the algorithm of ``content``."""
+    """Return ``file`` so that its content is hashed with the same algorithm as ``content``."""
     return dataclasses.replace(file, blob=None if content.startswith(f"{_XXH3}:") else content)
 
 
 def has_weight_files(directory: str | os.PathLike[str]) -> bool:
-    """Whether a model directory holds weights that the stock loader could read."""
+    """Whether a model's directory holds weights that the stock loader can read."""
     try:
         names = os.listdir(directory)
         return any(name.endswith(WEIGHT_SUFFIXES) and name not in READ_ASIDE for name in names)

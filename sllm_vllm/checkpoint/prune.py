@@ -1,4 +1,7 @@
-"""Which checkpoints of a store no start on this machine can use any more. Reads source weights that have changed."""
+"""Finds the checkpoints in a store that no engine on this machine can use any more.
+
+Source weights that changed since they were last seen are read to identify them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from sllm_vllm.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Unused:
-    """A checkpoint, and on one line why nothing uses it."""
+    """A checkpoint that can't be used, and the reason on one line."""
 
     name: str
     nbytes: int
@@ -24,10 +27,10 @@ class Unused:
 
 
 def find_unused(repository: CheckpointRepository, *, vllm_version: str | None) -> list[Unused]:
-    """The sound checkpoints that no source on this machine, or no start of this vLLM, leads to.
+    """Return the readable checkpoints that match no model on this machine, or not the installed vLLM.
 
     Args:
-        vllm_version: the installed one; None: there is none, so that versions say nothing.
+        vllm_version: the installed version; None if vLLM is not installed, in which case versions are not compared.
 
     Raises:
         CheckpointUnreadable: the store can't be read.
@@ -52,25 +55,25 @@ def _reason(manifest: Manifest, sources: _Sources, vllm_version: str | None) -> 
     if sources.is_here(manifest.source.model):
         return f"{manifest.source.model} has other weights now"
     if is_from_hub(manifest.source.files):
-        return None  # a start finds it by the commit alone; it may be the only copy here
+        return None  # an engine finds it by the model's commit alone, and it may be the only copy here
     return f"{manifest.source.model} is not on this machine"
 
 
 class _Sources:
-    """What the model directories hold that were seen on this machine."""
+    """The fingerprints of the model directories that were seen on this machine."""
 
     def __init__(self, records: SourceRecords) -> None:
         self._records = records
         self._known = {directory: self._fingerprint(directory) for directory in records.folders()}
 
     def fingerprints_with(self, model: str) -> set[str]:
-        """Fingerprints of everything that is here; ``model``, if it is a directory, is looked at, too."""
+        """Return the fingerprints of all known directories, and of ``model`` too if it is a directory's path."""
         if (directory := Path(model)).is_absolute() and directory not in self._known:
             self._known[directory] = self._fingerprint(directory)
         return {fingerprint for fingerprint in self._known.values() if fingerprint is not None}
 
     def is_here(self, model: str) -> bool:
-        """Whether this model's own directory, or a snapshot of it in a Hub cache, holds weights."""
+        """Whether the model's own directory, or a snapshot of it in a Hub cache, holds weights."""
         names = {str(path) for path in self._present()} | set(self._hub_names())
         return model in names
 

@@ -1,4 +1,4 @@
-"""Opening and verifying a checkpoint. Follows no link and trusts no size; called by the loader and the CLI."""
+"""Opens and verifies checkpoints. Follows no link inside one and trusts no size. Called by the loader and the CLI."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MEND_CORRUPT = "remove the checkpoint (`sllm-vllm rm`) and convert again"
 
 @dataclass(frozen=True, slots=True)
 class RankPartition:
-    """One rank's partition of a published checkpoint: where it lies and what it must hold. Holds nothing open."""
+    """One rank's partition of a published checkpoint: its location and expected content. Keeps no file open."""
 
     directory: Path
     manifest: Manifest
@@ -45,20 +45,20 @@ class RankPartition:
 
     @property
     def path(self) -> Path:
-        """Its data file."""
+        """Path of its data file."""
         return self.directory / self.record.path
 
     @property
     def content_digest(self) -> str:
-        """Digest of its chunks' checksums and sizes: equal digests mean equal data, wherever it lies."""
+        """Digest of its chunk checksums and sizes. Equal digests mean equal data, wherever it is stored."""
         content = [self.manifest.chunk_nbytes, self.record.data_nbytes, self.record.chunks]
         return digest(json.dumps(content).encode())
 
     def open(self) -> ChunkFile:
-        """Open the data file, after holding its size against the manifest.
+        """Open the data file and check that its size matches the manifest.
 
         Raises:
-            CheckpointError: it is missing, a link, not readable, or of another size.
+            CheckpointError: the file is missing, a link, unreadable, or of the wrong size.
         """
         fd = _open_beneath(self.directory, (PARTITION_DIR, self.path.name))
         nbytes = os.fstat(fd).st_size
@@ -69,11 +69,11 @@ class RankPartition:
         return ChunkFile(fd, str(self.path))
 
     def check_header(self, file: ChunkFile) -> None:
-        """Hold the header against its checksum and the manifest.
+        """Verify the header against its checksum and the manifest.
 
         Raises:
-            CheckpointCorrupt: its bytes are not those that were written.
-            CheckpointInvalid: it says anything else than the manifest.
+            CheckpointCorrupt: the header differs from its checksum.
+            CheckpointInvalid: the header differs from the manifest.
             CheckpointUnreadable: the device failed.
         """
         buffer = memoryview(mmap.mmap(-1, self.record.header_nbytes))
@@ -85,15 +85,15 @@ class RankPartition:
         check_header(raw, self.record.tensors, str(self.path))
 
     def chunk_range(self, index: int) -> tuple[int, int]:
-        """Offset in the file and bytes of chunk ``index``."""
+        """Return the offset in the file and the size in bytes of chunk ``index``."""
         start = index * self.manifest.chunk_nbytes
         return self.record.header_nbytes + start, min(self.manifest.chunk_nbytes, self.record.data_nbytes - start)
 
     def check_chunk(self, index: int, data: memoryview) -> None:
-        """Hold a chunk's bytes against its checksum.
+        """Verify a chunk's bytes against its checksum.
 
         Raises:
-            CheckpointCorrupt: they differ; it names the tensors that lie in the chunk.
+            CheckpointCorrupt: they differ; the error names the tensors in the chunk.
         """
         if checksum(data) == self.record.chunks[index]:
             return
@@ -108,13 +108,13 @@ class RankPartition:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A published checkpoint: its directory and its validated manifest. Holds nothing open."""
+    """A published checkpoint: its directory and its validated manifest. Keeps no file open."""
 
     path: Path
     manifest: Manifest
 
     def partition(self, rank: int) -> RankPartition:
-        """A rank's partition; the layout says how many there are."""
+        """Return a rank's partition; ``rank`` must be below the layout's ``num_partitions``."""
         return RankPartition(self.path, self.manifest, self.manifest.partitions[rank])
 
 
@@ -122,9 +122,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read and validate the manifest in the directory ``path``.
 
     Raises:
-        CheckpointMissing: there is none.
-        CheckpointInvalid: it breaks FORMAT.md, is a link, or is too large.
-        CheckpointUnreadable: the system refuses.
+        CheckpointMissing: there is no manifest.
+        CheckpointInvalid: the manifest violates FORMAT.md, is a link, or is too large.
+        CheckpointUnreadable: the manifest can't be opened or read.
     """
     directory = Path(path)
     fd = _open_beneath(directory, (MANIFEST_NAME,))
@@ -138,13 +138,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def verify_checkpoint(checkpoint: Checkpoint, on_progress: Callable[[int], None] = lambda nbytes: None) -> int:
-    """Read every byte and hold it against its checksum; calls ``on_progress`` with the bytes of each step.
+    """Read every byte of a checkpoint and verify all checksums.
+
+    Args:
+        on_progress: called after each header or chunk with its size in bytes.
 
     Returns:
-        Bytes read.
+        The number of bytes read.
 
     Raises:
-        CheckpointError: the first thing that is wrong.
+        CheckpointError: the first problem found.
     """
     buffer = memoryview(mmap.mmap(-1, checkpoint.manifest.chunk_nbytes))
     for record in checkpoint.manifest.partitions:
@@ -171,7 +174,7 @@ def _read_errors(path: Path) -> Iterator[None]:
 
 
 def _open_beneath(directory: Path, parts: tuple[str, ...]) -> int:
-    """Open a regular file below ``directory``, following no link on the way down from it."""
+    """Open a regular file below ``directory`` without following links in any component below it."""
     fd = _open_step(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, directory)
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1

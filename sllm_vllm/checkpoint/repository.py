@@ -1,18 +1,18 @@
-"""A directory of checkpoints on a local disk: finding, staging, publishing, listing, removing.
+"""A directory of checkpoints on a local disk: finds, stages, publishes, lists and removes them.
 
 ::
 
-    <root>/<name>/                     a published checkpoint; its name ends in the digest of its key
-    <root>/.staging/<name>/            being written: partitions, and one record a finished rank
-    <root>/.locks/                     one writer a rank, one publisher; the locks die with their process
-    <root>/.rejected/<name>/           could not be used, kept for whoever wants to know why
-    <root>/.trash/                     being removed; what a killed removal left goes with the next one
-    <root>/.used/<name>                empty; its time is when the checkpoint was loaded last
-    <root>/.verified/                  which partitions were read whole and found sound since they last changed
+    <root>/<name>/                     a published checkpoint; the name ends in the digest of its key
+    <root>/.staging/<name>/            being written: partitions, and one record per finished rank
+    <root>/.locks/                     one writer per rank, one publisher; locks are released when their process ends
+    <root>/.rejected/<name>/           checkpoints that could not be used, kept for diagnosis
+    <root>/.trash/                     being removed; the next removal deletes what a killed removal left
+    <root>/.used/<name>                empty file; its mtime is when the checkpoint was last loaded
+    <root>/.verified/                  marks of partitions that were verified since they last changed
 
-Ranks write independently and need not start together. Whoever finishes the last partition publishes. So a conversion
-that was killed goes on where it stopped, rank by rank. A rank's record is there only while its partition is whole:
-it is written after the partition and goes before it.
+Ranks write independently and need not start together. The rank that finishes last publishes. A conversion that was
+killed therefore resumes rank by rank: ranks with a record are skipped. A rank's record exists only while its partition
+is complete: it is written after the partition and removed before it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 
 
 def is_legal_name(name: str) -> bool:
-    """Whether a checkpoint may be called so: one component of a path, not hidden."""
+    """Whether ``name`` is allowed for a checkpoint: one path component, not hidden."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -74,7 +74,7 @@ class CheckpointKey:
 
     @property
     def name(self) -> str:
-        """Name of its directory: the model's for people, digests of the layout and of the whole key for us."""
+        """Name of its directory: a readable part of the model's name, then digests of the layout and the whole key."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(Path(self.source.model).parts[-2:]))[-60:].strip(".-")
         parts = [FORMAT_VERSION, self.source.fingerprint, self.layout.model_dump()]
         text = json.dumps(parts, sort_keys=True)
@@ -82,26 +82,26 @@ class CheckpointKey:
 
 
 def _layout_digits(layout: Layout) -> str:
-    """Digits of a name that all checkpoints for one layout share."""
+    """Return the digits of a checkpoint's name that all checkpoints with this layout share."""
     return digest(json.dumps(layout.model_dump(), sort_keys=True).encode())[:_LAYOUT_DIGITS]
 
 
 class CheckpointRepository:
-    """The checkpoints below one root. Holds no state of its own: the directory is the truth."""
+    """The checkpoints below one root. Holds no state of its own; everything is read from the directory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def find(self, key: CheckpointKey) -> Checkpoint:
-        """The published checkpoint of ``key``.
+        """Return the published checkpoint of ``key``.
 
         Raises:
-            CheckpointMissing: there is none. CheckpointError: there is one that can't be used.
+            CheckpointMissing: there is none. CheckpointError: it exists but can't be used.
         """
         return open_checkpoint(self.root / key.name)
 
     def may_have(self, layout: Layout) -> bool:
-        """Whether any checkpoint for ``layout`` may be here, told by the names alone."""
+        """Whether the repository may hold a checkpoint for ``layout``, judged only by directory names."""
         digits, place = _layout_digits(layout), slice(-_LAYOUT_DIGITS - _KEY_DIGITS, -_KEY_DIGITS)
         try:
             return any(name[place] == digits for name in os.listdir(self.root))
@@ -109,10 +109,10 @@ class CheckpointRepository:
             return False
 
     def list(self) -> list[Checkpoint | CheckpointError]:
-        """Every published checkpoint, by name; for one that can't be read, the error.
+        """Return every published checkpoint, sorted by name; for one that can't be read, its error.
 
         Raises:
-            CheckpointUnreadable: the root itself can't be read.
+            CheckpointUnreadable: the root directory can't be read.
         """
         try:
             names = sorted(name for name in os.listdir(self.root) if not name.startswith("."))
@@ -132,24 +132,24 @@ class CheckpointRepository:
             return error
 
     def note_use(self, name: str) -> None:
-        """Remember that a checkpoint is loaded now, where the directory can be written."""
+        """Record that a checkpoint is being loaded. Does nothing if the directory can't be written."""
         with contextlib.suppress(OSError):
             (self._private_directory(_USED) / name).touch()
 
     def last_use_s(self, name: str) -> float | None:
-        """When a checkpoint was loaded last, since the epoch; None: never, as far as is known."""
+        """Return when a checkpoint was last loaded, in seconds since the epoch; None if no use was recorded."""
         try:
             return (self.root / _USED / name).stat().st_mtime
         except OSError:
             return None
 
     def remove(self, name: str) -> int:
-        """Remove a checkpoint; engines that have it open keep reading it. Returns the bytes freed.
+        """Remove a checkpoint; engines that have it open can still read it. Returns the bytes freed.
 
-        A link to a checkpoint elsewhere is refused, as is whatever holds no manifest: it is not ours to remove.
+        Symbolic links and directories without a manifest are never removed, because this class did not create them.
 
         Raises:
-            CheckpointMissing: there is none of this name. WriteError: the directory refuses.
+            CheckpointMissing: there is no checkpoint of this name. WriteError: the directory can't be written.
         """
         path = self.root / name
         with write_errors(path):
@@ -168,12 +168,13 @@ class CheckpointRepository:
         return nbytes
 
     def set_aside(self, name: str) -> Path:
-        """Move a checkpoint that can't be used out of the way, so that it is made anew; an older one there goes.
+        """Move an unusable checkpoint to ``.rejected``, so that it is converted again. Returns its new path.
 
-        Every rank of an engine may ask for it: if it is out of the way already, that is well.
+        Replaces an older rejected checkpoint of the same name. Every rank of an engine may call this; it does nothing
+        if the checkpoint was already moved.
 
         Raises:
-            WriteError: the directory refuses.
+            WriteError: the directory can't be written.
         """
         path = self.root / name
         with write_errors(path):
@@ -182,20 +183,20 @@ class CheckpointRepository:
             return _set_aside(path)
 
     def require_writable(self) -> None:
-        """Find out before costly work whether checkpoints can be written here.
+        """Check, before costly work, that checkpoints can be written here.
 
         Raises:
-            WriteError: the directory refuses writing.
+            WriteError: the directory can't be written.
         """
         with write_errors(self.root):
             if not os.access(self._private_directory(_STAGING), os.W_OK):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def stage(self, key: CheckpointKey, chunk_nbytes: int) -> Staging:
-        """A place to write ``key``'s partitions in.
+        """Return a staging area for writing ``key``'s partitions.
 
         Raises:
-            WriteError: the directory refuses writing.
+            WriteError: the directory can't be written.
         """
         with write_errors(self.root):
             path = self._private_directory(_STAGING) / key.name
@@ -204,10 +205,12 @@ class CheckpointRepository:
 
     @contextlib.contextmanager
     def receiver(self, name: str) -> Iterator[Path]:
-        """Hold the right to receive checkpoint ``name`` from elsewhere; yields the folder to do it in, kept if killed.
+        """Hold the lock for receiving checkpoint ``name`` from a remote. Yields the folder to write it to.
+
+        The folder is not removed on exit, so that a later call can resume.
 
         Raises:
-            WriterBusy: another process holds it. WriteError: the directory refuses.
+            WriterBusy: another process holds the lock. WriteError: the directory can't be written.
         """
         with write_errors(self.root):
             path = self._private_directory(f"{_STAGING}/.received") / name
@@ -218,13 +221,13 @@ class CheckpointRepository:
             yield path
 
     def publish_received(self, name: str, received: Path) -> bool:
-        """Make a folder that is a complete, synced checkpoint visible as ``name``. Called inside ``receiver``.
+        """Publish a folder that holds a complete, synced checkpoint as ``name``. Called inside ``receiver``.
 
         Returns:
-            Whether it was that one: False if one was published meanwhile, and ``received`` is removed.
+            True if ``received`` was published; False if another one was published meanwhile and ``received`` removed.
 
         Raises:
-            WriteError: the directory refuses.
+            WriteError: the directory can't be written.
         """
         target = self.root / name
         with _locked(self._private_directory(_LOCKS) / name, blocking=True), write_errors(target):
@@ -232,7 +235,7 @@ class CheckpointRepository:
                 shutil.rmtree(received, ignore_errors=True)
                 return False
             sync_directory(received)
-            _set_aside(target)  # if anything is there, it has no manifest
+            _set_aside(target)  # anything there has no manifest, as checked above
             os.rename(received, target)
             sync_directory(self.root)
             return True
@@ -245,7 +248,7 @@ class CheckpointRepository:
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """A checkpoint in the making. Any number of processes may hold one for the same key."""
+    """A checkpoint that is being written. Any number of processes may hold one for the same key."""
 
     key: CheckpointKey
     chunk_nbytes: int
@@ -255,15 +258,15 @@ class Staging:
 
     @contextlib.contextmanager
     def writer(self, rank: int) -> Iterator[bool]:
-        """Hold the right to write a rank's partition; yields whether it still has to be written.
+        """Hold the lock for writing a rank's partition. Yields whether the partition still needs to be written.
 
         Raises:
-            WriterBusy: another process holds it. WriteError: the directory refuses.
+            WriterBusy: another process holds the lock. WriteError: the directory can't be written.
         """
         with _locked(self.locks / f"{self.key.name}.rank-{rank}", blocking=False):
             with _locked(self.locks / self.key.name, blocking=True), write_errors(self.path):
                 needed = not self._is_published() and self._record(rank) is None
-                if needed:  # or another one could publish the old record while its partition is written anew
+                if needed:  # else another process could publish the old record while its partition is rewritten
                     self._discard(rank)
             yield needed
 
@@ -271,22 +274,22 @@ class Staging:
         """Make a written partition durable and record it. Called inside ``writer``.
 
         Raises:
-            WriteError: the device or the directory refused.
+            WriteError: the device failed, or the directory can't be written.
         """
         written.sync()
         record = json.dumps({"chunk_nbytes": self.chunk_nbytes, "partition": written.partition.model_dump()})
         try:
             write_file_durably(self._record_path(written.partition.rank), record.encode())
         except BaseException:
-            with contextlib.suppress(OSError):  # on a full disk it would only be in the way
+            with contextlib.suppress(OSError):  # free its space: the disk may be full
                 written.path.unlink()
             raise
 
     def publish(self) -> bool:
-        """If every rank's partition is recorded, make the checkpoint visible. Returns whether it is visible now.
+        """Publish the checkpoint if every rank's partition is recorded. Returns whether it is published now.
 
         Raises:
-            NotConvertible: its manifest would be too large. WriteError: the directory refused.
+            NotConvertible: its manifest would be too large. WriteError: the directory can't be written.
         """
         with _locked(self.locks / self.key.name, blocking=True), write_errors(self.target):
             if self._is_published():
@@ -315,7 +318,7 @@ class Staging:
         for partition in manifest.partitions:
             self._record_path(partition.rank).unlink()
         sync_directory(self.path)
-        _set_aside(self.target)  # if anything is there, it has no manifest
+        _set_aside(self.target)  # anything there has no manifest; the caller checked
         os.rename(self.path, self.target)
         sync_directory(self.target.parent)
 
@@ -330,7 +333,7 @@ class Staging:
         return self.path / f"rank-{rank:05d}.json"
 
     def _record(self, rank: int) -> Partition | None:
-        """The record of a rank's finished partition, if it is there, sound, and of our chunk size."""
+        """Return the record of a rank's finished partition if it exists, is valid and has our chunk size, else None."""
         try:
             value = json.loads(read_plain(self._record_path(rank), MANIFEST_NBYTES_MAX))
             partition = Partition.model_validate(value["partition"])
@@ -343,23 +346,24 @@ class Staging:
 
 
 class VerifiedMarks:
-    """Which partitions were read whole and found sound. A mark is void as soon as the file changes in any way."""
+    """Marks on partitions that were read completely and verified. A mark is void once the file changes in any way."""
 
     def __init__(self, root: Path) -> None:
         self._directory = root / ".verified"
 
     def is_marked(self, file: Path) -> bool:
-        """Whether ``file`` was verified since its last change."""
+        """Whether ``file`` was verified after its last change."""
         try:
             return read_plain(self._directory / _mark_name(file), KIB).decode() == _identity(file.stat())
         except (OSError, UnicodeDecodeError):
             return False
 
     def mark(self, file: Path, status: os.stat_result) -> bool:
-        """Remember that ``file`` is sound; False where the directory can't be written (it is verified again then).
+        """Mark ``file`` as verified. Returns False if the mark can't be written; the file is then verified again.
 
         Args:
-            status: of the file that was read, taken when it was opened: another one may have its name by now.
+            status: ``stat`` of the file that was read, taken when it was opened, as its name may now belong to
+                another file.
         """
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -396,7 +400,7 @@ def _identity(status: os.stat_result) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path, *, blocking: bool) -> Iterator[None]:
-    """Hold an advisory lock that the kernel releases when its process ends, however it ends."""
+    """Hold an advisory file lock, which the kernel releases when the process ends for any reason."""
     with write_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
@@ -408,5 +412,5 @@ def _locked(path: Path, *, blocking: bool) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough when a forked child holds the descriptor, too
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing does not unlock while a forked child still has the descriptor
         os.close(fd)

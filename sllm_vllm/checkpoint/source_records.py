@@ -1,13 +1,15 @@
-"""What was seen of source weights on this machine: content is read once, later looks compare what ``stat`` says.
+"""Remembers the content of source weights on this machine: files are read once, later checks only compare ``stat``.
 
 ::
 
-    <root>/.sources/<digest of a path>.json    one record a model's directory, or a repository in a Hub cache
+    <root>/.sources/<digest of a path>.json    one record per model directory, or per repository in a Hub cache
 
-A record says for each file: in this state (size, times, inode, device) it had this content. It is believed only if the
-file had not been written to in the two seconds before it was read: a later write in the same tick of the file system's
-clock could leave the state as it is. A file that a Hub cache names by its hash is not read at its first sight unless it
-is younger than its link, but whenever its state has changed since: it could have been written to in place.
+A record maps the state of each file (size, times, inode, device) to the content that the file had in that state. An
+entry is trusted only if the file had not been written to in the two seconds before it was read: a later write within
+the same tick of the file system's clock could leave the state unchanged.
+
+A file that a Hub cache names by its hash is not read when it is seen for the first time, unless it was modified after
+its link was made. It is read once its state has changed, because it may have been overwritten in place.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ Effort = Literal["unknown", "named", "all"]
 
 _SOURCES = ".sources"
 _SETTLED_NS = 2_000_000_000
-"""FAT's tick, the coarsest of the file systems in use."""
+"""Timestamp resolution of FAT, the coarsest of the file systems in use."""
 _AHEAD_NS = 86_400 * 1_000_000_000
-"""Stamps further ahead than any zone or skew were set, or are of a clock that was wrong: no write of this moment."""
+"""A timestamp further in the future than this was set explicitly or by a wrong clock, and means no recent write."""
 _PATHS_MAX = 20_000
 _SIGHTINGS_MAX = 32
-"""Nodes that share a store see one path with different inodes and devices."""
+"""More than one per file, because nodes that share a store see one path with different inodes and devices."""
 
 
 class _Sighting(BaseModel):
@@ -56,13 +58,13 @@ class _Sighting(BaseModel):
     state: Annotated[list[int], Field(min_length=5, max_length=5)]
     samples: str | None
     digest: str | None
-    """None: the file had been written to a moment ago, so that its state proves nothing."""
+    """None if the file had just been written to, so that its state does not identify its content."""
     is_read: bool
-    """False: the digest is what the file's name in a Hub cache says."""
+    """False if the digest was taken from the file's name in a Hub cache."""
 
 
 class _Folder(BaseModel):
-    """What a model's directory held when all of its files were identified last."""
+    """The content of a model's directory when all of its files were last identified."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -71,19 +73,19 @@ class _Folder(BaseModel):
 
 
 class _Record(BaseModel):
-    """``sightings`` are by a file's real path: two snapshots in a Hub cache share files."""
+    """``sightings`` are keyed by a file's real path, because snapshots in a Hub cache share files."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     is_whole: bool = True
-    """False: an earlier record was lost, so that a file without a sighting may have been seen."""
+    """False if sightings were lost, so that a file without a sighting may have been seen before."""
     sightings: dict[str, list[_Sighting]] = {}
     folders: dict[str, _Folder] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identified:
-    """The content of a model's source files. ``changed``: files that are other ones than when they were seen last."""
+    """The content of a model's source files. ``changed``: files that changed since they were last identified."""
 
     files: tuple[SourceFileRecord, ...]
     changed: tuple[str, ...] = ()
@@ -92,28 +94,28 @@ class Identified:
 
     @property
     def fingerprint(self) -> str:
-        """One name for all of it, equal on every machine."""
+        """Digest of the content of all files, the same on every machine."""
         return fingerprint_of(self.files)
 
 
 @dataclass(slots=True)
 class _Look:
-    """One look at a directory: which files are known, and which have to be read."""
+    """The result of checking a directory: which files are known, and which must be read."""
 
     known: dict[str, str] = field(default_factory=dict)
     believed: set[str] = field(default_factory=set)
-    """Those of them that an earlier sighting tells."""
+    """Names of the known files whose content comes from an earlier sighting."""
     unknown: list[SourceFile] = field(default_factory=list)
 
 
 class SourceRecords:
-    """The records below one root. Holds no state; where they can't be written, sources are read at each look."""
+    """The records below one root. Holds no state. If records can't be written, sources are read at every check."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def known(self, directory: Path, files: Sequence[SourceFile]) -> Identified | None:
-        """The content of ``files`` if they need not be read for it; takes a few calls of ``stat`` for each.
+        """Return the content of ``files`` if no weight file must be read for it, else None.
 
         Raises:
             ConfigError: a file can't be read.
@@ -125,16 +127,16 @@ class SourceRecords:
         return self._identified(directory, files, look=look, record=record)
 
     def identify(self, directory: Path, files: Sequence[SourceFile], *, effort: Effort = "unknown") -> Identified:
-        """The content of ``files``, after reading some of them.
+        """Return the content of ``files``, reading those that must be read.
 
-        Processes that ask for one directory at once wait for the first of them.
+        Processes that call this for the same directory at the same time run one after another.
 
         Args:
-            effort: which files are read: those whose content is not known, also those that are known by a name in a
-                Hub cache alone, or all.
+            effort: which files to read. ``unknown``: those whose content is unknown; ``named``: also those known only
+                by their name in a Hub cache; ``all``: every file.
 
         Raises:
-            ConfigError: a file can't be read, or is written to meanwhile.
+            ConfigError: a file can't be read, or changed while it was read.
         """
         with self._one_reader(directory):
             record = self._read(directory)
@@ -142,7 +144,7 @@ class SourceRecords:
             return self._identified(directory, files, look=look, record=record)
 
     def folders(self) -> dict[Path, str]:
-        """Model directories that were seen, and the fingerprint of what each held then."""
+        """Return all known model directories with the fingerprint that each had when it was last identified."""
         found = {}
         with contextlib.suppress(OSError):
             for path in sorted((self._root / _SOURCES).glob("*.json")):
@@ -180,7 +182,7 @@ class SourceRecords:
         return self._root / _SOURCES / f"{digest(os.fsencode(place))}.json"
 
     def _read(self, directory: Path) -> _Record | None:
-        """None: nothing at this place was ever looked at."""
+        """Return the record for a directory; None if there is none."""
         path = self._path(directory)
         return _parse(path) if os.path.lexists(path) else None
 
@@ -204,17 +206,17 @@ class SourceRecords:
             yield
             return
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: each process reads
+            with contextlib.suppress(OSError):  # the file system has no locks: each process reads the files itself
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
             with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough when a forked child holds the descriptor, too
+                fcntl.flock(fd, fcntl.LOCK_UN)  # closing does not unlock while a forked child still has the descriptor
             os.close(fd)
 
 
 def _parse(path: Path) -> _Record:
-    """A record; an empty one that is not whole if it can't be read or used."""
+    """Read a record. Returns an empty one with ``is_whole`` false if it can't be read or is invalid."""
     try:
         return _Record.model_validate_json(read_plain(path, SOURCE_RECORD_NBYTES_MAX))
     except (OSError, ValidationError):
@@ -223,7 +225,10 @@ def _parse(path: Path) -> _Record:
 
 
 def _updated(old: _Record, *, sightings: dict[str, list[_Sighting]], folders: dict[str, _Folder]) -> _Record:
-    """``old`` with what was seen now; too many sightings, of files that have gone, are dropped."""
+    """Return ``old`` with the new sightings and folders added.
+
+    Drops folders that no longer exist, and all old sightings once there are more than ``_PATHS_MAX`` paths.
+    """
     merged, is_whole = old.sightings | sightings, old.is_whole
     if len(merged) > _PATHS_MAX:
         merged, is_whole = sightings, False
@@ -248,13 +253,13 @@ def _look(files: Sequence[SourceFile], record: _Record | None, *, effort: Effort
 
 
 def _is_first_sight(file: SourceFile, seen: object, record: _Record | None) -> bool:
-    """Whether the name of a file in a Hub cache is all that is known of it."""
+    """Whether a file was never seen before and its name in a Hub cache can be trusted."""
     is_named = file.is_weights and file.blob is not None and file.is_as_downloaded
     return is_named and seen is None and (record is None or record.is_whole)
 
 
 def _recall(file: SourceFile, seen: Sequence[_Sighting], *, trusts_names: bool) -> str | None:
-    """The content that a file had in the state in which it is now."""
+    """Return the recorded content of a file in its current state; None if there is none or the samples differ."""
     for sighting in seen:
         is_same = file.state.proves_same_as(FileState(*sighting.state))
         if is_same and sighting.digest is not None and (trusts_names or sighting.is_read):
@@ -263,7 +268,7 @@ def _recall(file: SourceFile, seen: Sequence[_Sighting], *, trusts_names: bool) 
 
 
 def _sighting(file: SourceFile, content: str, *, began_ns: int, is_read: bool) -> _Sighting:
-    """``began_ns``: when reading began, or the state was taken."""
+    """Make a sighting of a file. ``began_ns``: when reading began, or when the state was taken."""
     ages_ns = (began_ns - file.state.mtime_ns, began_ns - file.state.ctime_ns)
     is_settled = not any(-_AHEAD_NS <= age_ns <= _SETTLED_NS for age_ns in ages_ns)
     return _Sighting(
@@ -275,7 +280,7 @@ def _sighting(file: SourceFile, content: str, *, began_ns: int, is_read: bool) -
 
 
 def _merged(now: _Sighting, before: Sequence[_Sighting]) -> list[_Sighting]:
-    """The sightings of a file, the newest first. What was read once stays known as read."""
+    """Return a file's sightings, newest first. ``is_read`` stays true once the content was read in the same state."""
     was_read = any(s.state == now.state and s.digest == now.digest and s.is_read for s in before)
     newest = now.model_copy(update={"is_read": now.is_read or was_read})
     return [newest, *(sighting for sighting in before if sighting.state != now.state)][:_SIGHTINGS_MAX]

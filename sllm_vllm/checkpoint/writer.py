@@ -1,7 +1,7 @@
-"""Writing one rank's partition, crash-safe: whatever kills the writer, nothing half written is ever found.
+"""Writes one rank's partition so that a crash at any point never leaves a half-written file under its final name.
 
-The bytes go to a file named ``….partial``, are synced, and only then take their name; a small JSON record of the
-partition follows by the same way. ``repository.py`` publishes a checkpoint when the record of every rank is there.
+The bytes are written to a file named ``….partial``, synced, and then renamed. A small JSON record of the partition is
+then written in the same way. ``repository.py`` publishes a checkpoint once the records of all ranks exist.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ class TensorData(Protocol):
 
     @property
     def spec(self) -> TensorSpec:
-        """Name, dtype, shape and size."""
+        """The tensor's name, dtype, shape and size."""
         ...
 
     def pieces(self, nbytes_max: int) -> Iterator[memoryview]:
-        """Its bytes in row-major order, in pieces of at most ``nbytes_max``; each is valid until the next is taken."""
+        """Yield its bytes in row-major order, at most ``nbytes_max`` at once; a piece is valid until the next one."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenPartition:
-    """A partition whose bytes are written but not yet durable; ``sync`` makes it so and gives it its name."""
+    """A partition that is written but not yet durable. ``sync`` makes it durable and gives it its final name."""
 
     partition: Partition
     path: Path
 
     def sync(self) -> None:
-        """Force the bytes to the device, then rename. May take long; may run on another thread.
+        """Flush the bytes to the device, then rename the file. May take long; may run on another thread.
 
         Raises:
-            WriteError: the device refused; the bytes are removed.
+            WriteError: the device failed; the partial file is removed.
         """
         with write_errors(self.path), _removed_on_failure(_partial(self.path)):
             fd = os.open(_partial(self.path), os.O_RDONLY | os.O_CLOEXEC)
@@ -61,7 +61,7 @@ class WrittenPartition:
             sync_directory(self.path.parent)
 
     def discard(self) -> None:
-        """Remove what was written, instead of ``sync``."""
+        """Remove the partial file; called instead of ``sync``."""
         with contextlib.suppress(OSError):
             _partial(self.path).unlink()
 
@@ -74,19 +74,21 @@ def write_partition(
     chunk_nbytes: int,
     on_progress: Callable[[int], None] = lambda nbytes: None,
 ) -> WrittenPartition:
-    """Write a rank's partition below ``directory`` under its temporary name. One writer a rank at a time.
+    """Write a rank's partition below ``directory`` under its temporary name.
+
+    At most one writer per rank may run at a time; the caller ensures it.
 
     Raises:
-        NotConvertible: no manifest may say what these tensors are; nothing was written.
-        DiskFull: the partition does not fit; what was written of it is removed.
-        WriteError: the directory refuses writing.
+        NotConvertible: the manifest format can't describe these tensors; nothing was written.
+        DiskFull: the partition does not fit; the partial file is removed.
+        WriteError: the directory can't be written.
     """
     path = directory / partition_path(rank)
     partition, header = _plan_partition(path, rank, tensors)
     by_name = {tensor.spec.name: tensor for tensor in tensors}
     with write_errors(path), _removed_on_failure(_partial(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _partial(path).unlink(missing_ok=True)  # a killed writer's: its space counts as free
+        _partial(path).unlink(missing_ok=True)  # left by a killed writer; free its space before checking for space
         _require_space(path, partition.nbytes)
         chunks = _write_file(
             path,
@@ -99,10 +101,10 @@ def write_partition(
 
 
 def write_file_durably(path: Path, content: bytes) -> None:
-    """Replace a small file at once: a reader finds the old content or the new.
+    """Replace a small file atomically and durably: a reader finds either the old content or the new one.
 
     Raises:
-        WriteError: the directory refuses writing or is full.
+        WriteError: the directory can't be written or is full.
     """
     with write_errors(path), _removed_on_failure(_partial(path)):
         _partial(path).unlink(missing_ok=True)
@@ -117,7 +119,7 @@ def write_file_durably(path: Path, content: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
+    """Sync a directory, which makes renames inside it durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -127,7 +129,7 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` into the ``WriteError`` that names ``path`` and the mend."""
+    """Turn an ``OSError`` into a ``WriteError`` that names ``path`` and the fix."""
     try:
         yield
     except OSError as error:
@@ -148,7 +150,7 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
 
 
 def _plan_partition(path: Path, rank: int, tensors: Sequence[TensorData]) -> tuple[Partition, bytes]:
-    """The partition, its chunks still unknown, and its header."""
+    """Return the partition, with its list of chunk checksums still empty, and its header."""
     try:
         records = plan_records([tensor.spec for tensor in tensors])
         header = build_header(records)
@@ -184,7 +186,7 @@ def _write_file(
     chunk_nbytes: int,
     on_progress: Callable[[int], None],
 ) -> list[str]:
-    """Write header and data; returns the checksum of every chunk."""
+    """Write header and data. Returns the checksum of every chunk."""
     fd = os.open(_partial(path), _NEW_FILE, 0o644)
     try:
         _write_all(fd, memoryview(header), 0)
@@ -210,7 +212,7 @@ def _write_file(
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    """``pwrite`` until all is written: one call may write less, on a full disk or past 2 GiB."""
+    """Call ``pwrite`` until everything is written: one call may write less, on a full disk or above 2 GiB."""
     while data:
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count

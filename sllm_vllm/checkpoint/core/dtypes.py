@@ -1,6 +1,7 @@
-"""Torch's dtypes by name, and the safetensors code of those that format knows. Pure.
+"""Names of torch dtypes, and the safetensors code of each dtype that safetensors supports. Pure.
 
-A dtype without a code is stored as ``U8`` with one more dimension (its item size); the manifest keeps its true name.
+A dtype without a safetensors code is stored as ``U8`` with one extra trailing dimension, its item size in bytes; the
+manifest records the real dtype.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ DTYPE_CODES: dict[str, tuple[str, int]] = {
     "float8_e5m2": ("F8_E5M2", 1),
     "complex64": ("C64", 8),
 }
-"""Name in torch → (safetensors dtype, bytes an item)."""
+"""Torch dtype name → (safetensors code, bytes per item)."""
 
 RAW_CODE = "U8"
 ITEM_NBYTES_MAX = 16
 
 
 def safetensors_view(dtype: str, shape: tuple[int, ...], item_nbytes: int) -> tuple[str, list[int]]:
-    """The dtype and shape under which the safetensors header shows a tensor."""
+    """Return the dtype code and shape that the safetensors header gives for a tensor."""
     known = DTYPE_CODES.get(dtype)
     if known is not None:
         return known[0], list(shape)

@@ -1,7 +1,7 @@
-"""The safetensors header of a partition: built and read. Pure.
+"""Builds and checks the safetensors header of a partition. Pure.
 
-The layout is the safetensors format's own: eight bytes of length (little-endian), then that many bytes of JSON.
-Ours is padded with spaces so that the data starts on a 4096-byte boundary.
+The layout is the standard safetensors one: eight bytes of length (little-endian), then that many bytes of JSON.
+The JSON is padded with spaces so that the data starts on a 4096-byte boundary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LENGTH_NBYTES = 8
 
 
 def build_header(tensors: Sequence[TensorRecord]) -> bytes:
-    """Header of a partition that holds ``tensors``; its length is a multiple of ``DATA_ALIGNMENT``."""
+    """Build the header of a partition that holds ``tensors``. Its length is a multiple of ``DATA_ALIGNMENT``."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", "layout": FORMAT_NAME}}
     for tensor in tensors:
         dtype, shape = safetensors_view(tensor.dtype, tuple(tensor.shape), tensor.item_nbytes)
@@ -31,10 +31,10 @@ def build_header(tensors: Sequence[TensorRecord]) -> bytes:
 
 
 def parse_header_length(raw: bytes, path: str) -> int:
-    """Bytes of the whole header, told by its first eight.
+    """Return the size in bytes of the whole header, read from its first eight bytes.
 
     Raises:
-        CheckpointInvalid: the length is impossible.
+        CheckpointInvalid: the length is zero or too large, or ``raw`` has fewer than eight bytes.
     """
     length = int.from_bytes(raw[:LENGTH_NBYTES], "little")
     if len(raw) < LENGTH_NBYTES or not 0 < length <= HEADER_NBYTES_MAX:
@@ -43,10 +43,10 @@ def parse_header_length(raw: bytes, path: str) -> int:
 
 
 def check_header(raw: bytes, tensors: Sequence[TensorRecord], path: str) -> None:
-    """Hold a partition's header against the manifest's records.
+    """Check that a partition's header matches the manifest's tensor records.
 
     Raises:
-        CheckpointInvalid: it is malformed, or says anything else than the manifest.
+        CheckpointInvalid: the header is malformed, or differs from the manifest.
     """
     if parse_header_length(raw, path) != len(raw):
         raise CheckpointInvalid(
@@ -69,5 +69,5 @@ def check_header(raw: bytes, tensors: Sequence[TensorRecord], path: str) -> None
 
 
 def _has_integers_alone(entry: dict[str, list[Any]]) -> bool:
-    """Python holds 1, 1.0 and true to be equal; other readers of safetensors do not."""
+    """Whether all numbers of an entry are ints. Python treats 1, 1.0 and True as equal; other readers do not."""
     return all(type(number) is int for number in (*entry["shape"], *entry["data_offsets"]))

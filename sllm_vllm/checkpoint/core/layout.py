@@ -1,8 +1,9 @@
-"""Where each tensor goes in a partition. Pure.
+"""Decides where each tensor goes in a partition. Pure.
 
-Tensors keep the order in which they are given (execution order), so that a module's bytes lie together and arrive
-together. Those whose size is no multiple of 256 bytes go last, the widest elements first: every large tensor starts on
-a 256-byte boundary and every small one on a multiple of its element size, without the holes that safetensors forbids.
+Tensors keep the order in which they are passed in (execution order), so that the bytes of one module are adjacent and
+arrive together. Tensors whose size is not a multiple of 256 bytes go last, in the *tail*, widest elements first. Every
+tensor before the tail then starts on a 256-byte boundary, and every tensor in the tail on a multiple of its element
+size, without gaps between tensors, which safetensors forbids.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sllm_vllm.checkpoint.core.manifest import TENSOR_ALIGNMENT, TensorRecord, n
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to be stored; ``aliases`` are other names of the same bytes (tied weights)."""
+    """A tensor to store. ``aliases`` are other names for the same bytes (tied weights)."""
 
     name: str
     dtype: str
@@ -26,7 +27,7 @@ class TensorSpec:
 
 
 def plan_records(specs: Sequence[TensorSpec]) -> list[TensorRecord]:
-    """Give every tensor its offset. The result is in file order and has no holes."""
+    """Assign an offset to every tensor. The records are in file order and leave no gaps."""
     body = [spec for spec in specs if _in_body(spec.nbytes)]
     tail = sorted((spec for spec in specs if not _in_body(spec.nbytes)), key=lambda spec: -spec.item_nbytes)
     records, offset = [], 0
@@ -46,7 +47,7 @@ def plan_records(specs: Sequence[TensorSpec]) -> list[TensorRecord]:
 
 
 def tail_offset(records: Sequence[TensorRecord]) -> int:
-    """Offset from which only small, unaligned tensors follow. They are read first: every module may need one."""
+    """Return the offset at which the tail (small, unaligned tensors) starts."""
     return next((record.offset for record in records if record.is_in_tail), records[-1].end if records else 0)
 
 
@@ -55,9 +56,10 @@ def _in_body(nbytes: int) -> bool:
 
 
 def load_order(tensors: Sequence[TensorRecord], chunk_nbytes: int) -> tuple[int, ...]:
-    """Chunks in the order in which a load wants them.
+    """Return the indices of all chunks in the order in which a load needs them.
 
-    First those with the small unaligned tensors, as any module may need one of them; then the others in file order.
+    Chunks of the tail come first, because any module may need one of its small tensors; the others follow in file
+    order.
     """
     count = num_chunks(tensors[-1].end if tensors else 0, chunk_nbytes)
     first_tail = tail_offset(tensors) // chunk_nbytes

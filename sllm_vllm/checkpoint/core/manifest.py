@@ -1,7 +1,7 @@
 """The manifest: what a checkpoint holds and how to check it. Pure: text in, frozen records out.
 
-Nothing in a manifest is trusted: sizes are bounded before parsing, paths can only name our own partitions, and every
-offset must lie inside its file. Whoever holds a ``Manifest`` may rely on all that FORMAT.md says MUST.
+A manifest is untrusted input: its size is bounded before parsing, its paths can only name the checkpoint's own
+partitions, and every offset must lie inside its file. A ``Manifest`` object satisfies every MUST of FORMAT.md.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 PARTITION_DIR = "partitions"
 DATA_ALIGNMENT = 4096
-"""Partition data starts on a multiple of this, so that any chunk can be read with O_DIRECT."""
+"""Partition data starts at a multiple of this many bytes, so that every chunk can be read with O_DIRECT."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX64 = re.compile(r"[0-9a-f]{16}")
 TENSOR_ALIGNMENT = 256
-"""Tensors whose size is no multiple of this lie behind all others, so that every large one starts on a multiple."""
+"""Tensors whose size is not a multiple of this come after all others, so that every other one starts on a multiple."""
 
 _MARKS = (b"{", b"[", b",", b":")
-_METADATA_NAME = "__metadata__"  # safetensors keeps it for itself
+_METADATA_NAME = "__metadata__"  # reserved by safetensors
 _MEND = "convert the model again"
 
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -49,7 +49,7 @@ class _Record(BaseModel):
 
 
 class SourceFileRecord(_Record):
-    """A file that the weights came from. ``digest`` names the algorithm, then the content: ``xxh3:…``, ``sha256:…``."""
+    """A source file of the weights. ``digest`` is the algorithm and the content's hash: ``xxh3:…``, ``sha256:…``."""
 
     name: Name
     nbytes: Count
@@ -57,9 +57,9 @@ class SourceFileRecord(_Record):
 
 
 class Source(_Record):
-    """Where the weights came from. ``fingerprint`` identifies the content of all ``files``, on every machine.
+    """Where the weights came from. ``fingerprint`` identifies the content of all ``files`` and is the same everywhere.
 
-    ``revision`` is the commit of a model from the Hub. Checkpoints of earlier versions list no files.
+    ``revision`` is the commit of a model from the Hub. Checkpoints written by earlier versions list no files.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Source(_Record):
 
 
 class Layout(_Record):
-    """Whatever changes what a parameter holds. Two loads may share a checkpoint only if all of it is equal."""
+    """Everything that affects the contents of parameters. Two loads share a checkpoint only if all fields are equal."""
 
     model_class: str
     dtype: str
@@ -81,11 +81,11 @@ class Layout(_Record):
     device_type: str
     vllm_version: str
     config_digest: str
-    """Digest of everything else in vLLM's and the model's configuration that shapes the module."""
+    """Digest of all other settings in vLLM's and the model's configuration that affect the module."""
 
 
 class TensorRecord(_Record):
-    """One stored tensor: ``nbytes`` at ``offset`` of the partition's data, row-major. ``aliases`` share its bytes."""
+    """One stored tensor: ``nbytes`` bytes at ``offset`` in the partition's data, row-major. ``aliases`` share them."""
 
     name: Name
     dtype: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")]
@@ -96,19 +96,19 @@ class TensorRecord(_Record):
 
     @property
     def end(self) -> int:
-        """First byte behind the tensor, counted like ``offset``."""
+        """Offset of the first byte after the tensor, counted like ``offset``."""
         return self.offset + self.nbytes
 
     @property
     def item_nbytes(self) -> int:
-        """Bytes an element; 1 for a tensor without elements and of a dtype that safetensors lacks."""
+        """Bytes per element; 1 for an empty tensor of a dtype that safetensors lacks."""
         if self.dtype in DTYPE_CODES:
             return DTYPE_CODES[self.dtype][1]
         return self.nbytes // numel if (numel := math.prod(self.shape)) else 1
 
     @property
     def is_in_tail(self) -> bool:
-        """Whether it lies behind the large tensors: it is small, unaligned or empty."""
+        """Whether it belongs to the tail: its size is zero or not a multiple of ``TENSOR_ALIGNMENT``."""
         return self.nbytes == 0 or self.nbytes % TENSOR_ALIGNMENT != 0
 
     @model_validator(mode="after")
@@ -122,7 +122,7 @@ class TensorRecord(_Record):
 
 
 class Partition(_Record):
-    """One rank's data file: ``header_nbytes`` of safetensors header, then data in chunks of the manifest's size."""
+    """One rank's data file: a safetensors header of ``header_nbytes``, then data in chunks of ``chunk_nbytes``."""
 
     rank: Count
     path: str
@@ -135,7 +135,7 @@ class Partition(_Record):
 
     @property
     def data_nbytes(self) -> int:
-        """Bytes behind the header."""
+        """Bytes after the header."""
         return self.nbytes - self.header_nbytes
 
     @model_validator(mode="after")
@@ -172,7 +172,7 @@ class Partition(_Record):
 
 
 class Manifest(_Record):
-    """A whole checkpoint, validated."""
+    """The validated description of a whole checkpoint."""
 
     format: Literal["sllm-checkpoint"] = FORMAT_NAME
     version: Literal[1] = FORMAT_VERSION
@@ -196,32 +196,32 @@ class Manifest(_Record):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all partitions."""
+        """Total size of all partitions."""
         return sum(partition.nbytes for partition in self.partitions)
 
 
 def partition_path(rank: int) -> str:
-    """Path of a rank's partition inside the checkpoint."""
+    """Return the path of a rank's partition inside the checkpoint."""
     return f"{PARTITION_DIR}/rank-{rank:05d}.safetensors"
 
 
 def num_chunks(data_nbytes: int, chunk_nbytes: int) -> int:
-    """Chunks that hold so many bytes of data; the last one may be short."""
+    """Return how many chunks hold ``data_nbytes`` bytes; the last chunk may be short."""
     return -(-data_nbytes // chunk_nbytes)
 
 
 def num_marks(raw: bytes) -> int:
-    """Brackets, braces, commas and colons of a JSON text: no fewer than the values that it makes."""
+    """Count opening brackets and braces, commas and colons in a JSON text: an upper bound on the values inside it."""
     return sum(map(raw.count, _MARKS))
 
 
 def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
-    """A JSON object in UTF-8 whose keys are unique, of at most ``MANIFEST_MARKS_MAX`` values or so.
+    """Parse a UTF-8 JSON object with unique keys and at most ``MANIFEST_MARKS_MAX`` marks (see ``num_marks``).
 
     Raises:
         CheckpointInvalid: ``raw`` is anything else.
     """
-    if num_marks(raw) > MANIFEST_MARKS_MAX:  # counted before anything is built: 3 bytes can cost 100
+    if num_marks(raw) > MANIFEST_MARKS_MAX:  # checked before parsing: 3 bytes of JSON can take 100 bytes of memory
         raise CheckpointInvalid(path, f"the {what} holds too many values (limit: {MANIFEST_MARKS_MAX})", _MEND)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
         if _SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()  # half of a pair is no text
+            json.dumps(value, ensure_ascii=False).encode()  # raises if a surrogate has no partner
     except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(path, f"the {what} is no valid JSON ({_one_line(error)})", _MEND) from None
     if not isinstance(value, dict):
@@ -250,7 +250,7 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     """Validate a manifest. ``path`` is for messages only.
 
     Raises:
-        CheckpointInvalid: it breaks FORMAT.md in any way; the message says where.
+        CheckpointInvalid: the manifest violates FORMAT.md; the message says where.
     """
     if len(raw) > MANIFEST_NBYTES_MAX:
         raise CheckpointInvalid(path, f"{len(raw)} bytes is too large for a manifest", _MEND)
@@ -268,7 +268,7 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that is wrong with a record, on one line."""
+    """Describe the first validation error of a record on one line."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")

@@ -1,1 +1,1 @@
-"""What the store decides. Pure."""
+"""The store's decisions as pure code: no I/O, no clock, no threads."""

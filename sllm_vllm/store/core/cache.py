@@ -1,7 +1,8 @@
-"""What is in the pool, for whom, and what goes: events in, actions out. Pure; DESIGN.md has the rules by number.
+"""Decides what the pool holds, for which leases, and what is evicted: events in, actions out. Pure.
 
-Owned by the daemon's run loop. Every event does what it says to the records, marks the leases it may help, and then
-these are *served* in order of their tokens: given what is ready, and what is missing is ordered to be read.
+DESIGN.md has the rules that comments cite by number. Owned by the daemon's run loop. An event first updates the records
+and marks the leases that it may unblock. These are then *served* in token order: ready spans are given to them, and
+reads are started for missing ones.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from sllm_vllm.store.core.snapshot import Counters, Snapshot, snapshot_of
 from sllm_vllm.store.core.story import Story
 
 UNUSED_MAX = 64
-"""Partitions that are known although nothing of them is here."""
+"""Most partitions that stay known with no span in memory and no lease, prefetch or pin."""
 USAGES_MAX = 4096
-"""Forgotten partitions whose use is remembered, for the day they come back."""
+"""Most forgotten partitions whose usage is remembered, in case they become known again."""
 
 
 class Residency(NamedTuple):
-    """How much of a partition is in memory, and how much of that is given to clients."""
+    """How many spans of a partition are in memory, and how many of these clients are using."""
 
     num_resident: int
     num_given: int
@@ -49,9 +50,9 @@ class Residency(NamedTuple):
 
 
 class Cache:
-    """The pool of one node. ``transit``, ``window`` and ``reads_max`` are those of DESIGN.md; by default they fit the
-    pool. ``PartitionKnown`` must be told shortly before any other event about a partition of which nothing is here: of
-    such only the last ``UNUSED_MAX`` are known."""
+    """The pool of one node. ``transit``, ``window`` and ``reads_max`` are defined in DESIGN.md; their defaults depend
+    on the pool's size. Send ``PartitionKnown`` shortly before any other event about an unused partition: only the
+    ``UNUSED_MAX`` most recently touched unused partitions stay known."""
 
     def __init__(
         self,
@@ -73,21 +74,21 @@ class Cache:
         self.leases: dict[int, Lease] = {}
         self.prefetching: dict[str, Partition] = {}
         self.unused: dict[str, Partition] = {}
-        """Partitions of which nothing is here, the one touched last at the end."""
+        """Partitions with no span in memory and no lease, prefetch or pin; the most recently touched is last."""
         self.counters = Counters()
         self._story = Story()
         self._usages: dict[str, Usage] = {}
         self._waiting: set[int] = set()
-        """Tokens to be served: the event may help them, or they lacked a slot or a place to keep one."""
+        """Tokens of leases to serve: the current event may unblock them, or they lacked a slot earlier."""
         self._dry: set[bool] = set()
-        """While leases are served: no slot was found for a read of a lease's next span (True), or ahead (False)."""
+        """While leases are served, the kinds of read that found no slot: of a next span (True), or ahead (False)."""
         self._touched: set[str] = set()
         self._actions: list[Action] = []
 
     # --------------------------------------------------------------------------------------------------- interface
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
-        """Take note of what happened; returns what must be done, in this order."""
+        """Process an event. Returns the actions that the caller must carry out, in this order."""
         self._story.note(now_s, event)
         actions = self._actions = list[Action]()
         self._record(event, now_s)
@@ -99,30 +100,30 @@ class Cache:
         return actions
 
     def can_pin(self, partition_id: str) -> bool:
-        """Whether ``PinAsked`` is allowed now: with all of its spans, ``transit`` slots would be left over."""
+        """Whether ``PinAsked`` is allowed now: with all of its spans pinned, ``transit`` slots must remain."""
         return self.slots.can_pin(self.partitions[partition_id])
 
     def residency(self, partition_id: str) -> Residency:
-        """Of a partition that need not be known."""
+        """Return a partition's residency; zero if the partition is not known."""
         partition = self.partitions.get(partition_id)
         if partition is None:
             return Residency(0, 0, pinned=False)
         return Residency(partition.num_resident, partition.num_given, partition.is_pinned)
 
     def snapshot(self) -> Snapshot:
-        """All there is to know, for people and metrics."""
+        """Return the whole state, for display and metrics."""
         return snapshot_of(self)
 
     def story(self, name: str | int) -> list[tuple[float, Event | Action]]:
-        """The last events and actions about a partition's id or a lease's token, oldest first."""
+        """Return the last events and actions about a partition's id or a lease's token, oldest first."""
         return self._story.about(name)
 
     def validate(self) -> None:
-        """Assert every invariant. Looks at everything: for tests and the simulator."""
+        """Assert every invariant. Inspects the whole state, so for tests and the simulator only."""
         validate(self)
 
     def forget(self, partition_id: str) -> bool:
-        """Forget a partition of which nothing is here, and that nobody has asked for; tells whether it did."""
+        """Forget a partition if it is unused. Returns whether it was forgotten."""
         partition = self.unused.pop(partition_id, None)
         if partition is None:
             return False
@@ -185,7 +186,7 @@ class Cache:
         self.slots.touch(partition, now_s)
 
     def _hurry(self, partition: Partition) -> None:
-        """A load waits for what was begun as a fill."""
+        """Make the partition's fills urgent, because an urgent lease now waits for them."""
         for position in sorted(partition.filling):
             slot = partition.slots[position]
             if not slot.is_urgent:
@@ -254,9 +255,9 @@ class Cache:
     # ------------------------------------------------------------------------------------------------------ leases
 
     def _serve_leases(self) -> None:
-        """Rule 4: first come, first served, but one that must wait does not hold up others.
+        """Rule 4: serve leases in token order; a lease that must wait does not block others.
 
-        Serving makes no slot evictable, so what was not found for one lease is not there for the next either.
+        Serving makes no slot evictable, so if no slot was found for one lease, there is none for the next either.
         """
         waiting, self._waiting = sorted(self._waiting), set()
         self._dry.clear()
@@ -267,13 +268,13 @@ class Cache:
                 self._read_missing(lease)
 
     def _give_ready(self, lease: Lease) -> None:
-        """Rules 2 and 3."""
+        """Give the lease its next spans while they are ready (rules 2 and 3)."""
         partition = lease.partition
         while (slot := partition.slots.get(lease.cursor)) is not None and slot.is_ready:
             keep = lease.hold and self.slots.can_keep(slot)
             if not keep and len(lease.transit) == self.window:
                 if lease.hold:
-                    self._waiting.add(lease.token)  # another's release may let it keep
+                    self._waiting.add(lease.token)  # another lease's release may let it keep the slot
                 return
             self.slots.give(slot, keep=keep)
             (lease.kept if keep else lease.transit).add(slot.position)
@@ -284,7 +285,7 @@ class Cache:
             del partition.loads[lease.token]
 
     def _read_missing(self, lease: Lease) -> None:
-        """Rules 4 and 5."""
+        """Start reads of the lease's missing spans, as far as slots allow (rules 4 and 5)."""
         partition = lease.partition
         lease.read_at = max(lease.read_at, lease.cursor)
         while lease.read_at < partition.num_spans and len(partition.filling) < self.reads_max:
@@ -296,10 +297,10 @@ class Cache:
             lease.read_at += 1
 
     def _make_room(self, *, for_next: bool) -> bool:
-        """See to it that a slot is free; tells whether one is.
+        """Free a slot if none is free. Returns whether one is free now.
 
-        What leases still want goes for the very span another waits for, never for reading ahead: else two loads, or
-        the head and the tail of one, would take the same slots from each other over and over.
+        Spans that leases still want are evicted only for a span that another lease waits for next, never for reading
+        ahead. Otherwise two loads, or the head and tail of one load, would keep evicting each other's spans.
         """
         if self.slots.free:
             return True
@@ -323,7 +324,7 @@ class Cache:
     # ------------------------------------------------------------------------------------------ prefetches, slots
 
     def _serve_prefetches(self) -> None:
-        """Rule 6."""
+        """Start reads for prefetches, and end those that are complete or out of slots (rule 6)."""
         for partition in list(self.prefetching.values()):
             while partition.fetch_at < partition.num_spans and len(partition.filling) < self.reads_max:
                 if partition.fetch_at not in partition.slots:
@@ -336,7 +337,7 @@ class Cache:
                 self._end_prefetches(partition)
 
     def _make_room_below(self, partition: Partition) -> bool:
-        """See to it that a slot is free, at the cost of cheaper partitions alone; tells whether one is."""
+        """Free a slot if none is free, evicting only spans of lower worth. Returns whether one is free now."""
         if self.slots.free:
             return True
         victim = self.slots.least_spent(worth_max=self.slots.policy.worth(partition.usage))
@@ -359,7 +360,7 @@ class Cache:
         self._actions.append(StartRead(partition.spec.id, slot.span, slot.index, slot.is_urgent))
 
     def _evict(self, victim: Slot) -> None:
-        """Drop it because another span needs its place."""
+        """Drop a slot's span because another span needs the slot."""
         self.slots.policy.evicted(self.slots.policy.worth(victim.partition.usage))
         self._drop(victim)
 
@@ -376,7 +377,7 @@ class Cache:
     # -------------------------------------------------------------------------------------------------- partitions
 
     def _touch(self, partition_id: str) -> Partition:
-        """The record of a partition about which something happens."""
+        """Return the record of a known partition, and mark it as touched."""
         assert partition_id in self.partitions, f"partition {partition_id} is not known"
         self._touched.add(partition_id)
         return self.partitions[partition_id]

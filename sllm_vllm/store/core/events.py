@@ -1,8 +1,8 @@
-"""What happens to the store's memory, and what is to be done about it. Pure: events in, actions out of ``cache.py``.
+"""The events that ``cache.py`` takes and the actions that it returns. Pure records.
 
 A *span* is as many whole chunks of a checkpoint's partition as fit in one *slot* of the pool; with default sizes, one
-chunk. Spans are numbered along the partition's data. A *token* is a lease's number: it grows with every lease, also
-over restarts of the daemon, so that an old one can never pass for a new one.
+chunk. Spans are numbered by their place in the partition's data. A *token* identifies a lease: it increases with every
+lease, also across restarts of the daemon, so that an old token is never mistaken for a new one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 class PartitionSpec:
     """One rank's partition as the store sees it.
 
-    ``id`` is a digest of its contents: equal ids mean equal bytes, wherever they lie. ``order`` holds every span once,
-    in the order in which a load wants them. ``name`` is for people.
+    ``id`` is a digest of its contents: equal ids mean equal bytes, wherever they are stored. ``order`` holds every span
+    once, in the order in which a load needs them. ``name`` is for display.
     """
 
     id: str
@@ -29,7 +29,7 @@ class PartitionSpec:
 
 @dataclass(frozen=True, slots=True)
 class PartitionKnown:
-    """A partition can be had at ``bps`` bytes a second over the slowest hop left. Told again when that changes."""
+    """A partition can be read at ``bps`` bytes per second over the slowest hop. Sent again when the rate changes."""
 
     partition: PartitionSpec
     bps: float
@@ -37,9 +37,10 @@ class PartitionKnown:
 
 @dataclass(frozen=True, slots=True)
 class LeaseOpened:
-    """A client wants a whole partition, in its order. With ``hold`` it would rather keep slots mapped than copy.
+    """A client wants a whole partition, in its order. With ``hold`` it prefers to keep slots mapped, not copy them.
 
-    One that is not urgent can wait: its reads are fills, and it is no use of the partition (the write-behind's).
+    A lease with ``is_urgent`` false is the write-behind's: its reads are fills, and it does not count as a use of the
+    partition.
     """
 
     token: int
@@ -50,7 +51,7 @@ class LeaseOpened:
 
 @dataclass(frozen=True, slots=True)
 class SpansReleased:
-    """The client no longer looks at these spans; those it never held are ignored (it may tell twice)."""
+    """The client no longer uses these spans. Spans that it does not hold are ignored: a client may release twice."""
 
     token: int
     spans: tuple[int, ...]
@@ -58,14 +59,14 @@ class SpansReleased:
 
 @dataclass(frozen=True, slots=True)
 class LeaseClosed:
-    """The client is done, or dead: all it held is free."""
+    """The client has finished or died; everything it held is released."""
 
     token: int
 
 
 @dataclass(frozen=True, slots=True)
 class PrefetchAsked:
-    """Bring a partition into memory, as far as it displaces nothing of more worth. ``request`` names the asker."""
+    """Read a partition into memory without evicting spans worth as much or more. ``request`` identifies the request."""
 
     request: int
     partition: str
@@ -73,14 +74,14 @@ class PrefetchAsked:
 
 @dataclass(frozen=True, slots=True)
 class EvictAsked:
-    """Drop whatever of a partition nobody holds, pinned or not, and stop prefetching it."""
+    """Unpin a partition, drop its spans that no client holds, and end its prefetches."""
 
     partition: str
 
 
 @dataclass(frozen=True, slots=True)
 class PinAsked:
-    """Keep (or no longer keep) a partition's spans from eviction, once they are here."""
+    """Protect a partition's resident spans from eviction, or stop protecting them."""
 
     partition: str
     pinned: bool
@@ -88,7 +89,7 @@ class PinAsked:
 
 @dataclass(frozen=True, slots=True)
 class ReadDone:
-    """The slot holds the span now, verified."""
+    """A read finished: the slot holds the span, verified."""
 
     partition: str
     span: int
@@ -97,7 +98,7 @@ class ReadDone:
 
 @dataclass(frozen=True, slots=True)
 class ReadFailed:
-    """The span can't be had. ``error`` is whatever the shell wants to hear again in ``FailLease``."""
+    """A read failed. ``error`` is opaque to the core, and returned in ``FailLease``."""
 
     partition: str
     span: int
@@ -122,7 +123,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartRead:
-    """Fill a slot with a span. ``is_urgent``: a lease waits for it; else it is a fill."""
+    """Read a span into a slot. ``is_urgent``: an urgent lease waits for it; otherwise the read is a fill."""
 
     partition: str
     span: int
@@ -132,7 +133,7 @@ class StartRead:
 
 @dataclass(frozen=True, slots=True)
 class HurryRead:
-    """A fill that was ordered before is waited for by a lease now."""
+    """An urgent lease now waits for a read that was started as a fill."""
 
     partition: str
     span: int
@@ -140,8 +141,8 @@ class HurryRead:
 
 @dataclass(frozen=True, slots=True)
 class GiveSpan:
-    """Tell the client where a span lies. ``keep``: it may look at the slot for as long as it likes; else it copies and
-    releases at once."""
+    """Tell the client which slot holds a span. ``keep``: it may use the slot until it releases it; otherwise it must
+    copy the span and release it at once."""
 
     token: int
     span: int
@@ -151,7 +152,7 @@ class GiveSpan:
 
 @dataclass(frozen=True, slots=True)
 class FailLease:
-    """Tell the client that a span can't be had. The lease stays until it closes it, but gets nothing more."""
+    """Tell the client that a span can't be read. The lease stays open until the client closes it, but gets no spans."""
 
     token: int
     span: int
@@ -160,7 +161,7 @@ class FailLease:
 
 @dataclass(frozen=True, slots=True)
 class DropSpan:
-    """A slot was given up; for counters, nothing has to be done."""
+    """A slot was freed. For counters only; the shell does nothing."""
 
     partition: str
     span: int
@@ -169,7 +170,7 @@ class DropSpan:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchEnded:
-    """A prefetch came to its end: ``num_resident`` spans of the partition are in memory. ``error`` if a read failed."""
+    """A prefetch ended with ``num_resident`` spans of the partition in memory. ``error`` is set if a read failed."""
 
     request: int
     partition: str

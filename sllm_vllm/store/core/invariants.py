@@ -1,4 +1,4 @@
-"""What always holds between two events, by the rules of DESIGN.md. Pure; looks at everything, so for tests."""
+"""Invariants of the cache between two events, from the rules of DESIGN.md. Pure; inspects everything, so for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def validate(cache: Cache) -> None:
-    """Assert that the records agree with each other, that limits are kept, and that nobody waits in vain."""
+    """Assert that the records are consistent, that limits are respected, and that no lease waits without a reason."""
     _validate_pool(cache)
     for name, partition in cache.partitions.items():
         assert partition.spec.id == name
@@ -26,7 +26,7 @@ def validate(cache: Cache) -> None:
 
 
 def _validate_pool(cache: Cache) -> None:
-    """Rule 1: each slot is free, or holds or awaits one span. Rule 3: kept slots leave ``transit`` over."""
+    """Rule 1: each slot is free, or holds or awaits one span. Rule 3: at least ``transit`` slots are not kept."""
     pool, partitions = cache.slots, cache.partitions.values()
     used = [slot.index for partition in partitions for slot in partition.slots.values()]
     assert sorted(used + pool.free) == list(range(pool.num_slots))
@@ -53,7 +53,7 @@ def _validate_partition(cache: Cache, partition: Partition) -> None:
 
 
 def _validate_lease(cache: Cache, lease: Lease) -> None:
-    """Rules 2 and 3."""
+    """Check a lease against rules 2 and 3."""
     partition = lease.partition
     assert cache.partitions[partition.spec.id] is partition
     assert not lease.transit & lease.kept
@@ -79,7 +79,7 @@ def _validate_given(cache: Cache) -> None:
 
 
 def _validate_progress(cache: Cache) -> None:
-    """No wakeup was lost: what a lease wants next was given if it could be, and read if there was a slot for it."""
+    """No wakeup was lost: each lease's next span was given if possible, and read if a slot was available."""
     has_spent = bool(cache.slots.free) or cache.slots.least_spent() is not None
     has_any = has_spent or cache.slots.least_wanted() is not None
     for partition in cache.partitions.values():

@@ -1,4 +1,4 @@
-"""Which partition's spans are worth least. Pure: told of uses and evictions, it answers with a number."""
+"""Eviction policies: decide which partition's spans are worth least. Pure: uses and evictions in, a number out."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Protocol
 
 @dataclass(slots=True)
 class Usage:
-    """What is remembered of a partition's use. ``span_s``: seconds to get one span back."""
+    """How a partition was used. ``span_s``: seconds to read one of its spans again."""
 
     span_s: float
     uses: int = 0
     last_used_s: float | None = None
     stamp: float = 0.0
-    """Written and read by the policy alone."""
+    """Written and read only by the policy."""
 
 
 class Policy(Protocol):
-    """An order of partitions by worth, and of the spans in one."""
+    """Orders partitions by worth, and says from which end the spans of one are evicted."""
 
     tail_first: bool
-    """Whether a partition's last spans go first; else its first ones do."""
+    """Whether a partition's last spans are evicted first; otherwise its first spans are."""
 
     def touch(self, usage: Usage, now_s: float) -> None:
-        """A load of the partition begins, or is expected."""
+        """Record that a load of the partition begins or is expected."""
 
     def worth(self, usage: Usage) -> float:
-        """What a span of the partition is worth; comparable with other worths of the same policy alone."""
+        """Return the worth of a span of the partition, comparable only with worths from the same policy."""
 
     def evicted(self, worth: float) -> None:
-        """A span of this worth went."""
+        """Record that a span of this worth was evicted."""
 
 
 class CostAware:
-    """GreedyDual-Size-Frequency: a span that is slow to get back stays longer, and what is not used grows cheap.
+    """GreedyDual-Size-Frequency: spans that are slow to read again stay longer, and unused ones lose worth.
 
-    Spans are of one size, so the paper's cost by size is the seconds to get one back. The head of a partition stays
-    longest, because loading it hides the reading of the rest. (Cherkasova, HP Labs 1998.)
+    Spans are of equal size, so the paper's cost divided by size is the seconds to read one again. The head of a
+    partition stays longest, because the rest can be read while it is loaded. (Cherkasova, HP Labs 1998.)
     """
 
     tail_first = True
@@ -46,43 +46,43 @@ class CostAware:
         self._floor = 0.0
 
     def touch(self, usage: Usage, now_s: float) -> None:
-        """Raise it to today's floor."""
+        """Set the stamp to the current floor."""
         usage.stamp = self._floor
 
     def worth(self, usage: Usage) -> float:
-        """The floor at its last use, and what its uses would have cost. One that is expected counts as used once."""
+        """Return the floor at its last use plus the cost of its uses. A partition never used counts as used once."""
         return usage.stamp + max(1, usage.uses) * usage.span_s
 
     def evicted(self, worth: float) -> None:
-        """Raise the floor; never lower it, as a span that was in use for long may be cheaper than the last victim."""
+        """Raise the floor to ``worth``. It never falls, though a span that was in use for long may be cheaper."""
         self._floor = max(self._floor, worth)
 
 
 class Lru:
-    """The partition used longest ago goes first, from the span it used longest ago."""
+    """Least recently used: evicts from the partition that was used longest ago, starting at its head."""
 
     tail_first = False
 
     def touch(self, usage: Usage, now_s: float) -> None:
-        """It is the latest now."""
+        """Set the stamp to the current time."""
         usage.stamp = now_s
 
     def worth(self, usage: Usage) -> float:
-        """When it was touched last."""
+        """Return when the partition was last touched."""
         return usage.stamp
 
     def evicted(self, worth: float) -> None:
-        """Nothing grows old but by time."""
+        """Do nothing: worth depends on time only."""
 
 
 _POLICIES: dict[str, type[CostAware | Lru]] = {"cost": CostAware, "lru": Lru}
 
 
 def policy_named(name: str) -> Policy:
-    """A new policy, ``cost`` or ``lru``.
+    """Make the policy called ``cost`` or ``lru``.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no policy has this name.
     """
     if name not in _POLICIES:
         raise ValueError(f"no eviction policy is called {name!r}; there are {', '.join(_POLICIES)}")

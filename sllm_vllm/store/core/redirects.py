@@ -1,4 +1,4 @@
-"""Where a remote may send its reader: which redirects are followed, and which addresses are connected to. Pure."""
+"""Rules for remotes: which redirects are followed, and which addresses may be connected to. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from urllib.parse import SplitResult
 
 HUB_HOSTS = ("huggingface.co", "*.huggingface.co", "*.hf.co")
-"""Where the Hugging Face Hub redirects downloads to: its content delivery networks and Xet's bridge."""
+"""Hosts to which the Hugging Face Hub redirects downloads: its content delivery networks and Xet's bridge."""
 REDIRECTS_MAX = 5
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -16,7 +16,7 @@ _IPV4_BITS = (1 << 32) - 1
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the internet's: not loopback, link-local, private, multicast or reserved."""
+    """Whether an address is on the public internet: not loopback, link-local, private, multicast or reserved."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour
@@ -28,7 +28,7 @@ def is_public(address: str) -> bool:
 
 
 def is_literal(host: str) -> bool:
-    """Whether a host is an address in the usual spelling; other spellings are resolved like names."""
+    """Whether a host is an IP address in standard notation; other spellings are resolved like names."""
     try:
         ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -38,11 +38,14 @@ def is_literal(host: str) -> bool:
 
 @dataclass(slots=True)
 class RedirectRules:
-    """What one remote may do. Learns from the first resolution whether it is public, and stays with that.
+    """The rules for one remote.
+
+    The first resolution of its name decides whether the remote is public; this does not change later. A public remote
+    may not lead to private addresses.
 
     Args:
-        named: the URL that the operator named.
-        hosts: other hosts that it may redirect to; ``*.example.com`` for all below.
+        named: the URL that the operator configured.
+        hosts: other hosts to which it may redirect; ``*.example.com`` allows all subdomains.
     """
 
     named: SplitResult
@@ -55,7 +58,7 @@ class RedirectRules:
             self.is_public = is_public(host)
 
     def why_not(self, target: SplitResult) -> str:
-        """Why a redirect is not followed; empty if it is."""
+        """Return why a redirect to ``target`` is refused; empty if it is allowed."""
         host = target.hostname or ""
         if target.scheme not in _PORTS or not host:
             return "it redirects to something that is no http(s) URL"
@@ -68,13 +71,13 @@ class RedirectRules:
         return ""
 
     def admit(self, host: str, addresses: Sequence[str]) -> list[str]:
-        """The addresses of a host that may be connected to; empty if none may."""
+        """Return those of a host's addresses to which a connection is allowed."""
         if self.is_public is None and host == self.named.hostname:
             self.is_public = any(map(is_public, addresses))
         return [address for address in addresses if not self.is_public or is_public(address)]
 
     def is_same_origin(self, target: SplitResult) -> bool:
-        """Whether scheme, host and port are those that were named: credentials go there alone."""
+        """Whether scheme, host and port equal those of the configured URL. Credentials are sent only there."""
         return _origin(target) == _origin(self.named)
 
     def _is_upgrade(self, target: SplitResult) -> bool:
@@ -93,5 +96,5 @@ def _origin(parts: SplitResult) -> tuple[str, str | None, int | None]:
 
 
 def _shown(host: str) -> str:
-    """A host that a server named, for a message on one line."""
+    """Return a host that a server sent in a form that is safe for a one-line message."""
     return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in host)[:255]

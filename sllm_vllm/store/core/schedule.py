@@ -1,4 +1,4 @@
-"""Which read or write of one device may begin now. Pure; DESIGN.md, "The I/O schedule", has the rule."""
+"""Decides which read or write of one device may begin now. Pure. The rule is in DESIGN.md, "The I/O schedule"."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import math
 
 
 class Urgency(enum.IntEnum):
-    """What a job is for; the most urgent first."""
+    """What a job is for, most urgent first."""
 
     LOAD = 0
-    """An engine waits."""
+    """A read that an engine waits for."""
     FILL = 1
-    """A prefetch."""
+    """A read that no engine waits for, such as a prefetch."""
     WRITE = 2
-    """Write-behind."""
+    """A write of the write-behind."""
 
 
 class IoSchedule:
-    """A device's jobs. Loads and fills share the readers, writes have the writers.
+    """The jobs of one device. Loads and fills share the readers; writes use the writers.
 
-    With ``pauses``, no fill and no write begins while a load is queued or running. One that has waited for
-    ``starve_s``, while none of its kind began, begins all the same, and before queued loads.
+    With ``pauses``, no fill or write begins while a load is queued or running, with one exception: if fills (or writes)
+    are queued and none has begun for ``starve_s`` seconds, one begins anyway, before queued loads.
     """
 
     def __init__(self, num_readers: int, num_writers: int, *, starve_s: float, pauses: bool) -> None:
@@ -33,11 +33,11 @@ class IoSchedule:
         self._queues: dict[Urgency, dict[int, None]] = {urgency: {} for urgency in Urgency}
         self._running: dict[int, Urgency] = {}
         self._waits_since_s = dict.fromkeys(Urgency, 0.0)
-        """When a kind last began, or began to queue if that is later."""
+        """When a job of each kind last began, or when its queue last became non-empty, whichever is later."""
         self._now_s = -math.inf
 
     def add(self, job: int, urgency: Urgency, now_s: float) -> None:
-        """Queue a job under a number that is not in use."""
+        """Queue a job. ``job`` is a number that no queued or running job has."""
         self._advance(now_s)
         assert job not in self._running
         assert not any(job in queue for queue in self._queues.values())
@@ -47,13 +47,13 @@ class IoSchedule:
         queue[job] = None
 
     def promote(self, job: int) -> None:
-        """Make a queued fill a load, the last in line; nothing happens to any other job."""
+        """Turn a queued fill into a load, at the end of the loads' queue. Does nothing for any other job."""
         if job in self._queues[Urgency.FILL]:
             del self._queues[Urgency.FILL][job]
             self._queues[Urgency.LOAD][job] = None
 
     def cancel(self, job: int) -> bool:
-        """Take a job from its queue; tells whether it was there. One that runs must be finished."""
+        """Remove a queued job. Returns whether it was queued; a running job can't be cancelled."""
         for queue in self._queues.values():
             if job in queue:
                 del queue[job]
@@ -61,7 +61,7 @@ class IoSchedule:
         return False
 
     def take(self, now_s: float) -> list[int]:
-        """The jobs that must begin now; they are running from here on."""
+        """Return the jobs that must begin now, and count them as running."""
         self._advance(now_s)
         starved = [kind for kind in (Urgency.FILL, Urgency.WRITE) if self._starves_in_s(kind, now_s) <= 0]
         begun = [self._begin(kind, now_s) for kind in starved if self._may_begin(kind)]
@@ -71,12 +71,12 @@ class IoSchedule:
         return begun
 
     def finished(self, job: int, now_s: float) -> None:
-        """A running job ended, well or not; ``take`` must be asked again."""
+        """Record that a running job ended, successfully or not. The caller must call ``take`` afterwards."""
         self._advance(now_s)
         del self._running[job]
 
     def wakeup_s(self, now_s: float) -> float | None:
-        """Seconds until ``take`` must be asked again though nothing was added or finished; None: never."""
+        """Return in how many seconds ``take`` must be called even if no job is added or finished; None if never."""
         paused = [kind for kind in Urgency if self._is_paused(kind) and self._may_begin(kind)]
         return min((max(0.0, self._starves_in_s(kind, now_s)) for kind in paused), default=None)
 
@@ -92,7 +92,7 @@ class IoSchedule:
         self._now_s = now_s
 
     def _num_busy(self, urgency: Urgency) -> int:
-        """Workers that are taken of those that do such jobs."""
+        """Return how many of the workers that run this kind of job are busy."""
         is_write = urgency is Urgency.WRITE
         return sum((kind is Urgency.WRITE) == is_write for kind in self._running.values())
 

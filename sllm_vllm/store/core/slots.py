@@ -1,6 +1,6 @@
-"""The pool's slots: which are free, which may go and in what order, how many are promised to keepers. Pure.
+"""The pool's slots: which are free, which may be evicted in what order, and how many are promised to keepers. Pure.
 
-Owned by one ``Cache``; the life of a slot is ``free → fill → ready → (give → release)* → drop → free``.
+Owned by one ``Cache``. A slot's life cycle is ``free → fill → ready → (give → release)* → drop → free``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from sllm_vllm.store.core.policy import Policy
 
 
 class Slots:
-    """Each slot is free or in exactly one partition's ``slots``.
+    """All slots of the pool. Each slot is free or in exactly one partition's ``slots``.
 
-    ``num_promised`` counts slots with a keeper, and *all* spans of pinned partitions, here or not: so a pinned span
-    that comes later finds its place, and at least ``transit`` slots always move.
+    ``num_promised`` counts the slots with a keeper plus *all* spans of pinned partitions, resident or not. So there is
+    a slot for a pinned span that is read later, and at least ``transit`` slots are always left for copying.
     """
 
     def __init__(self, num_slots: int, *, transit: int, policy: Policy) -> None:
@@ -26,13 +26,13 @@ class Slots:
         self.free = list(reversed(range(num_slots)))
         self.num_promised = 0
         self.ranking: list[tuple[float, str]] = []
-        """(worth, id) of the partitions that have something to evict, ascending."""
+        """(worth, id) of each partition that has a span to evict, ascending."""
         self._evictable: dict[str, Partition] = {}
 
     # ------------------------------------------------------------------------------------------------ a slot's life
 
     def fill(self, partition: Partition, position: int, *, reader: int) -> Slot:
-        """Take a free slot for a read; there must be one."""
+        """Take a free slot for a read. The caller ensures that there is one."""
         is_urgent = position >= partition.urgent_from
         slot = Slot(self.free.pop(), partition, position, reader=reader, is_urgent=is_urgent)
         partition.slots[position] = slot
@@ -40,13 +40,13 @@ class Slots:
         return slot
 
     def ready(self, slot: Slot) -> None:
-        """Its read is done."""
+        """Record that the slot's read finished."""
         slot.is_ready = True
         slot.partition.filling.remove(slot.position)
         self._idle(slot)
 
     def give(self, slot: Slot, *, keep: bool) -> None:
-        """One client more looks at it."""
+        """Count one more client that uses the slot."""
         if slot.num_given == 0:
             self._not_idle(slot)
         slot.num_given += 1
@@ -56,7 +56,7 @@ class Slots:
                 self._count_kept(slot.partition, 1)
 
     def release(self, slot: Slot, *, keep: bool) -> None:
-        """One client less looks at it."""
+        """Count one client less that uses the slot."""
         slot.num_given -= 1
         if keep:
             slot.num_keepers -= 1
@@ -66,7 +66,7 @@ class Slots:
             self._idle(slot)
 
     def drop(self, slot: Slot) -> None:
-        """Make it free; nobody may look at it."""
+        """Free the slot. No client may be using it."""
         if slot.is_ready:
             self._not_idle(slot)
         else:
@@ -77,17 +77,17 @@ class Slots:
     # ---------------------------------------------------------------------------------------------------- promises
 
     def can_keep(self, slot: Slot) -> bool:
-        """Whether one client more may keep it."""
+        """Whether one more client may keep the slot."""
         is_promised = slot.num_keepers > 0 or slot.partition.is_pinned
         return is_promised or self.num_promised < self.num_slots - self.transit
 
     def can_pin(self, partition: Partition) -> bool:
-        """Whether enough slots would be left over."""
+        """Whether at least ``transit`` slots would remain if the partition were pinned."""
         more = partition.num_spans - partition.num_kept
         return partition.is_pinned or self.num_promised + more <= self.num_slots - self.transit
 
     def pin(self, partition: Partition, *, pinned: bool) -> None:
-        """Promise all of its slots, or no longer."""
+        """Pin or unpin the partition: promise slots for all of its spans, or withdraw that promise."""
         if partition.is_pinned == pinned:
             return
         more = partition.num_spans - partition.num_kept
@@ -103,7 +103,7 @@ class Slots:
     # ---------------------------------------------------------------------------------------------------- eviction
 
     def least_spent(self, *, worth_max: float = math.inf) -> Slot | None:
-        """The evictable slot of least worth, below ``worth_max``, whose span no lease wants any more."""
+        """Return the evictable slot of least worth, below ``worth_max``, whose span no lease wants any more, if any."""
         for worth, name in self.ranking:
             if worth >= worth_max:
                 break
@@ -114,7 +114,10 @@ class Slots:
         return None
 
     def least_wanted(self) -> Slot | None:
-        """The evictable slot of least worth of those that some lease still wants, but none waits for next."""
+        """Return the evictable slot of least worth that is not the next span of any lease, if any.
+
+        Leases may still want its span later. Called only when ``least_spent`` finds nothing.
+        """
         for _, name in self.ranking:
             partition = self._evictable[name]
             position = partition.least_wanted()
@@ -123,12 +126,12 @@ class Slots:
         return None
 
     def touch(self, partition: Partition, now_s: float) -> None:
-        """A load of it begins, or is expected."""
+        """Record that a load of the partition begins or is expected."""
         self.policy.touch(partition.usage, now_s)
         self.rank(partition)
 
     def rank(self, partition: Partition) -> None:
-        """Put it where it belongs in the ranking; after every change of worth, pin, or of whether anything is idle."""
+        """Update the partition's entry in the ranking. Call it after a change of worth, pin or idle slots."""
         rank = None
         if partition.idle and not partition.is_pinned:
             rank = (self.policy.worth(partition.usage), partition.spec.id)

@@ -1,4 +1,4 @@
-"""The cache as people and metrics see it: frozen records. Pure."""
+"""The state of the cache for display and metrics, as frozen records. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Counters:
-    """Spans since the start. A *hit* was given from memory without a read begun for that lease; else it is a miss."""
+    """Counts of spans since the start. A *miss* was read for the lease it was given to; any other given is a *hit*."""
 
     num_hits: int = 0
     num_misses: int = 0
@@ -20,7 +20,7 @@ class Counters:
     num_evicted: int = 0
 
     def count_given(self, *, was_read: bool) -> None:
-        """A span was given to a lease that had it read, or found it."""
+        """Count a given span. ``was_read``: the read was started for this lease, so it is a miss."""
         if was_read:
             self.num_misses += 1
         else:
@@ -29,7 +29,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRow:
-    """One open lease. ``num_wanted``: spans it was not given yet; the others count what it looks at now."""
+    """One open lease. ``num_wanted``: spans still to be given; ``num_given``, ``num_kept``: spans it uses now."""
 
     token: int
     partition: str
@@ -55,7 +55,7 @@ class PartitionRow:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The pool and all who use it. ``num_kept`` and ``num_pinned`` are among ``num_ready``, and may overlap."""
+    """The pool, its leases and partitions. ``num_kept`` and ``num_pinned`` are within ``num_ready`` and may overlap."""
 
     num_free: int
     num_filling: int
@@ -68,7 +68,7 @@ class Snapshot:
 
 
 def snapshot_of(cache: Cache) -> Snapshot:
-    """A copy: what happens later does not change it."""
+    """Copy the state of a cache. Later changes of the cache do not affect the copy."""
     partitions = cache.partitions.values()
     return Snapshot(
         num_free=len(cache.slots.free),

@@ -1,4 +1,4 @@
-"""What happened to a partition or a lease: the last events and actions about each. Pure."""
+"""History for debugging: the last events and actions about each partition and lease. Pure."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ IDS_MAX = 512
 
 
 class Story:
-    """For each of the ids heard of last, its last lines: (seconds, event or action)."""
+    """Keeps the last lines, (seconds, event or action), of the ids that were noted most recently."""
 
     def __init__(self) -> None:
         self._lines: dict[str | int, deque[tuple[float, Event | Action]]] = {}
 
     def note(self, now_s: float, what: Event | Action) -> None:
-        """Add a line to the stories of all whom it names."""
+        """Add a line to the history of the lease and of the partition that ``what`` names."""
         for name in (getattr(what, "token", None), _partition_of(what)):
             if name is not None:
-                # Out and in again: the ids stay in the order in which they were heard of last.
+                # Remove and insert again, so that the ids are ordered by when they were last noted.
                 lines = self._lines.pop(name, None)
                 self._lines[name] = deque(maxlen=LINES_MAX) if lines is None else lines
                 self._lines[name].append((now_s, what))
@@ -28,7 +28,7 @@ class Story:
             del self._lines[next(iter(self._lines))]
 
     def about(self, name: str | int) -> list[tuple[float, Event | Action]]:
-        """Its lines, oldest first; none if nothing is remembered."""
+        """Return the lines about ``name``, oldest first; empty if there are none."""
         return list(self._lines.get(name, ()))
 
 
