@@ -16,7 +16,8 @@ from sllm_vllm.units import KIB, MIB
 from sllm_vllm.unix_listener import DaemonWords, make_private_directory
 
 BUSY_STATUS = 3
-"""Exit status of ``node serve`` where another agent has the directory: not a failure for who wants just any agent."""
+"""Exit status of ``node serve`` where another agent has the directory: no failure for a client that accepts any
+agent."""
 START_S = 30.0
 LOG_NBYTES_MAX = 4 * MIB
 """A longer log is emptied when an agent starts."""
@@ -28,7 +29,7 @@ _WORDS = DaemonWords(NodeError, NodeError, "", "make it writable, or give anothe
 
 
 def serve_command(options: Sequence[str]) -> list[str]:
-    """The command line of ``sllm-vllm node serve``, in this very installation."""
+    """The command line of ``sllm-vllm node serve`` in this same installation."""
     program = Path(sys.executable).with_name("sllm-vllm")
     if program.exists():
         return [sys.executable, str(program), "node", "serve", *options]
@@ -38,13 +39,14 @@ def serve_command(options: Sequence[str]) -> list[str]:
 def start_in_background(node_dir: Path, command: Sequence[str], *, start_s: float = START_S) -> NodeClient:
     """Start an agent that outlives this process and its terminal, and wait until it answers.
 
-    Where others start one, too, one of them lives, and that is as good.
+    If other processes start one at the same time, one of them survives, and this returns its client.
 
     Args:
         command: runs the agent on ``node_dir``, as ``serve_command`` gives it.
 
     Raises:
-        NodeUnavailable: it ended, or does not answer in time; tells the end of its log. NodeError: no place for it.
+        NodeUnavailable: it ended, or does not answer in time; includes the end of its log.
+        NodeError: the folder or the log can't be used.
     """
     make_private_directory(node_dir, _WORDS)
     log, client = node_dir / "agent.log", NodeClient(node_dir / "socket")
@@ -56,7 +58,7 @@ def start_in_background(node_dir: Path, command: Sequence[str], *, start_s: floa
             raise _unavailable(client, log, f"no agent answers after {start_s:.0f} s")
         if status is not None and status != BUSY_STATUS:
             raise _unavailable(client, log, f"the agent ended at once (exit status {status})")
-        if status == BUSY_STATUS:  # another one starts, or is about to end
+        if status == BUSY_STATUS:  # another agent is starting, or about to end
             ended_s = ended_s or now_s
             if now_s - ended_s > _AGAIN_S:
                 process, ended_s = _start(command, log), 0.0
@@ -83,7 +85,7 @@ def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def _unavailable(client: NodeClient, log: Path, problem: str) -> NodeUnavailable:
-    """With the end of its log, which says more than this process knows."""
+    """The error, with the end of the agent's log, which says why."""
     with log.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_NBYTES))
         lines = file.read(_TAIL_NBYTES).decode(errors="replace").splitlines()[-TAIL_LINES:]

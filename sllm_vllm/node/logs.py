@@ -1,4 +1,4 @@
-"""What engines print: taken from a pipe as it comes, kept in files of bounded size, read while they grow."""
+"""Engines' output: read from a pipe as it arrives, kept in files of bounded size, and followed while they grow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 PIPE_NBYTES = 1 << 20
 LINE_NBYTES_MAX = 1 << 16
-"""A longer line is cut into several."""
+"""A longer line is split."""
 _READ_NBYTES = 1 << 16
 _HEALTH_LINE = re.compile(rb'[^\n]*"GET /health HTTP/1\.[01]" 200[^\n]*\n')
 _FOLLOW_S = 0.1
@@ -30,7 +30,8 @@ _OLDER = ".1"
 class BoundedLog:
     """A log of at most ``2 * nbytes_max`` bytes in two files: ``path``, and the older ``path.1``.
 
-    A disk that is full loses lines and nothing else; how many is told in the log when there is room again.
+    While the disk is full, lines are lost and nothing else fails; how many bytes were lost is logged once there is room
+    again.
     """
 
     def __init__(self, path: Path, nbytes_max: int) -> None:
@@ -40,7 +41,7 @@ class BoundedLog:
         self._fd = -1
 
     def write(self, data: bytes) -> None:
-        """Append; never raises."""
+        """Append to the log; never raises."""
         try:
             if self._fd < 0:
                 self._open()
@@ -56,7 +57,7 @@ class BoundedLog:
             self._nbytes_lost += len(data)
 
     def close(self) -> None:
-        """Close the file; it stays."""
+        """Close the file, without removing it."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
@@ -89,18 +90,18 @@ class OutputPipe:
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._fd, self.writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._fd, False)
-        with contextlib.suppress(OSError):  # an ordinary user has a limit
+        with contextlib.suppress(OSError):  # unprivileged users have a limit
             fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, PIPE_NBYTES)
         self._loop.add_reader(self._fd, self._read)
 
     def close_writer(self) -> None:
-        """The engine has its own copy: without ours, its end is the end."""
+        """Close our copy, so that EOF arrives when the engine exits."""
         if self.writer >= 0:
             os.close(self.writer)
         self.writer = -1
 
     async def wait_closed(self) -> None:
-        """Wait until everything was read: the last process that could write has ended."""
+        """Wait for EOF: the last process that could write has ended."""
         await asyncio.shield(self._closed)
 
     def close(self) -> None:
@@ -122,7 +123,7 @@ class OutputPipe:
                 self._on_line(self._rest.decode(errors="replace"))
             self.close()
             return
-        if b"GET /health" in data:  # the agent's own questions, one every few seconds
+        if b"GET /health" in data:  # the agent's own health checks, one every few seconds
             data = _HEALTH_LINE.sub(b"", data)
         self._log.write(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -133,7 +134,7 @@ class OutputPipe:
 
 
 def remove_log(path: Path) -> None:
-    """Remove both files of a log, if they are there."""
+    """Remove both files of a log, if they exist."""
     for file in (path, _older(path)):
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
@@ -151,10 +152,10 @@ def remove_old_logs(directory: Path, *, keep_max: int) -> None:
 
 
 async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """A log's bytes: the last ``tail_nbytes`` (None: all that is there), then what is added until ``is_over``.
+    """Yield a log's bytes: the last ``tail_nbytes`` (None: all there are), then what is appended until ``is_over``.
 
-    Begins in the older file if the newer one has less, and follows the log into the next file when it turns. Nothing
-    if there is no such file.
+    Begins in the older file if the newer one holds less than the tail, and follows the log into the next file when it
+    is rotated. Yields nothing if there is no such file.
     """
     with contextlib.suppress(FileNotFoundError):
         inode = -1
@@ -175,7 +176,7 @@ async def read_log(path: Path, *, tail_nbytes: int | None, is_over: Callable[[],
                     elif was_over:
                         return
                     elif await _inode_of(path) != inode:
-                        while data := await file.read(_READ_NBYTES):  # written since; from now on nothing is
+                        while data := await file.read(_READ_NBYTES):  # written before the rotation; no more will be
                             yield data
                         break
                     else:
@@ -188,12 +189,13 @@ def _older(path: Path) -> Path:
 
 
 def _rest_of(tail_nbytes: int | None, nbytes: int) -> int | None:
-    """What of a tail is in the older file."""
+    """How much of a tail is in the older file."""
     return None if tail_nbytes is None else max(0, tail_nbytes - nbytes)
 
 
 async def _read_older(path: Path, read: set[int], tail_nbytes: int | None) -> AsyncIterator[bytes]:
-    """The end of the older file. ``read``: inodes of files that are not it: the log may have turned meanwhile."""
+    """Yield the end of the older file. ``read``: inodes of files already read, which the log's rotation may have put
+    there."""
     with contextlib.suppress(FileNotFoundError):
         async with aiofiles.open(_older(path), "rb", opener=open_plain) as file:
             status = os.fstat(file.fileno())
@@ -206,7 +208,7 @@ async def _read_older(path: Path, read: set[int], tail_nbytes: int | None) -> As
 
 
 async def _inode_of(path: Path) -> int:
-    """0 in the moment of its turn, when there is no such file."""
+    """The file's inode; 0 during a rotation, when there is no such file."""
     try:
         return (await aiofiles.os.stat(path)).st_ino
     except FileNotFoundError:
@@ -214,7 +216,7 @@ async def _inode_of(path: Path) -> int:
 
 
 async def _wait_for_file(path: Path) -> None:
-    """Wait until a log that turns has its next file; not for ever, as it may have been removed."""
+    """Wait until a rotated log has its next file; bounded, since the log may have been removed."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_FOLLOW_S):
             while True:

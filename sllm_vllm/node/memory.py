@@ -1,7 +1,7 @@
-"""How much memory an engine takes: its processes' proportional set sizes, read from the system.
+"""Memory use of an engine: the proportional set sizes of its processes, read from the system.
 
-A page that several processes have mapped counts a part for each, so that forked engines, which share most of their
-pages, can be added up. Blocking, milliseconds for each process: called in a thread.
+A page that several processes have mapped counts in equal parts for each, so that the sizes of forked engines, which
+share most of their pages, can be added up. Blocking, milliseconds for each process: called in a thread.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ _PSS = b"\nPss:"
 
 
 def pss_nbytes(pid: int) -> int | None:
-    """A process's share of the memory; None if it is gone, or not this user's."""
+    """A process's proportional share of memory; None if it is gone or belongs to another user."""
     try:
         with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
             rest = file.read().partition(_PSS)[2]
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return None
-    # One that has ended and is not reaped has no lines.
+    # A process that has ended but is not reaped has no lines.
     return int(rest.split(maxsplit=1)[0]) * KIB if rest else None
 
 
 def session_pss_nbytes(leader: int) -> int:
-    """The sum over a session; 0 if nothing of it lives.
+    """The sum over a session's processes; 0 if none lives.
 
     Args:
         leader: the process that made the session; it may have ended.

@@ -1,8 +1,8 @@
-"""vLLM's look at a model's class, in a fork of an engine that was forked itself. Owns the replacement; imports no vLLM.
+"""Replaces vLLM's inspection of a model's class in forked engines: it runs in a fork of the engine. Imports no vLLM.
 
-vLLM imports the class of an architecture that its cache folder does not know in a new interpreter, because that may
+If vLLM's cache folder does not know an architecture, vLLM imports the class in a new interpreter, because that may
 initialise CUDA, and asks it what the class can do. The new interpreter imports all of vLLM again: 48 s of a start that
-takes 2 s otherwise. A fork of a process that has imported vLLM already is as separate, and takes 0.06 s.
+takes 2 s otherwise. A fork of a process that has imported vLLM already is just as isolated, and takes 0.06 s.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
-logger = logging.getLogger("vllm.sllm.inspection")  # below vLLM's own, so that its handler prints it
+logger = logging.getLogger("vllm.sllm.inspection")  # below vLLM's own logger, whose handler prints it
 
 REPLACED = "_run_in_subprocess"
 """vLLM's function that starts the interpreter, in its ``model_executor.models.registry``."""
 ANSWER_S = 60.0
-"""Longest wait for a forked process; then vLLM's own way is taken."""
+"""Longest wait for a forked process's answer before vLLM's own function is used."""
 
 
 def inspect_in_forks(registry: ModuleType) -> None:
-    """Have vLLM's registry of models ask forks of this process; a registry without such a function stays as it is."""
+    """Make vLLM's model registry inspect classes in forks of this process; does nothing if the registry has no such
+    function."""
     stock = getattr(registry, REPLACED, None)
     if stock is None:
         return
@@ -49,14 +50,14 @@ def inspect_in_forks(registry: ModuleType) -> None:
 
 
 class NoAnswer(Exception):
-    """The forked process ended without a word, or said nothing in time."""
+    """The forked process ended without an answer, or did not answer in time."""
 
 
 def ask_fork(function: Callable[[], T], *, answer_s: float = ANSWER_S) -> T:
-    """What ``function`` returns, called in a fork of this process.
+    """Call ``function`` in a fork of this process and return its result.
 
     Raises:
-        RuntimeError: it raised; the message has the traceback. NoAnswer: as there.
+        RuntimeError: ``function`` raised; the message has the traceback. NoAnswer: the fork gave no answer.
     """
     reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
     with reader:
@@ -81,11 +82,11 @@ def ask_fork(function: Callable[[], T], *, answer_s: float = ANSWER_S) -> T:
 
 
 def _answer(function: Callable[[], object], writer: Connection) -> NoReturn:
-    """In the forked process."""
+    """Runs in the forked process: send the result, then exit."""
     try:
         try:
             writer.send((function(), ""))
-        except BaseException:  # top of a run loop: the process that waits raises it
+        except BaseException:  # top of a run loop: the waiting process raises it
             writer.send((None, traceback.format_exc()))
     finally:
         os._exit(0)

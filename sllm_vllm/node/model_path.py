@@ -1,8 +1,8 @@
-"""Whether a model that is written as a path is there: asked before vLLM, which takes a minute to say so.
+"""Checks that a model given as a path exists, before vLLM does, which takes a minute to report it.
 
-``vllm serve`` takes a path or a name on the Hub, and asks the Hub for a path that does not exist. What can only be a
-path is refused at once by ``run``, by the node agent, and by the router when it reads its configuration or an order to
-deploy.
+``vllm serve`` takes a path or a name on the Hub, and asks the Hub for a path that does not exist. A model that can only
+be a path is checked at once by ``run``, by the node agent, and by the router when it reads its configuration or an
+order to deploy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_path(model: str) -> bool:
 
 
 def problem_with(model: str, directory: str | Path = "") -> str:
-    """Why a model that is written as a path can't be served; empty if it can, or is none. Looks at the disk.
+    """Why a model given as a path can't be served; empty if it can, or is not a path. Reads the disk.
 
     Args:
         directory: what a relative path starts at. Default: this process's.
@@ -33,16 +33,16 @@ def problem_with(model: str, directory: str | Path = "") -> str:
         os.stat(path)
     except OSError as error:
         return f"{path}: {error.strerror}"
-    except ValueError:  # a NUL in it
+    except ValueError:  # the path contains a NUL
         return "it is no path"
     return "" if os.access(path, os.R_OK) else f"{path}: Permission denied"
 
 
 def require_model(model: str, directory: str | Path) -> None:
-    """Check what is ordered. Looks at the disk.
+    """Check an order's model. Reads the disk.
 
     Raises:
-        OrderRefused: it is written as a path, and can't be served.
+        OrderRefused: it is written as a path and can't be served.
     """
     if problem := problem_with(model, directory):
         raise OrderRefused(model, problem, "give a directory that exists, or a name on the Hub")

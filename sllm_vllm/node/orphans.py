@@ -1,16 +1,16 @@
-"""No engine outlives the agent: the record of what it has started, the sweep over it, and the watch for its death.
+"""Ensures that no engine outlives the agent: the record of running engines, the sweep over it, and the death watch.
 
-The kernel ends an engine's first process with the agent, but not what that process has started. So the agent keeps a
-record of its engines, and a *death watch*: a tiny process that holds the reading end of a pipe whose writing end is the
-agent's alone. When the pipe ends, the agent is dead, whatever killed it; the watch ends all that is in the record. If
-the watch died as well, the next agent sweeps when it starts.
+The kernel ends an engine's first process with the agent, but not the processes that it has started. So the agent keeps
+a record of its engines, and a *death watch*: a tiny process that holds the reading end of a pipe whose writing end only
+the agent holds. When the pipe reaches EOF, the agent is dead, however it was killed, and the watch ends everything in
+the record. If the watch died as well, the next agent sweeps when it starts.
 
-Standard library only, and nothing of this package: the watch is this file, run as
-``python -I -S orphans.py DESCRIPTOR RECORD OWNER``.
+Standard library only, and nothing of this package: the watch is this file, run as ``python -I -S orphans.py DESCRIPTOR
+RECORD OWNER``.
 
 The record is a text file. Its first line holds the machine's boot id, the namespace of its process ids and its owner;
-each other line a living engine: its leader's process id, and when that started, in clock ticks since the boot. An
-engine leads a session of its own; what it starts may have other groups, but stays in the session.
+each other line is a living engine: its leader's process id, and when that started, in clock ticks since the boot. An
+engine leads a session of its own; processes that it starts may have other groups, but stay in the session.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 SWEEP_S_MAX = 2.0
-"""A process that is killed and not gone by then is left to the kernel, which has the signal."""
+"""A process that has been killed but is not gone by then is left to the kernel, which has the signal."""
 CLOSE_S_MAX = 2.0
 RECORD_NBYTES_MAX = 1 << 20
 _PAUSE_S = 0.01
 TRACKER = b"multiprocessing.resource_tracker"
-"""In the command line of Python's process that removes the shared memory of those that were killed. It is spared until
-they are gone: then it does its work, and ends by itself."""
+"""Part of the command line of Python's resource tracker, which removes the shared memory of killed processes. It is
+spared until those are gone, so that it can do so; then it exits."""
 TRACKER_S_MAX = 1.0
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -42,7 +42,7 @@ StrPath = str | os.PathLike[str]
 
 
 class Process(NamedTuple):
-    """A line of the system's table of processes; ``start`` is in clock ticks since the boot."""
+    """An entry of the system's process table; ``start`` is in clock ticks since the boot."""
 
     pid: int
     group: int
@@ -52,17 +52,17 @@ class Process(NamedTuple):
 
 
 def find_process(pid: int) -> Process | None:
-    """What the system says about a process; None if there is none."""
+    """The system's entry for a process; None if there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()  # the name before it may hold anything
+            fields = file.read().rpartition(b")")[2].split()  # the name before it may contain anything
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     return Process(pid, int(fields[2]), int(fields[3]), int(fields[19]), fields[0] in {b"Z", b"X"})
 
 
 def all_processes() -> Iterator[Process]:
-    """Every process of every user, also those that have ended and are not reaped."""
+    """Every process of every user, including those that have ended but are not reaped."""
     for name in os.listdir("/proc"):
         if name.isdigit() and (process := find_process(int(name))) is not None:
             yield process
@@ -78,9 +78,9 @@ def is_tracker(pid: int) -> bool:
 
 
 class Record:
-    """The engines that live, as a file. Owned by the agent's loop; nothing is written before the first change.
+    """The living engines, as a file. Owned by the agent's loop; nothing is written before the first change.
 
-    A write that fails is logged, and made up for at the next change: no engine fails because of it.
+    A failed write is logged, and the next change writes everything again: no engine fails because of it.
     """
 
     def __init__(self, path: StrPath) -> None:
@@ -89,7 +89,7 @@ class Record:
         self._starts: dict[int, int] = {}
 
     def add(self, pid: int) -> None:
-        """An engine was started; call it before the process can have been reaped."""
+        """Add an engine that was started; call this before the process can have been reaped."""
         try:
             process = find_process(pid)
         except OSError as error:
@@ -102,7 +102,7 @@ class Record:
         self._write()
 
     def remove(self, pid: int) -> None:
-        """An engine has ended, with all of its session; nothing happens if it is not recorded."""
+        """Remove an engine once its whole session has ended; does nothing if it is not recorded."""
         if self._starts.pop(pid, None) is not None:
             self._write()
 
@@ -114,9 +114,9 @@ class Record:
             logger.warning("event=record_not_written path=%s reason=%s", self._path, error)
 
     def _replace(self, data: bytes) -> None:
-        """Not synced: after a crash of the machine the record means nothing."""
+        """Replace the file atomically. Not synced: after a crash of the machine the record is void."""
         new = f"{self._path}.new"
-        with contextlib.suppress(FileNotFoundError):  # whatever was left over, or put there
+        with contextlib.suppress(FileNotFoundError):  # a leftover, or a file put there by another program
             os.unlink(new)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(new, flags, 0o600), "wb", buffering=0) as file:
@@ -131,13 +131,13 @@ class Record:
 
 
 def sweep(path: StrPath, *, owner: str | None = None) -> list[int]:
-    """Kill all that is left of the recorded engines; returns who was killed. May take ``SWEEP_S_MAX``.
+    """Kill what is left of the recorded engines and return the pids of the killed. May take ``SWEEP_S_MAX``.
 
-    Nobody is killed by a record that is missing, broken, or of another boot; nobody who has got a process id, or a
-    session's, that was an engine's before; nobody of another user or of the caller's own session.
+    A record that is missing, broken, or of another boot kills nothing. Processes that have reused an engine's process
+    id or session id are spared, and so are those of other users and of the caller's own session.
 
     Args:
-        owner: a record of another one counts as missing.
+        owner: a record of another owner counts as missing.
     """
     leaders = _read(path, owner)
     killed: dict[Process, None] = {}
@@ -153,12 +153,12 @@ def sweep(path: StrPath, *, owner: str | None = None) -> list[int]:
 
 
 def _living(leaders: Mapping[int, int]) -> list[Process]:
-    """Those of the leaders' sessions and groups. ``leaders`` maps their process ids to their starts."""
+    """Living processes of the leaders' sessions and groups. ``leaders`` maps process ids to starts."""
     table = {process.pid: process for process in all_processes()}
     starts = {
         leader: start
         for leader, start in leaders.items()
-        # One that is not there any more: as long as its session lives, nobody else can get its number.
+        # A leader that is gone still counts: while its session lives, no other process can get its id.
         if leader not in table or table[leader].start == start
     }
 
@@ -179,7 +179,7 @@ def _is_of_this_user(pid: int) -> bool:
 
 
 def _kill(process: Process) -> bool:
-    """Kill exactly this one, not who may have got its number a moment ago."""
+    """Kill exactly this process, not one that has reused its id meanwhile."""
     try:
         fd = os.pidfd_open(process.pid)
     except OSError:
@@ -197,7 +197,7 @@ def _kill(process: Process) -> bool:
 
 
 def _read(path: StrPath, owner: str | None) -> dict[int, int]:
-    """The recorded leaders and their starts; none if the record can't be relied on."""
+    """The recorded leaders and their starts; empty if the record can't be trusted."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             data = file.read(RECORD_NBYTES_MAX)
@@ -212,23 +212,23 @@ def _read(path: StrPath, owner: str | None) -> dict[int, int]:
 
 
 def _boot() -> str:
-    """What process ids and starts are relative to. Two containers of one machine share the boot, not the ids."""
+    """What process ids and starts are relative to. Two containers of one machine share the boot, but not the ids."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _owner() -> str:
-    """This process, so that a late watch does not take the next agent's record for its own agent's."""
+    """This process. With it, a late watch does not take the next agent's record for its own agent's."""
     process = find_process(os.getpid())
     assert process is not None
     return f"{process.pid}:{process.start}"
 
 
 class DeathWatch:
-    """The agent's hold on its death watch. Owned by the agent's loop; a child of this process, reaped here alone.
+    """The agent's handle on its death watch. Owned by the agent's loop; the watch is a child that is reaped only here.
 
     Args:
-        environment: the watch's; it needs none, unless the interpreter does.
+        environment: of the watch; only needed if the interpreter needs it.
     """
 
     def __init__(self, record_path: StrPath, environment: Mapping[str, str] | None = None) -> None:
@@ -240,19 +240,19 @@ class DeathWatch:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it watches."""
+        """Whether the watch runs."""
         if self.pid is None:
             return False
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        except ChildProcessError:  # somebody else has reaped it
+        except ChildProcessError:  # reaped by other code in this process
             return False
 
     def start(self) -> None:
-        """Start watching; from the return on, this process's death is noticed.
+        """Start the watch; once this returns, this process's death is noticed.
 
         Raises:
-            OSError: no process or no pipe is to be had.
+            OSError: no process can be started, or no pipe made.
         """
         assert self.pid is None, "one watch is enough"
         self._is_wanted = True
@@ -267,7 +267,8 @@ class DeathWatch:
         self._writer = writer
 
     def ensure(self) -> bool:
-        """Start another one if it has ended: for the agent's tick. Says whether one watches now; never raises."""
+        """Start a new watch if the last one has ended; called on the agent's tick. Returns whether one runs; never
+        raises."""
         if self._is_wanted and not self.is_alive:
             if self.pid is not None:
                 logger.warning("event=death_watch_ended pid=%d", self.pid)
@@ -279,7 +280,7 @@ class DeathWatch:
         return self.is_alive
 
     def close(self) -> None:
-        """End it without a sweep; what is left of the engines lives on. Blocks for ``CLOSE_S_MAX`` at most."""
+        """End the watch without a sweep; engines that are left live on. Blocks for ``CLOSE_S_MAX`` at most."""
         self._is_wanted = False
         if self.pid is None:
             return
@@ -290,7 +291,7 @@ class DeathWatch:
         self._forget()
 
     def _end(self) -> None:
-        """Wait until it has taken the byte; one that was stopped never does."""
+        """Wait until it exits after the byte; kill it if it does not, as when it is stopped."""
         assert self.pid is not None
         fd = os.pidfd_open(self.pid)
         try:
@@ -303,7 +304,7 @@ class DeathWatch:
             os.close(fd)
 
     def _forget(self) -> None:
-        """Reap it, which is about to end if it has not, and let go of its pipe."""
+        """Reap it once it ends, and close its pipe."""
         assert self.pid is not None
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, self.pid, os.WEXITED)
@@ -311,7 +312,7 @@ class DeathWatch:
         self.pid, self._writer = None, -1
 
     def _spawn(self, reader: int) -> int:
-        """It gets the pipe as its standard input, and no other descriptor."""
+        """Start the watch with the pipe as its standard input and no other descriptor."""
         command = [sys.executable, "-I", "-S", os.path.abspath(__file__), "0", self._path, _owner()]
         actions = [(os.POSIX_SPAWN_DUP2, reader, 0), (os.POSIX_SPAWN_CLOSE, 1), (os.POSIX_SPAWN_CLOSE, 2)]
         return os.posix_spawn(
@@ -325,7 +326,7 @@ class DeathWatch:
 
 
 def watch_main(fd: int, path: str, owner: str | None = None) -> None:
-    """Wait for the end of a pipe, then sweep the record; a byte from it means that nothing is to be done.
+    """Wait for EOF on a pipe, then sweep the record; a byte instead of EOF means that there is nothing to do.
 
     Args:
         fd: reading end; every other descriptor is closed.
@@ -334,9 +335,9 @@ def watch_main(fd: int, path: str, owner: str | None = None) -> None:
     """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(PermissionError):  # it leads one already
+    with contextlib.suppress(PermissionError):  # it leads a session already
         os.setsid()
-    if fd:  # Python takes an empty range at 0 for everything
+    if fd:  # Python would treat an empty range at 0 as every descriptor
         os.closerange(0, fd)
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")  # keeps no file system busy
@@ -346,4 +347,4 @@ def watch_main(fd: int, path: str, owner: str | None = None) -> None:
 
 if __name__ == "__main__":
     watch_main(int(sys.argv[1]), *sys.argv[2:4])
-    os._exit(0)  # nothing to tidy up, and nowhere to complain to
+    os._exit(0)  # nothing to clean up, and no output to report to

@@ -1,6 +1,6 @@
-"""Has starts wait for a warm parent that is importing, where that is sooner; keeps what imports took in a file.
+"""Lets starts wait for a warm parent that is importing where that is faster; keeps durations of imports in a file.
 
-The file is in the agent's folder: the first start after a restart of the agent is planned with what was learned.
+The file is in the agent's folder, so that the first start after a restart of the agent is planned with past durations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NBYTES_MAX = 64 * KIB
 COLD_PHASES = tuple(phase.name.lower() for phase in (Phase.PROCESS, Phase.IMPORTS, Phase.INSPECT, Phase.WORKERS))
-"""Of a cold start, what a forked engine is spared."""
+"""The phases of a cold start that a forked engine skips."""
 
 
 class Importing(Protocol):
@@ -35,18 +35,18 @@ class Importing(Protocol):
 
 
 class CalledOff(OSError):
-    """It is to end before it has a process."""
+    """The engine is to end before it has a process."""
 
     def __init__(self) -> None:
         super().__init__("it was stopped before it had a process")
 
 
 class ParentWait:
-    """What one node has learned of imports, and the waits for them. Lives on the agent's loop.
+    """One node's durations of imports, and the waits for them. Lives on the agent's loop.
 
     Args:
-        path: the file; one that is missing or broken counts as empty.
-        wait_s_max: as ``NodeConfig.warm_wait_s``.
+        path: the file; if it is missing or broken, it counts as empty.
+        wait_s_max: see ``NodeConfig.warm_wait_s``.
     """
 
     def __init__(self, path: Path, *, num_cpus: int, wait_s_max: float) -> None:
@@ -56,25 +56,25 @@ class ParentWait:
         self._forecast.restore(_read(path))
 
     def imported(self, seconds: float) -> None:
-        """A warm parent is ready."""
+        """Record a parent that is ready."""
         self._forecast.note_import(seconds)
         self._write()
 
     def started(self, start: StartReport, *, is_beside_import: bool) -> None:
-        """An engine is ready; a cold one says what its imports took."""
+        """Record an engine that is ready; only a cold start that no import slowed down counts."""
         if start.is_warm is False and not is_beside_import:
             self._forecast.note_cold(sum(start.seconds.get(phase, 0.0) for phase in COLD_PHASES))
             self._write()
 
     def ready_in_s(self, pool: Importing) -> float | None:
-        """How long a start that comes now is expected to wait for the parent; None: it does not wait."""
+        """How long a start that arrives now is expected to wait for the parent; None: it does not wait."""
         importing_s = pool.importing_s
         if importing_s is None or not self._forecast.wait_s(importing_s, wait_s_max=self._wait_s_max):
             return None
         return self._forecast.ready_in_s(importing_s)
 
     async def wait(self, pool: Importing, engine: Engine) -> None:
-        """Wait for the parent that imports now, if that is expected to be sooner than a cold start.
+        """Wait for the parent that is importing, if that is expected to be faster than a cold start.
 
         Raises:
             CalledOff: the engine is to end.
@@ -95,7 +95,7 @@ class ParentWait:
             raise CalledOff
 
     def _write(self) -> None:
-        """A disk that is full costs the next agent a guess."""
+        """Write the file. If that fails, the next agent starts without these durations."""
         partial = self._path.with_name(f"{self._path.name}.partial")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
@@ -107,7 +107,7 @@ class ParentWait:
 
 
 def _read(path: Path) -> object:
-    """What is in the file; None if that is nothing sound."""
+    """The file's content; None if it is missing or invalid."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

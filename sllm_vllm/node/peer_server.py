@@ -1,7 +1,8 @@
-"""A node's checkpoints for other nodes of its cluster: files with ranges over HTTP, read-only, behind a key of its own.
+"""Serves a node's checkpoints to other nodes of its cluster: read-only files over HTTP, with ranges and a key of its
+own.
 
-What it serves is what ``store/remote.py`` reads of any web server, so a peer is a remote like others, and every chunk
-of it is checked. It speaks plain HTTP: for a network between nodes that others are kept out of, as Ray's own.
+It serves files as ``store/remote.py`` reads them from any web server, so a peer is a remote like any other, and every
+chunk from it is verified. It speaks plain HTTP: use it only on a private network between nodes, like Ray's own.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from sllm_vllm.checkpoint.repository import is_legal_name
 
 USER = "peer"
 ANSWERS_MAX = 64
-"""At once: four nodes that pull by eight connections each, twice over; more are told to come again."""
+"""Answers at once: four nodes that pull over eight connections each, twice over; further requests get 503 and retry."""
 _KEY_NBYTES = 24
 _FILE = re.compile(rf"{re.escape(MANIFEST_NAME)}|partitions/rank-\d{{5}}\.safetensors")
 
 
 class PeerServer:
-    """Serves what lies below ``store_dir`` from ``start`` to ``close``, on a free port of ``host``."""
+    """Serves the checkpoints in ``store_dir`` from ``start`` to ``close``, on a free port of ``host``."""
 
     def __init__(self, store_dir: Path, host: str) -> None:
         self._store_dir = store_dir
@@ -36,13 +37,13 @@ class PeerServer:
         self._num_answers = 0
         self._runner: web.AppRunner | None = None
         self.url = ""
-        """With user and key, for ``pull_checkpoint``; a checkpoint's name follows. No line of a log may hold it."""
+        """Includes user and key, for ``pull_checkpoint``, which appends a checkpoint's name. Must never be logged."""
 
     async def start(self) -> None:
-        """Begin to answer.
+        """Begin to serve.
 
         Raises:
-            OSError: there is no such address here.
+            OSError: this machine has no such address.
         """
         app = web.Application()
         app.router.add_get("/{name}/{path:.+}", self._answer)
@@ -55,7 +56,7 @@ class PeerServer:
         self.url = f"http://{USER}:{self._key}@{host}:{port}"
 
     async def close(self) -> None:
-        """Close the port; answers under way end."""
+        """Close the port; answers under way are ended."""
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -72,7 +73,7 @@ class PeerServer:
             if not await asyncio.to_thread(file.is_file):
                 return web.Response(status=404)
             response = web.FileResponse(file)
-            await response.prepare(request)  # sends it, by sendfile where the system can
+            await response.prepare(request)  # sends the file, by sendfile where the system can
             return response
 
     def _is_let_in(self, told: str) -> bool:

@@ -1,9 +1,9 @@
-"""Ports of engines, from the order until they end: held by a socket that never listens.
+"""Ports of engines, reserved from the order until they end by a socket that never listens.
 
-An engine binds its port itself, seconds after it was chosen. Until then the agent's socket keeps it: on Linux sockets
-that all have ``SO_REUSEADDR`` may be bound to one port as long as none listens, and one of them may then listen, while
-the system gives the port to nobody who asks for any port, and to no outgoing connection. Nor does a connection of the
-port's last user that the system still remembers (``TIME_WAIT``) keep it from being reserved.
+An engine binds its port itself, seconds after it was chosen. Until then the agent's socket holds it: on Linux, sockets
+that all have ``SO_REUSEADDR`` may be bound to one port as long as none listens, and one of them may then listen.
+Meanwhile the system gives the port neither to a process that asks for any free port nor to an outgoing connection. A
+connection of the port's previous user that the system still remembers (``TIME_WAIT``) does not prevent a reservation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sllm_vllm.node.core.launch import LOOPBACK, Place
 
 
 class PortReservation:
-    """A port of an address that nobody else gets by chance. Made by `Ports`; also a context manager."""
+    """A port of an address that no other process gets by chance. Made by `Ports`; also a context manager."""
 
     def __init__(self, holder: socket.socket, taken: set[int]) -> None:
         self.host: str
@@ -29,15 +29,15 @@ class PortReservation:
 
     @property
     def url(self) -> str:
-        """Of what listens there."""
+        """The URL of the server there."""
         return f"http://{self.host}:{self.port}"
 
     def place(self, slots: tuple[int, ...], api_key: str) -> Place:
-        """Where an engine of these slots listens."""
+        """Where an engine on these slots listens."""
         return Place(slots, self.port, api_key, self.host)
 
     def close(self) -> None:
-        """Give the port back; a server that listens there goes on. May be called again."""
+        """Release the port; a server that listens on it is not affected. May be called again."""
         if self._holder.fileno() >= 0:
             self._holder.close()
             self._taken.remove(self.port)
@@ -52,13 +52,13 @@ class PortReservation:
 
 
 class Ports:
-    """All reservations of a process, no port twice. Owned by the agent's loop.
+    """All reservations of a process, each for a different port. Owned by the agent's loop.
 
-    Another process that asks for the same port, and sets ``SO_REUSEADDR``, is not kept from it: of the two servers the
-    second finds that it can't listen.
+    Another process that asks for the same port, and sets ``SO_REUSEADDR``, is not prevented: the second of the two
+    servers then fails to listen.
 
     Args:
-        host: the IPv4 address that all of them are of.
+        host: the IPv4 address of all ports.
     """
 
     def __init__(self, host: str = LOOPBACK) -> None:
@@ -69,12 +69,12 @@ class Ports:
         """Reserve a port; 0 lets the system choose one.
 
         Raises:
-            OSError: ``EADDRINUSE``: it is reserved here, somebody listens there or has it for himself; or no port is
-                left; ``EACCES``: it is the system's own.
+            OSError: ``EADDRINUSE``: the port is reserved here, another process listens on it or has it exclusively, or
+                no port is left. ``EACCES``: it is privileged.
         """
-        if port in self._taken:  # which the system would allow
+        if port in self._taken:  # the system would allow it
             raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: port {port} is another engine's")
-        holder = socket.socket()  # not inherited
+        holder = socket.socket()  # not inheritable
         try:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             holder.bind((self._host, port))

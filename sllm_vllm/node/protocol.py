@@ -1,4 +1,4 @@
-"""What is said to a node agent and what it answers, in one process, over its socket or through Ray. Pure."""
+"""Requests to a node agent and its answers, used in one process, over its socket and through Ray. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Message(BaseModel):
 
 
 class ReplicaOrder(_Message):
-    """What is to run. ``model`` and ``arguments`` are those of ``vllm serve``."""
+    """The order of a replica. ``model`` and ``arguments`` are those of ``vllm serve``."""
 
     model: str = Field(min_length=1, max_length=4096)
     arguments: tuple[str, ...] = Field(default=(), max_length=ARGUMENTS_MAX)
@@ -26,22 +26,22 @@ class ReplicaOrder(_Message):
     directory: str = "/"
     """The engine's working directory, an absolute path."""
     num_slots: int | None = Field(default=None, ge=1, le=1024)
-    """None: as many as the arguments' parallel sizes say."""
+    """None: as many as the arguments' parallel sizes need."""
     start_s: float | None = Field(default=None, gt=5, le=86400, allow_inf_nan=False)
-    """Longest from its process to its health. None: the agent's own limit."""
+    """Longest time from its process's start until it is healthy. None: the agent's own limit."""
     port: int = Field(default=0, ge=0, le=65535)
     """On loopback. 0: the agent picks one."""
     takes_socket: bool = False
-    """Whether whoever orders can connect to a Unix socket of this machine and user: then the agent may have the engine
+    """Whether the client can connect to a Unix socket of this machine and user: if so, the agent may have the engine
     listen on one, and on no port."""
     waits: bool = False
-    """Rather wait for slots than be refused."""
+    """Wait for slots instead of being refused."""
     id: str | None = Field(default=None, pattern=NAME_PATTERN)
-    """An order with the id of a replica that is alive changes nothing. None: the agent makes one."""
+    """An order with the id of a living replica changes nothing. None: the agent makes one."""
     reuses_id: bool = False
-    """Whether the id may be that of a replica that has ended: that one, with its log, is forgotten."""
+    """Whether the id may be that of an ended replica, which is then forgotten, together with its log."""
     labels: dict[str, str] = Field(default={}, max_length=16)
-    """Whatever whoever orders wants to find in its reports; the agent does not look at them."""
+    """For the client's own use; the agent only repeats them in its reports."""
 
     @field_validator("directory")
     @classmethod
@@ -58,25 +58,25 @@ class ReplicaOrder(_Message):
 
 
 class StartReport(_Message):
-    """How far a replica's start is, and what it spent its time on, from its order's turn (slots given) on."""
+    """How far a replica's start is, and how long each phase took, from the moment it got its slots."""
 
     phase: str
-    """What it is doing, for a progress line; ``ready`` at the end."""
+    """What the engine is doing, for a progress line; ``ready`` at the end."""
     seconds: dict[str, float]
     """By phase, in order; they add up to ``total_s``."""
     total_s: float
     nbytes: int | None
-    """Weights loaded by all its workers; None if our loader did not say."""
+    """Weights loaded by all its workers; None if our loader did not report it."""
     is_warm: bool | None
-    """Forked from the warm parent; None as long as there is no process."""
+    """Whether it was forked from the warm parent; None until there is a process."""
     cold_reason: str = ""
-    """Why it was not forked."""
+    """Why it was not forked; else empty."""
     load: dict[str, str] = {}
-    """The loader's report, as its log line has it: outcome, source, seconds of each part."""
+    """The fields of the loader's log line: outcome, source, seconds of each part."""
 
 
 class ReplicaReport(_Message):
-    """A replica as people and the router see it."""
+    """A replica as shown to users and to the router."""
 
     id: str
     model: str
@@ -91,22 +91,22 @@ class ReplicaReport(_Message):
     port: int | None
     """None: it listens on a Unix socket."""
     url: str | None
-    """Of its OpenAI API, as ``http://127.0.0.1:40123`` or ``unix:///path/to/socket``, from the moment it has one."""
+    """Of its OpenAI API, as ``http://127.0.0.1:40123`` or ``unix:///path/to/socket``; None until it has one."""
     api_key: str | None
-    """What it wants as bearer token."""
+    """The bearer token that it requires."""
     age_s: float
     """Seconds since its order."""
     in_state_s: float
     start: StartReport | None
     """None while it waits for slots."""
     log: str
-    """File with what it prints; the older part in ``.1``."""
+    """The file with its output; the older part is in ``.1``."""
     tail: tuple[str, ...] = ()
-    """The last lines that it printed, if it failed."""
+    """The last lines of its output, if it failed."""
     cause: str = ""
-    """The last exception in all that it printed that says why it failed, if there was one."""
+    """The last exception in its output that says why it failed, if any."""
     labels: dict[str, str] = {}
-    """Of its order."""
+    """Those of its order."""
 
     @property
     def is_ready(self) -> bool:
@@ -115,7 +115,7 @@ class ReplicaReport(_Message):
 
     @property
     def has_ended(self) -> bool:
-        """Whether its life is over."""
+        """Whether it has stopped or failed."""
         return self.state in {"stopped", "failed"}
 
 
@@ -133,28 +133,28 @@ class WarmReport(_Message):
 
     pid: int | None
     problem: str
-    """Why there is none; empty if there is."""
+    """Why there is none; empty if there is one."""
     num_forks: int
     import_s: float | None
     ready_in_s: float | None = None
-    """Of one that imports: a start that comes now is expected to wait so long for it. None: no start waits."""
+    """How long a start that arrives now is expected to wait for a parent that is importing. None: starts don't wait."""
     pss_nbytes: int | None = None
 
 
 class CheckpointReport(_Message):
-    """Where a checkpoint of this node lies."""
+    """Where a checkpoint of this node is stored."""
 
     name: str
     nbytes: int
     resident_nbytes: int
-    """Of it in the store's memory."""
+    """The part of it that is in the store's memory."""
     tiers: tuple[str, ...]
     model: str = ""
-    """As it was given to ``vllm serve`` when the checkpoint was made; empty where the disk does not have it."""
+    """The model as given to ``vllm serve`` when the checkpoint was made; empty if the checkpoint is not on disk."""
 
 
 class EngineTiming(_Message):
-    """One start that came to its end: for whoever learns from it."""
+    """One completed start, with the phases that it took."""
 
     replica: str
     model: str
@@ -163,7 +163,7 @@ class EngineTiming(_Message):
 
 
 class NodeReport(_Message):
-    """Everything an agent knows of its node."""
+    """The state of a whole node."""
 
     version: str
     pid: int
@@ -175,12 +175,12 @@ class NodeReport(_Message):
     warm: WarmReport
     checkpoints: tuple[CheckpointReport, ...]
     hops: dict[str, dict[str, Any]]
-    """Measured rates by hop, as the store tells them: ``bps``, ``limit_bps``."""
+    """Measured rates by hop, as the store reports them: ``bps``, ``limit_bps``."""
     store: str
-    """Empty if the store's daemon answers, else why not."""
+    """Why the store's daemon does not answer; empty if it does."""
     timings: tuple[EngineTiming, ...]
-    """The last starts, oldest first."""
+    """The last completed starts, oldest first."""
     peer: str = ""
-    """Where other nodes can pull this one's checkpoints from, with the key to it; empty if they can't."""
+    """URL, including the key, from which other nodes can pull this one's checkpoints; empty if they can't."""
     problem: str = ""
-    """Which of the agent's own loops do not work now, and why; empty if all do."""
+    """Which of the agent's own loops are failing, and why; empty if none is."""

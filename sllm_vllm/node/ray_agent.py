@@ -1,7 +1,9 @@
-"""The node agent as a Ray actor, and a node as it is seen through one. The only file of this package that knows Ray.
+"""The node agent as a Ray actor, and the router's view of a node through it. The only file of this package that uses
+Ray.
 
-One actor a node, pinned to it and there again when it was killed. It holds the node's accelerators as Ray resources: so
-Ray gives them to nobody else, and the agent uses none that Ray gave away. Its engines die with it, as everywhere.
+Each node has one actor, which is pinned to it and restarted when it is killed. It holds the node's accelerators as Ray
+resources, so that Ray gives them to no other work, and the agent uses none that Ray gave away. Its engines end with it,
+as with any agent.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "sllm"
 CALLS_MAX = 10_000
-"""At once, of one actor; most of them wait for something."""
+"""Concurrent calls of one actor; most of them wait for something."""
 LOCK_S_MAX = 20.0
-"""How long the lock of an agent that was just killed is waited for."""
+"""How long to wait for the lock of an agent that was just killed."""
 PULLS_MAX = 2
-"""Checkpoints that come from other nodes at once."""
+"""Checkpoints pulled from other nodes at once."""
 _LOCK_PAUSE_S = 0.2
 _MEND_PULL = "see both nodes' logs; its engine reads the weights itself meanwhile"
 _MEND = "Ray starts it again; see the actor's log"
@@ -72,7 +74,7 @@ class RayAgent:
             yield report
 
     async def report(self, *, with_memory: bool = False) -> NodeReport:
-        """See ``NodeAgent``; and where others can pull this node's checkpoints from."""
+        """See ``NodeAgent``; adds the URL from which other nodes can pull this node's checkpoints."""
         report = await (await self._agent()).report(with_memory=with_memory)
         return report.model_copy(update={"peer": self._peers.url})
 
@@ -85,10 +87,10 @@ class RayAgent:
         await (await self._agent()).prefetch_model(arguments)
 
     async def pull_checkpoint(self, url: str) -> None:
-        """Copy another node's checkpoint here; few at once, the others wait.
+        """Copy another node's checkpoint here; at most ``PULLS_MAX`` at once, others wait.
 
         Raises:
-            NodeError: it did not come; nothing half of it is seen.
+            NodeError: the pull failed; no part of the checkpoint becomes visible.
         """
         await self._agent()
         async with self._pulls:
@@ -101,7 +103,7 @@ class RayAgent:
         logger.info("event=pulled place=%s bytes=%d was_there=%s", pulled.place, pulled.nbytes, pulled.was_there)
 
     async def close(self) -> None:
-        """End its engines; whoever calls this ends the actor then."""
+        """End its engines; the caller then ends the actor."""
         if self._starting is not None:
             await asyncio.shield(self._starting)
             await self._held.aclose()
@@ -115,11 +117,11 @@ class RayAgent:
         try:
             return await self._enter()
         except BaseException:
-            await self._held.aclose()  # or the next attempt would find the folder taken, by this one
+            await self._held.aclose()  # else the next attempt would find the folder locked by this one
             raise
 
     async def _enter(self) -> NodeAgent:
-        """Take the node's folder, start the agent, and let the commands on this machine in."""
+        """Lock the node's folder, start the agent, and serve the commands on this machine."""
         config = self._config
         raise_file_limit()
         make_private_directory(config.node_dir, WORDS)
@@ -139,7 +141,8 @@ class RayAgent:
 
 
 async def _entered(held: contextlib.AsyncExitStack, config: NodeConfig) -> Any:  # noqa: ANN401 - a socket
-    """The folder's lock and socket; those of a process that was killed come free a moment later."""
+    """The folder's lock and socket. Retries for a while, since the kernel releases a killed process's lock a moment
+    later."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + LOCK_S_MAX
     while True:
@@ -156,8 +159,8 @@ async def _entered(held: contextlib.AsyncExitStack, config: NodeConfig) -> Any: 
 
 
 class RayNode:
-    """A node, through its actor: what ``router/engines.py`` asks of one. Every call raises ``NodeUnavailable`` if there
-    is no actor (any more), or a new one that knows nothing."""
+    """A node, through its actor, as ``router/engines.py`` uses it. Every call raises ``NodeUnavailable`` if there is no
+    actor any more; a restarted one knows none of its predecessor's replicas."""
 
     is_here = False
 
@@ -202,7 +205,7 @@ class RayNode:
         await self._answer(self._actor.pull_checkpoint.remote(url))
 
     async def close(self) -> None:
-        """End its engines, and the actor."""
+        """End its engines and the actor."""
         with contextlib.suppress(NodeError):
             await self._answer(self._actor.close.remote())
         ray.kill(self._actor)
@@ -222,7 +225,7 @@ class RayNode:
 
 
 def agent_on(node: RayNodeFacts, config: NodeConfig) -> RayNode:
-    """The agent of a node, made if there is none. Returns at once: its first answer comes when it has started."""
+    """The agent of a node, made if there is none. Returns at once; its first answer comes when it has started."""
     options = {
         "name": f"agent-{node.id}",
         "namespace": NAMESPACE,
@@ -239,13 +242,13 @@ def agent_on(node: RayNodeFacts, config: NodeConfig) -> RayNode:
 
 
 def forget_agent(node_id: str) -> None:
-    """A node has left for ever; its actor would wait for it to come back."""
+    """Kill the actor of a node that has left for good; otherwise the actor would wait for the node's return."""
     with contextlib.suppress(ValueError, RayError):
         ray.kill(ray.get_actor(f"agent-{node_id}", namespace=NAMESPACE))
 
 
 def log_as_actor() -> None:
-    """What is logged goes to the actor's own file, which Ray keeps and shows."""
+    """Send log lines to the actor's own file, which Ray keeps and shows."""
     own = logging.getLogger("sllm_vllm")
     if not own.handlers:
         handler = logging.StreamHandler()

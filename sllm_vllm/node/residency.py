@@ -1,4 +1,5 @@
-"""Where this node's checkpoints lie, as its store tells, or its disk where no store runs. Blocking: for threads."""
+"""Where this node's checkpoints are, as reported by its store, or by its disk where no store runs. Blocking: call it in
+a thread."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ _REPORTS_MAX = 4096
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Checkpoints by tier, and the rates between tiers. ``problem``: why no store tells of them; empty if one does."""
+    """Checkpoints with their tiers, and the rates between tiers. ``problem``: why no store reports them; empty if one
+    does."""
 
     checkpoints: tuple[CheckpointReport, ...] = ()
     hops: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -33,7 +35,7 @@ class Residency:
 
 
 def read_residency(config: NodeConfig) -> Residency:
-    """What is where now."""
+    """The current residency."""
     try:
         with StoreClient(_socket_of(config), timeout_s=_ASK_S) as client:
             facts = client.order(Order(order="status"))
@@ -56,7 +58,7 @@ def prefetch_checkpoint(config: NodeConfig, checkpoint: str) -> None:
 
 
 def hint_store(config: NodeConfig, arguments: Sequence[str]) -> None:
-    """Tell the store what a starting engine will want, as a cold engine's plugin does. Never fails.
+    """Tell the store what a starting engine will load, as a cold engine's plugin does. Never raises.
 
     Args:
         arguments: of ``vllm serve``, the model first.
@@ -72,7 +74,7 @@ def _socket_of(config: NodeConfig) -> Path:
 
 
 def _on_disk(store_dir: Path) -> tuple[CheckpointReport, ...]:
-    """Those that can be used; whoever loads another one is told why it can't."""
+    """The usable checkpoints on disk; loading another one reports why it can't be used."""
     found = []
     with contextlib.suppress(OSError):
         for directory in sorted(store_dir.iterdir()):
@@ -84,7 +86,7 @@ def _on_disk(store_dir: Path) -> tuple[CheckpointReport, ...]:
 
 @functools.lru_cache(_REPORTS_MAX)
 def _read_report(directory: str, changed_ns: int) -> CheckpointReport | None:
-    """A large model's manifest has megabytes: read again when it has changed."""
+    """Read a checkpoint's manifest. Cached until the file changes: a large model's manifest has megabytes."""
     try:
         manifest = open_checkpoint(Path(directory)).manifest
     except CheckpointError:
@@ -99,7 +101,8 @@ def _read_report(directory: str, changed_ns: int) -> CheckpointReport | None:
 
 
 def _by_name(entries: Sequence[Mapping[str, Any]], on_disk: Sequence[CheckpointReport]) -> tuple[CheckpointReport, ...]:
-    """The store tells of partitions; here each checkpoint is one line. The disk's manifests know the models."""
+    """Merge the store's entries, one for each partition, into one for each checkpoint. Models come from manifests on
+    disk."""
     models = {report.name: report.model for report in on_disk}
     found: dict[str, CheckpointReport] = {}
     for entry in entries:

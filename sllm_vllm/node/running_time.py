@@ -1,7 +1,7 @@
-"""Timeouts that count the time in which this loop ran: what stood still can't tell whether others were late.
+"""Timeouts that only count time in which this loop ran: a loop that stood still can't judge whether others were late.
 
-A process that was stopped (SIGSTOP, a debugger, a machine that slept) or a loop that was blocked finds all its timers
-due at once, and the answers that came meanwhile unread.
+After a process was stopped (SIGSTOP, a debugger, a machine that slept) or its loop blocked, all its timers are due at
+once, and answers that arrived meanwhile are unread.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 BEAT_S = 0.25
 STALL_S = 0.5
-"""A beat that comes so much too late is not counted."""
+"""A beat that is later than this is not counted."""
 
 T = TypeVar("T")
 
 
 async def within(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
-    """Await it for so long at most, beats in which the loop stood still not counted.
+    """Await ``work`` for ``timeout_s`` at most, not counting beats in which the loop stood still.
 
     Raises:
         TimeoutError: it takes longer; it was cancelled.

@@ -1,6 +1,6 @@
-"""A temporary directory for each engine, gone with it: vLLM leaves its sockets and rendezvous files behind.
+"""A temporary directory for each engine, removed with it: vLLM leaves its sockets and rendezvous files behind.
 
-Only this user can look into it, unlike the system's, where vLLM would put them.
+No other user can read it, unlike the system's temporary directory, where vLLM would put them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Scratch:
         self._root = Path(tempfile.gettempdir()) / short_name(node_dir)
 
     def clear(self) -> None:
-        """Remove what a killed agent left; before the first engine."""
+        """Remove what a killed agent left; call this before the first engine."""
         if is_private(self._root):
             shutil.rmtree(self._root, ignore_errors=True)
 
     def make(self) -> Path:
-        """A new directory.
+        """Make a new directory.
 
         Raises:
-            OSError: there is no room, or somebody else has the name.
+            OSError: there is no room, or another user has the name.
         """
         with contextlib.suppress(FileExistsError):
             self._root.mkdir(mode=0o700)
@@ -42,20 +42,20 @@ class Scratch:
         return Path(tempfile.mkdtemp(dir=self._root, prefix=""))
 
     def remove(self, directory: Path) -> None:
-        """Remove one, and the root with the last."""
+        """Remove a directory, and with the last one the root."""
         shutil.rmtree(directory, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._root.rmdir()
 
 
 def short_name(node_dir: Path) -> str:
-    """The name of a directory in the system's temporary one, for the agent of this folder and user."""
+    """The name of this agent's directory in the system's temporary one, unique for the folder and the user."""
     digest = hashlib.blake2b(os.fsencode(node_dir.absolute()), digest_size=4).hexdigest()
     return f"sllm-{os.geteuid()}-{digest}"
 
 
 def is_private(path: Path) -> bool:
-    """Whether it is a directory of this user that no other user can enter, not a link."""
+    """Whether it is a directory (not a link) of this user that no other user can enter."""
     try:
         facts = os.lstat(path)
     except OSError:

@@ -1,7 +1,7 @@
-"""The agent's socket: HTTP requests in, the agent's answers out. Lives on the agent's loop; ``daemon.py`` runs it.
+"""The agent's socket: turns HTTP requests into calls of the agent. Lives on the agent's loop; ``daemon.py`` runs it.
 
-Decides nothing about replicas. Only this user and root are heard, so a request needs no key; keys of engines are in
-answers, and never in a log line.
+Decides nothing about replicas. Only this user and root may connect, so a request needs no key; engines' keys are in
+answers, but never in a log line.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from sllm_vllm.unix_listener import is_trusted, peer_of
 logger = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 128
-"""Clients at once, where the limit of descriptors allows them; more are hung up on."""
+"""Clients at once, as far as the limit of descriptors allows; further connections are closed."""
 SHUTDOWN_S = 2.0
-"""What an answer under way gets to come to its end, once the agent has closed."""
+"""How long answers under way may take to finish once the agent has closed."""
 TAIL_NBYTES_MAX = 1 << 40
 
 STATUSES: tuple[tuple[type[SllmError], int], ...] = (
-    # The first that fits counts.
+    # The first match wins.
     (ReplicaUnknown, 404),
     (OrderRefused, 409),
     (CheckpointMissing, 404),
@@ -57,17 +57,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Agent(Protocol):
-    """What is served: ``agent.NodeAgent``."""
+    """The agent to serve: ``agent.NodeAgent``."""
 
     @property
     def num_slots(self) -> int:
-        """Places for engines, once it has started."""
+        """The number of slots; known once the agent has started."""
 
     async def start(self) -> None:
-        """Take orders from now on."""
+        """Begin to take orders."""
 
     async def close(self) -> None:
-        """End every engine, then return; nothing happens if it is closed."""
+        """End every engine, then return; does nothing if it is closed."""
 
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport:
         """Accept an order. Raises ``OrderRefused``."""
@@ -76,25 +76,25 @@ class Agent(Protocol):
         """Ask a replica to end. Raises ``ReplicaUnknown``."""
 
     def replica(self, replica_id: str) -> ReplicaReport:
-        """A replica as it is now. Raises ``ReplicaUnknown``."""
+        """A replica's current report. Raises ``ReplicaUnknown``."""
 
     def find(self, prefix: str) -> str:
-        """The id that begins so. Raises ``ReplicaUnknown``."""
+        """The id with this prefix. Raises ``ReplicaUnknown``."""
 
     def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]:
-        """Reports, from now until it has ended."""
+        """Yield reports from now until it has ended."""
 
     async def prefetch(self, checkpoint: str) -> None:
         """Have a checkpoint read into memory. Raises ``SllmError``."""
 
     async def report(self, *, with_memory: bool = False) -> NodeReport:
-        """Everything about the node."""
+        """The state of the whole node."""
 
     def logs(self, replica_id: str, *, tail_nbytes: int | None, follow: bool) -> AsyncIterator[bytes]:
-        """What a replica has printed."""
+        """A replica's output."""
 
     def story(self, replica_id: str) -> list[str]:
-        """The last events and actions about a replica."""
+        """The last events and actions of a replica."""
 
 
 class PrefetchOrder(BaseModel):
@@ -105,14 +105,14 @@ class PrefetchOrder(BaseModel):
 
 
 class _BadRequest(NodeError):
-    """A request that can't be understood."""
+    """An invalid request."""
 
 
 class Server:
     """Accepts connections and answers them, from ``start`` to ``close``.
 
     Args:
-        stop: called when a client wants the agent to end.
+        stop: called when a client asks the agent to end.
         connections_max: clients at once.
     """
 
@@ -136,22 +136,22 @@ class Server:
                 web.post("/v1/stop", self._stop_agent),
             ]
         )
-        # A handler is cancelled when its client leaves; no access log, since nobody reads it on a node.
+        # A handler is cancelled when its client disconnects. No access log: it would have no reader on a node.
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S
         )
 
     async def start(self) -> None:
-        """Make ready to serve."""
+        """Prepare to serve."""
         await self._runner.setup()
 
     async def serve(self, listener: socket.socket) -> None:
-        """Accept connections until cancelled, or until one can't be accepted."""
+        """Accept connections until cancelled, or until accepting one fails."""
         while True:
             await self.accept(listener)
 
     async def accept(self, listener: socket.socket) -> None:
-        """Accept one connection, and serve it or hang up; a step of a run loop.
+        """Accept one connection, and serve or close it; a step of a run loop.
 
         Raises:
             OSError: there is no descriptor for it.
@@ -231,7 +231,7 @@ class Server:
         return self._agent.find(request.match_info["id"])
 
     async def _whole(self, order: Coroutine[Any, Any, T]) -> T:
-        """Carry an order out to its end, also when the client leaves meanwhile."""
+        """Carry out an order completely, even if the client disconnects meanwhile."""
         task = asyncio.get_running_loop().create_task(order)
         self._orders.add(task)
         task.add_done_callback(self._orders.discard)
@@ -240,7 +240,7 @@ class Server:
 
 @web.middleware
 async def _told_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into the same JSON record, with a status that fits."""
+    """Turn every error into the same JSON record, with a matching status."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -268,7 +268,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def _body(request: web.Request, kind: type[Body]) -> Body:
-    """The request's body, checked. What is wrong is told without the value: it may be a secret."""
+    """Parse the request's body. An error does not quote the value, which may be a secret."""
     try:
         return kind.model_validate_json(await request.read())
     except ValidationError as error:
@@ -300,7 +300,8 @@ async def _lines(reports: AsyncIterator[ReplicaReport]) -> AsyncGenerator[bytes]
 
 
 async def _stream(request: web.Request, content_type: str, chunks: AsyncIterator[bytes]) -> web.StreamResponse:
-    """Send what comes, as it comes. Breaks the answer off if the agent does: the client sees that it is not whole."""
+    """Stream chunks as they arrive. If the agent fails, abort the connection, so that the client sees an incomplete
+    answer."""
     response = web.StreamResponse(headers={"Content-Type": content_type})
     async with _ending(chunks):
         await response.prepare(request)
@@ -316,7 +317,7 @@ async def _stream(request: web.Request, content_type: str, chunks: AsyncIterator
 
 @contextlib.asynccontextmanager
 async def _ending(stream: AsyncIterator[T]) -> AsyncIterator[None]:
-    """End a generator when nobody wants more of it, and not when the garbage collector comes by."""
+    """Close a generator as soon as it is no longer read, not when it is garbage-collected."""
     try:
         yield
     finally:

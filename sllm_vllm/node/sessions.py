@@ -1,4 +1,5 @@
-"""The processes of an engine, found by their session: an engine leads one, and whatever it starts stays in it."""
+"""Finds and ends the processes of an engine by their session: an engine leads one, and all that it starts stay in
+it."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ _POLL_S = 0.01
 
 
 def living_members(session: int) -> list[int]:
-    """Processes of a session that run."""
+    """The running processes of a session."""
     return [process.pid for process in all_processes() if process.session == session and not process.is_ended]
 
 
 def kill_members(session: int, *, also_trackers: bool = False) -> list[int]:
-    """Kill the processes of a session (SIGKILL), but, unless said otherwise, those that tidy up after the others.
+    """Kill the processes of a session (SIGKILL); resource trackers, which clean up after the others, only on request.
 
-    As long as there is one, nobody else can get the session's number. Returns those that still ran.
+    While one of them exists, the session's id can't be reused. Returns those that still ran.
     """
     members = living_members(session)
     for pid in members:
@@ -33,13 +34,14 @@ def kill_members(session: int, *, also_trackers: bool = False) -> list[int]:
 
 
 def kill_group(leader: int) -> None:
-    """Kill a session leader's own group (SIGKILL): what can be done where no process can be looked at."""
+    """Kill a session leader's own group (SIGKILL): all that is possible where processes can't be listed."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
 
 
 async def end_session(session: int, *, timeout_s: float) -> bool:
-    """Kill every process of a session, and return when none runs any more; False if some do in spite of it."""
+    """Kill every process of a session, and wait until none runs; returns False if some still run after
+    ``timeout_s``."""
     loop = asyncio.get_running_loop()
     start_s = loop.time()
     while _has_members(session, also_trackers=loop.time() - start_s > TRACKER_S_MAX):
@@ -50,7 +52,7 @@ async def end_session(session: int, *, timeout_s: float) -> bool:
 
 
 def _has_members(session: int, *, also_trackers: bool) -> bool:
-    """Kill them, and say whether there were any; a system that can't list them may have them."""
+    """Kill the members and return whether there were any; if they can't be listed, assume that there are."""
     try:
         return bool(kill_members(session, also_trackers=also_trackers))
     except OSError as error:
@@ -60,10 +62,10 @@ def _has_members(session: int, *, also_trackers: bool) -> bool:
 
 
 def reap_adopted(sessions: Collection[int]) -> int:
-    """Reap what has ended of these sessions and is this process's child, but for their leaders; how many.
+    """Reap ended children of this process in these sessions, except for the sessions' leaders; returns how many.
 
-    An engine's children become this process's when their parent ends before them. Whoever started a leader waits for
-    it, and wants its status.
+    An engine's children become this process's when their parent ends before them. Leaders are left to the code that
+    started them, which waits for their status.
     """
     num_reaped = 0
     for process in all_processes():

@@ -1,7 +1,7 @@
-"""Unix sockets of engines: their paths, in a folder that no other user can enter, from the order until they end.
+"""Unix sockets of engines: paths in a folder that no other user can enter, reserved from the order until they end.
 
 The engine makes its socket itself. No name is used twice while an agent lives, so no engine meets another one's file;
-what a killed agent's engines left is removed by the next agent.
+files that a killed agent's engines left are removed by the next agent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sllm_vllm.node.scratch import is_private, short_name
 from sllm_vllm.socket_url import url_of_socket
 
 PATH_NBYTES_MAX = 107
-"""What an address of Linux holds, without the zero at its end."""
+"""Longest path in an address of Linux, without the zero at its end."""
 _NAME_NBYTES = 4
 _SHORT = Path("/tmp")
 
@@ -34,15 +34,15 @@ class SocketReservation:
 
     @property
     def url(self) -> str:
-        """Of what listens there."""
+        """The URL of the server there."""
         return url_of_socket(self.path)
 
     def place(self, slots: tuple[int, ...], api_key: str) -> Place:
-        """Where an engine of these slots listens."""
+        """Where an engine on these slots listens."""
         return Place(slots, None, api_key, socket=str(self.path))
 
     def close(self) -> None:
-        """Remove the socket, if there is one; the engine has ended. May be called again."""
+        """Remove the socket, if there is one; call this once the engine has ended. May be called again."""
         if not self._is_closed:
             self._is_closed = True
             with contextlib.suppress(OSError):
@@ -52,8 +52,8 @@ class SocketReservation:
 class EngineSockets:
     """The sockets of one agent's engines. Owned by the agent's loop.
 
-    They are in the agent's own folder; where that makes a path too long, in a private one of the temporary directory.
-    ``XDG_RUNTIME_DIR`` is not used: it is removed when the user logs out, and an agent may run on.
+    They are in the agent's own folder, or, if that makes a path too long, in a private folder of the temporary
+    directory. ``XDG_RUNTIME_DIR`` is not used: it is removed when the user logs out, while an agent may run on.
 
     Args:
         node_dir: the agent's own folder; the next agent of the same folder clears what this one left.
@@ -66,7 +66,7 @@ class EngineSockets:
         self._used: set[str] = set()
 
     def clear(self) -> None:
-        """Remove what a killed agent's engines left; before the first engine, and after the last one."""
+        """Remove what a killed agent's engines left; call this before the first engine and after the last one."""
         if not is_private(self._folder):
             return
         with contextlib.suppress(OSError):
@@ -76,10 +76,10 @@ class EngineSockets:
             self._folder.rmdir()
 
     def reserve(self) -> SocketReservation:
-        """A path that no engine has or had.
+        """Reserve a path that no other engine has or had.
 
         Raises:
-            OSError: there can be no private folder.
+            OSError: no private folder can be made.
         """
         folder = self._made()
         while (name := secrets.token_hex(_NAME_NBYTES)) in self._used or os.path.lexists(folder / name):
@@ -88,7 +88,7 @@ class EngineSockets:
         return SocketReservation(folder / name)
 
     def _made(self) -> Path:
-        """The folder, there and private; another one if someone else has its name."""
+        """Make the folder if it is missing; use another one if its name is taken or it is not private."""
         with contextlib.suppress(FileExistsError):
             self._folder.mkdir(mode=0o700)
         if not is_private(self._folder):

@@ -1,4 +1,5 @@
-"""Which plugins of vLLM's an engine loads, so that ours for live migration is among them. Reads what is installed."""
+"""Selects the vLLM plugins that an engine loads, so that ours for live migration is among them. Reads what is
+installed."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ _ENDPOINTS = "vllm.endpoint_plugins"
 
 
 def moving_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of engines whose requests can be moved, beside those they would get.
+    """Variables to add to the environment of engines whose requests can be moved.
 
-    vLLM loads plugins that add routes only if ``VLLM_PLUGINS`` names them, and then no other plugin that is not named.
-    So all that it would have loaded by itself are named, too; but for such as add routes.
+    vLLM loads plugins that add routes only if ``VLLM_PLUGINS`` names them, and then it loads no other plugins than
+    those named. So all plugins that it would load by default are named, too, except for those that add routes.
     """
     named = environment.get("VLLM_PLUGINS")
     names = set(named.split(",")) if named is not None else _loaded_by_themselves()

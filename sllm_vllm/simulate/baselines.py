@@ -1,6 +1,6 @@
-"""Policies to compare the router with: where each starts a model. Pure; randomness is seeded.
+"""Policies to compare the router with: each decides where a model starts. Pure; randomness is seeded.
 
-What they share (queues, keep-alive, eviction of the longest idle) is in ``baseline``; they differ in ``place`` alone.
+What they share (queues, keep-alive, eviction of the longest idle) is in ``baseline``; they differ only in ``place``.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from sllm_vllm.simulate.hardware import ModelClass
 from sllm_vllm.simulate.views import NodeView, Phase, Placement, View
 
 MOVED_MAX = 2
-"""Replicas that are emptied for one start: so many make room for the largest model of the presets."""
+"""Most replicas emptied for one start: enough for the largest model of the presets."""
 
 
 class Availability(Baseline):
-    """The first node with free slots, wherever the model lies."""
+    """Chooses the first node with free slots, regardless of where the model is stored."""
 
     def place(self, spec: ModelSpec, now_s: float) -> Placement | None:
-        """In the order of their names."""
+        """Tries the nodes in the order of their names."""
         return self.first_fit(sorted(self.nodes.values(), key=lambda node: node.id), spec)
 
 
 class Serverless(Baseline):
-    """Any node with free slots: what ServerlessLLM's evaluation calls the scheduler of serverless platforms."""
+    """Chooses any node with free slots: what ServerlessLLM's evaluation calls the scheduler of serverless platforms."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._rng = random.Random(f"serverless {seed}")
 
     def place(self, spec: ModelSpec, now_s: float) -> Placement | None:
-        """Drawn."""
+        """Tries the nodes in random order."""
         nodes = sorted(self.nodes.values(), key=lambda node: node.id)
         self._rng.shuffle(nodes)
         return self.first_fit(nodes, spec)
 
 
 class RoundRobin(Baseline):
-    """The next node in turn that has free slots, as Ray Serve spreads replicas; each node caches what it loaded."""
+    """Chooses the next node in turn with free slots, as Ray Serve spreads replicas; each node caches what it loaded."""
 
     def __init__(self) -> None:
         super().__init__()
         self._last = ""
 
     def place(self, spec: ModelSpec, now_s: float) -> Placement | None:
-        """Behind the node that was last."""
+        """Tries the nodes in turn, beginning after the last one chosen."""
         nodes = sorted(self.nodes.values(), key=lambda node: (node.id <= self._last, node.id))
         placement = self.first_fit(nodes, spec)
         if placement is not None:
@@ -57,11 +57,12 @@ class RoundRobin(Baseline):
 
 
 class Shepherd(Baseline):
-    """The node that loads it soonest, as ServerlessLLM's evaluation has Shepherd (NSDI 2023); who is in the way there
-    begins again elsewhere. A request is preempted once at most, so that all end."""
+    """Chooses the node that loads the model soonest, as ServerlessLLM's evaluation describes Shepherd (NSDI 2023);
+    requests in the way there are preempted and begin again elsewhere. A request is preempted at most once, so that all
+    end."""
 
     def place(self, spec: ModelSpec, now_s: float) -> Placement | None:
-        """The least load time; of equal ones, where nobody is preempted."""
+        """The node with the least load time; among equals, the one with the fewest preempted replicas."""
         found: list[tuple[float, int, str, Placement]] = []
         for node in self.nodes.values():
             placement = self._on(node, spec)
@@ -90,16 +91,16 @@ class Shepherd(Baseline):
 
 
 class ServerlessLLM(Baseline):
-    """The least estimated startup over all nodes: load queue and load; where busy replicas are in the way, they are
-    emptied first, which takes the load of their model elsewhere, if it must be, and a resume a (tokens so far) + b each
-    (section 6 of the paper). a, b and the time per token are given, as it calibrates them."""
+    """Chooses the least estimated startup over all nodes: load queue plus load. Busy replicas in the way are emptied
+    first, which takes the load of their model elsewhere, if needed, and a resume of a (tokens so far) + b for each
+    request (section 6 of the paper). a, b and the time per token are given, where ServerlessLLM calibrates them."""
 
     def __init__(self, classes: Mapping[str, ModelClass]) -> None:
         super().__init__()
         self._classes = classes
 
     def place(self, spec: ModelSpec, now_s: float) -> Placement | None:
-        """Of equal plans, the one that moves fewest."""
+        """The plan with the least startup; among equals, the one with the fewest moves."""
         found: list[tuple[float, int, str, Placement]] = []
         for node in self.nodes.values():
             victims = self.idle_victims(node, spec.accelerators)
@@ -129,7 +130,8 @@ class ServerlessLLM(Baseline):
         return found
 
     def _targets(self, moved: tuple[View, ...], now_s: float) -> tuple[float, tuple[tuple[str, str], ...]] | None:
-        """Where the requests of each replica go on, on other nodes, and when the last of them does."""
+        """Where, on other nodes, the requests of each replica continue, and when the last of them does; None if there
+        is no room."""
         free = {node.id: node.num_free for node in self.nodes.values() if node.id != moved[0].node}
         room = {view.id: self.num_room(view) for view in self.views.values()}
         pairs, move_s = [], 0.0
@@ -152,7 +154,7 @@ class ServerlessLLM(Baseline):
         return move_s, tuple(pairs)
 
     def _resume_s(self, request: str, now_s: float) -> float:
-        """Tokens so far: the prompt's, and the time it has run over the time per token."""
+        """Seconds to recompute the tokens so far: the prompt's, plus the running time over the time per token."""
         waiter = self.requests[request]
         kind = self._classes[waiter.model]
         num_answered = 0 if waiter.first_s is None else (now_s - waiter.first_s) / kind.tpot_s
@@ -160,7 +162,7 @@ class ServerlessLLM(Baseline):
 
 
 def baselines(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], Baseline]]:
-    """All of them, by name."""
+    """All compared policies, by name."""
     return {
         "serverlessllm": lambda: ServerlessLLM(classes),
         "shepherd": Shepherd,

@@ -1,4 +1,4 @@
-"""What ``sllm-vllm simulate`` does: runs, tables, JSON (on one line), PNG. Prints the seeds of what fails."""
+"""Implements ``sllm-vllm simulate``: runs, tables, JSON (on one line), PNG. Prints the seeds of failed runs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from sllm_vllm.simulate.world import World
 
 OURS = "ours"
 UNMOVED = "ours_unmoved"
-"""The same, and no request is ever moved."""
+"""The router's core without moves."""
 COMPARED_NODES_MAX = 16
-"""Larger clusters run the router alone unless policies are named: the others look at every node for each start."""
+"""On a larger cluster only the router runs unless policies are named: the others examine every node for each start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command takes. ``rate``: requests a second; None: the preset's, or as the trace has it."""
+    """The command's options. ``rate``: requests a second; None: the preset's or the trace's."""
 
     preset: str = "paper"
     policies: tuple[str, ...] = ()
-    """Empty: all, or the router's core alone on a large cluster."""
+    """Empty: all, or only the router's core on a large cluster."""
     seeds: int = 3
     requests: int = 1000
     rate: float | None = None
@@ -84,7 +84,7 @@ def _print_tables(title: str, summaries: Mapping[str, list[metrics.Figures]]) ->
 
 
 def policies(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], Policy]]:
-    """All that can be simulated, by name."""
+    """All policies that can be simulated, by name."""
     unmoved = RouterLimits(moves=MoveLimits(is_on=False))
     return {OURS: RouterCore, UNMOVED: lambda: RouterCore(unmoved), **baselines(classes, seed)}
 
@@ -116,7 +116,7 @@ def _run(name: str, cluster: Cluster, seed: int, *, options: Options) -> Run:
 
 
 def requests_of(cluster: Cluster, seed: int, *, options: Options) -> list[SimulatedRequest]:
-    """The same for every policy."""
+    """The run's requests, the same for every policy."""
     models, traffic = list(cluster.classes()), cluster.traffic
     if options.trace is None:
         return draw_requests(traffic, models, options.requests, seed=seed)

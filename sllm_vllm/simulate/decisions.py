@@ -1,4 +1,4 @@
-"""How long the router's core thinks: the real core in the simulated world, its own time alone."""
+"""Measures the decision time of the real router core in the simulated world, without the simulation's own time."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sllm_vllm.simulate.world import World
 NUM_MODELS = (100, 1_000, 10_000, 30_000)
 NUM_NODES = (10, 100, 1_000)
 GROWTH_RATE = 200.0
-"""Requests a second while the number of models grows: a hundred models can serve as many."""
+"""Requests a second while the number of models grows: a hundred models can serve that many."""
 GROWTH_REPLICAS = 16
 CROWDING = 8.0
-"""How many times as much is asked of a crowded cluster: more than its slots can serve at once."""
+"""Load of a crowded cluster, as a multiple of the preset's: more than its slots can serve at once."""
 SET_UP = {ModelDeployed.__name__, NodeJoined.__name__, NodeReported.__name__}
 """Not counted as decisions."""
 
 
 class Recorded:
-    """The core as a policy, and all that it was told."""
+    """The core as a policy that records every event."""
 
     def __init__(self, core: RouterCore) -> None:
         self.core = core
@@ -39,7 +39,7 @@ class Recorded:
         self.num_waiting_max = 0
 
     def handle(self, event: Event, now_s: float) -> Sequence[Order]:
-        """As ``Policy`` says."""
+        """See ``Policy``."""
         self.events.append((now_s, event))
         orders = self.core.handle(event, now_s)
         self.num_waiting_max = max(self.num_waiting_max, len(self.core.queues))
@@ -48,12 +48,12 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """How long events took by the clock, by their kind, in ascending order; those that set up are apart."""
+    """Wall-clock seconds of each event, by kind, ascending; set-up events are kept apart."""
 
     seconds: dict[str, list[float]]
     set_up: dict[str, list[float]]
     computed_s: float
-    """Processor time of all that came after the first request."""
+    """Processor time of all events from the first request on."""
     num_waiting_max: int = 0
     """The most requests that waited at once."""
 
@@ -64,11 +64,12 @@ class Decisions:
 
     @property
     def mean_s(self) -> float:
-        """Of a decision, whatever it was about; reports of nodes are part of it, and are not counted."""
+        """Mean seconds of a decision of any kind; includes the time of nodes' reports, but does not count them as
+        decisions."""
         return self.computed_s / max(1, self.num)
 
     def rows(self) -> list[dict[str, object]]:
-        """A line for each kind of event, for people; microseconds."""
+        """A table row for each kind of event, in microseconds."""
         return [
             {
                 "event": kind,
@@ -82,7 +83,7 @@ class Decisions:
         ]
 
     def record(self) -> dict[str, object]:
-        """The same for programs; seconds."""
+        """The same as a JSON record, in seconds."""
         return {
             "decisions": self.num,
             "mean_s": self.mean_s,
@@ -93,9 +94,11 @@ class Decisions:
 
 
 def measure(cluster: Cluster, num_requests: int, *, seed: int) -> Decisions:
-    """Simulate the router's core alone, and tell another one the same events again; however many wait, none is refused.
+    """Simulate the router's core and replay its events on a second core, which is timed; no request is refused for the
+    number that wait.
 
-    The garbage collector is off meanwhile: at the size of ``big`` it pauses for half a second, for the world's objects.
+    The garbage collector is off meanwhile: at the size of ``big`` it would pause for half a second for the world's
+    objects.
     """
     limits = RouterLimits(waiting_max=num_requests)
     recorded = Recorded(RouterCore(limits))
@@ -111,7 +114,8 @@ def measure(cluster: Cluster, num_requests: int, *, seed: int) -> Decisions:
 
 
 def _replay(recorded: Recorded, core: RouterCore) -> Decisions:
-    """The processor's clock is read twice, as that takes longer than a decision where the machine is a virtual one."""
+    """Time a core on recorded events. The processor's clock is read only at the ends, since reading it takes longer
+    than a decision on a virtual machine."""
     num_before = next((n for n, (_, event) in enumerate(recorded.events) if isinstance(event, RequestArrived)), 0)
     seconds: dict[str, list[float]] = defaultdict(list)
     computed_s = 0.0
@@ -132,13 +136,13 @@ def _replay(recorded: Recorded, core: RouterCore) -> Decisions:
 
 
 def crowded(cluster: Cluster) -> Cluster:
-    """The same, asked for more than it can serve: queues grow, and models wait for slots."""
+    """The same cluster with more traffic than it can serve: queues grow, and models wait for slots."""
     traffic = replace(cluster.traffic, rate=CROWDING * cluster.traffic.rate)
     return replace(cluster, traffic=traffic, serving=replace(cluster.serving, queue_s_max=1e6, queue_max=1_000_000))
 
 
 def with_models(cluster: Cluster, num_models: int) -> Cluster:
-    """The same nodes and about the same requests, with so many models of its first class, all asked equally."""
+    """The same nodes and about the same traffic, with ``num_models`` models of the first class, all equally popular."""
     return replace(
         cluster,
         models=((cluster.models[0][0], num_models),),
@@ -148,7 +152,7 @@ def with_models(cluster: Cluster, num_models: int) -> Cluster:
 
 
 def with_nodes(cluster: Cluster, num_nodes: int) -> Cluster:
-    """So many nodes, with as much asked of each, and as many models for each."""
+    """``num_nodes`` nodes, with the same traffic and number of models for each node."""
     share = num_nodes / cluster.num_nodes
     models = tuple((kind, max(1, round(count * share))) for kind, count in cluster.models)
     traffic = replace(cluster.traffic, rate=cluster.traffic.rate * share)
@@ -156,7 +160,7 @@ def with_nodes(cluster: Cluster, num_nodes: int) -> Cluster:
 
 
 def growth_rows(grown: Mapping[int, Decisions], what: str) -> list[dict[str, object]]:
-    """A line for each size, for people: how much slower than with the first size, and how much the logarithm grew."""
+    """A table row for each size: how much slower than the first size, and how much its logarithm grew."""
     first = min(grown)
     return [
         {

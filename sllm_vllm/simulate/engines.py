@@ -1,4 +1,4 @@
-"""The half of the simulated world about nodes and engines: starts, loads, crashes, losses. Owned by ``World``."""
+"""The nodes and engines of the simulated world: starts, loads, crashes, losses. Owned by ``World``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sllm_vllm.simulate.machines import SimulatedNode, SimulatedReplica, Stage, 
 from sllm_vllm.simulate.run import Run
 
 NOTICE_S = 0.01
-"""Between the two ways of noticing a dead engine: by its requests, or by its node."""
+"""Delay between the two ways in which a dead engine is noticed: by its requests, or by its node."""
 
 
 class Engines:
-    """Nodes and the replicas on them. ``tell`` hands on an event; ``interrupt`` ends what ran on a replica."""
+    """Nodes and the replicas on them. ``tell`` sends the policy an event; ``interrupt`` ends what ran on a replica."""
 
     def __init__(
         self,
@@ -45,19 +45,19 @@ class Engines:
         self.classes = cluster.classes()
         self.nodes: dict[str, SimulatedNode] = {}
         self.replicas: dict[str, SimulatedReplica] = {}
-        """All that hold slots."""
+        """All replicas that hold slots."""
         self._agenda = agenda
         self._run = run
         self._rng = rng
         self._tell = tell
         self._interrupt = interrupt
         self._names: set[str] = set()
-        """Of all replicas ever."""
+        """Ids of all replicas ever."""
 
     # ------------------------------------------------------------------------------------------------------- nodes
 
     def join(self) -> None:
-        """Make the nodes, their disks filled, and tell of them."""
+        """Make the nodes, fill their disks, and announce them."""
         nodes = [SimulatedNode(f"n{number:04}", self.cluster.node) for number in range(self.cluster.num_nodes)]
         self.nodes = {node.id: node for node in nodes}
         self._fill_disks(nodes)
@@ -67,7 +67,7 @@ class Engines:
             self._plan_loss(node)
 
     def _fill_disks(self, nodes: list[SimulatedNode]) -> None:
-        """Each model on as many nodes as it should be, round-robin, as long as there is room."""
+        """Put each model on ``on_disk`` nodes, round-robin, as far as their disks have room."""
         num_copies = min(self.cluster.on_disk, len(nodes))
         used = dict.fromkeys(self.nodes, 0)
         for number, (model, kind) in enumerate(self.classes.items()):
@@ -80,13 +80,13 @@ class Engines:
                     keep(node.host, node.kind.host_nbytes, model, nbytes=kind.nbytes)
 
     def report_changes(self) -> None:
-        """What agents say when they are asked."""
+        """Send the reports that are due, as agents do when polled."""
         for node in self.nodes.values():
             if node.is_report_due and not node.is_lost:
                 self.report(node)
 
     def report(self, node: SimulatedNode) -> None:
-        """Tell where a node has models."""
+        """Report where a node has models."""
         node.is_report_due = False
         residency = node.residency()
         nbytes = {model: self.classes[model].nbytes for model in residency}
@@ -117,7 +117,7 @@ class Engines:
         self._plan_loss(node)
 
     def _notice(self, by_node: list[partial[None]], by_requests: list[partial[None]]) -> None:
-        """A death is noticed in two ways, in either order."""
+        """Deliver both notices of a death, in random order."""
         first, second = (by_node, by_requests) if self._rng.random() < 0.5 else (by_requests, by_node)
         for happen in second:
             self._agenda.after(NOTICE_S, happen)
@@ -127,7 +127,7 @@ class Engines:
     # ---------------------------------------------------------------------------------------------------- replicas
 
     def start(self, order: StartReplica) -> None:
-        """A process begins; refused by a node that is gone."""
+        """Start a process; a node that is gone refuses."""
         node, kind = self.nodes[order.node], self.classes[order.model]
         assert order.replica not in self._names, f"{order.replica} is started twice"
         self._names.add(order.replica)
@@ -181,7 +181,7 @@ class Engines:
             self._end(replica, "it did not start", True)
 
     def stop(self, order: StopReplica) -> None:
-        """It ends soon. An engine that is dead already says so by itself."""
+        """End a replica soon; an engine that is dead already reports its own end."""
         replica = self.replicas.get(order.replica)
         if replica is None or replica.stage is Stage.STOPPING:
             return
@@ -203,18 +203,18 @@ class Engines:
         self._notice([partial(self._tell, ended)], [partial(self._interrupt, replica)])
 
     def _remove(self, replica: SimulatedReplica) -> None:
-        """Its slots are free."""
+        """Remove a replica and free its slots."""
         replica.stage = Stage.GONE
         del self.replicas[replica.id]
         del replica.node.replicas[replica.id]
         self.count(replica)
 
     def count(self, replica: SimulatedReplica) -> None:
-        """What it has held until now."""
+        """Add what the replica has held until now to the run's accelerator seconds."""
         self._run.accelerator_s += replica.kind.accelerators * (self._agenda.now_s - replica.ordered_s)
 
     def prefetch(self, order: PrefetchModel) -> None:
-        """A read in the background: loads go before it, whenever they come (the store's I/O schedule)."""
+        """Read a model in the background: loads always take precedence (the store's I/O schedule)."""
         node, kind = self.nodes[order.node], self.classes[order.model]
         tier = node.tier(order.model)
         if node.is_lost or tier is Tier.HOST or order.model in node.fills:
@@ -224,7 +224,7 @@ class Engines:
             self._fill(node)
 
     def _fill(self, node: SimulatedNode) -> None:
-        """Go on with the first, once no load runs."""
+        """Continue the first background read, once no load runs."""
         if not node.fills:
             return
         if node.load_until_s > self._agenda.now_s:
@@ -234,7 +234,7 @@ class Engines:
         self._agenda.after(left_s, partial(self._end_fill, node, model, (node.fills, node.loaded_s)))
 
     def _end_fill(self, node: SimulatedNode, model: str, begun: tuple[dict[str, float], float]) -> None:
-        """It was read, but for the time that loads took meanwhile."""
+        """Finish a background read, or extend it by the time that loads took meanwhile."""
         fills, loaded_s = begun
         if fills is not node.fills:
             return  # the node was lost meanwhile
@@ -247,7 +247,7 @@ class Engines:
         self._fill(node)
 
     def validate(self) -> None:
-        """Assert that no slot is used twice and no replica is where it should not be."""
+        """Assert that no slot is used twice and no replica is in a wrong place or stage."""
         for node in self.nodes.values():
             assert node.num_free >= 0, f"{node.id} has {-node.num_free} slots less than its replicas use"
             assert not (node.is_lost and node.replicas), f"{node.id} is gone and has {list(node.replicas)}"

@@ -1,4 +1,4 @@
-"""What is simulated: machines, models, failures; times follow from bytes and rates. Pure, frozen records."""
+"""The simulated machines, models and failures; times follow from bytes and rates. Pure, frozen records."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sllm_vllm.simulate.workload import Traffic
 
 @dataclass(frozen=True, slots=True)
 class ModelClass:
-    """A kind of model; many may be deployed of it. ``batch_slowdown``: what each further request in a batch adds to the
-    time per output token of one alone (``tpot_s``), as a share of it. ``prefill_rate``: tokens a second."""
+    """A kind of model, of which many may be deployed. ``batch_slowdown``: what each further request in a batch adds to
+    the time per output token of a single one (``tpot_s``), as a fraction of it. ``prefill_rate``: tokens a second."""
 
     name: str
     nbytes: int
@@ -27,21 +27,22 @@ class ModelClass:
     stop_s: float = 0.5
 
     def process_s(self, is_warm: bool) -> float:
-        """Until its workers are there."""
+        """Seconds until its workers run."""
         return self.process_warm_s if is_warm else self.process_cold_s
 
     def prefill_s(self, num_tokens: int) -> float:
-        """Until the first token, alone on a replica."""
+        """Seconds until the first token, alone on a replica."""
         return self.prefill_fixed_s + num_tokens / self.prefill_rate
 
     def token_s(self, num_requests: int) -> float:
-        """Between two tokens of a request, in a batch of so many."""
+        """Seconds between two tokens of a request, in a batch of ``num_requests``."""
         return self.tpot_s * (1 + self.batch_slowdown * (num_requests - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class NodeClass:
-    """A kind of machine. The rates are of each hop alone; ``host_bps`` is one accelerator's; they load side by side."""
+    """A kind of machine. Each rate is that of one hop alone. ``host_bps`` is for one accelerator; accelerators load in
+    parallel."""
 
     num_slots: int
     host_nbytes: int
@@ -53,26 +54,26 @@ class NodeClass:
     is_warm: bool = True
 
     def rate_bps(self, tier: Tier, accelerators: int = 1) -> float:
-        """From a tier to the devices: that of the slowest hop, as they work at the same time."""
+        """The rate from a tier to the devices: that of the slowest hop, since all hops work at the same time."""
         host_bps = self.host_bps * accelerators
         below = {Tier.HOST: host_bps, Tier.DISK: self.disk_bps, Tier.REMOTE: self.remote_bps}
         return min(host_bps, below[tier])
 
     def weights_s(self, model: ModelClass, tier: Tier) -> float:
-        """One load, without waiting for others."""
+        """Seconds of one load, without waiting for others."""
         return self.load_fixed_s + model.nbytes / self.rate_bps(tier, model.accelerators)
 
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """What goes wrong, and how often. ``noise_sigma``: of the logarithm of what a start takes; ``outlier_share`` of
+    """What fails, and how often. ``noise_sigma``: sigma of the logarithm of a start's durations; ``outlier_share`` of
     them take ``outlier_factor`` times as long. ``leave_share`` of the clients leave after up to ``leave_s_max``."""
 
     start_share: float = 0.0
     crashes_per_hour: float = 0.0
-    """Of each replica."""
+    """For each replica."""
     losses_per_hour: float = 0.0
-    """Of each node."""
+    """For each node."""
     node_back_s: float = 120.0
     noise_sigma: float = 0.05
     outlier_share: float = 0.01
@@ -81,13 +82,13 @@ class Failures:
     leave_s_max: float = 20.0
 
     def noise(self, rng: random.Random) -> float:
-        """A factor for one start."""
+        """A random factor for one duration."""
         factor = self.outlier_factor if rng.random() < self.outlier_share else 1.0
         return factor * rng.lognormvariate(0.0, self.noise_sigma)
 
 
 SMOOTH = Failures(noise_sigma=0.0, outlier_share=0.0)
-"""Nothing goes wrong, and every start takes what it should."""
+"""No failures, and every start takes exactly its nominal time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """All that a run needs but its requests. ``on_disk``: nodes whose disk has a model at first."""
+    """Everything that a run needs except its requests. ``on_disk``: nodes that have each model on disk at first."""
 
     name: str
     num_nodes: int
@@ -114,14 +115,14 @@ class Cluster:
     serving: Serving = Serving()
     on_disk: int = 1_000_000
     is_in_memory: bool = False
-    """Every node has every model in memory at first."""
+    """Every node has every model in memory at first, as far as it fits."""
 
     def classes(self) -> dict[str, ModelClass]:
         """The class of each model, by its name."""
         return {f"{kind.name}-{number}": kind for kind, count in self.models for number in range(count)}
 
     def spec(self, model: str, kind: ModelClass) -> ModelSpec:
-        """The model as it is deployed."""
+        """The model's deployment."""
         serving = self.serving
         return ModelSpec(
             name=model,

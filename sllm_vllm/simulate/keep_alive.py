@@ -1,4 +1,4 @@
-"""How often a model starts cold, and how long it idles, under a keep-alive rule: one replica without neighbours. Pure.
+"""Counts a model's cold starts and idle time under a keep-alive rule: one replica, alone on its node. Pure.
 
 Arrival patterns are drawn here, seeded; a trace's arrivals may be given instead. The rule is the router's own.
 """
@@ -16,12 +16,12 @@ from sllm_vllm.simulate.workload import gaps
 
 HOUR_S = 3600.0
 Pattern = Callable[[random.Random], Iterator[float]]
-"""Times of arrivals of one model, ascending and without end."""
+"""Yields one model's arrival times, ascending and without end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one model, or several, came to."""
+    """Cold starts and idle time of one or several models."""
 
     num_cold: int = 0
     idle_s: float = 0.0
@@ -31,7 +31,7 @@ class Cost:
 
 
 def chat_pairs(rng: random.Random) -> Iterator[float]:
-    """Conversations of up to 8 turns, a minute apart; 25 minutes between them. The first turn also asks for a title."""
+    """Conversations of up to 8 turns, a minute apart; 25 minutes between them. The first turn also requests a title."""
     at_s = rng.uniform(0, 300)
     while True:
         for turn in range(rng.randint(1, 8)):
@@ -43,7 +43,7 @@ def chat_pairs(rng: random.Random) -> Iterator[float]:
 
 
 def agent_bursts(rng: random.Random) -> Iterator[float]:
-    """Bursts of twenty calls, each a few seconds after the last; seven minutes between bursts, more or less."""
+    """Bursts of twenty calls, each a few seconds after the last; about seven minutes between bursts."""
     at_s = rng.uniform(0, 300)
     while True:
         for _ in range(20):
@@ -60,7 +60,7 @@ def hourly(rng: random.Random) -> Iterator[float]:
 
 
 def bursty(rng: random.Random) -> Iterator[float]:
-    """Gamma gaps of CV 8, as AlpaServe and ServerlessLLM evaluate with; one request in two minutes on average."""
+    """Gamma gaps of CV 8, as in AlpaServe's and ServerlessLLM's evaluations; one request in two minutes on average."""
     return gaps(1 / 120, 8.0, rng)
 
 
@@ -73,7 +73,7 @@ PATTERNS: Mapping[str, Pattern] = {
 
 
 def arrivals_of(pattern: Pattern, hours: float, seed: int) -> list[float]:
-    """The first hours of a pattern."""
+    """A pattern's arrivals in the first ``hours``."""
     times = pattern(random.Random(f"keep-alive {seed}"))
     return list(itertools.takewhile(lambda at_s: at_s < hours * HOUR_S, times))
 
@@ -86,7 +86,7 @@ def replay(
     fixed_s: float | None = None,
     limits: KeepAliveLimits = DEFAULT_LIMITS,
 ) -> Cost:
-    """One model on a whole node of its own; what comes after the last arrival is not counted.
+    """Replay arrivals on one model that has a whole node; time after the last arrival is not counted.
 
     Args:
         fixed_s: the keep-alive; None: the router's rule with ``limits``.

@@ -1,4 +1,4 @@
-"""What runs come to: one figure a metric and run, and their spread over seeds. Pure."""
+"""Summarises runs: one figure for each metric and run, and its spread over seeds. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 from sllm_vllm.simulate.run import End, Outcome, Run
 
 Figures = Mapping[str, float]
-"""By metric; the names end in their units. NaN where there was nothing to measure."""
+"""Values by metric, whose name ends in its unit. NaN where there was nothing to measure."""
 
 WAITS = {
     "TTFT mean": "ttft_mean_s",
@@ -37,7 +37,7 @@ COSTS = {
     "broken": "num_broken",
     "lost": "num_lost",
 }
-"""Headings of the tables, and what is below them."""
+"""Headings of the tables above, and the metric below each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,20 @@ class Spread:
 
     @property
     def range(self) -> str:
-        """The least and the most, for people."""
+        """The least and the most, formatted."""
         return f"{shown(self.least)}–{shown(self.most)}"
 
 
 def shown(value: float) -> str:
-    """Three figures or so, for people."""
+    """Format a value to about three significant figures."""
     if value != value or value == int(value) or abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def figures(run: Run) -> Figures:
-    """One run's metrics. A request that got no token has no TTFT: read them beside those rejected, broken and lost."""
+    """One run's metrics. A request without a token has no TTFT, so read TTFT beside the rejected, broken and lost
+    ones."""
     outcomes = list(run.outcomes.values())
     ttft_s = sorted(outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None)
     startup_s = sorted(outcome.startup_s for outcome in outcomes if outcome.startup_s is not None)
@@ -99,7 +100,7 @@ def figures(run: Run) -> Figures:
 
 
 def _slowest(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """What the hundredth that waited longest for a ready replica waited for, on average."""
+    """The parts of the wait of the hundredth that waited longest for a ready replica, on average."""
     sent = sorted((one for one in outcomes if one.startup_s is not None), key=lambda one: -(one.startup_s or 0.0))
     waits = [one.waits_s for one in sent[: ceil(len(sent) / 100)]]
     names = ("slowest_slots_s", "slowest_start_s", "slowest_room_s")
@@ -111,17 +112,18 @@ def _count(outcomes: Sequence[Outcome], end: End | None) -> int:
 
 
 def mean(values: Sequence[float]) -> float:
-    """NaN of none."""
+    """The mean; NaN if there are no values."""
     return fmean(values) if values else nan
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The least value that as many are not above; by nearest rank, of values in their order. NaN of none."""
+    """The percentile by nearest rank: the least value that at least ``share`` of the sorted values do not exceed. NaN
+    if there are none."""
     return ordered[max(1, ceil(share * len(ordered))) - 1] if ordered else nan
 
 
 def spread(runs: Sequence[Figures]) -> dict[str, Spread]:
-    """Of each metric, over runs with different seeds."""
+    """The spread of each metric over runs with different seeds."""
     names = list(runs[0]) if runs else []
     return {name: _spread([run[name] for run in runs]) for name in names}
 
@@ -131,7 +133,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(runs: Mapping[str, Sequence[Figures]], name: str, of: str) -> list[dict[str, object]]:
-    """A row for each policy but ``of``, for people: its metric over that of ``of`` with the same seed."""
+    """A table row for each policy but ``of``: its metric over that of ``of`` with the same seed."""
     rows: list[dict[str, object]] = []
     for policy, of_seeds in runs.items():
         if policy != of:
@@ -142,7 +144,7 @@ def ratios(runs: Mapping[str, Sequence[Figures]], name: str, of: str) -> list[di
 
 
 def table(runs: Mapping[str, Sequence[Figures]], headings: Mapping[str, str]) -> list[dict[str, object]]:
-    """A row for each policy, for people: means over seeds."""
+    """A table row for each policy: means over seeds."""
     spreads = {policy: spread(of_seeds) for policy, of_seeds in runs.items()}
     return [
         {"policy": policy, **{heading: shown(found[name].mean) for heading, name in headings.items()}}
@@ -151,7 +153,7 @@ def table(runs: Mapping[str, Sequence[Figures]], headings: Mapping[str, str]) ->
 
 
 def ranges(runs: Mapping[str, Sequence[Figures]], headings: Mapping[str, str]) -> list[dict[str, object]]:
-    """The same of the least and the most over seeds."""
+    """A table row for each policy: least and most over seeds."""
     spreads = {policy: spread(of_seeds) for policy, of_seeds in runs.items()}
     return [
         {"policy": policy, **{heading: found[name].range for heading, name in headings.items()}}
@@ -160,7 +162,7 @@ def ranges(runs: Mapping[str, Sequence[Figures]], headings: Mapping[str, str]) -
 
 
 def record(runs: Mapping[str, Sequence[Figures]]) -> dict[str, object]:
-    """All of it, for programs. NaN is null."""
+    """All figures as a JSON record. NaN becomes null."""
     return {
         policy: {
             "seeds": [{name: _or_none(value) for name, value in run.items()} for run in of_seeds],

@@ -1,4 +1,4 @@
-"""Curves of what requests waited, as a PNG. Needs matplotlib, which is imported here alone and when it is used."""
+"""Draws curves of requests' waits as a PNG. Needs matplotlib, which is imported only here, and only when used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sllm_vllm.errors import ConfigError
 
 
 def write_cdfs(path: Path, title: str, waits: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draw a panel for each kind of wait in ``waits``, a curve in it for each policy; values are seconds.
+    """Draw a panel for each kind of wait in ``waits``, with a curve for each policy; values are seconds.
 
     Raises:
         ConfigError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What a policy is to the simulated world, and the order that only a compared policy gives. Pure."""
+"""The interface between a policy and the simulated world, and the one order that only compared policies give. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sllm_vllm.router.core.events import Action, Event
 
 @dataclass(frozen=True, slots=True)
 class PreemptRequest:
-    """Take a running request from its replica; what it has answered is thrown away, and it waits again."""
+    """Take a running request from its replica; its answer so far is discarded, and it waits again."""
 
     request: str
     replica: str
@@ -21,17 +21,17 @@ Order = Action | PreemptRequest
 
 
 class Policy(Protocol):
-    """Decides. ``RouterCore`` is one as it is."""
+    """A scheduling policy. ``RouterCore`` is one without any adapter."""
 
     def handle(self, event: Event, now_s: float) -> Sequence[Order]:
-        """What is to be done about something that happened."""
+        """Return the orders that answer an event."""
         ...
 
 
 @runtime_checkable
 class Validated(Protocol):
-    """A policy that can check itself."""
+    """A policy that can check its invariants."""
 
     def validate(self) -> None:
-        """Assert what must hold."""
+        """Assert every invariant."""
         ...

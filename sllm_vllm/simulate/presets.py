@@ -1,4 +1,4 @@
-"""Clusters that are simulated by name. Figures that were not measured say what they are derived from. Pure."""
+"""Named clusters to simulate. Figures that were not measured state what they are derived from. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sllm_vllm.simulate.workload import GSM8K, Lengths, Traffic
 from sllm_vllm.units import GIB
 
 A40_BPS = 0.7 * 696e9
-"""Bytes of weights a second in decode: 696 GB/s is the A40's data sheet; 70 % of it is assumed."""
+"""Bytes of weights a second in decode: 696 GB/s from the A40's data sheet, of which 70 % is assumed."""
 A40_FLOPS = 0.4 * 149.7e12
-"""In prefill: dense BF16 of the data sheet; 40 % of it is assumed."""
+"""In prefill: dense BF16 from the data sheet, of which 40 % is assumed."""
 
 
 def opt(name: str, params: float, accelerators: int) -> ModelClass:
-    """An OPT of so many parameters, fp16, on A40s: 2 bytes of weights read a token, 2 FLOPs a token and parameter.
+    """An OPT with ``params`` parameters, fp16, on A40s: 2 bytes of weights read a token, 2 FLOPs a token and parameter.
 
     Process and init are assumed: ServerlessLLM's evaluation keeps processes ready and counts only the load; a process
     that is not ready imports for 6 s.
@@ -55,26 +55,26 @@ PAPER = Cluster(
     traffic=Traffic(rate=1.4, lengths=GSM8K),  # the highest rate of the paper's figures
     failures=Failures(),
 )
-"""ServerlessLLM's second testbed and its mix of models, as the secondary literature has them.
+"""ServerlessLLM's second testbed and its mix of models, as described in the secondary literature.
 
 All policies share the hardware, ServerlessLLM's loader (a load takes bytes over the slowest hop, one load at a time on
-a node), and its caches: every disk holds every model, and a node's memory keeps what was loaded there, least recently
-used first to go. They differ in where a model starts, who makes room for it, and how long it stays. The paper compares
-1.27 to 1.95 times better P99 at 1.4 requests a second; which figure belongs to which baseline, and whether all sizes
-ran together, our sources do not say: here they do, asked in proportion to rank ** -0.5.
+a node), and its caches: every disk holds every model, and a node's memory keeps what was loaded there and evicts the
+least recently used. They differ in where a model starts, which replicas make room for it, and how long it stays. The
+paper reports 1.27 to 1.95 times better P99 at 1.4 requests a second. Our sources do not say which figure belongs to
+which baseline, or whether all sizes ran together: here they do, requested in proportion to rank ** -0.5.
 """
 
 IN_MEMORY = replace(
     PAPER, name="paper-in-memory", node=replace(A40_NODE, host_nbytes=A40_NODE.disk_nbytes), is_in_memory=True
 )
-"""A bound: the same, but no start ever reads a disk. What is left of a wait, placement and caching cannot take away."""
+"""A bound: the same cluster, but no start reads a disk. Placement and caching can't reduce the waits that remain."""
 
 H100_NODE = NodeClass(
     num_slots=8,
     host_nbytes=1024 * GIB,
     disk_nbytes=4_000 * 10**9,
     remote_bps=5.0e9,  # 50 Gbps to an object store, assumed
-    disk_bps=20.0e9,  # what ServerlessLLM's repository reports of its H100 machine (65.5 GB in 3.2 s)
+    disk_bps=20.0e9,  # as ServerlessLLM's repository reports for its H100 machine (65.5 GB in 3.2 s)
     host_bps=50.0e9,  # 65.5 GB in 1.25 s from memory, the same source
 )
 H100_8B = ModelClass(
@@ -97,7 +97,7 @@ BIG = Cluster(
     models=((H100_8B, 8000), (H100_32B, 2000)),
     traffic=Traffic(rate=1000.0, exponent=0.9, lengths=GSM8K),
     failures=Failures(),
-    on_disk=8,  # nodes a model lies on at first; elsewhere it is fetched
+    on_disk=8,  # nodes that have a model at first; the others fetch it
 )
 
 SMALL = ModelClass(
@@ -109,14 +109,14 @@ SMALL = ModelClass(
     init_s=0.4,
     prefill_rate=400.0,  # two cores, assumed
     tpot_s=0.08,  # the same
-    batch_slowdown=0.2,  # the same: a CPU has little to spare in decode
+    batch_slowdown=0.2,  # the same: decode leaves a CPU little to spare
 )
 HERE = Cluster(
     name="here",
     num_nodes=1,
     node=NodeClass(
         num_slots=2,
-        host_nbytes=4 * GIB,  # two of the three models
+        host_nbytes=4 * GIB,  # room for two of the three models
         disk_nbytes=64 * GIB,
         remote_bps=0.1e9,
         disk_bps=1.5e9,
@@ -135,7 +135,7 @@ def preset(name: str) -> Cluster:
     """A cluster by its name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none of this name.
     """
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")

@@ -1,4 +1,4 @@
-"""What a compared policy knows of requests, replicas and nodes. Records; owned by ``Baseline``."""
+"""A compared policy's records of requests, replicas and nodes. Owned by ``Baseline``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sllm_vllm.router.core.facts import ModelSpec, Tier
 
 
 class Phase(Enum):
-    """Where a replica is, as a policy sees it."""
+    """Where a replica is in its life cycle, as a policy sees it."""
 
     HELD = "held"
     """Not ordered: its slots are not all free yet."""
     STARTING = "starting"
     READY = "ready"
     LEAVING = "leaving"
-    """Gets nothing new; stopped when it has no request."""
+    """Gets no new requests; stopped once it has none."""
     STOPPING = "stopping"
 
 
@@ -43,20 +43,20 @@ class View:
     node: str
     num_slots: int
     num_held: int
-    """Slots that are its own already."""
+    """Slots that are already reserved for it."""
     phase: Phase = Phase.HELD
     since_s: float = 0.0
-    """Of its order, its readiness or its last request's end: what keep-alive counts from."""
+    """When it was ordered, became ready, or its last request ended, whichever was last; keep-alive counts from then."""
     ongoing: set[str] = field(default_factory=set)
     num_incoming: int = 0
-    """Requests that are moved to it."""
+    """Requests that are being moved to it."""
     waits_for: set[str] = field(default_factory=set)
-    """Replicas that end for it."""
+    """Replicas that must end before it can start."""
 
 
 @dataclass(slots=True)
 class NodeView:
-    """A node, as far as it has reported."""
+    """A node, as last reported."""
 
     id: str
     num_slots: int
@@ -66,7 +66,7 @@ class NodeView:
     load_until_s: float = 0.0
 
     def load_s(self, spec: ModelSpec, now_s: float) -> float:
-        """ServerlessLLM's estimate (section 6 of its paper): wait in the load queue, and bytes over bandwidth."""
+        """ServerlessLLM's estimate (section 6 of its paper): wait in the load queue, plus bytes over bandwidth."""
         return max(0.0, self.load_until_s - now_s) + self.weights_s(spec)
 
     def weights_s(self, spec: ModelSpec) -> float:
@@ -77,8 +77,9 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Placement:
-    """Where to start. ``victims``: idle replicas that end for it. ``preempted``: busy ones whose requests begin again.
-    ``moves``: busy ones whose requests go on elsewhere, each with its target: a replica, or a node to start one on."""
+    """Where to start a replica, and which others make room. ``victims``: idle replicas to end. ``preempted``: busy
+    ones, whose requests begin again. ``moves``: busy ones, whose requests continue elsewhere, each with its target: a
+    replica, or a node to start one on."""
 
     node: str
     victims: tuple[str, ...] = ()

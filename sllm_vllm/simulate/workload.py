@@ -1,4 +1,4 @@
-"""Requests that arrive: drawn from distributions, or read from a trace. Seeded; pure but for reading the trace."""
+"""Arriving requests: drawn from distributions, or read from a trace. Seeded; pure except for reading the trace."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 from sllm_vllm.errors import ConfigError
 
 CV = 8.0
-"""Coefficient of variation of the gaps between arrivals, AlpaServe's (OSDI 2023) and ServerlessLLM's (OSDI 2024)."""
+"""Coefficient of variation of the gaps between arrivals, from AlpaServe (OSDI 2023) and ServerlessLLM (OSDI 2024)."""
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRequest:
-    """A request, with what only the simulated engine knows of it: how many tokens it will answer."""
+    """A request, with the length of its answer, which only the simulated engine knows in advance."""
 
     id: str
     at_s: float
@@ -51,14 +51,14 @@ class Lengths:
 GSM8K = Lengths(prompt_mean=60.0, output_mean=120.0)
 """Assumed: a school problem is a paragraph, its worked answer two."""
 SHAREGPT = Lengths(prompt_mean=220.0, output_mean=3.7 * 120.0, sigma=1.0)
-"""Answers 3.7 times as long as GSM8K's: what ServerlessLLM reports of inference times. Prompts are assumed."""
+"""Answers 3.7 times as long as GSM8K's, from ServerlessLLM's reported inference times. Prompts are assumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """How requests arrive. ``rate``: of all models together, a second. ``exponent``: the model of rank r is asked in
-    proportion to r ** -exponent; 0 is equally. ``is_per_model``: each model's own arrivals have the CV, as in
-    AlpaServe; otherwise those of all together have it and each request draws its model."""
+    """How requests arrive. ``rate``: requests a second, of all models together. ``exponent``: the model of rank r gets
+    requests in proportion to r ** -exponent; 0: all get the same. ``is_per_model``: each model's own arrivals have the
+    CV, as in AlpaServe; otherwise all arrivals together have it, and each request draws its model."""
 
     rate: float
     cv: float = CV
@@ -68,7 +68,7 @@ class Traffic:
 
 
 def shares(models: Sequence[str], exponent: float, rng: random.Random) -> dict[str, float]:
-    """The part of the requests that each model gets; who is popular is drawn."""
+    """Each model's share of the requests; the ranking is drawn at random."""
     ranked = list(models)
     rng.shuffle(ranked)
     weights = [rank**-exponent for rank in range(1, len(ranked) + 1)]
@@ -92,10 +92,10 @@ def draw_requests(traffic: Traffic, models: Sequence[str], num_requests: int, *,
 
 
 def gaps(rate: float, cv: float, rng: random.Random) -> Iterator[float]:
-    """Times of arrivals whose gaps are Gamma distributed with mean 1 / rate.
+    """Yield arrival times whose gaps are Gamma distributed with mean 1 / rate.
 
-    The first gap is what is left of one that began before time 0 (drawn in proportion to its length), as the process is
-    watched from a moment like any other; else every model would begin with a burst.
+    The first gap is the rest of one that began before time 0 (drawn in proportion to its length), since the process is
+    observed from an arbitrary moment; otherwise every model would begin with a burst.
     """
     shape = 1 / cv**2
     scale = 1 / (rate * shape)
@@ -119,7 +119,7 @@ def _draw_forever(parts: dict[str, float], rng: random.Random) -> Iterator[str]:
 def read_trace(
     path: Path, models: Sequence[str], num_requests: int, *, seed: int, rate: float | None = None, exponent: float = 0.5
 ) -> list[SimulatedRequest]:
-    """The first rows of a trace, spread over models. ``rate``: times are stretched so that as many come a second.
+    """The first rows of a trace, spread over models. ``rate``: stretch times to this many requests a second.
 
     Raises:
         ConfigError: it can't be read, or has other columns.

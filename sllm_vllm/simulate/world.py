@@ -1,8 +1,8 @@
-"""The simulated world: carries out a policy's orders on a virtual clock and tells it what happens. Seeded.
+"""The simulated world: carries out a policy's orders on a virtual clock and sends it the events. Seeded.
 
-Orders take effect and events are told at once, but a dead engine may be noticed first by its requests or first by its
-node. What is impossible (a slot used twice, a request sent twice) is an ``AssertionError``: a fault of the policy, or
-of the world.
+Orders take effect and events arrive at once, except that a dead engine may be noticed first by its requests or first by
+its node. An impossible order (a slot used twice, a request sent twice) is an ``AssertionError``: a fault of the policy,
+or of the world.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from sllm_vllm.simulate.workload import SimulatedRequest
 
 TICK_S = 0.5
 PATIENCE_S = 3600.0
-"""After the last arrival, when whatever has not ended counts as lost."""
+"""Time after the last arrival at which requests that have not ended count as lost."""
 
 
 class World:
-    """One simulated run. The half about requests; ``Engines`` is the half about nodes and replicas."""
+    """One simulated run. Handles requests; ``Engines`` handles nodes and replicas."""
 
     def __init__(self, cluster: Cluster, policy: Policy, *, seed: int, is_validated: bool = False) -> None:
         self.cluster = cluster
@@ -52,15 +52,15 @@ class World:
         self.agenda = Agenda()
         self.result = Run()
         self._leaving = random.Random(f"leaving {seed}")
-        """Drawn from in the order of arrival, so that the same clients leave whatever the policy does."""
+        """Drawn from in the order of arrival, so that the same clients leave under every policy."""
         rng = random.Random(f"engines {seed}")
         self.engines = Engines(cluster, self.agenda, self.result, rng=rng, tell=self.tell, interrupt=self._interrupt)
         self._is_validated = is_validated
         self._num_open = 0
-        """Requests that have not ended, arrived or not."""
+        """Requests that have not ended, including those that have not arrived yet."""
 
     def run(self, requests: Sequence[SimulatedRequest]) -> Run:
-        """Until every request has ended. Those that never do have no ``end`` in the result. Called once."""
+        """Run until every request has ended. Requests that never do have no ``end`` in the result. Called once."""
         self.engines.join()
         for model, kind in self.engines.classes.items():
             self.tell(ModelDeployed(self.cluster.spec(model, kind)))
@@ -77,7 +77,7 @@ class World:
         return self.result
 
     def tell(self, event: Event) -> None:
-        """Let the policy know, and do what it says."""
+        """Send the policy an event and carry out its orders."""
         self._obey(self.policy.handle(event, self.agenda.now_s))
 
     def _obey(self, orders: Sequence[Order]) -> None:
@@ -151,7 +151,7 @@ class World:
         self.result.num_preemptions += 1
 
     def _move(self, order: MoveRequest) -> None:
-        """One round of all tokens so far; what comes meanwhile is the second, and little (the paper, section 5)."""
+        """Simulate a move as two rounds: all tokens so far, then the few generated meanwhile (the paper, section 5)."""
         source, outcome = self.engines.replicas.get(order.source), self.result.outcomes[order.request]
         if source is None:
             self.agenda.after(NOTICE_S, partial(self._tell_not_moved, order))
@@ -194,7 +194,7 @@ class World:
         self.tell(FirstByte(request.id))
 
     def _foresee(self, replica: SimulatedReplica) -> None:
-        """Its batch changed."""
+        """Schedule the end of the request that ends first; called when the replica's batch has changed."""
         replica.version += 1
         end = replica.next_end(self.agenda.now_s)
         if end is not None:
@@ -209,7 +209,7 @@ class World:
         self.tell(RequestEnded(request, outcome.request.output_tokens))
 
     def _take_away(self, outcome: Outcome) -> None:
-        """From its replica, if it is on one."""
+        """Take a request off its replica, if it is on one."""
         replica = self.engines.replicas.get(outcome.replica or "")
         if replica is not None and outcome.request.id in replica.ongoing:
             replica.remove(outcome.request.id, self.agenda.now_s)
@@ -221,7 +221,7 @@ class World:
         self._num_open -= 1
 
     def _interrupt(self, replica: SimulatedReplica) -> None:
-        """It died: requests that had no token yet may be sent elsewhere, the others end as they are."""
+        """Handle the death of a replica: requests without a token may be sent elsewhere, the others end as they are."""
         for outcome in list(replica.ongoing.values()):
             if outcome.end is not None or outcome.replica != replica.id:
                 continue
@@ -240,7 +240,7 @@ class World:
         self.tell(MoveFailed(order.request, order.target, "an engine died"))
 
     def _switch(self, order: MoveRequest, outcome: Outcome, begun: tuple[int, ResumeSample]) -> None:
-        """The target has recomputed what the source had; the request goes on there."""
+        """The target has recomputed the source's tokens: continue the request there."""
         dispatch, sample = begun
         source, target = self.engines.replicas.get(order.source), self.engines.replicas.get(order.target)
         is_there = outcome.replica == order.source and outcome.num_dispatches == dispatch and outcome.end is None
