@@ -1,4 +1,4 @@
-"""What is to be looked at later, by time. Pure."""
+"""Timers by name: what the core looks at again at a later time. Pure."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from collections.abc import Iterator
 
 
 class Alarms:
-    """One time for each name; whoever gets a name looks whether it still matters.
+    """One alarm per name. The caller checks whether a name that is due still matters.
 
-    A time that is put off stays where it is in the heap until it comes up, so a name that is put off at every request
-    takes one entry and not one a request.
+    Postponing an alarm leaves its old heap entry in place until that entry comes up, so a name that is postponed at
+    every request keeps one heap entry instead of one per request.
     """
 
     def __init__(self) -> None:
         self._at_s: dict[str, float] = {}
         self._filed: dict[str, float] = {}
-        """The time under which a name is in the heap: its own, or an earlier one."""
+        """Each name's time in the heap: its alarm's time, or an earlier one."""
         self._heap: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def set(self, name: str, at_s: float) -> None:
-        """Ring then, and not when it was to ring before."""
+        """Set the alarm for ``name``, replacing its previous time."""
         self._at_s[name] = at_s
         filed_s = self._filed.get(name)
         if filed_s is None or at_s < filed_s:
             self._file(name, at_s)
 
     def discard(self, name: str) -> None:
-        """Do not ring."""
+        """Cancel the alarm for ``name``, if any."""
         self._at_s.pop(name, None)
 
     def due(self, now_s: float) -> Iterator[str]:
-        """Those whose time has come; each once, the earliest first, equal ones by name."""
+        """Yield the names that are due, each once, ordered by time in the heap and then by name."""
         while self._heap and self._heap[0][0] <= now_s:
             filed_s, name = heapq.heappop(self._heap)
             if self._filed.get(name) != filed_s:

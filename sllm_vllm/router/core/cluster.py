@@ -1,4 +1,4 @@
-"""The router's picture of nodes and replicas, with the indexes that make decisions quick. Pure; owned by the core."""
+"""The router's view of nodes and replicas, with the indexes that make decisions fast. Pure; owned by the core."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sllm_vllm.router.core.shortlist import Holding, Shortlist
 
 
 class ReplicaState(Enum):
-    """Where a replica is in its life, as far as the router cares."""
+    """A replica's lifecycle state, as the router sees it."""
 
     ORDERED = "ordered"
-    """Its agent was told. It waits for slots, or starts."""
+    """Its agent was told to start it; it waits for slots or is starting."""
     READY = "ready"
     DRAINING = "draining"
-    """It gets no new requests, and is to be stopped when its last one ends."""
+    """It gets no new requests and is stopped when its last one ends."""
     STOPPING = "stopping"
-    """Its agent was told to stop it. It keeps its slots until it is removed."""
+    """Its agent was told to stop it; it keeps its slots until it is removed."""
 
 
 NEXT: Mapping[ReplicaState, frozenset[ReplicaState]] = {
@@ -36,7 +36,7 @@ NEXT: Mapping[ReplicaState, frozenset[ReplicaState]] = {
 
 @dataclass(slots=True)
 class Replica:
-    """One running copy of a model, or one that was ordered. Changed by ``Cluster`` alone once it was added."""
+    """One copy of a model, running or ordered. Once added, its indexed fields are changed only by ``Cluster``."""
 
     id: str
     model: str
@@ -47,74 +47,74 @@ class Replica:
     state: ReplicaState = ReplicaState.ORDERED
     state_since_s: float = 0.0
     ongoing: set[str] = field(default_factory=set)
-    """Ids of requests, of those that are moving here, too."""
+    """Ids of its requests, including those that are moving here."""
     ordered_s: float = 0.0
     ready_at_s: float = 0.0
-    """When it should be ready, as predicted."""
+    """When it is predicted to be ready."""
     ready_s: float | None = None
-    """When it was."""
-    idle_since_s: float | None = None  # while it is busy or not READY
+    """When it became ready; None until then."""
+    idle_since_s: float | None = None  # None while it is busy or not READY
     prefixes: dict[str, float] = field(default_factory=dict)
-    """Prefixes of its requests and when each came last, the most recent last; at most ``PREFIXES_MAX``."""
+    """Prefixes of its requests and when each was last seen, most recent last; at most ``PREFIXES_MAX``."""
     is_pinned: bool = False
-    """Not to be evicted: one of those its model must keep."""
+    """Must not be evicted: it is one of the replicas its model must keep."""
     unwanted_since_s: float | None = None
-    """While it is ORDERED and nothing waits for it: another start may have its slots."""
+    """Set while it is ORDERED and no request waits for it: another start may take its slots."""
     is_movable: bool = False
-    """Requests can move here and away; no index knows it."""
+    """Requests can move to and from it. Not indexed, so it may be set directly."""
     is_unmovable: bool = False
-    """Its engine was asked, and can't."""
+    """Its engine was asked and cannot move requests."""
 
 
 @dataclass(slots=True)
 class Node:
-    """A machine. Changed by ``Cluster`` alone."""
+    """A machine. Changed only by ``Cluster``."""
 
     id: str
     num_slots: int
     is_warm: bool = True
-    """Whether its next start is forked from a warm parent process."""
+    """Whether its next engine is forked from a warm parent process."""
     warm_at_s: float = 0.0
-    """When that has imported: starts before wait for it."""
+    """When that parent has finished its imports; earlier starts wait for it."""
     load_until_s: float = 0.0
-    """When the loads ordered so far end. They run one after the other."""
+    """When the loads ordered so far end. They run one after another."""
     tiers: dict[str, Tier] = field(default_factory=dict)
-    """Models in HOST or on DISK."""
+    """Models in HOST or DISK; all others are REMOTE."""
     replicas: dict[str, Replica] = field(default_factory=dict)
     num_free: int = 0
     num_evictable: int = 0
-    """Slots of replicas that are idle and not pinned, or that start in vain; 0 where nothing may start."""
+    """Slots of replicas that are idle and not pinned, or whose start is unwanted; 0 if the node is cordoned."""
     num_busy: int = 0
-    """Slots of replicas that are READY, have requests and are not pinned; 0 where nothing may start."""
+    """Slots of replicas that are READY, have requests and are not pinned; 0 if the node is cordoned."""
     idle_since_s: float = inf
-    """Of the evictable replica that has been idle the longest."""
+    """Since when its longest-idle evictable replica is evictable; infinite if there is none."""
     is_cordoned: bool = False
-    """Nothing new may start there."""
+    """No replica may start on it."""
 
     def start_wait_s(self, now_s: float) -> float:
-        """How long a start that is ordered now waits: for loads before it, or for its warm parent."""
+        """How long a start ordered now waits for earlier loads or for the warm parent process."""
         return max(0.0, self.load_until_s - now_s, self.warm_at_s - now_s if self.is_warm else 0.0)
 
     @property
     def num_open(self) -> int:
-        """Free slots that a start may have; less than none where nothing may start."""
+        """Free slots that a start may use; -1 if the node is cordoned."""
         return -1 if self.is_cordoned else self.num_free
 
 
 class Cluster:
-    """Nodes, replicas, who is where, and which nodes are worth a look.
+    """Nodes, their replicas, and which nodes are candidates for a start.
 
-    A slot belongs to one replica, in whatever state, until that is removed: a node's replicas never have more slots
-    than it has.
+    A slot belongs to one replica, whatever its state, until that replica is removed. A node's replicas never hold more
+    slots than the node has.
     """
 
     def __init__(self) -> None:
         self._nodes: dict[str, Node] = {}
         self._replicas: dict[str, Replica] = {}
         self._by_state: dict[tuple[str, ReplicaState], dict[str, Replica]] = {}
-        self._least_busy: Ranking[str] = Ranking()  # READY replicas by model and number of requests
-        self._free: Ranking[int] = Ranking()  # nodes by free slots and end of loads
-        self._idle: Ranking[tuple[int, int]] = Ranking()  # nodes by free slots, those and evictable, and longest idle
+        self._least_busy: Ranking[str] = Ranking()  # READY replicas: by model; key: number of requests
+        self._free: Ranking[int] = Ranking()  # nodes: by free slots; key: end of loads
+        self._idle: Ranking[tuple[int, int]] = Ranking()  # nodes: by (free, free + evictable); key: idle since
         self._holders: dict[Holding, set[str]] = {}
         self._free_holders = Shortlist(self._holders, rank=self.load_until_s, fits=self._fits_free)
         self._idle_holders = Shortlist(self._holders, rank=self.load_until_s, fits=self._fits_idle)
@@ -126,13 +126,13 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------------- nodes
 
     def add_node(self, node_id: str, num_slots: int, *, is_warm: bool = True) -> None:
-        """It is there, with nothing on it."""
+        """Add a node with no replicas."""
         assert node_id not in self._nodes, f"node {node_id} is there already"
         self._nodes[node_id] = node = Node(node_id, num_slots, is_warm)
         self._refresh(node)
 
     def remove_node(self, node_id: str) -> list[str]:
-        """It is gone. Returns the replicas that are gone with it."""
+        """Remove a node with its replicas, and return their ids."""
         node = self._nodes[node_id]
         gone = sorted(node.replicas)
         for replica_id in gone:
@@ -145,31 +145,31 @@ class Cluster:
         return gone
 
     def set_warm(self, node_id: str, is_warm: bool, *, at_s: float = 0.0) -> None:
-        """Whether its next start is forked from a warm parent process, and when there is one."""
+        """Set whether the node's next engine is forked from a warm parent process, and when that parent is ready."""
         node = self._nodes[node_id]
         node.is_warm, node.warm_at_s = is_warm, at_s
 
     def set_cordoned(self, node_id: str, is_cordoned: bool) -> None:
-        """Whether nothing new may start there; what runs there stays."""
+        """Set whether starts on the node are forbidden; running replicas stay."""
         self._nodes[node_id].is_cordoned = is_cordoned
         self._refresh(self._nodes[node_id])
 
     def num_slots(self, node_id: str) -> int:
-        """All it has."""
+        """Return the node's total number of slots."""
         return self._nodes[node_id].num_slots
 
     def free_slots(self, node_id: str) -> int:
-        """Those that no replica has."""
+        """Return the number of the node's slots that no replica holds."""
         return self._nodes[node_id].num_free
 
     # --------------------------------------------------------------------------------------------------- residency
 
     def tier(self, node_id: str, model: str) -> Tier:
-        """Where a start of it there would find its weights."""
+        """Return the tier in which a start of ``model`` on the node would find its weights."""
         return self._nodes[node_id].tiers.get(model, Tier.REMOTE)
 
     def set_tier(self, node_id: str, model: str, tier: Tier) -> None:
-        """It is there now, and in no faster tier."""
+        """Record that ``tier`` is the fastest in which the node has the model."""
         tiers = self._nodes[node_id].tiers
         old = tiers.pop(model, Tier.REMOTE)
         if tier is not Tier.REMOTE:
@@ -178,7 +178,7 @@ class Cluster:
             self._set_holder((model, old), (model, tier), node_id)
 
     def set_residency(self, node_id: str, tiers: Mapping[str, Tier]) -> None:
-        """All it has. Models that are not named are REMOTE to it."""
+        """Replace the node's residency. Models not in ``tiers`` become REMOTE."""
         old = self._nodes[node_id].tiers
         for model in [model for model in old if model not in tiers]:
             self.set_tier(node_id, model, Tier.REMOTE)
@@ -189,17 +189,17 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------------- loads
 
     def load_until_s(self, node_id: str) -> float:
-        """When the loads ordered so far end; in the past if none runs."""
+        """Return when the loads ordered so far end; in the past if none is running."""
         return self._nodes[node_id].load_until_s
 
     def extend_load(self, node_id: str, now_s: float, seconds: float) -> float:
-        """One more load, behind those it has. Returns when it ends."""
+        """Queue one more load on the node and return when it ends."""
         until_s = max(now_s, self._nodes[node_id].load_until_s) + seconds
         self.set_load_until(node_id, until_s)
         return until_s
 
     def set_load_until(self, node_id: str, until_s: float) -> None:
-        """Its loads end then after all: one failed, or took another time than predicted."""
+        """Correct the end of the node's loads, after one failed or took other than the predicted time."""
         node = self._nodes[node_id]
         is_sooner = until_s < node.load_until_s
         node.load_until_s = until_s
@@ -212,7 +212,10 @@ class Cluster:
     # ---------------------------------------------------------------------------------------------------- replicas
 
     def add_replica(self, replica: Replica) -> None:
-        """It was ordered, or found. Its node has the free slots for it, and it says itself since when it is idle."""
+        """Add a replica that was ordered or found. Its node must have enough free slots.
+
+        The caller sets ``idle_since_s`` if the replica is READY and idle.
+        """
         node = self._nodes[replica.node]
         assert replica.id not in self._replicas, f"replica {replica.id} is there already"
         assert replica.num_slots <= node.num_free, f"no room for {replica.id} on {node.id}"
@@ -221,7 +224,7 @@ class Cluster:
         self._refresh(node)
 
     def remove_replica(self, replica_id: str) -> None:
-        """Its slots are free."""
+        """Remove a replica and free its slots."""
         replica = self._replicas.pop(replica_id)
         node = self._nodes[replica.node]
         del node.replicas[replica_id]
@@ -230,7 +233,7 @@ class Cluster:
         self._refresh(node)
 
     def set_state(self, replica_id: str, state: ReplicaState, now_s: float) -> None:
-        """It came into this state, which must be one that ``NEXT`` allows, or the one it has."""
+        """Change a replica's state. ``NEXT`` must allow the change; setting the current state does nothing."""
         replica = self._replicas[replica_id]
         if state is replica.state:
             return
@@ -246,14 +249,14 @@ class Cluster:
         self._refresh(self._nodes[replica.node])
 
     def set_pinned(self, replica_id: str, is_pinned: bool) -> None:
-        """Whether it must be kept. Pinned ones hide no node that has others to evict."""
+        """Set whether a replica must be kept. A node stays a candidate if it has other replicas to evict."""
         replica = self._replicas[replica_id]
         if replica.is_pinned is not is_pinned:
             replica.is_pinned = is_pinned
             self._refresh(self._nodes[replica.node])
 
     def set_unwanted(self, replica_id: str, is_unwanted: bool, now_s: float) -> None:
-        """Whether nothing waits for one that is ORDERED."""
+        """Set whether an ORDERED replica is unwanted: no request waits for it."""
         replica = self._replicas[replica_id]
         assert replica.state is ReplicaState.ORDERED, f"{replica_id} is {replica.state.name}"
         if (replica.unwanted_since_s is not None) is not is_unwanted:
@@ -261,23 +264,23 @@ class Cluster:
             self._refresh(self._nodes[replica.node])
 
     def replicas_of(self, model: str, state: ReplicaState | None = None) -> tuple[Replica, ...]:
-        """Those in a state, in the order they came into it; or all."""
+        """Return the model's replicas in ``state``, in the order they entered it; without a state, all of them."""
         states = ReplicaState if state is None else (state,)
         return tuple(replica for one in states for replica in self._by_state.get((model, one), {}).values())
 
     def least_busy(self, model: str, num_max: int) -> list[Replica]:
-        """Its READY replicas with the fewest requests, in that order and then by id."""
+        """Return up to ``num_max`` READY replicas of the model, fewest requests first, then by id."""
         return [self._replicas[name] for name in self._least_busy.first((model,), num_max)]
 
     def evictable_on(self, node_id: str) -> list[Replica]:
-        """Its replicas that are idle and not pinned, or that start and nothing waits for."""
+        """Return the node's replicas that are idle and not pinned, or whose start is unwanted."""
         replicas = self._nodes[node_id].replicas.values()
         return [one for one in replicas if _evictable_since_s(one) is not None]
 
     # ---------------------------------------------------------------------------------------------------- requests
 
     def begin_request(self, replica_id: str, request_id: str, *, prefix: str, now_s: float) -> None:
-        """It was sent there. An empty prefix is not known."""
+        """Give a request a place on a replica. An empty ``prefix`` means that it is unknown."""
         replica = self._replicas[replica_id]
         assert replica.state is ReplicaState.READY, f"{replica_id} is {replica.state.name}"
         assert request_id not in replica.ongoing, f"{request_id} is on {replica_id} already"
@@ -290,7 +293,7 @@ class Cluster:
             self._refresh(self._nodes[replica.node])
 
     def end_request(self, replica_id: str, request_id: str, now_s: float) -> None:
-        """It ended, or left."""
+        """Release a request's place on a replica."""
         replica = self._replicas[replica_id]
         replica.ongoing.remove(request_id)
         if replica.state is ReplicaState.READY:
@@ -299,30 +302,30 @@ class Cluster:
                 replica.idle_since_s = now_s
                 self._refresh(self._nodes[replica.node])
 
-    # ------------------------------------------------------------------------------------------------- worth a look
+    # --------------------------------------------------------------------------------------------------- candidates
 
     def candidates(self, model: str, num_slots: int, k: int) -> list[str]:
-        """At most 2 k nodes with so many free slots: k that have the model, then k whose loads end first."""
+        """Return at most 2 k nodes with ``num_slots`` free: k that have the model, then k whose loads end first."""
         soon = self._free.first([free for free in self._free.groups() if free >= num_slots], k)
         return list(dict.fromkeys([*self._free_holders.fastest(model, num_slots, k), *soon]))
 
     def evictable(self, model: str, num_slots: int, k: int) -> list[str]:
-        """At most k nodes where free slots do not suffice, and with those of evictable replicas do.
+        """Return at most k nodes whose free slots are too few, but suffice with those of evictable replicas.
 
-        Half of them have the model, if there are as many; then come those with a replica that was idle the longest.
+        Half of them have the model, if that many exist; then come the nodes with the longest-idle replicas.
         """
         holders = self._idle_holders.fastest(model, num_slots, max(1, k // 2))
         groups = [(free, room) for free, room in self._idle.groups() if free < num_slots <= room]
         return list(dict.fromkeys([*holders, *self._idle.first(groups, k)]))[:k]
 
     def movable(self, model: str, num_slots: int, k: int) -> list[str]:
-        """At most k nodes that have the model, where only the slots of busy replicas make room."""
+        """Return at most k nodes that have the model and have room only if busy replicas end, too."""
         return self._busy_holders.fastest(model, num_slots, k)
 
     # ---------------------------------------------------------------------------------------------------- invariants
 
     def validate(self) -> None:
-        """Assert that no slot is used twice and that every index is what a recount gives."""
+        """Assert that no slot is used twice and that every index agrees with a recount."""
         for node in self._nodes.values():
             assert sum(one.num_slots for one in node.replicas.values()) <= node.num_slots, f"{node.id} is overcommitted"
             counts = node.num_free, node.num_evictable, node.num_busy, node.idle_since_s
@@ -356,7 +359,7 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------------ indexes
 
     def _refresh(self, node: Node) -> None:
-        """Count it again and put it where it belongs; its few replicas are looked at, nobody else's."""
+        """Recount the node's slots and update its place in the indexes. Looks only at the node's own replicas."""
         node.num_free, node.num_evictable, node.num_busy, node.idle_since_s = _count(node)
         self._free.put(node.id, node.num_open, node.load_until_s)
         if node.num_evictable:
@@ -405,7 +408,7 @@ class Cluster:
 
 
 def _count(node: Node) -> tuple[int, int, int, float]:
-    """Its slots that are free, evictable and busy, and since when a replica is evictable."""
+    """Return the node's free, evictable and busy slots, and since when its longest-idle replica is evictable."""
     used = evictable = busy = 0
     since_s = inf
     for replica in node.replicas.values():
@@ -421,7 +424,7 @@ def _count(node: Node) -> tuple[int, int, int, float]:
 
 
 def _evictable_since_s(replica: Replica) -> float | None:
-    """Since when a start could have its slots; None if it may not."""
+    """Return since when a start could take the replica's slots; None if it may not."""
     if replica.state is ReplicaState.ORDERED:
         return replica.unwanted_since_s
     return None if replica.is_pinned else replica.idle_since_s

@@ -1,7 +1,7 @@
-"""Copies of hot checkpoints on more nodes, before they are needed there. Pure; owned by ``Foresight``.
+"""Copying hot checkpoints to more nodes before they are needed there. Pure; owned by ``Foresight``.
 
-A model whose replicas have half the requests they are meant for gets its next replica soon; the checkpoint should lie
-on one node more than the model has replicas then, or that start waits for the remote.
+A model whose replicas have half of their target number of requests is likely to get another replica soon. By then its
+checkpoint should be on one node more than the model has replicas; otherwise that start waits for remote storage.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from sllm_vllm.router.core.limits import CopyLimits
 from sllm_vllm.router.core.model_state import ModelState
 
 HOT_SHARE = 0.5
-"""Of the requests that a model's replicas are meant for."""
+"""A model is hot if its replicas have this share of their target number of requests."""
 LOOK_S = 5.0
 MODELS_MAX = 64
-"""Hot models that are looked at at once; the others at the next look."""
+"""Models examined per look; the others wait for the next look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +28,25 @@ class _Copying:
 
 
 class Copies:
-    """Which copies are to be made now. One that never appears counts as failed after ``copy_s_max``."""
+    """Decides which copies to make. A copy that has not appeared after ``copy_s_max`` counts as failed."""
 
     def __init__(self, cluster: Cluster, models: Mapping[str, ModelState], limits: CopyLimits) -> None:
         self._cluster = cluster
         self._models = models
         self._limits = limits
         self._asked: dict[str, None] = {}
-        """Models that were asked since the last look."""
+        """Models that got a request since they were last looked at."""
         self._copying: dict[tuple[str, str], _Copying] = {}
-        """By model and the node that it goes to."""
+        """By model and target node."""
         self._next_s = 0.0
 
     def asked(self, model: str) -> None:
-        """A request for it came."""
+        """Note that a request for the model arrived."""
         if self._limits.holders_max > 1 and len(self._cluster.nodes) > 1:
             self._asked[model] = None
 
     def due(self, now_s: float) -> list[CopyCheckpoint]:
-        """Copies to begin; few at once, and one at a time from and to each node."""
+        """Return the copies to begin: at most ``at_once_max`` under way, and one at a time from and to each node."""
         if now_s < self._next_s or not (self._asked or self._copying):
             return []
         self._next_s = now_s + LOOK_S
@@ -60,7 +60,7 @@ class Copies:
         return made
 
     def _forget_ended(self, now_s: float) -> None:
-        """It is there, or will not come, or one of the nodes is gone."""
+        """Forget copies that have arrived, have timed out, or have lost their source or target node."""
         nodes = self._cluster.nodes
         for (model, node), copying in list(self._copying.items()):
             is_there = node in nodes and model in nodes[node].tiers

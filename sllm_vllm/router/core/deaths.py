@@ -1,17 +1,17 @@
 """Engines that died, and which request may have killed them. Pure; owned by ``RouterCore``.
 
-Only a request whose engine had not answered it (no byte, no token) is suspected: one that is being answered has shown
-that its engine survives it. What follows from a death, by the requests that were suspected when it was first seen:
+Only a request that its engine had not begun to answer (no byte, no token) is suspected: once an answer has begun, the
+engine has survived the request. What follows from a death depends on the requests suspected at its first sign:
 
 =============================  ==================================================================================
 suspected                      what follows
 =============================  ==================================================================================
-none                           nothing: streams go on elsewhere
-one request                    it is refused, and so is every request with the same digest for ``quarantine_s``;
-                               but one whose digest an engine has answered lately, as a health probe's, is tried
-                               alone first: what kills engines kills the first that it meets
-several                        each is tried alone on a replica that serves no one else, see ``trials.py``; their
-                               digests are suspected for ``quarantine_s``: who sends one again is tried alone, too
+none                           nothing: streams continue on other replicas
+one request                    it is refused, and so is every request with the same digest for ``quarantine_s``.
+                               Exception: if an engine has answered that digest lately (a health probe's, say), the
+                               request is tried alone first, because a killer kills the first engine it reaches
+several                        each is tried alone on a replica that serves no other request, see ``trials.py``;
+                               their digests stay suspected for ``quarantine_s``, so repeats are tried alone, too
 a node was lost, an operator   none is suspected; each is sent to another replica
 ended it, or it never ended
 =============================  ==================================================================================
@@ -27,12 +27,12 @@ from dataclasses import dataclass, field
 from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 
 DELIVERED = (FailureSign.BROKE_OFF, FailureSign.CORE_DIED)
-"""Signs of an engine that may have died of a request that it got."""
+"""Signs that an engine may have died of a request that was delivered to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is known of a death. ``held``: suspects whose failure was told; a suspect whose client left is not."""
+    """What is known about a death. ``held``: suspects whose failure was reported and whose client still waits."""
 
     replica: str
     has_died: bool
@@ -46,10 +46,10 @@ class _Death:
     until_s: float
     suspects: dict[str, RequestFacts]
     unheard: set[str]
-    """Suspects of which neither a failure nor an answer was told yet."""
+    """Suspects for which neither a failure nor an answer has been reported yet."""
     held: dict[str, None] = field(default_factory=dict)
     has_died: bool | None = None
-    """None: its agent has not said."""
+    """None until its agent or its API server says."""
     reason: str = ""
 
     def is_due(self, now_s: float) -> bool:
@@ -57,10 +57,10 @@ class _Death:
 
 
 class Deaths:
-    """Replicas that seem to have died, each from the first sign until all of its suspects were heard of.
+    """Replicas that seem to have died, each from its first sign of death until its verdict.
 
     Args:
-        wait_s: longest until a verdict; an engine that its agent has not seen end by then is taken for alive.
+        wait_s: longest wait for a verdict; an engine not reported dead by then is taken to be alive.
     """
 
     def __init__(self, wait_s: float) -> None:
@@ -72,17 +72,20 @@ class Deaths:
 
     @property
     def num_held(self) -> int:
-        """Requests that wait for a verdict."""
+        """Number of requests that wait for a verdict."""
         return sum(len(one.held) for one in self._deaths.values())
 
     def suspect(self, replica: str, facts: Iterable[RequestFacts], now_s: float) -> None:
-        """There is a sign that it died; ``facts``: what it had not answered. A second sign changes nothing."""
+        """Note a first sign that the replica died. Later signs change nothing.
+
+        ``facts``: the requests that it had and had not begun to answer.
+        """
         if replica not in self._deaths:
             suspects = {one.id: one for one in facts}
             self._deaths[replica] = _Death(now_s + self._wait_s, suspects, set(suspects))
 
     def failed(self, replica: str, request: str, sign: FailureSign) -> bool:
-        """A request's failure was told; whether it waits for the verdict."""
+        """Record a request's failure; return whether the request waits for the verdict."""
         death = self._deaths.get(replica)
         if death is None:
             return False
@@ -96,26 +99,26 @@ class Deaths:
         return True
 
     def answered(self, replica: str, request: str) -> None:
-        """It was, before or after the first sign: so it is no suspect."""
+        """Clear a suspect whose answer had begun, whether that is reported before or after the failure."""
         if (death := self._deaths.get(replica)) is not None:
             death.suspects.pop(request, None)
             death.unheard.discard(request)
 
     def left(self, request: str) -> None:
-        """Its client did. It stays a suspect."""
+        """Note that the request's client left. The request stays a suspect."""
         for death in self._deaths.values():
             death.held.pop(request, None)
             death.unheard.discard(request)
 
     def ended(self, replica: str, reason: str, *, is_fault: bool) -> None:
-        """Its agent says so. ``is_fault``: unasked."""
+        """Record that the replica ended. ``is_fault``: it ended without having been told to."""
         if (death := self._deaths.get(replica)) is not None:
             death.has_died, death.reason = is_fault, reason
             if not is_fault:
                 death.unheard.clear()
 
     def due(self, now_s: float) -> list[Verdict]:
-        """Verdicts that can be given now; each once."""
+        """Return the verdicts that can be given now, each once."""
         found = [name for name, death in self._deaths.items() if death.is_due(now_s)]
         return [_verdict(name, self._deaths.pop(name)) for name in found]
 
@@ -126,8 +129,10 @@ def _verdict(replica: str, death: _Death) -> Verdict:
 
 
 class DigestTable:
-    """Digests of requests, each until a time; at most ``num_max``, the earliest to end goes first. An empty one, of
-    a request whose body nobody hashed, is never in it."""
+    """Digests of requests, each until an expiry time; at most ``num_max``, the oldest entry is dropped first.
+
+    The empty digest, of a request whose body was not hashed, is never stored.
+    """
 
     def __init__(self, num_max: int) -> None:
         self._num_max = num_max
@@ -137,19 +142,19 @@ class DigestTable:
         return len(self._until_s)
 
     def add(self, digest: str, until_s: float) -> None:
-        """From now on, and if it is there already for longer."""
+        """Store a digest until ``until_s``, or until its present expiry if that is later."""
         if not digest:
             return
         self._until_s[digest] = max(until_s, self._until_s.pop(digest, until_s))
-        if len(self._until_s) > self._num_max:  # what was added first ends first: all stay equally long
+        if len(self._until_s) > self._num_max:  # entries all live equally long, so the first added expires first
             del self._until_s[next(iter(self._until_s))]
 
     def discard(self, digest: str) -> None:
-        """No more."""
+        """Remove a digest, if it is stored."""
         self._until_s.pop(digest, None)
 
     def seconds_left(self, digest: str, now_s: float) -> float:
-        """How long it still is in it; 0 if it is not."""
+        """Return the seconds until the digest expires; 0 if it is not stored."""
         until_s = self._until_s.get(digest, now_s)
         if until_s <= now_s:
             self._until_s.pop(digest, None)

@@ -1,4 +1,4 @@
-"""Models that are deployed, changed and deleted. Pure; ``RouterCore``'s part about what is served."""
+"""Deploying, changing and deleting models. Pure; part of ``RouterCore``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sllm_vllm.router.core.scaling import Scaling
 
 
 class Deployments:
-    """What is served, and how. ``requests`` is read.
+    """Which models are served, and how. ``requests`` is only read.
 
-    ``reject_deleted``: forgets a request that waited, and tells it that its model is gone.
+    ``reject_deleted``: forgets a waiting request and tells its client that the model was deleted.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Deployments:
         self._reject_deleted = reject_deleted
 
     def deployed(self, event: ModelDeployed, now_s: float) -> None:
-        """A model is to be served, or otherwise than before."""
+        """Deploy a new model, or change one that is deployed."""
         spec = event.spec
         for node, tier in event.tiers.items():
             if node in self._scaling.cluster.nodes:
@@ -50,7 +50,10 @@ class Deployments:
         self._scaling.pin(spec.name)
 
     def _num_left(self, model: str) -> int:
-        """Requests on replicas of one that was deleted; looks at all requests only if there may be some."""
+        """Count the requests still on replicas from before the model was deleted.
+
+        Scans all requests, but only if there may be some.
+        """
         if model not in self._strays:
             return 0
         self._strays.discard(model)
@@ -59,16 +62,17 @@ class Deployments:
     def _change(self, known: ModelState, spec: ModelSpec, now_s: float) -> None:
         is_changed = spec.generation != known.spec.generation
         old_nbytes, nbytes = known.spec.nbytes, spec.nbytes
-        nbytes = (nbytes or old_nbytes) if is_changed else (old_nbytes or nbytes)  # a checkpoint knew it better
+        # If nothing relevant changed, keep the known size: it may come from a checkpoint, which knows it better.
+        nbytes = (nbytes or old_nbytes) if is_changed else (old_nbytes or nbytes)
         known.spec = replace(spec, nbytes=nbytes)
         known.num_kept = self._queues.waiting(spec.name)
-        known.back_off.succeeded()  # whatever was wrong may have been mended outside of what is told here
+        known.back_off.succeeded()  # the cause may have been fixed outside the router
         if is_changed:
             self._scaling.replace_generation(known, now_s)
         self._scaling.reset_idle(spec.name, now_s)
 
     def deleted(self, model: str, now_s: float) -> None:
-        """Who waits for it is told, what starts is called off, and what runs ends with its last request."""
+        """Reject its waiting requests, call off its starts, and drain its replicas."""
         if model not in self._models:
             return
         while (facts := self._queues.pop(model)) is not None:

@@ -1,4 +1,4 @@
-"""Which of a model's ready replicas gets a request. Pure; asked by the router's core."""
+"""Which of a model's ready replicas gets a request. Pure; called by the router's core."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 ONGOING_SLACK = 1
-"""How many requests more than the least a replica may have and still be chosen for its prefix cache."""
+"""How many requests more than the least busy replica one may have and still be chosen for its prefix cache."""
 
 
 class Candidate(Protocol):
-    """What is looked at of a replica. Nothing is changed."""
+    """The part of a replica that the choice reads."""
 
     @property
     def id(self) -> str:
-        """Breaks ties."""
+        """Id of the replica; breaks ties."""
 
     @property
     def ongoing(self) -> Collection[str]:
-        """The requests it has."""
+        """Ids of its requests."""
 
     @property
     def prefixes(self) -> Mapping[str, float]:
-        """When it last had a request with this prefix."""
+        """For each prefix, when the replica last had a request with it."""
 
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 
 
 def choose_replica(candidates: Iterable[Chosen], prefix: str) -> Chosen | None:
-    """The one with the fewest requests, or nearly so and the prefix in its cache; None of none.
+    """Choose the replica with the fewest requests, or one nearly as free that has the prefix cached.
 
-    All candidates must have room. Among those within one request of the fewest: the one that had ``prefix`` most
-    recently, then the one with fewer requests, then the first id. An empty prefix is in no cache.
+    All candidates must have room; without candidates, returns None. Among those within ``ONGOING_SLACK`` requests of
+    the fewest, prefers the one that had ``prefix`` most recently, then fewer requests, then the smaller id. An empty
+    prefix is in no cache.
     """
     counted = [(len(candidate.ongoing), candidate) for candidate in candidates]
     if not counted:

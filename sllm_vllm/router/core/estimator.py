@@ -1,7 +1,8 @@
-"""How long starts, stops and first tokens take, learned from those that were. Pure; owned by the router's core.
+"""How long starts, stops and first tokens take, learned from past ones. Pure; owned by the router's core.
 
-Every term is what ``samples.py`` believes of its last samples. What was never seen is taken from the nearest thing that
-was: the same model on other nodes, other models on the same node, other models on other nodes, at last the defaults.
+Every term is a median or line fitted by ``samples.py`` to its last samples. A term without samples falls back to the
+nearest one with samples: the same model on other nodes, other models on the same node, other models on other nodes,
+and finally the defaults.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from sllm_vllm.router.core.facts import Estimate, ModelSpec, PrefillSample, Resu
 from sllm_vllm.router.core.samples import FittedLine, Key, Line, Table, Track, note, note_point
 
 STEADY_SAMPLES = 2
-"""As so many samples of a model on a node counts what the model takes anywhere."""
+"""The value over all nodes weighs as much as this many samples on one node."""
 
 KEYS_MAX = 32_768
-"""Of each table, some 0.5 KiB each; the least recently used are dropped."""
+"""Keys per table, some 0.5 KiB each; the least recently used are dropped."""
 
 RECORD_VERSION = 1
 
@@ -26,23 +27,24 @@ Z_99 = 2.326
 """The normal distribution's 99th percentile, in standard deviations."""
 SIGMA_MIN = 0.5
 SIGMA_UNSEEN = 1.0
-"""Of the logarithm of a start: twice its expectation is common, ten times it is the 99th percentile."""
+"""Standard deviation of the logarithm of a start's time, for a model with fewer than two starts: twice the expected
+time is common, ten times it is the 99th percentile."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartDefaults:
-    """What is assumed until the first start tells better."""
+    """What is assumed until there are samples."""
 
     process_warm_s: float = 2.0
     process_cold_s: float = 12.0
     init_s: float = 10.0
     weights_fixed_s: float = 0.3
-    """Of every load, however small."""
+    """Fixed part of every load, whatever its size."""
     tier_bps: Mapping[Tier, float] = field(
         default_factory=lambda: {Tier.HOST: 10e9, Tier.DISK: 2e9, Tier.REMOTE: 0.2e9}
     )
     nbytes: int = 16_000_000_000
-    """Of a model whose size nobody knows."""
+    """Assumed for a model of unknown size."""
     prefill_fixed_s: float = 0.05
     prefill_token_s: float = 0.0002
     stop_s: float = 3.0
@@ -51,19 +53,22 @@ class StartDefaults:
 DEFAULTS = StartDefaults()
 
 _FARTHER = (Tier.DISK, Tier.REMOTE)
-"""The next tier, by tier."""
+"""The next slower tier, indexed by tier."""
 
-QUEUE, PROCESS, INIT, WEIGHTS, PREFILL = Term  # an attribute of an Enum takes thrice as long to read
+QUEUE, PROCESS, INIT, WEIGHTS, PREFILL = Term  # reading an attribute of an Enum takes three times as long
 
 
 def _keys(model: str, node: str) -> tuple[Key, ...]:
-    """Where to look, the best first."""
+    """Return the keys to look up, the best first."""
     return (model, node), (model, None), (None, node), (None, None)
 
 
 def _steadied(table: Table[Track], model: str, node: str) -> float | None:
-    """What a term takes there: few samples count half beside what it takes wherever the model starts, so that nodes are
-    told apart by what they are, and not by the noise of one start."""
+    """Return what a term takes for a model on a node, shrunk towards its value over all nodes.
+
+    With few samples the value over all nodes dominates, so that nodes are distinguished by real differences and not by
+    the noise of one start. None if there are no samples at all.
+    """
     here, anywhere = table.find((model, node)), table.find((model, None), (None, node), (None, None))
     if here is None or anywhere is None:
         return None if anywhere is None else anywhere.value
@@ -72,7 +77,7 @@ def _steadied(table: Table[Track], model: str, node: str) -> float | None:
 
 
 class Estimator:
-    """What is known about starts, stops and prefills. Samples that are negative or no numbers are passed over."""
+    """What is known about starts, stops and prefills. Samples that are negative or not numbers are ignored."""
 
     def __init__(self, defaults: StartDefaults = DEFAULTS, *, keys_max: int = KEYS_MAX) -> None:
         self.defaults = defaults
@@ -82,7 +87,7 @@ class Estimator:
         self._stop = self._tracks()
         self._startup = self._tracks()
         self._nbytes = self._tracks()
-        self._hops = tuple(self._tracks() for _ in Tier)  # by tier: quicker than a dict, as an Enum's hash is slow
+        self._hops = tuple(self._tracks() for _ in Tier)  # by tier; faster than a dict: hashing an Enum is slow
         self._weights = tuple(self._tracks() for _ in Tier)
         fixed_s = defaults.weights_fixed_s
         self._weights_lines = tuple(self._lines((1 / defaults.tier_bps[tier], fixed_s)) for tier in Tier)
@@ -90,7 +95,7 @@ class Estimator:
         self._resume = self._lines((defaults.prefill_token_s, defaults.prefill_fixed_s))
 
     def observe_start(self, sample: StartSample) -> None:
-        """Learn from a start that came to its end."""
+        """Learn from a start that succeeded."""
         model, node, tier = sample.model, sample.node, sample.tier
         note(self._process[sample.is_warm], _keys(model, node), sample.process_s)
         note(self._init, _keys(model, node), sample.init_s)
@@ -105,15 +110,15 @@ class Estimator:
         note_point(self._prefill, _keys(sample.model, sample.node), (sample.prompt_tokens, sample.seconds))
 
     def observe_resume(self, sample: ResumeSample) -> None:
-        """Learn from a round of a move: so many tokens were computed at its target."""
+        """Learn from one round of a migration: tokens computed at its target, and the seconds that took."""
         note_point(self._resume, _keys(sample.model, sample.node), (sample.num_tokens, sample.seconds))
 
     def observe_stop(self, model: str, node: str, seconds: float) -> None:
-        """Learn from a stop: the seconds from its order until the slots were free."""
+        """Learn from a stop: ``seconds`` from its order until the slots were free."""
         note(self._stop, _keys(model, node), seconds)
 
     def observe_hops(self, node: str, bps: Mapping[Tier, float]) -> None:
-        """Learn what a node measured: from each tier to its devices."""
+        """Learn a node's measured bandwidths, in bytes per second from each tier to its devices."""
         for tier, value in bps.items():
             if value > 0:
                 note(self._hops[tier], ((None, node),), value)
@@ -121,7 +126,7 @@ class Estimator:
     def estimate_start(
         self, spec: ModelSpec, node: str, tier: Tier, *, is_warm: bool, prompt_tokens: int = 0, queue_s: float = 0.0
     ) -> Estimate:
-        """What a start would take up to its first token, with ``queue_s`` of waiting before it."""
+        """Estimate a start up to its first token, with ``queue_s`` of waiting before it."""
         defaults = self.defaults
         process_s = _steadied(self._process[is_warm], spec.name, node)
         if process_s is None:
@@ -137,7 +142,10 @@ class Estimator:
         return Estimate(terms)
 
     def weights_s(self, spec: ModelSpec, node: str, tier: Tier) -> float:
-        """What a load occupies the node's load queue with; one that was not seen takes no longer than from farther."""
+        """Return how long loading the weights occupies the node's load queue.
+
+        An estimate without samples is capped by the one for the next slower tier.
+        """
         seen = self._weights[tier].find((spec.name, node))
         if seen is not None:
             return seen.value
@@ -147,14 +155,14 @@ class Estimator:
     def _guess_weights_s(self, spec: ModelSpec, node: str, tier: Tier) -> float:
         nbytes = self._nbytes_of(spec)
         if nbytes is not None:
-            # 1. Others were seen here, or 2. the node measured how fast it is.
+            # 1. Other models were loaded on this node, or 2. the node measured its bandwidth.
             line = self._weights_lines[tier].find((None, node))
             if line is not None:
                 return line.at(nbytes)
             hop = self._hops[tier].find((None, node))
             if hop is not None:
                 return self.defaults.weights_fixed_s + nbytes / max(1.0, hop.value)
-        # 3. It was seen elsewhere, or 4. others were, or 5. nothing was.
+        # 3. The model was loaded on other nodes, or 4. other models were, or 5. nothing was.
         seen = self._weights[tier].find((spec.name, None))
         if seen is not None:
             return seen.value
@@ -163,25 +171,28 @@ class Estimator:
         return self._default_weights_s(nbytes, tier) if line is None else line.at(nbytes)
 
     def prefill_s(self, model: str, node: str, prompt_tokens: int) -> float:
-        """What a first token takes on an engine that is ready and has room; never less for more tokens."""
+        """Return what a first token takes on an engine that is ready and has room; never less for more tokens."""
         line = self._prefill.find(*_keys(model, node))
         if line is not None:
             return line.at(prompt_tokens)
         return self.defaults.prefill_fixed_s + self.defaults.prefill_token_s * prompt_tokens
 
     def resume_s(self, model: str, node: str, num_tokens: int) -> float:
-        """Until a request with so many tokens, prompt and output, goes on at a replica there: a (t_in + t_out) + b, as
-        ServerlessLLM has it (section 6). Before the first move it is what a prefill takes."""
+        """Return how long until a migrated request with ``num_tokens``, prompt and output, resumes on the node.
+
+        The model is a (t_in + t_out) + b, as in ServerlessLLM (section 6). Before the first migration it is the time of
+        a prefill.
+        """
         line = self._resume.find(*_keys(model, node))
         return self.prefill_s(model, node, num_tokens) if line is None else line.at(num_tokens)
 
     def stop_s(self, model: str, node: str) -> float:
-        """From the order to stop until the slots are free."""
+        """Return the seconds from the order to stop until the slots are free."""
         stop = self._stop.find(*_keys(model, node))
         return self.defaults.stop_s if stop is None else stop.value
 
     def startup_s(self, spec: ModelSpec) -> float:
-        """What its starts take as a rule, wherever they are; before the first one, a warm one from disk."""
+        """Return the model's typical startup time over all nodes; before its first start, a warm start from disk."""
         startup = self._startup.find((spec.name, None))
         if startup is not None:
             return startup.value
@@ -190,10 +201,10 @@ class Estimator:
         return self.defaults.process_warm_s + self.defaults.init_s + weights_s
 
     def startup_p99_s(self, model: str, expected_s: float) -> float:
-        """The 99th percentile of a start that is expected to take ``expected_s``, if what starts take is log-normal.
+        """Return the 99th percentile of a start expected to take ``expected_s``, assuming a log-normal distribution.
 
-        Sigma is that of the model's last starts, and ``SIGMA_MIN`` at least; ``SIGMA_UNSEEN`` before the second one.
-        Infinite before the first: its expectation is that of other models, or a default.
+        Sigma is taken from the model's last starts, between ``SIGMA_MIN`` and ``SIGMA_UNSEEN``; before the second start
+        it is ``SIGMA_UNSEEN``. Infinite before the first start, when ``expected_s`` is from other models or defaults.
         """
         startup = self._startup.find((model, None))
         logs = [log(max(seconds, 0.01)) for seconds in startup.samples] if startup is not None else []
@@ -203,13 +214,13 @@ class Estimator:
         return expected_s * exp(Z_99 * min(sigma, SIGMA_UNSEEN))
 
     def to_record(self) -> dict[str, object]:
-        """What was learned, for JSON: the most recently used of it."""
+        """Return what was learned, most recently used keys only, for storing as JSON."""
         tables = {name: table.to_rows() for name, table in self._tables().items()}
         return {"version": RECORD_VERSION, "tables": tables}
 
     @classmethod
     def from_record(cls, record: object, defaults: StartDefaults = DEFAULTS, *, keys_max: int = KEYS_MAX) -> Estimator:
-        """One that knows what is sound in a record, and nothing more; never raises."""
+        """Restore an estimator from the sound parts of a record; never raises."""
         estimator = cls(defaults, keys_max=keys_max)
         match record:
             case {"version": int(version), "tables": dict(rows)} if version == RECORD_VERSION:
@@ -244,7 +255,7 @@ class Estimator:
         return Table(lambda: FittedLine(guess), self._keys_max)
 
     def _nbytes_of(self, spec: ModelSpec) -> float | None:
-        """As it was deployed, or as its starts said."""
+        """Return the size from the deployment, else from the model's starts; None if unknown."""
         if spec.nbytes > 0:
             return spec.nbytes
         told = self._nbytes.find((spec.name, None))

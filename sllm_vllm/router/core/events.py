@@ -1,4 +1,4 @@
-"""What happens to requests, replicas and nodes, and what is to be done about it. Pure: events in, actions out."""
+"""The core's events (what happened to requests, replicas and nodes) and actions (what to do about it). Pure."""
 
 from __future__ import annotations
 
@@ -21,65 +21,65 @@ from sllm_vllm.router.core.facts import (
 
 @dataclass(frozen=True, slots=True)
 class ModelDeployed:
-    """A model is to be served, or is now to be served otherwise."""
+    """A model was deployed, or its deployment was changed."""
 
     spec: ModelSpec
     tiers: Mapping[str, Tier] = field(default_factory=dict)
-    """Where its weights are, by node, as far as that is known already."""
+    """Where its weights are, by node, as far as known already."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDeleted:
-    """It is not to be served any more."""
+    """A model was deleted; it is no longer served."""
 
     model: str
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReported:
-    """Where a node has models, and how fast its hops are. Models that are not named are REMOTE."""
+    """A node's report: where it has models, and how fast its hops are. Models not named are REMOTE."""
 
     node: str
     is_warm: bool
     residency: Mapping[str, Tier] = field(default_factory=dict)
     nbytes: Mapping[str, int] = field(default_factory=dict)
-    """Of models' weights, where the node knows them."""
+    """Sizes of models' weights, where the node knows them."""
     hops: Mapping[Tier, float] = field(default_factory=dict)
-    """Bytes a second from a tier to the device."""
+    """Bytes per second from a tier to the device."""
     warm_in_s: float = 0.0
-    """Of a warm node whose parent process still imports: how long a start that comes now waits for it."""
+    """How long a start ordered now waits for the node's warm parent process, while that is still importing."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeJoined:
-    """A node has slots for engines."""
+    """A node joined, with slots for engines."""
 
     node: str
     num_slots: int
     is_warm: bool = True
     report: NodeReported | None = None
-    """Its first one, if it came with it: so that the first start knows where the weights are."""
+    """The node's first report, if it came with the join, so that the first start knows where the weights are."""
     found: tuple[FoundReplica, ...] = ()
-    """What runs on it already."""
+    """Replicas that run on it already."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeLost:
-    """A node is gone, with all that ran on it."""
+    """A node is gone, with everything that ran on it."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """Somebody wants an answer."""
+    """A client sent a request."""
 
     facts: RequestFacts
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFound:
-    """It runs on a replica already: an earlier life of the router sent it there."""
+    """A request that runs on a replica already: an earlier process of this router sent it there."""
 
     facts: RequestFacts
     replica: str
@@ -87,21 +87,21 @@ class RequestFound:
 
 @dataclass(frozen=True, slots=True)
 class RequestGone:
-    """Whoever waited for it left, before it was sent to a replica or after."""
+    """The request's client left, before or after it was sent to a replica."""
 
     request: str
 
 
 @dataclass(frozen=True, slots=True)
 class FirstByte:
-    """Its answer has begun."""
+    """The first byte of the request's answer arrived."""
 
     request: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """It was answered, well or not; nothing more will be sent. ``output_tokens``: if its engine told."""
+    """The answer is complete, successful or not. ``output_tokens``: if the engine reported them."""
 
     request: str
     output_tokens: int | None = None
@@ -109,10 +109,10 @@ class RequestEnded:
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """Its replica failed: it may be sent to another one.
+    """The request's replica failed it; it may be sent to another one.
 
-    ``has_begun``: its client has a part of the answer, and whoever streams it can have it continued elsewhere.
-    ``is_proven``: this replica had answered it, in part.
+    ``has_begun``: its client has part of the answer, which another replica may continue. ``is_proven``: this replica
+    had begun to answer it.
     """
 
     request: str
@@ -124,14 +124,14 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Its engine has generated a token of an answer of which nothing was seen yet."""
+    """The engine generated a token of an answer of which no byte has been seen yet."""
 
     request: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
-    """It answers. ``sample``: what its start took, if that is known."""
+    """A replica is ready. ``sample``: what its start took, if known."""
 
     replica: str
     sample: StartSample | None = None
@@ -139,7 +139,7 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMovable:
-    """Its engine can, or can't, hand over and take over requests that run; as long as nobody knows it can't."""
+    """Whether a replica's engine can hand over and take over running requests. Reported once that is known."""
 
     replica: str
     is_movable: bool
@@ -148,7 +148,7 @@ class ReplicaMovable:
 
 @dataclass(frozen=True, slots=True)
 class MoveAsked:
-    """An operator wants a request to go on elsewhere; without a target wherever is best."""
+    """An operator asked to move a request: to ``target``, or without one to the best replica."""
 
     request: str
     target: str | None = None
@@ -156,7 +156,7 @@ class MoveAsked:
 
 @dataclass(frozen=True, slots=True)
 class RequestMoved:
-    """It runs on its target now. ``samples``: what getting there took."""
+    """A request runs on its target now. ``samples``: what each round of the migration took."""
 
     request: str
     target: str
@@ -165,7 +165,7 @@ class RequestMoved:
 
 @dataclass(frozen=True, slots=True)
 class MoveFailed:
-    """It goes on where it was. ``is_lasting``: it can't be moved at all."""
+    """A migration failed; the request continues where it was. ``is_lasting``: it can't be moved at all."""
 
     request: str
     target: str
@@ -176,10 +176,10 @@ class MoveFailed:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaEnded:
-    """Its engine is gone, or was never there.
+    """A replica's engine is gone, or never started.
 
-    ``is_fault``: nobody had asked for its end. ``is_unseen``: its agent does not know it, as one that was started again
-    does not; so no request is suspected.
+    ``is_fault``: it was not told to end. ``is_unseen``: its agent does not know it, e.g. because the agent restarted,
+    so no request is suspected.
     """
 
     replica: str
@@ -190,21 +190,21 @@ class ReplicaEnded:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
-    """An operator wants a replica, or all of a node, to end without harm to a request; nothing more starts there."""
+    """An operator asked to drain a replica, or a node: no request is cut off, and nothing new starts on the node."""
 
     target: str
 
 
 @dataclass(frozen=True, slots=True)
 class UndrainAsked:
-    """A node that was drained is to take starts again."""
+    """An operator asked a drained node to take starts again."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ticked:
-    """Time passed: deadlines, keep-alives and back-offs may be over."""
+    """Time passed: deadlines, keep-alives and back-offs may have expired."""
 
 
 Event = (
@@ -235,7 +235,7 @@ Event = (
 
 
 class Refusal(Enum):
-    """Why a request is not served, for whoever turns it into a status."""
+    """Why a request is refused; mapped to an HTTP status by the caller."""
 
     UNKNOWN_MODEL = "unknown model"
     QUEUE_FULL = "queue full"
@@ -248,9 +248,9 @@ class Refusal(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StartReplica:
-    """Start an engine. Its slots are free, as far as is known; ``ReplicaEnded`` says if it can't be had.
+    """Start an engine. Its slots are free as far as the router knows; ``ReplicaEnded`` follows if it cannot start.
 
-    ``timeout_s``: it is a failure if it is not healthy by then.
+    ``timeout_s``: the start fails if the engine is not healthy by then.
     """
 
     replica: str
@@ -262,7 +262,7 @@ class StartReplica:
 
 @dataclass(frozen=True, slots=True)
 class StopReplica:
-    """End an engine; no request runs on it."""
+    """Stop an engine on which no request runs."""
 
     replica: str
     node: str
@@ -280,8 +280,10 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class MoveRequest:
-    """Have a request go on at another replica; it runs on meanwhile. ``RequestMoved`` or ``MoveFailed`` follows, unless
-    it ends first."""
+    """Move a request to another replica. It keeps running meanwhile.
+
+    ``RequestMoved`` or ``MoveFailed`` follows, unless the request ends first.
+    """
 
     request: str
     source: str
@@ -290,7 +292,7 @@ class MoveRequest:
 
 @dataclass(frozen=True, slots=True)
 class RejectRequest:
-    """Tell whoever waits that there will be no answer."""
+    """Tell the client that its request is refused."""
 
     request: str
     why: Refusal
@@ -300,7 +302,7 @@ class RejectRequest:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchModel:
-    """Have a node read a model's checkpoint into memory: a request for it is likely soon."""
+    """Have a node read a model's checkpoint into memory, because a request for it is likely soon."""
 
     model: str
     node: str
@@ -308,7 +310,7 @@ class PrefetchModel:
 
 @dataclass(frozen=True, slots=True)
 class CopyCheckpoint:
-    """Have a node pull a model's checkpoint from another one: the model is hot. Its reports tell when it is there."""
+    """Have ``node`` pull a hot model's checkpoint from ``source``. The node's reports show when it has arrived."""
 
     model: str
     source: str

@@ -1,4 +1,4 @@
-"""Models, requests, tiers, and samples of what starts took, as the core knows them. Pure, frozen records."""
+"""The core's plain records: models, requests, tiers, and samples of what starts took. Pure and frozen."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from enum import Enum, IntEnum
 
 
 class Tier(IntEnum):
-    """Where a model's weights are on a node, the fastest first."""
+    """Where a model's weights are on a node, fastest first."""
 
     HOST = 0
-    """In the store's memory."""
+    """In memory, in the store."""
     DISK = 1
     REMOTE = 2
-    """Not on the node as a checkpoint: fetched, or read the stock way and converted."""
+    """No checkpoint on the node: it is fetched, or the model is read the stock way and converted."""
 
 
 class Term(Enum):
-    """A part of the time from a decision to a first token. All are seconds."""
+    """A part of the time from a decision to a first token, in seconds."""
 
     QUEUE = "queue"
-    """Waiting: for other loads on the node, for slots to come free, for a start under way, for room."""
+    """Waiting: for other loads on the node, for slots to be freed, for a start under way, for room."""
     PROCESS = "process"
-    """Process, imports and workers; warm or cold."""
+    """Starting the process, imports and workers; warm or cold."""
     INIT = "init"
-    """Module, KV cache, compile, graphs, warm-up, port."""
+    """Building the module, KV cache, compilation, graphs, warm-up, opening the port."""
     WEIGHTS = "weights"
     PREFILL = "prefill"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model as it was deployed. ``generation`` grows when anything changes that its engines must be started with.
+    """A model as it was deployed. ``generation`` grows when anything changes that requires new engines.
 
-    ``start_s_max``: how long a start may take; None: what is predicted says. ``queue_s_max``: longest that a request
-    waits; ``waits_for_start``: longer where an engine that is starting for it is predicted to be ready later.
-    ``keep_alive_s``: how long an idle replica stays; None: as long as that is worth its memory. ``target_ongoing``:
-    requests a replica should have at once; more start another one. ``ongoing_max``: more are never sent to one.
+    ``start_s_max``: how long a start may take; None: derived from the prediction. ``queue_s_max``: how long a request
+    waits at most; with ``waits_for_start`` longer, if an engine that is starting for it is predicted to be ready later.
+    ``keep_alive_s``: how long an idle replica is kept; None: as long as it is worth its memory. ``target_ongoing``:
+    requests a replica should have at once; more start another replica. ``ongoing_max``: most that a replica ever gets.
     """
 
     name: str
     generation: int = 0
     lineage: int = 0
-    """Requests may move between its engines, and to those of another generation if this is the same."""
+    """Requests may move between engines of the same lineage, even of different generations."""
     accelerators: int = 1
     min_replicas: int = 0
     max_replicas: int = 1
@@ -51,50 +51,50 @@ class ModelSpec:
     target_ongoing: int = 8
     ongoing_max: int = 64
     priority: int = 0
-    """Higher goes first."""
+    """Higher is served first."""
     queue_max: int = 256
     queue_s_max: float = 120.0
     waits_for_start: bool = False
     start_s_max: float | None = None
     nbytes: int = 0
-    """Of its weights, as far as that is known; 0 if it is not."""
+    """Size of its weights; 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    """A request as it arrived. ``prefix``: equal for requests that begin alike; empty if that is not known."""
+    """A request as it arrived. ``prefix``: equal for requests that begin alike; empty if unknown."""
 
     id: str
     model: str
     priority: int = 0
-    """Added to its model's."""
+    """Added to its model's priority."""
     prompt_tokens: int = 0
-    """A guess is enough."""
+    """May be a guess."""
     prefix: str = ""
     deadline_s: float | None = None
-    """When waiting makes no sense any more, by the clock of the events; None: the model's ``queue_s_max``."""
+    """When to stop waiting for a replica, by the events' clock; None: after the model's ``queue_s_max``."""
     digest: str = ""
-    """Of its body: equal for requests that ask the same. Empty if nobody hashed it."""
+    """Digest of its body: equal for equal requests. Empty if the body was not hashed."""
 
 
 class FailureSign(Enum):
-    """What was seen of a replica that failed a request."""
+    """How a replica failed a request."""
 
     UNREACHED = "unreached"
-    """No connection: it never got the request."""
+    """No connection: the replica never got the request."""
     REFUSED = "refused"
-    """It answered that it does not serve it now."""
+    """The replica answered that it does not serve the request now."""
     BROKE_OFF = "broke off"
-    """It got the request, and the connection ended before the answer did."""
+    """The replica got the request, and the connection ended before the answer did."""
     CORE_DIED = "core died"
-    """Its API server says that its engine core has died."""
+    """The replica's API server says that its engine core has died."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundReplica:
-    """A replica that runs already when its node joins: an earlier life of the router ordered it.
+    """A replica that runs already when its node joins: an earlier process of this router ordered it.
 
-    ``requests``: those that are streamed from it. It has slots, also while it starts or stops.
+    ``requests``: those that are being streamed from it. It holds its slots also while it starts or stops.
     """
 
     id: str
@@ -109,7 +109,7 @@ class FoundReplica:
 
 @dataclass(frozen=True, slots=True)
 class StartSample:
-    """What one start took, by its engine's own report."""
+    """What one start took, as reported by its engine."""
 
     model: str
     node: str
@@ -123,7 +123,7 @@ class StartSample:
 
 @dataclass(frozen=True, slots=True)
 class PrefillSample:
-    """What a first token took on an engine that was ready and had room."""
+    """What a first token took on an engine that was ready and had room for it."""
 
     model: str
     node: str
@@ -133,7 +133,7 @@ class PrefillSample:
 
 @dataclass(frozen=True, slots=True)
 class ResumeSample:
-    """What one prefill took that made a target ready for a request that moves to it."""
+    """What one prefill took at the target of a migration."""
 
     model: str
     node: str
@@ -149,5 +149,5 @@ class Estimate:
 
     @property
     def total_s(self) -> float:
-        """All of them."""
+        """Sum of all terms."""
         return sum(self.terms.values())

@@ -1,6 +1,6 @@
 """Requests whose replica failed: sent elsewhere, continued elsewhere, tried alone, or refused. Pure.
 
-``RouterCore``'s part about engines that die. ``deaths.py`` says who is suspected, ``trials.py`` where suspects may go.
+Part of ``RouterCore``. ``deaths.py`` decides which requests are suspected, ``trials.py`` where suspects may go.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.trials import Trials
 
 HARMLESS_FACTOR = 16
-"""So many times as many digests of answered requests are remembered as of those that are refused."""
+"""Digests of answered requests that are remembered, per digest of a refused one."""
 
 
 class Refuse(Protocol):
-    """Takes a request out of the picture and tells its client."""
+    """Forgets a request and tells its client why it is refused."""
 
     def __call__(self, request: Request, why: Refusal, reason: str, /, *, retry_after_s: float | None = None) -> None:
-        """``retry_after_s``: when it may come back."""
+        """``retry_after_s``: after how many seconds the client may try again."""
 
 
 class Failures:
-    """What becomes of requests that lost their replica.
+    """Decides what happens to requests that lost their replica.
 
     Args:
-        enqueue: has a request wait for a replica (again).
+        enqueue: puts a request back into its model's queue.
         refuse: see ``Refuse``.
     """
 
@@ -54,31 +54,34 @@ class Failures:
         self._refuse = refuse
         self.deaths = Deaths(limits.poison.verdict_s)
         self.quarantined = DigestTable(limits.poison.digests_max)
-        """Of requests that killed an engine."""
+        """Digests of requests that killed an engine."""
         self.suspected = DigestTable(limits.poison.digests_max)
-        """Of requests one of which may have killed one."""
+        """Digests of requests of which one may have killed an engine."""
         self._harmless = DigestTable(HARMLESS_FACTOR * limits.poison.digests_max)
-        """Of requests that an engine has answered."""
+        """Digests of requests that an engine has answered."""
 
     # --------------------------------------------------------------------------------------------------- arriving
 
     def quarantine_left_s(self, facts: RequestFacts, now_s: float) -> float:
-        """For how long it is refused; 0: it is not."""
+        """Return for how long such a request is still refused; 0 if it is not."""
         return self.quarantined.seconds_left(facts.digest, now_s)
 
     def is_suspected(self, facts: RequestFacts, now_s: float) -> bool:
-        """Whether it has to be tried alone."""
+        """Whether such a request has to be tried alone."""
         return self.suspected.seconds_left(facts.digest, now_s) > 0
 
     # ---------------------------------------------------------------------------------------------------- failing
 
     def unproven(self, replica: Replica) -> list[RequestFacts]:
-        """What a replica has and has not answered yet."""
+        """Return the requests that a replica has and has not begun to answer."""
         found = [self._requests[name] for name in sorted(replica.ongoing)]
         return [one.facts for one in found if one.replica == replica.id and not one.is_proven]
 
     def failed(self, request: Request, event: RequestFailed, now_s: float) -> bool:
-        """Its replica failed it, and it is still there; whether it has to wait until more is known."""
+        """Record that a request's replica failed it; return whether it must wait for a verdict.
+
+        Called while the request still has its place on the replica.
+        """
         assert request.replica is not None
         name, replica_id = request.facts.id, request.replica
         request.is_proven = request.is_proven or event.is_proven
@@ -95,7 +98,7 @@ class Failures:
         return request.is_held
 
     def again(self, request: Request, reason: str, now_s: float) -> None:
-        """Send it elsewhere, or have it continued there, as long as it may be."""
+        """Send a request to another replica, or continue its answer there, if it may still be tried; else refuse it."""
         if request.facts.model not in self._models:
             self._refuse(request, Refusal.DELETED, reason)
         elif request.has_begun:
@@ -106,7 +109,11 @@ class Failures:
             self._enqueue(request, now_s)
 
     def _resume(self, request: Request, reason: str, now_s: float) -> None:
-        """A stream whose engines die again and again may be what they die of, though none died of its beginning."""
+        """Continue a stream on another replica.
+
+        A stream whose engines died repeatedly becomes a suspect: it may be the cause, although each engine survived its
+        beginning.
+        """
         if not self._limits.moves.is_on or request.num_resumes >= self._limits.poison.resumes_max:
             self._refuse(request, Refusal.ENGINE_FAILED, reason)
             return
@@ -115,12 +122,12 @@ class Failures:
         self._enqueue(request, now_s)
 
     def answered(self, facts: RequestFacts, now_s: float) -> None:
-        """An engine has survived such a request."""
+        """Note that an engine has survived such a request."""
         self._harmless.add(facts.digest, now_s + self._limits.poison.quarantine_s)
         self.quarantined.discard(facts.digest)
 
     def cleared(self, request: Request) -> bool:
-        """It can't have killed an engine; whether it was on trial, and its replica takes others again."""
+        """Clear a suspect; return whether it was on trial, so that its replica takes other requests again."""
         request.is_suspect = False
         self.suspected.discard(request.facts.digest)
         return request.replica is not None and self._trials.end(request.replica, request.facts.id)
@@ -128,7 +135,7 @@ class Failures:
     # ---------------------------------------------------------------------------------------------------- verdicts
 
     def judge(self, now_s: float) -> None:
-        """Do with those that were held what is known now."""
+        """Act on the verdicts that are due: refuse the requests held for them, or try them again."""
         for verdict in self.deaths.due(now_s):
             until_s = now_s + self._limits.poison.quarantine_s
             was_harmless = [self._was_harmless(facts, now_s) for facts in verdict.suspects]
@@ -139,7 +146,7 @@ class Failures:
                 self._judge(self._requests[name], verdict, now_s, is_alone=is_alone)
 
     def _was_harmless(self, facts: RequestFacts, now_s: float) -> bool:
-        """Whether an engine has answered such a request lately; after this death that counts no more."""
+        """Whether an engine has answered such a request lately. Forgets it, as this death casts doubt on it."""
         found = self._harmless.seconds_left(facts.digest, now_s) > 0
         self._harmless.discard(facts.digest)
         return found
