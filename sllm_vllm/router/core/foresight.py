@@ -1,4 +1,4 @@
-"""What is done for requests that are likely: how long an idle replica stays, what is read ahead or copied. Pure."""
+"""Preparing for requests that are likely: keep-alive of idle replicas, prefetching and copying checkpoints. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sllm_vllm.router.core.model_state import ModelState
 
 
 class Foresight:
-    """When to look at an idle replica, or a sleeping model, again. Owned by ``Scaling``, which acts on it."""
+    """When an idle replica may end, and when a model without replicas is prefetched. ``Scaling`` owns it and acts."""
 
     def __init__(
         self, cluster: Cluster, estimator: Estimator, models: Mapping[str, ModelState], *, limits: RouterLimits
@@ -27,12 +27,12 @@ class Foresight:
         self._lead_s = limits.scaling.prefetch_s
         self._copies = Copies(cluster, models, limits.copies)
         self._idle = Alarms()
-        """The end of a replica's keep-alive."""
+        """By replica: the end of its keep-alive."""
         self._prefetches = Alarms()
-        """When a model's next request is likely soon."""
+        """By model: when to prefetch its checkpoint for the next burst."""
 
     def became_idle(self, replica: Replica, state: ModelState) -> None:
-        """It may stay as long as its model says, or as long as it is worth its slots."""
+        """Set the keep-alive of a replica that became idle: the model's own, or as long as it is worth its slots."""
         assert replica.idle_since_s is not None
         ttl_s = state.spec.keep_alive_s
         if ttl_s is None:
@@ -42,12 +42,12 @@ class Foresight:
         self._idle.set(replica.id, replica.idle_since_s + ttl_s)
 
     def idle_too_long(self, now_s: float) -> list[Replica]:
-        """Replicas whose keep-alive is over; each once."""
+        """Return the replicas whose keep-alive is over, each once."""
         found = [self._cluster.replicas.get(name) for name in self._idle.due(now_s)]
         return [replica for replica in found if replica is not None and replica.idle_since_s is not None]
 
     def arrived(self, state: ModelState, now_s: float) -> None:
-        """A request of a model came: it may be time to think of the next one."""
+        """Note that a request of the model arrived, and schedule the prefetch for the next burst."""
         self._copies.asked(state.spec.name)
         together_s = max(self._estimator.startup_s(state.spec), state.service_s)
         state.arrivals.note(now_s, together_s=together_s)
@@ -58,7 +58,7 @@ class Foresight:
             self._prefetches.discard(state.spec.name)
 
     def errands(self, now_s: float) -> list[PrefetchModel | CopyCheckpoint]:
-        """Checkpoints to read, whose models are likely next and have no replica; and those to copy."""
+        """Return the checkpoints to prefetch, of models expected soon that have no replica, and those to copy."""
         models = [one for one in self._prefetches.due(now_s) if one in self._models]
         sleeping = [model for model in models if not self._cluster.replicas_of(model)]
         places = [(model, node) for model in sleeping for node in self._cluster.candidates(model, 0, 1)]
@@ -66,5 +66,5 @@ class Foresight:
         return [*read, *self._copies.due(now_s)]
 
     def forget_model(self, model: str) -> None:
-        """It was deleted."""
+        """Forget a deleted model."""
         self._prefetches.discard(model)

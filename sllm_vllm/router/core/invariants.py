@@ -1,4 +1,4 @@
-"""What must always be true of the core; asserted after every event in tests and in the simulator. Pure."""
+"""The core's invariants, asserted after every event in tests and in the simulator. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def validate(core: RouterCore) -> None:
-    """Assert every invariant of a core. Looks at everything."""
+    """Assert every invariant of a core. Scans the whole state."""
     core.cluster.validate()
     core.queues.validate()
     core.moves.validate()
@@ -24,7 +24,7 @@ def validate(core: RouterCore) -> None:
 
 
 def _validate_requests(core: RouterCore) -> None:
-    """A request waits once or is on one replica; no bound is passed; nobody waits where there is room."""
+    """A request waits once or is on one replica; bounds are kept; no ordinary request waits while there is room."""
     waiting = Counter(request.facts.model for request in core.requests.values() if request.is_queued)
     for model, state in core.models.items():
         assert core.queues.waiting(model) == waiting[model], f"{model}: {waiting[model]} requests wait"
@@ -53,7 +53,7 @@ def _validate_models(core: RouterCore) -> None:
 
 
 def _validate_pending(core: RouterCore) -> None:
-    """What is being freed is freed for one start each, and every placeholder belongs to one."""
+    """Every placeholder belongs to exactly one pending start, and every pending start has victims that are ending."""
     holds = [hold for pending in core.scaling.pending.all() for hold in pending.holds]
     assert len(set(holds)) == len(holds)
     assert {name for name, one in core.cluster.replicas.items() if not one.model} == set(holds)
@@ -64,7 +64,7 @@ def _validate_pending(core: RouterCore) -> None:
 
 
 def _validate_nodes(core: RouterCore) -> None:
-    """Nothing starts, and nothing is freed for a start, where an operator has drained; nobody gets requests there."""
+    """On a drained node nothing starts, no slots are freed for a start, and no replica gets new requests."""
     for node in core.cluster.nodes.values():
         assert node.is_cordoned == (node.id in core.membership.cordoned), f"{node.id} is wrong about its cordon"
         if node.is_cordoned:

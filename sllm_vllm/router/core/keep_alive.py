@@ -1,13 +1,13 @@
-"""How long an idle replica is worth its memory, and what evicting it would cost. Pure; asked by the router's core.
+"""How long an idle replica is worth its memory, and what evicting it would cost. Pure; called by the router's core.
 
-Arrivals closer to each other than a start or a request takes are one *burst*; what decides about an idle replica are
+Arrivals closer together than a start or a request takes form one *burst*; the keep-alive of an idle replica depends on
 the *pauses* between bursts. A replica that idles through a pause costs ``share`` of its node's accelerators for that
 long; one that was stopped before costs a start. A second of starting is worth ``idle_worth`` seconds of idling on a
 whole node, so idling longer than ``idle_worth * startup / share`` never pays (RainbowCake's beta, Yu et al., 2024).
 
-Until ``pauses_min`` pauses were seen a replica stays that long: by the ski-rental argument it never costs more than
-twice the best choice. After that it stays as long as would have cost least over the last pauses, and never less than
-``floor_startups`` times its start. Whoever needs its slots evicts it before that; nothing else ends it.
+Until ``pauses_min`` pauses have been seen, a replica stays that long: by the ski-rental argument this never costs more
+than twice the best choice. After that it stays for the time that would have cost least over the last pauses, but at
+least ``floor_startups`` times its startup. Before that it ends only if another start needs its slots and evicts it.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ PAUSES_MAX = 16
 
 @dataclass(frozen=True, slots=True)
 class KeepAliveLimits:
-    """What the rule is tuned with; figures in ``benchmarks/results/README.md`` (Keep-alive)."""
+    """Parameters of the rule; measurements are in ``benchmarks/results/README.md`` (Keep-alive)."""
 
     idle_worth: float = 22.0
     """Seconds of idling on all of a node's accelerators that one second of starting is worth."""
     floor_startups: float = 2.0
-    """Startup times that an idle replica stays at least."""
+    """Minimum stay of an idle replica, in startup times."""
     idle_s_min: float = 5.0
-    """Goes before all else: a replica is not stopped between two turns."""
+    """Overrides everything else, so that a replica is not stopped between two turns of a conversation."""
     idle_s_max: float = 3600.0
     pauses_min: int = 3
-    """Seen before they are believed."""
+    """Pauses that must have been seen before they decide."""
     margin: float = 1.25
-    """Of a pause: the next one like it may be that much longer."""
+    """Factor on a pause, as the next one like it may be that much longer."""
     slack: float = 0.05
-    """Of two times whose costs differ by less the longer one is taken."""
+    """Of two times whose costs differ by less than this share, the longer one is taken."""
     first_gap_s: float = 300.0
-    """Taken for the mean gap of a model that was asked at most once."""
+    """Assumed mean gap of a model that got at most one request."""
 
     def bound_s(self, startup_s: float, share: float) -> float:
-        """When idling has cost what it can save; ``share`` in (0, 1]."""
+        """Return the idle time that costs as much as the start it can save; ``share`` in (0, 1]."""
         assert share > 0, "a replica holds something"
         return self.idle_worth * startup_s / share
 
@@ -51,8 +51,10 @@ DEFAULT_LIMITS = KeepAliveLimits()
 
 
 class Arrivals:
-    """When one model was asked last, a few times, and the last pauses between bursts. A time before the last one counts
-    as the last one."""
+    """One model's last few arrivals, and the last pauses between its bursts.
+
+    An arrival earlier than the previous one counts as being at the previous one's time.
+    """
 
     __slots__ = ("_pauses", "_times")
 
@@ -61,32 +63,37 @@ class Arrivals:
         self._pauses: deque[float] = deque(maxlen=PAUSES_MAX)
 
     def note(self, now_s: float, *, together_s: float = 0.0) -> None:
-        """It was asked. ``together_s``: arrivals that are no farther apart are one burst."""
+        """Record an arrival. ``together_s``: arrivals no farther apart than this belong to one burst."""
         if self._times and now_s - self._times[-1] > together_s:
             self._pauses.append(now_s - self._times[-1])
         self._times.append(max(now_s, self._times[-1]) if self._times else now_s)
 
     @property
     def pauses_s(self) -> tuple[float, ...]:
-        """Between the last bursts, the oldest first."""
+        """Pauses between the last bursts, oldest first."""
         return tuple(self._pauses)
 
     def next_burst_s(self, p: float) -> float | None:
-        """Seconds after the last arrival within which the next burst begins with probability ``p``, in [0, 1), if
-        bursts are Poisson; None before the second one."""
+        """Return the seconds after the last arrival within which the next burst begins with probability ``p``.
+
+        ``p`` is in [0, 1); bursts are assumed to be a Poisson process. None before the second burst.
+        """
         return -sum(self._pauses) / len(self._pauses) * log(1 - p) if self._pauses else None
 
     @property
     def last_s(self) -> float | None:
-        """When it was asked last."""
+        """When the last request arrived; None if there was none."""
         return self._times[-1] if self._times else None
 
     def silence_s(self, now_s: float) -> float:
-        """Since the last arrival; 0 if there was none."""
+        """Return the seconds since the last arrival; 0 if there was none."""
         return max(0.0, now_s - self._times[-1]) if self._times else 0.0
 
     def mean_gap_s(self, now_s: float) -> float | None:
-        """Between arrivals; None before the second. The silence since the last counts once it is longer than that."""
+        """Return the mean gap between arrivals; None before the second arrival.
+
+        The silence since the last arrival is included once it is longer than the mean.
+        """
         num_gaps = len(self._times) - 1
         if num_gaps < 1:
             return None
@@ -99,7 +106,7 @@ class Arrivals:
 def keep_alive_s(
     arrivals: Arrivals, *, startup_s: float, share: float, limits: KeepAliveLimits = DEFAULT_LIMITS
 ) -> float:
-    """How long a replica may idle; more for a longer startup, less for a larger ``share`` of its node."""
+    """Return how long a replica may idle: longer for a longer startup, less for a larger ``share`` of its node."""
     bound_s = limits.bound_s(startup_s, share)
     longest_s = min(limits.idle_s_max, bound_s)
     shortest_s = max(limits.idle_s_min, min(longest_s, limits.floor_startups * startup_s))
@@ -110,10 +117,10 @@ def keep_alive_s(
 
 
 def _cheapest_s(pauses_s: list[float], longest_s: float, *, start_cost_s: float, limits: KeepAliveLimits) -> float:
-    """The time that would have cost least over ``pauses_s``, which are sorted; of those about as cheap the longest.
+    """Return the stay that would have cost least over ``pauses_s``, which are sorted; of near ties the longest.
 
-    Staying t costs the pauses that are shorter than t, and t and a start for each of the others; so only 0, times just
-    after a pause and the longest one can be best.
+    A stay of t costs the length of each pause shorter than t, and t plus a start for each of the others. So only 0,
+    times just after a pause, and ``longest_s`` can be best.
     """
     num = len(pauses_s)
     short_s = [pause_s for pause_s in pauses_s if pause_s <= longest_s]
@@ -129,13 +136,16 @@ def _cheapest_s(pauses_s: list[float], longest_s: float, *, start_cost_s: float,
 def keep_value_s(
     arrivals: Arrivals, *, startup_s: float, now_s: float, limits: KeepAliveLimits = DEFAULT_LIMITS
 ) -> float:
-    """The startup that evicting it now is expected to cost: T, if it is asked again within a whole node's bound."""
+    """Return the startup time that evicting a replica now is expected to cost.
+
+    That is ``startup_s`` times the probability of another request within the idle bound of a whole node.
+    """
     gap_s = _gap_s(arrivals, now_s, limits)
     horizon_s = limits.bound_s(startup_s, 1.0)
     return startup_s * (1 - exp(-horizon_s / gap_s)) if gap_s > 0 else startup_s
 
 
 def _gap_s(arrivals: Arrivals, now_s: float, limits: KeepAliveLimits) -> float:
-    """The mean gap, guessed where there is none."""
+    """Return the mean gap, or a guess before the second arrival."""
     mean_s = arrivals.mean_gap_s(now_s)
     return max(limits.first_gap_s, arrivals.silence_s(now_s)) if mean_s is None else mean_s

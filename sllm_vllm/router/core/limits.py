@@ -1,4 +1,4 @@
-"""Bounds of the core's work and memory, and the times it keeps. Pure."""
+"""Limits of the core's work and memory, and its timeouts. Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ScalingLimits:
-    """How many nodes are looked at for a start (``plans_max``), how many models that lack slots are tried after each
-    event (``hungry_max``); how long the oldest request waits before nobody who waits may overtake it and busy
-    replicas are drained for it (``starve_s``); how long before its likely arrival a model is prefetched
-    (``prefetch_s``). Between what a start's timeout is where its model sets none (``start_s_least``, ``start_s_most``).
-    What names of replicas end with (``name_suffix``), so that no two routers of a cluster give one
-    twice."""
+    """Limits of starting replicas.
+
+    ``plans_max``: nodes examined per start and kind of plan. ``hungry_max``: models lacking slots that are tried after
+    each event. ``starve_s``: how long the oldest request waits before its model counts as starving; then no waiting
+    model may overtake it, and busy replicas are drained for it. ``prefetch_s``: how long before its likely next request
+    a model is prefetched. ``slack_s``: see ``best_plan``. ``start_s_least``, ``start_s_most``: range of a start's
+    timeout if its model sets none. ``name_suffix``: ends every replica's name, so that two routers of a cluster never
+    use the same name.
+    """
 
     plans_max: int = 8
     hungry_max: int = 4
@@ -26,8 +29,11 @@ class ScalingLimits:
 
 @dataclass(frozen=True, slots=True)
 class MoveLimits:
-    """Requests that move between replicas. ``moves_max``: at once; ``per_target_max``: to one replica.
-    ``failures_max``: of one request; then it stays. ``pause_s``: after a failure, before it is tried again."""
+    """Limits of migrations. ``moves_max``: at once; ``per_target_max``: at once to one replica.
+
+    ``failures_max``: failed migrations of a request after which it stays where it is. ``pause_s``: pause after a
+    failure before the request may be moved again.
+    """
 
     is_on: bool = True
     moves_max: int = 4
@@ -38,11 +44,14 @@ class MoveLimits:
 
 @dataclass(frozen=True, slots=True)
 class PoisonLimits:
-    """Requests that kill engines. ``quarantine_s``: how long a digest is refused, or tried alone; ``digests_max``: of
-    either, at most. ``verdict_s``: longest that a request waits until it is known whether its engine died.
-    ``trial_s``: an engine that lives so long with a suspect clears it. ``last_replica_s``: how long a suspect waits
-    before it may be tried on the last ready replica of a model that may have more. ``resumes_max``: engines of one
-    stream that may die before it ends with an error."""
+    """Limits for requests that may kill engines.
+
+    ``quarantine_s``: how long a digest is refused, or tried alone. ``digests_max``: most digests remembered of either
+    kind. ``verdict_s``: longest wait of a failed request until it is known whether its engine died. ``trial_s``: a
+    suspect is cleared once its engine has survived it for this long. ``last_replica_s``: how long a suspect waits
+    before it may be tried on the last ready replica of a model that may have more. ``resumes_max``: how often a stream
+    continues on another replica before it ends with an error.
+    """
 
     quarantine_s: float = 600.0
     digests_max: int = 1024
@@ -54,8 +63,11 @@ class PoisonLimits:
 
 @dataclass(frozen=True, slots=True)
 class CopyLimits:
-    """Copies of hot checkpoints between nodes. ``holders_max``: nodes that have one, at most; less than 2: nothing is
-    ever copied. ``at_once_max``: in the cluster. ``copy_s_max``: after so long it is given up."""
+    """Limits of copying hot checkpoints between nodes.
+
+    ``holders_max``: most nodes that hold one checkpoint; below 2 nothing is copied. ``at_once_max``: copies at once in
+    the cluster. ``copy_s_max``: when a copy is given up.
+    """
 
     holders_max: int = 0
     at_once_max: int = 2
@@ -64,8 +76,11 @@ class CopyLimits:
 
 @dataclass(frozen=True, slots=True)
 class RouterLimits:
-    """``waiting_max``: requests that wait, of all models. ``attempts_max``: replicas a request is sent to.
-    ``story_max``: events and actions that are remembered."""
+    """All limits of the core.
+
+    ``waiting_max``: most waiting requests of all models. ``attempts_max``: most replicas that a request is sent to.
+    ``story_max``: events and actions that are remembered.
+    """
 
     waiting_max: int = 4096
     attempts_max: int = 2

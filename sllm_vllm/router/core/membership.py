@@ -1,4 +1,4 @@
-"""Nodes that come, report, go, and are drained. Pure; ``RouterCore``'s part about machines."""
+"""Nodes that join, report, leave and are drained. Pure; part of ``RouterCore``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sllm_vllm.router.core.scaling import Scaling
 
 
 class Membership:
-    """Who is there and takes starts.
+    """Which nodes are there, and which of them take starts.
 
-    A cordon is a name's: a node that goes and comes back is still drained. ``touched`` gets the models whose replicas
-    have changed, or that may find a place now.
+    A cordon belongs to the node's name: a node that leaves and rejoins is still drained. ``touched`` gets the models
+    whose replicas changed, or that may find a place now.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Membership:
         self._queues = queues
         self._touched = touched
         self.cordoned: set[str] = set()
-        """Names of nodes, whether they are there or not."""
+        """Names of cordoned nodes, whether they are there or not."""
 
     def joined(self, event: NodeJoined, now_s: float) -> None:
-        """A node is there, perhaps with replicas on it."""
+        """Add a node that joined, with the replicas found on it."""
         self._cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
         if event.report is not None:
             self.reported(event.report, now_s)
@@ -49,7 +49,7 @@ class Membership:
         self._touch_wanting()
 
     def reported(self, event: NodeReported, now_s: float) -> None:
-        """What one has; of a node that is not there it is not heard."""
+        """Apply a node's report. Reports from unknown nodes are ignored."""
         if event.node not in self._cluster.nodes:
             return
         self._cluster.set_warm(event.node, event.is_warm, at_s=now_s + event.warm_in_s)
@@ -61,7 +61,7 @@ class Membership:
                 state.spec = replace(state.spec, nbytes=nbytes)
 
     def lost(self, node: str, now_s: float) -> list[Replica]:
-        """A node is gone. Returns the replicas that are gone with it."""
+        """Remove a node that is gone, and return the replicas lost with it."""
         if node not in self._cluster.nodes:
             return []
         self._call_off_starts(node, now_s)
@@ -75,7 +75,7 @@ class Membership:
         return gone
 
     def drain_asked(self, target: str, now_s: float) -> None:
-        """An operator wants a node, or one replica, to be left."""
+        """Drain a node or a replica for an operator; unknown names are ignored."""
         if target in self._cluster.nodes:
             self.drain(target, now_s)
         elif (replica := self._cluster.replicas.get(target)) is not None:
@@ -84,7 +84,7 @@ class Membership:
             self._touched[replica.model] = None
 
     def drain(self, node: str, now_s: float) -> None:
-        """Nothing new starts there; what starts is called off, what is idle ends, what is busy ends when it is idle."""
+        """Cordon a node: call off its starts, stop its idle replicas, and drain the busy ones."""
         self.cordoned.add(node)
         self._cluster.set_cordoned(node, True)
         self._call_off_starts(node, now_s)
@@ -92,12 +92,12 @@ class Membership:
             if replica.state is ReplicaState.ORDERED:
                 self._scaling.stop(replica.id, "its node is drained", now_s)
             self._scaling.drain(replica.id, now_s)
-            if replica.model:  # else its slots are held for a start
+            if replica.model:  # a replica without a model is a placeholder of slots held for a start
                 self._scaling.pin(replica.model)
                 self._touched[replica.model] = None
 
     def undrain(self, node: str) -> None:
-        """It takes starts again; what is draining there still ends."""
+        """Let a node take starts again. Replicas that drain there still end."""
         self.cordoned.discard(node)
         if node in self._cluster.nodes:
             self._cluster.set_cordoned(node, False)
@@ -109,6 +109,6 @@ class Membership:
             self._touched[pending.model] = None
 
     def _touch_wanting(self) -> None:
-        """Those that may have found no place before: they are kept, or somebody waits for them."""
+        """Touch every model that may lack a replica: it has a minimum, or requests that wait."""
         kept = [name for name, state in self._models.items() if state.spec.min_replicas]
         self._touched.update(dict.fromkeys([*kept, *self._queues.models()]))

@@ -1,14 +1,15 @@
-"""One live migration, as decisions: rounds of prefill at the target, the switch-over, or giving up. Pure.
+"""The decisions of one live migration: rounds of prefill at the target, then the switch or giving up. Pure.
 
-Tokens are moved, not KV (ServerlessLLM, section 5): the target computes the KV of prompt and output so far into its
-prefix cache while the source goes on; the next round has only what is new. ``router/mover.py`` does what is said here.
+Tokens are moved, not KV (ServerlessLLM, section 5): the target computes the KV of the prompt and the output so far into
+its prefix cache while the source keeps generating; the next round covers only the new tokens. ``router/mover.py``
+carries out these decisions.
 
-When to switch. The target's cache holds whole blocks, so whatever was done before, what lies beyond the last whole
-block is computed at the switch: while the client waits. Another round pays if it makes one more block whole, and if the
-target computes faster than the source generates: else what is left never gets less. Otherwise, and after
-``rounds_max``, switch; but where computing what lies in the open block takes the target long enough to be noticed, by
-its speed in the rounds, the source is first let run to the end of that block, which one more round makes whole. So a
-slow target, or one with large blocks, makes the client wait for a few tokens and not for up to a whole block of them.
+When to switch. The target's cache holds whole blocks, so the tokens beyond the last whole block are always computed at
+the switch, while the client waits. Another round pays if it completes at least one more block, and if the target
+computes faster than the source generates; otherwise the remainder never shrinks. If it does not pay, or after
+``rounds_max`` rounds, switch. Exception: if the target, at the speed of its rounds, would compute the open block slowly
+enough to be noticed, first let the source run to the end of that block, so that one more round completes it. Thus with
+a slow target, or one with large blocks, the client waits for a few tokens and not for up to a whole block.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from enum import Enum
 MOVE_ROUNDS_MAX = 6
 ROUND_TOKENS_MAX = 2048
 UNNOTICED_SHARE = 0.25
-"""Of the time from one token to the next: what the open block may take at the switch, before its end is waited for."""
+"""Computing the open block at the switch goes unnoticed up to this share of the time between two tokens."""
 WAITS_MAX = 4
-"""Looks at a source that is let run to the end of a block; one that has stopped is not waited for."""
+"""How often a source is asked while it runs to the end of a block, so that one that has stalled is not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationLimits:
-    """``rounds_max``: rounds in which the target catches up. ``round_tokens_max``: tokens that one prefill of a round
-    computes at the target, at most, and ``round_pause_s``: between two of them; both spare whom else it serves."""
+    """Limits of one migration.
+
+    ``rounds_max``: rounds in which the target catches up. ``round_tokens_max``: most tokens that one prefill computes
+    at the target. ``round_pause_s``: pause between two prefills. The last two protect the target's other requests.
+    """
 
     rounds_max: int = MOVE_ROUNDS_MAX
     round_tokens_max: int = ROUND_TOKENS_MAX
@@ -40,7 +44,7 @@ class MigrationLimits:
 
 @dataclass(frozen=True, slots=True)
 class SourceTold:
-    """What the request has at a time: tokens of its prompt, and of each choice's output that has not ended."""
+    """The source's answer: tokens of the prompt, and of the output of each choice that has not ended, at a time."""
 
     num_prompt: int
     num_outputs: tuple[int, ...]
@@ -49,19 +53,19 @@ class SourceTold:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """The target has computed a round, in so many seconds."""
+    """The target has computed a fill, in ``seconds``."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class WentOn:
-    """The target generated a token that the source was not asked for."""
+    """The target has generated its first new token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """One side said no, died, or did not answer in time. ``is_lasting``: it would say so again."""
+    """One side refused, died, or timed out. ``is_lasting``: trying again would give the same result."""
 
     reason: str
     is_lasting: bool = False
@@ -69,7 +73,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class SourceEnded:
-    """The source's answer is complete, or nobody waits for it any more."""
+    """The source's answer is complete, or its client left."""
 
 
 MigrationEvent = SourceTold | Filled | WentOn | Refused | SourceEnded
@@ -79,15 +83,17 @@ MigrationEvent = SourceTold | Filled | WentOn | Refused | SourceEnded
 
 @dataclass(frozen=True, slots=True)
 class AskSource:
-    """Ask what the request has now, after a pause."""
+    """Ask the source for the request's token counts, after a pause."""
 
     after_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Have the target compute so many tokens of prompt and output of each open choice, after a pause; ``num_new`` of
-    them it has not computed before."""
+    """Have the target compute the first ``num_tokens`` of prompt and output of each open choice, after a pause.
+
+    ``num_new`` of them it has not computed before.
+    """
 
     num_tokens: tuple[int, ...]
     num_new: int
@@ -96,17 +102,17 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Hold the source's stream, ask it once more, and have the target go on from there."""
+    """Hold the source's stream, ask it once more, and have the target continue from there."""
 
 
 @dataclass(frozen=True, slots=True)
 class TakeOver:
-    """The target's answer is the client's from now on; close the source's."""
+    """From now on the client gets the target's answer; close the source's."""
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The source's answer stays the client's; close whatever there is at the target."""
+    """The client keeps the source's answer; close the target's, if any."""
 
     reason: str
     is_lasting: bool
@@ -116,14 +122,14 @@ MigrationAction = AskSource | Fill | Switch | TakeOver | GiveUp
 
 
 class Phase(Enum):
-    """Where a migration is."""
+    """State of a migration."""
 
     ASKING = "asking"
     FILLING = "filling"
     SWITCHING = "switching"
     MOVED = "moved"
     ENDED = "ended"
-    """Given up, or the source was done first."""
+    """Given up, or the source finished first."""
 
 
 NEXT: Mapping[Phase, frozenset[Phase]] = {
@@ -136,43 +142,43 @@ NEXT: Mapping[Phase, frozenset[Phase]] = {
 
 
 class Migration:
-    """One request on its way from a source to a target: ``begin``, then ``handle`` until it says no more.
+    """State machine that moves one request from a source to a target: ``begin``, then ``handle`` every event.
 
     Args:
-        block_tokens: of the target's KV cache.
-        model_tokens_max: that the target takes, prompt and output together.
+        block_tokens: block size of the target's KV cache, in tokens.
+        model_tokens_max: most tokens that the target takes, prompt and output together.
     """
 
     def __init__(self, limits: MigrationLimits, *, block_tokens: int, model_tokens_max: int) -> None:
         self.phase = Phase.ASKING
         self.num_rounds = 0
         self.num_filled = 0
-        """Tokens that the target computed for it in all rounds."""
+        """Tokens that the target computed in all rounds."""
         self._limits = limits
         self._block_tokens = block_tokens
         self._model_tokens_max = model_tokens_max
         self._num_prompt = 0
         self._goal: tuple[int, ...] = ()
-        """What a round is to reach, choice by choice; cut into fills of ``round_tokens_max``."""
+        """Token count that the present round is to reach, by choice; split into fills of ``round_tokens_max``."""
         self._reached: tuple[int, ...] = ()
         self._seen: tuple[int, ...] = ()
-        """What the source had when the last round began."""
+        """Token counts of the source when the last round began, by choice."""
         self._num_last = 0
-        """Tokens of that round, of the choice with the most."""
+        """Tokens of the last round, in the choice with the most."""
         self._filled_s = 0.0
-        """All rounds together."""
+        """Seconds of all rounds together."""
         self._first: tuple[float, int] | None = None
-        """When the source was asked first, and the tokens of its first choice."""
+        """When the source first answered, and the tokens of its first choice then."""
         self._is_waiting = False
-        """For the end of the source's block."""
+        """Whether the source is running to the end of its open block before the next round."""
         self._num_waits = 0
 
     def begin(self) -> list[MigrationAction]:
-        """What is to be done first."""
+        """Return the first actions."""
         return [AskSource()]
 
     def handle(self, event: MigrationEvent) -> list[MigrationAction]:
-        """Take note of what happened; returns what is to be done. What comes after the end is passed over."""
+        """Process an event and return what to do. Events after the end are ignored."""
         match event:
             case SourceTold() if self.phase is Phase.ASKING:
                 return self._source_told(event)
@@ -198,7 +204,7 @@ class Migration:
         if max(totals) >= self._model_tokens_max:
             self._become(Phase.ENDED)
             return [GiveUp(f"{max(totals)} tokens fill the target's context", is_lasting=True)]
-        if len(self._reached) != len(totals):  # the first time, or a choice has ended: then the prompt is there already
+        if len(self._reached) != len(totals):  # first round; or a choice ended, and only the prompt counts
             self._reached = (event.num_prompt if self._reached else 0,) * len(totals)
             self._seen = ()
         self._num_prompt = event.num_prompt
@@ -210,14 +216,14 @@ class Migration:
             wait_s = self._wait_for_block_s(totals, event.at_s)
             return [AskSource(wait_s)] if wait_s else self._switch()
         if self._is_waiting:
-            self._is_waiting, self._num_waits = False, WAITS_MAX  # it is as little as it gets
+            self._is_waiting, self._num_waits = False, WAITS_MAX  # wait only once: the remainder gets no smaller
         self.num_rounds += 1
         self._num_last = max(total - there for total, there in zip(totals, self._reached, strict=True))
         self._goal = self._seen = totals
         return [self._next_fill(0.0)]
 
     def _pays(self, totals: tuple[int, ...]) -> bool:
-        """Whether another round would leave less to be computed at the switch."""
+        """Whether another round would leave less to compute at the switch."""
         block = self._block_tokens
         pairs = zip(totals, self._reached, strict=True)
         if not any(total // block > there // block for total, there in pairs):
@@ -230,9 +236,9 @@ class Migration:
         return [Switch()]
 
     def _wait_for_block_s(self, totals: tuple[int, ...], at_s: float) -> float:
-        """Until the source is expected to have filled its open block; 0 if that is not worth it.
+        """Return the seconds until the source should have filled its open block; 0 if waiting is not worth it.
 
-        Several choices fill theirs at different times, and are not waited for.
+        With several choices, 0: each fills its block at a different time.
         """
         assert self._first is not None
         (first_s, first), total, there, block = self._first, totals[0], self._reached[0], self._block_tokens
@@ -262,7 +268,7 @@ class Migration:
         return Fill(self._reached, num_new, after_s)
 
     def _num_new(self, before: tuple[int, ...], after: tuple[int, ...]) -> int:
-        """Tokens that are computed: those of the prompt once for all choices."""
+        """Return the number of tokens to compute; those of the prompt count once for all choices."""
         num_prompt = self._num_prompt
         of_prompt = min(max(after), num_prompt) - min(max(before), num_prompt)
         pairs = zip(before, after, strict=True)

@@ -1,10 +1,10 @@
-"""Which request moves where, and when: off replicas that are to end, to others of their model. Pure.
+"""Which request moves where, and when: off replicas that are ending, to others of their model. Pure.
 
-``RouterCore``'s part about live migration.
+Part of ``RouterCore``.
 
-One rule serves an operator's drain, a model that is changed, and slots that another model needs: a request on a
-DRAINING replica moves as soon as a READY one of the same lineage has room. While it moves it has a place on both, so
-that no room is promised twice, and its target neither idle nor anybody's victim.
+One rule covers an operator's drain, a changed model, and slots needed by another model: a request on a DRAINING replica
+moves as soon as a READY one of the same lineage has room. While it moves it has a place on both replicas. So no room is
+promised twice, and its target does not count as idle and cannot be evicted.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.scaling import Scaling
 
 TARGETS_MAX = 8
-"""Replicas that are looked at for one request, those with the fewest requests first."""
+"""Replicas examined as targets of one request, those with the fewest requests first."""
 
 
 class Moves:
-    """Requests that move, and those that will have to. ``touched`` gets models whose replicas have room now."""
+    """Orders and tracks migrations. ``touched`` gets the models whose replicas have room now."""
 
     def __init__(self, limits: MoveLimits, scaling: Scaling, picture: Picture, *, touched: dict[str, None]) -> None:
         self.limits = limits
         self.moving: dict[str, str] = {}
-        """Target by request."""
+        """By request: the replica that it is moving to."""
         self._scaling = scaling
         self._cluster: Cluster = scaling.cluster
         self._models = picture.models
@@ -36,14 +36,14 @@ class Moves:
         self._on_trial = picture.on_trial
         self._touched = touched
         self._to: Counter[str] = Counter()
-        """Requests that move to a replica."""
+        """By replica: the number of requests that are moving to it."""
 
     def record(self, event: ReplicaMovable | MoveAsked | RequestMoved | MoveFailed, now_s: float) -> None:
-        """Take note of what happened; names that nobody knows any more are passed over."""
+        """Process an event; unknown requests and replicas are ignored."""
         match event:
             case ReplicaMovable():
                 if (replica := self._cluster.replicas.get(event.replica)) is not None:
-                    replica.is_movable = event.is_movable  # no index knows it
+                    replica.is_movable = event.is_movable  # not indexed by the cluster
                     replica.is_unmovable = not event.is_movable
             case MoveAsked():
                 self._ask(event.request, event.target, now_s)
@@ -55,7 +55,7 @@ class Moves:
     # ---------------------------------------------------------------------------------------------------- ordering
 
     def relieve(self, now_s: float) -> None:
-        """Move what can move off replicas that are to end."""
+        """Order migrations off draining replicas, as far as possible."""
         if not self.limits.is_on:
             return
         for model in list(self._scaling.leaving):
@@ -67,7 +67,7 @@ class Moves:
                 self._relieve(replica, now_s)
 
     def _ask(self, request_id: str, target: str | None, now_s: float) -> None:
-        """An operator wants it; nothing happens if it can't be."""
+        """Order a migration for an operator; does nothing if it is not possible."""
         if not self.why_not(request_id, target, now_s):
             request = self._requests[request_id]
             found = self._target_of(request) if target is None else self._cluster.replicas[target]
@@ -75,7 +75,7 @@ class Moves:
             self._order(request, found, now_s)
 
     def why_not(self, request_id: str, target: str | None, now_s: float) -> str:
-        """Why an operator's wish would come to nothing; empty if it would order a move."""
+        """Return why ``MoveAsked`` would do nothing; empty if it would order a migration."""
         request = self._requests.get(request_id)
         if not self.limits.is_on:
             return "moving requests is switched off"
@@ -91,7 +91,7 @@ class Moves:
         return f"there is no replica {target}" if found is None else self._why_no_target(request, found)
 
     def may_move(self, request_id: str, now_s: float) -> bool:
-        """Whether it could be ordered to move, if it had a target."""
+        """Whether the request could be moved, given a target."""
         return not self._why_request_stays(self._requests[request_id], now_s)
 
     def _relieve(self, replica: Replica, now_s: float) -> None:
@@ -144,10 +144,10 @@ class Moves:
         self._cluster.begin_request(target.id, request.facts.id, prefix=request.facts.prefix, now_s=now_s)
         self._scaling.actions.append(MoveRequest(request.facts.id, request.replica, target.id))
 
-    # ------------------------------------------------------------------------------------------------------ its end
+    # ------------------------------------------------------------------------------------------------------- ending
 
     def _moved(self, event: RequestMoved, now_s: float) -> None:
-        """It runs at its target, which may have ended since."""
+        """Record that a request now runs on its target, which may have ended since."""
         self._learn(event)
         request = self._requests.get(event.request)
         if request is None or request.target != event.target:
@@ -158,7 +158,7 @@ class Moves:
         self._leave(source, request, now_s)
 
     def _failed(self, event: MoveFailed, now_s: float) -> None:
-        """It goes on where it was."""
+        """Record that a migration failed: the request continues where it was."""
         self._learn(event)
         request = self._requests.get(event.request)
         if request is None or request.target != event.target:
@@ -169,14 +169,14 @@ class Moves:
         self.called_off(request, now_s)
 
     def called_off(self, request: Request, now_s: float) -> None:
-        """It ends, or its move does: its place at the target is free."""
+        """Release the request's place on its target, if it has one, as the request or its migration ends."""
         if request.target is not None:
             target = request.target
             self._forget(request)
             self._leave(target, request, now_s)
 
     def target_gone(self, target: Replica, now_s: float) -> None:
-        """Requests that moved there stay where they are; whoever moves them will notice, too, in a moment."""
+        """Cancel the migrations to a replica that is gone. The mover of each will soon notice, too."""
         for request_id in target.ongoing:
             request = self._requests.get(request_id)
             if request is not None and request.target == target.id:
@@ -192,7 +192,7 @@ class Moves:
         request.target = None
 
     def _leave(self, replica_id: str | None, request: Request, now_s: float) -> None:
-        """It has a place there no more."""
+        """Release the request's place on a replica."""
         self._touched[request.facts.model] = None
         replica = self._cluster.replicas.get(replica_id or "")
         if replica is None or request.facts.id not in replica.ongoing:
@@ -206,7 +206,7 @@ class Moves:
             self._scaling.estimator.observe_resume(sample)
 
     def validate(self) -> None:
-        """Assert what must hold of moves."""
+        """Assert the invariants of migrations."""
         assert len(self.moving) <= self.limits.moves_max
         assert self.moving == {name: one.target for name, one in self._requests.items() if one.target is not None}
         assert self._to == Counter(self.moving.values())

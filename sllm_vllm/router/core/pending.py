@@ -1,4 +1,4 @@
-"""Starts that wait until their slots are free, and what replicas are called. Pure."""
+"""Starts that wait until their slots are free, and the names of replicas. Pure."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ SLUG_MAX = 40
 
 @dataclass(slots=True)
 class PendingStart:
-    """A plan whose victims have not all ended. ``holds``: placeholders of slots that are free and promised to it."""
+    """A plan whose victims have not all ended. ``holds``: placeholders of free slots that are reserved for it."""
 
     replica: str
     model: str
     generation: int
     num_slots: int
-    """All that it needs, as it was when it was decided."""
+    """Slots that it needs, as of its decision."""
     plan: Plan
     victims: set[str]
-    """That have not ended."""
+    """Victims that have not ended."""
     drained: set[str] = field(default_factory=set)
-    """Victims that had requests, and take some again if it does not start."""
+    """Victims that had requests, and take requests again if this start is called off."""
     holds: list[str] = field(default_factory=list)
 
 
 def slug_of(model: str) -> str:
-    """What a replica's name begins with: the model's last word, without what a name may not hold."""
+    """Return the first part of a replica's name: the model's last path component, reduced to valid characters."""
     last = model.rpartition("/")[2]
     kept = "".join(one if one.isascii() and (one.isalnum() or one in "._-") else "-" for one in last)
     return kept.strip("-._")[:SLUG_MAX] or "model"
 
 
 class PendingStarts:
-    """All of them. What is free on their nodes, and what their victims free, is held for them by placeholders in the
-    cluster, so that no slot is promised twice. Owned by ``Scaling``."""
+    """All pending starts. Owned by ``Scaling``.
+
+    The free slots that they need, and those that their victims free, are held by placeholder replicas in the cluster,
+    so that no slot is promised twice.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -45,7 +48,7 @@ class PendingStarts:
         self._num_holds = 0
 
     def add(self, pending: PendingStart, now_s: float) -> None:
-        """It waits for its victims, which are about to be stopped or drained."""
+        """Add a start that waits for its victims, which the caller is about to stop or drain."""
         self._by_model.setdefault(pending.model, {})[pending.replica] = pending
         for victim in pending.victims:
             self._by_victim[victim] = pending
@@ -54,7 +57,7 @@ class PendingStarts:
             self._hold(pending, pending.num_slots - num_freed, now_s)
 
     def victim_ended(self, victim: Replica, now_s: float) -> PendingStart | None:
-        """A replica was removed. Returns the start whose slots are all free now, if there is one; it is forgotten."""
+        """Note that a replica was removed. Returns the start that has all its slots now, if any, and forgets it."""
         pending = self._by_victim.get(victim.id)
         if pending is None:
             return None
@@ -67,7 +70,7 @@ class PendingStarts:
         return pending
 
     def forget(self, pending: PendingStart) -> None:
-        """It starts now, or never; its holds are let go."""
+        """Forget a start, which starts now or never, and release the slots held for it."""
         for hold in pending.holds:
             if hold in self._cluster.replicas:  # else its node is gone
                 self._cluster.remove_replica(hold)
@@ -79,26 +82,26 @@ class PendingStarts:
             del self._by_victim[victim]
 
     def of_model(self, model: str) -> list[PendingStart]:
-        """Those of a model, oldest first."""
+        """Return the model's pending starts, oldest first."""
         return list(self._by_model.get(model, {}).values())
 
     def draining(self) -> PendingStart | None:
-        """One that waits for replicas that still have requests, if there is one."""
+        """Return a start that waits for a draining replica, if any."""
         replicas = self._cluster.replicas
         waiting = (one for name, one in self._by_victim.items() if replicas[name].state is ReplicaState.DRAINING)
         return next(waiting, None)
 
     def let_end(self, victim: str) -> None:
-        """It is to end, whatever becomes of the start that it was to end for."""
+        """Let a victim end even if the start that needs its slots is called off."""
         if (pending := self._by_victim.get(victim)) is not None:
             pending.drained.discard(victim)
 
     def of_node(self, node: str) -> list[PendingStart]:
-        """Those on a node. Looks at all."""
+        """Return the node's pending starts. Scans all of them."""
         return [one for one in self.all() if one.plan.node == node]
 
     def all(self) -> list[PendingStart]:
-        """All there are."""
+        """Return all pending starts."""
         return [one for of_model in self._by_model.values() for one in of_model.values()]
 
     def _hold(self, pending: PendingStart, num_slots: int, now_s: float) -> None:

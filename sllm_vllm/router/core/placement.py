@@ -1,4 +1,4 @@
-"""Where a model could be started, what would have to give way, and when it would answer. Pure; asked by the core."""
+"""Where a model could be started, what would have to be stopped, and when it would answer. Pure; called by the core."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from sllm_vllm.router.core.victims import Victim, choose_victims
 
 SLACK_S = 0.1
 SLACK_SHARE = 0.05
-"""Of the soonest plan's time: how much later than it one may be that costs others less, if that is more than the slack.
-"""
+"""Share of the soonest plan's time by which a less costly plan may be later, if that is more than the slack."""
 EVICTABLE_TIMES_MAX = 16
-"""How many times as many nodes are looked at for victims if none of the first has one that may go."""
+"""Factor by which more nodes are searched for victims if the first search finds no plan."""
 ROOM_REPLICAS_MAX = 64
-"""Replicas looked at for room for requests that would have to move."""
+"""Replicas examined for room for requests that would have to move."""
 
 
 class PlanKind(Enum):
-    """What happens before a start; the first that is as good is best."""
+    """What happens before a start. On ties the kind listed first is preferred."""
 
     START = "start"
-    """Nothing: there are free slots."""
+    """Nothing: enough slots are free."""
     EVICT = "evict"
     """Idle replicas are stopped."""
     MIGRATE = "migrate"
-    """Requests are moved to other replicas of their models, and then theirs are stopped."""
+    """Requests are moved to other replicas of their models; then the replicas they left are stopped."""
 
 
 _RANK = {kind: rank for rank, kind in enumerate(PlanKind)}
 
 
 class StartEstimator(Protocol):
-    """What placement asks of the estimator."""
+    """The part of the estimator that placement uses."""
 
     def estimate_start(
         self,
@@ -50,17 +49,17 @@ class StartEstimator(Protocol):
         prompt_tokens: int = 0,
         queue_s: float = 0.0,
     ) -> Estimate:
-        """By term; the queue as it was given."""
+        """Estimate a start by term; the queue term is ``queue_s``."""
         ...
 
     def stop_s(self, model: str, node: str) -> float:
-        """From the order to stop a replica until its slots are free."""
+        """Return the seconds from the order to stop a replica until its slots are free."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Relocation:
-    """A replica of a victim's model, started elsewhere for its requests: ServerlessLLM's way (section 5)."""
+    """A new replica of a victim's model on another node, for the victim's requests (ServerlessLLM, section 5)."""
 
     model: str
     node: str
@@ -69,7 +68,7 @@ class Relocation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A start that is possible. ``estimate`` is down to the first token of the first request."""
+    """A possible start. ``estimate`` extends to the first token of the first request."""
 
     kind: PlanKind
     node: str
@@ -77,13 +76,13 @@ class Plan:
     is_warm: bool
     estimate: Estimate
     victims: tuple[str, ...] = ()
-    """Replicas to stop."""
+    """Replicas to stop first."""
     moved: tuple[str, ...] = ()
-    """Requests to migrate before that."""
+    """Requests to migrate before the victims are stopped."""
     relocations: tuple[Relocation, ...] = ()
-    """Replicas to start for them."""
+    """Replicas to start for the moved requests."""
     loss_s: float = 0.0
-    """Startup that its victims are expected to cost later."""
+    """Startup time that stopping its victims is expected to cost later."""
 
 
 def _always(replica: Replica) -> bool:
@@ -100,13 +99,13 @@ def _no_spec(replica: Replica) -> ModelSpec | None:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What may give way for a start, and what that costs. Pinned replicas never do.
+    """What may be stopped or moved for a start, and what that costs. Pinned replicas are never touched.
 
-    ``keep_value``: seconds that stopping an idle replica is expected to cost later. ``resume_s``: until a request that
-    is moved goes on elsewhere; None: none is moved. ``may_empty``: whether all requests of a busy replica could be
-    moved. ``room``: how many more requests a replica could take. ``spec_of``: the model of a busy replica, if one of it
-    may be started elsewhere in its place; else None. ``k``: nodes looked at for a kind of plan. ``slack_s``: as
-    ``best_plan`` has it.
+    ``keep_value``: seconds that stopping an idle replica is expected to cost later. ``resume_s``: seconds until a moved
+    request resumes elsewhere; None: no request may be moved. ``may_empty``: whether all requests of a busy replica
+    could be moved. ``room``: how many more requests a replica could take. ``spec_of``: the model of a busy replica if
+    another one may be started elsewhere in its place, else None. ``k``: nodes examined per kind of plan. ``slack_s``:
+    see ``best_plan``.
     """
 
     keep_value: Callable[[Replica], float]
@@ -122,10 +121,10 @@ class Rules:
 def plan_starts(
     cluster: Cluster, estimator: StartEstimator, spec: ModelSpec, *, prompt_tokens: int, now_s: float, rules: Rules
 ) -> list[Plan]:
-    """Plans for one more replica, the soonest first; at most one of a kind for a node.
+    """Return plans for one more replica, the soonest first; at most one of each kind per node.
 
-    A plan that stops or moves something is there only if it is sooner than all that stop and move nothing. Of those
-    that stop something some may be missing that are later than another that is there by more than the slack.
+    A plan with victims is included only if it is sooner than every plan of an earlier kind in ``PlanKind``. Eviction
+    plans that are later than the soonest one by more than the slack may be missing.
     """
     planner = _Planner(cluster, estimator, spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules)
     plans = planner.starts()
@@ -137,10 +136,11 @@ def plan_starts(
 
 
 def best_plan(plans: Sequence[Plan], *, slack_s: float = SLACK_S) -> Plan | None:
-    """Of a sorted list the one that costs others least, among those at most ``slack_s``, or 5 %, after the first.
+    """Return the plan that costs others least, among those at most ``slack_s``, or 5 %, later than the first.
 
-    A plan without victims costs nobody anything. Of equal ones that where the weights are nearest, and then the first:
-    no prediction tells them apart, and a checkpoint that is there need not be fetched or kept twice.
+    ``plans`` must be sorted. A plan without victims costs others nothing. On ties, prefers the plan with the weights in
+    the fastest tier, and then the first: their predicted times are too close to tell apart, and a checkpoint that is
+    already there need not be fetched or stored twice.
     """
     if not plans:
         return None
@@ -158,7 +158,7 @@ def _soonest_s(plans: Iterable[Plan]) -> float:
 
 
 class _Planner:
-    """One question, with all that belongs to it."""
+    """The planning of one start, with its inputs."""
 
     def __init__(
         self,
@@ -178,12 +178,15 @@ class _Planner:
         self._rules = rules
 
     def starts(self) -> list[Plan]:
-        """On free slots."""
+        """Return plans on free slots."""
         nodes = self._cluster.candidates(self._spec.name, self._spec.accelerators, max(1, self._rules.k // 2))
         return [self._plan(PlanKind.START, node, self._estimate(node)) for node in nodes]
 
     def evictions(self, *, sooner_than_s: float) -> list[Plan]:
-        """Idle replicas make room. Looks at more nodes if there is no plan, and what it saw idle must stay."""
+        """Return plans that evict idle replicas.
+
+        Searches more nodes if there is no plan at all, because the first nodes' idle replicas may have to stay.
+        """
         plans: list[Plan] = []
         for num_max in (self._rules.k, self._rules.k * EVICTABLE_TIMES_MAX):
             nodes = self._cluster.evictable(self._spec.name, self._spec.accelerators, num_max)
@@ -193,10 +196,10 @@ class _Planner:
         return plans
 
     def _evictions(self, nodes: Iterable[str], sooner_than_s: float) -> list[Plan]:
-        """Victims are chosen on nodes that could be the soonest without any: the choice takes longer than the rest."""
+        """Choose victims only on nodes that could be the soonest: choosing is the most expensive step."""
         plans = []
         soonest_s = sooner_than_s
-        estimates = [(node, self._estimate(node)) for node in nodes]  # nodes differ, so estimates are never compared
+        estimates = [(node, self._estimate(node)) for node in nodes]  # sorted by node on ties, never by estimate
         for at_best_s, node, estimate in sorted((one.total_s, node, one) for node, one in estimates):
             if at_best_s > _latest_s(soonest_s, self._rules.slack_s):
                 break
@@ -207,7 +210,7 @@ class _Planner:
         return plans
 
     def migrations(self, *, sooner_than_s: float) -> list[Plan]:
-        """Busy replicas make room where the model is."""
+        """Return plans that move requests off busy replicas, on nodes that have the model."""
         if self._rules.resume_s is None:
             return []
         nodes = self._cluster.movable(self._spec.name, self._spec.accelerators, self._rules.k)
@@ -247,11 +250,13 @@ class _Planner:
         )
 
     def _relocations(self, leaving: Sequence[Replica]) -> list[Relocation] | None:
-        """Replicas to be started for the requests of those that leave, where those that are there have no room; None if
-        there is no place for one. Each on free slots of another node, where it would be ready first."""
+        """Return the replicas to start for requests of ``leaving`` that the existing replicas have no room for.
+
+        Each goes on free slots of another node, where it would be ready soonest. None if one of them finds no place.
+        """
         found: list[Relocation] = []
         taken: dict[str, int] = {}
-        placed: Counter[str] = Counter()  # requests by model, on replicas that are there
+        placed: Counter[str] = Counter()  # requests that existing replicas take, by model
         for replica in leaving:
             num_placed = placed[replica.model] + len(replica.ongoing)
             if not replica.ongoing or self._num_room(replica, leaving) >= num_placed:
@@ -286,7 +291,7 @@ class _Planner:
         return choose_victims(victims, self._spec.accelerators - self._cluster.free_slots(node))
 
     def _stop_s(self, node: str, victims: Iterable[str]) -> float:
-        """They are stopped at the same time."""
+        """Return how long stopping all victims takes; they are stopped at the same time."""
         replicas = self._cluster.replicas
         return max(self._estimator.stop_s(replicas[victim].model, node) for victim in victims)
 
@@ -300,13 +305,16 @@ class _Planner:
         )
 
     def _num_room(self, replica: Replica, leaving: Sequence[Replica]) -> int:
-        """Requests that READY replicas of its model can take, but for those that leave."""
+        """Return how many requests the other READY replicas of its model can take, without those in ``leaving``."""
         others = self._cluster.least_busy(replica.model, ROOM_REPLICAS_MAX)
         fit = [one for one in others if one not in leaving and one.lineage == replica.lineage]
         return sum(max(0, self._rules.room(one)) for one in fit)
 
     def _estimate(self, node_id: str, other: ModelSpec | None = None) -> Estimate:
-        """Queued behind the node's loads; of another model up to its first token."""
+        """Estimate a start queued behind the node's loads, of this planner's model or another one.
+
+        For another model the prompt length is taken as 0.
+        """
         node, spec = self._cluster.nodes[node_id], other or self._spec
         return self._estimator.estimate_start(
             spec,
@@ -344,5 +352,5 @@ class _Planner:
 
 
 def _queued(estimate: Estimate, seconds: float) -> Estimate:
-    """It, if it must also wait so long while it is in the queue."""
+    """Return the estimate with at least ``seconds`` of queueing; the two waits overlap."""
     return Estimate({**estimate.terms, Term.QUEUE: max(seconds, estimate.terms[Term.QUEUE])})

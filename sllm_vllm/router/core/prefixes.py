@@ -1,13 +1,13 @@
-"""Which beginnings of prompts a replica has seen, the most recent last; as its prefix cache, it forgets. Pure."""
+"""Which prompt prefixes a replica has seen recently; the oldest are forgotten, as in its prefix cache. Pure."""
 
 from __future__ import annotations
 
 PREFIXES_MAX = 32
-"""Prefixes remembered about one replica."""
+"""Prefixes remembered per replica."""
 
 
 def note_prefix(prefixes: dict[str, float], prefix: str, now_s: float) -> None:
-    """It came again, or for the first time; the one that came longest ago may have to go."""
+    """Record a request's prefix as the most recent one, dropping the least recent if there are too many."""
     prefixes.pop(prefix, None)
     prefixes[prefix] = now_s
     if len(prefixes) > PREFIXES_MAX:

@@ -1,8 +1,8 @@
 """The requests that wait for a replica of their model. Pure; owned by the router's core.
 
-A model's queue and the models' order are sorted lists: an insertion shifts pointers, which for the few thousand there
-may be is quicker than keeping a heap free of what left early. Deadlines are a heap, where the early leavers stay until
-they come up or are more than the rest.
+Each model's queue, and the order of the models, are sorted lists. An insertion shifts pointers; with at most a few
+thousand requests that is faster than removing early leavers from a heap. Deadlines are a heap in which early leavers
+stay until they are popped or outnumber the live entries.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sllm_vllm.errors import SllmError
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
 
 STALE_DEADLINES_MAX = 64
-"""Of requests that left; more are swept out once they outnumber those that wait."""
+"""Stale deadlines, of requests that left, that are tolerated beyond the number of waiting requests."""
 
 Rank = tuple[int, float, int]
-"""Minus the priority, arrival, number: the smallest goes first."""
+"""Negated priority, arrival time, push number: the smallest is served first."""
 
 
 class QueueFull(SllmError):
-    """No more requests may wait. ``reason`` says where, and what would help."""
+    """A queue is full. ``reason`` says which one, and what would help."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -43,26 +43,26 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Queue:
-    """Of one model; never empty but while it changes."""
+    """One model's queue; never empty except during a change."""
 
     ranks: list[tuple[Rank, str]] = field(default_factory=list)
-    """Sorted; with the requests' ids."""
+    """Ranks and request ids, sorted."""
     ages: list[tuple[float, int]] = field(default_factory=list)
-    """Arrivals and numbers, sorted."""
+    """Arrival times and push numbers, sorted."""
     head: tuple[Rank, str] | None = None
-    """What stands for it in the models' order: the first rank and the model."""
+    """Its entry in the models' order: the first rank, and the model."""
 
 
 class ModelQueues:
-    """All that wait. Within a model the highest priority goes first, then the earliest arrival, then the first pushed.
+    """All waiting requests. Within a model: highest priority first, then earliest arrival, then first pushed.
 
-    Every id waits at most once, and every queue's head is in the models' order exactly once.
+    Every request waits at most once, and every queue's head is in the models' order exactly once.
     """
 
     def __init__(self, total_max: int) -> None:
         self.total_max = total_max
         self._num_kept = 0
-        """Those that waited when ``total_max`` became less."""
+        """Requests that waited when ``total_max`` was last changed; they may exceed it."""
         self._entries: dict[str, _Entry] = {}
         self._queues: dict[str, _Queue] = {}
         self._heads: list[tuple[Rank, str]] = []
@@ -76,20 +76,23 @@ class ModelQueues:
         return request_id in self._entries
 
     def set_total_max(self, total_max: int) -> None:
-        """So many may wait from now on; those that wait already may go on."""
+        """Change the maximum number of waiting requests; those that wait already stay."""
         self.total_max = total_max
         self._num_kept = len(self)
 
     def push(self, facts: RequestFacts, now_s: float, *, spec: ModelSpec, away_s: float = 0.0) -> None:
-        """Let it wait since ``now_s``; one that comes back is pushed with its first arrival and gets its old place.
+        """Queue a request as waiting since ``now_s``. Pass a returning one's first arrival, to give it its old place.
 
-        ``away_s``: of the time since then it did not wait, but was with a replica. Raises QueueFull.
+        ``away_s``: seconds since then that it spent on replicas; its deadline is later by as much.
+
+        Raises:
+            QueueFull: its model's queue, or the whole router, has no room.
         """
         self._check_room(spec)
         self.put_back(facts, now_s, spec=spec, away_s=away_s)
 
     def put_back(self, facts: RequestFacts, now_s: float, *, spec: ModelSpec, away_s: float = 0.0) -> None:
-        """The same for one that has just been taken, whose place is still free."""
+        """Queue a request that was just taken from the queue, without checking for room."""
         assert facts.id not in self._entries, f"{facts.id} waits already"
         assert facts.model == spec.name, f"{facts.id} is for {facts.model}"
         self._num_pushed += 1
@@ -103,58 +106,58 @@ class ModelQueues:
         heappush(self._deadlines, (deadline_s, rank[2], facts.id))
 
     def pop(self, model: str) -> RequestFacts | None:
-        """Take the one that goes first."""
+        """Remove and return the model's next request; None if none waits."""
         facts = self.peek(model)
         if facts is not None:
             self._take(facts.id)
         return facts
 
     def peek(self, model: str) -> RequestFacts | None:
-        """The one that goes first, left where it is."""
+        """Return the model's next request without removing it; None if none waits."""
         queue = self._queues.get(model)
         return None if queue is None else self._entries[queue.ranks[0][1]].facts
 
     def in_order(self, model: str) -> Iterator[RequestFacts]:
-        """Those of a model, the one that goes first first; nothing may change meanwhile."""
+        """Yield the model's requests in the order in which they are served. The queue must not change meanwhile."""
         queue = self._queues.get(model)
         for _, request_id in queue.ranks if queue is not None else ():
             yield self._entries[request_id].facts
 
     def remove(self, request_id: str) -> bool:
-        """Take this one, wherever it stands; False if it does not wait."""
+        """Remove a request; return False if it does not wait."""
         if request_id not in self._entries:
             return False
         self._take(request_id)
         return True
 
     def expire(self, now_s: float) -> list[RequestFacts]:
-        """Take those whose deadline has come, the earliest first."""
+        """Remove and return the requests whose deadline has passed, earliest deadline first."""
         expired: list[RequestFacts] = []
         while (deadline_s := self.next_deadline_s()) is not None and deadline_s <= now_s:
             expired.append(self._take(heappop(self._deadlines)[2]))
         return expired
 
     def next_deadline_s(self) -> float | None:
-        """When ``expire`` has something to do."""
+        """Return the earliest deadline, when ``expire`` next has something to do; None if no request waits."""
         while self._deadlines and not self._waits(self._deadlines[0]):
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def waiting(self, model: str) -> int:
-        """How many of this model's requests wait."""
+        """Return how many of the model's requests wait."""
         queue = self._queues.get(model)
         return 0 if queue is None else len(queue.ranks)
 
     def oldest_s(self, model: str) -> float | None:
-        """When the one that has waited longest arrived."""
+        """Return when the model's longest-waiting request arrived; None if none waits."""
         queue = self._queues.get(model)
         return None if queue is None else queue.ages[0][0]
 
     def models(self) -> Iterator[str]:
-        """Those that have any, by the priority and then the arrival of their first one.
+        """Yield the models with waiting requests, ordered by the rank of their first request.
 
-        The queues may change between two steps. A model whose first request was taken comes up again, at the place of
-        its next one, unless that would be before where the iteration is.
+        The queues may change between two steps. A model whose first request was taken is yielded again at the rank of
+        its next one, unless the iteration is already past that rank.
         """
         index = 0
         while index < len(self._heads):
@@ -163,7 +166,7 @@ class ModelQueues:
             index = bisect_right(self._heads, head)
 
     def validate(self) -> None:
-        """Assert what always holds. Looks at everything."""
+        """Assert the queues' invariants. Scans everything."""
         ids = [request_id for queue in self._queues.values() for _, request_id in queue.ranks]
         assert sorted(ids) == sorted(self._entries), "a request is in two queues or none"
         assert len(ids) <= max(self.total_max, self._num_kept)
@@ -193,7 +196,7 @@ class ModelQueues:
             )
 
     def _waits(self, item: tuple[float, int, str]) -> bool:
-        """Whether this is the deadline of a request that still waits, and not of an earlier life of it."""
+        """Whether this deadline belongs to a waiting request, and not to an earlier stay of it in the queue."""
         entry = self._entries.get(item[2])
         return entry is not None and entry.rank[2] == item[1]
 
@@ -212,7 +215,7 @@ class ModelQueues:
         return entry.facts
 
     def _place_head(self, model: str, queue: _Queue) -> None:
-        """Put the model where its first request belongs."""
+        """Move the model to its place in the models' order, by its first request."""
         head = (queue.ranks[0][0], model) if queue.ranks else None
         if head == queue.head:
             return

@@ -1,4 +1,4 @@
-"""Ids in groups, each group in order: the cluster's way to find the best few without looking at all. Pure."""
+"""Ids in sorted groups, with which the cluster finds the best few without scanning all. Pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Group = TypeVar("Group", bound=Hashable)
 
 
 class Ranking(Generic[Group]):
-    """Each member is in one group, and a group is in the order of (key, member). An empty group is forgotten.
+    """Each member is in one group; a group is sorted by (key, member). Empty groups are removed.
 
-    A group is one sorted list: a change is two bisections and a move of 8 bytes for each member behind it, which for
-    the thousands of members there are here takes less than the bisections do.
+    A group is one sorted list. A change takes two bisections and shifts 8 bytes for each member behind it; with the
+    thousands of members here the shift takes less time than the bisections.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Ranking(Generic[Group]):
         self._places: dict[str, tuple[Group, float]] = {}
 
     def put(self, member: str, group: Group, key: float) -> None:
-        """It is in this group, with this key, and nowhere else."""
+        """Put a member into a group with a key, moving it from its previous place, if any."""
         if self._places.get(member) == (group, key):
             return
         self.discard(member)
@@ -29,7 +29,7 @@ class Ranking(Generic[Group]):
         insort(self._groups.setdefault(group, []), (key, member))
 
     def discard(self, member: str) -> None:
-        """It is in no group, if it ever was."""
+        """Remove a member, if it is there."""
         place = self._places.pop(member, None)
         if place is None:
             return
@@ -40,17 +40,17 @@ class Ranking(Generic[Group]):
             del self._groups[group]
 
     def groups(self) -> Collection[Group]:
-        """Those that have members."""
+        """Return the groups that have members."""
         return self._groups.keys()
 
     def first(self, groups: Iterable[Group], num_max: int) -> list[str]:
-        """The members of these groups with the smallest (key, member), in that order."""
+        """Return up to ``num_max`` members of these groups with the smallest (key, member), in that order."""
         heads = [entry for group in groups for entry in self._groups.get(group, ())[:num_max]]
         heads.sort()
         return [member for _, member in heads[:num_max]]
 
     def validate(self, expected: Mapping[str, tuple[Group, float]]) -> None:
-        """Assert that it holds exactly these."""
+        """Assert that the ranking holds exactly the expected members."""
         assert self._places == expected, "ranked is not what it should be"
         entries = sorted((group, *entry) for group, entries in self._groups.items() for entry in entries)
         assert entries == sorted((group, key, member) for member, (group, key) in expected.items()), "lists differ"

@@ -1,7 +1,7 @@
-"""What an earlier life of the router left running: replicas that are found, and requests on them. Pure.
+"""Taking over what an earlier process of the router left running: replicas and the requests on them. Pure.
 
-``RouterCore``'s part about its own restart. The truth about replicas is their agents', that about requests is theirs
-who stream them; here both come together again. Nothing that runs is ended because its router did.
+Part of ``RouterCore``. The agents know which replicas run, and the processes that stream requests know which requests
+run; here both are joined again. Nothing that runs is ended because its router restarted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sllm_vllm.router.core.scaling import Scaling
 
 
 class Recovery:
-    """Takes replicas and requests in as if they had been ordered here. ``touched`` gets their models."""
+    """Takes over replicas and requests as if they had been ordered here. ``touched`` gets their models."""
 
     def __init__(self, scaling: Scaling, picture: Picture, *, touched: dict[str, None]) -> None:
         self._scaling = scaling
@@ -26,13 +26,16 @@ class Recovery:
         self._touched = touched
 
     def replicas_found(self, found: Iterable[FoundReplica], node: str, now_s: float) -> None:
-        """They run on a node that has just joined; what is of no use any more ends, after its requests."""
+        """Take over the replicas found on a node that just joined; outdated ones are drained or stopped."""
         for one in found:
             if one.id not in self._cluster.replicas and one.num_slots <= self._cluster.free_slots(node):
                 self._replica_found(one, node, now_s)
 
     def request_found(self, facts: RequestFacts, replica_id: str, now_s: float) -> None:
-        """Somebody streams it from a replica. One that is known, or whose replica is gone, changes nothing."""
+        """Take over a request that is being streamed from a replica.
+
+        A request that is known already, or whose replica is gone, is ignored.
+        """
         replica = self._cluster.replicas.get(replica_id)
         if replica is None or facts.id in self._requests:
             return
@@ -76,7 +79,7 @@ class Recovery:
             self._scaling.stop(found.id, "its model was changed", now_s)
 
     def _take_in(self, facts: RequestFacts, replica: Replica, now_s: float) -> None:
-        """It has its place. How far it is nobody says, so nothing is learned of its first token."""
+        """Give a request its place on the replica. Its progress is unknown, so its first token is no sample."""
         self._requests[facts.id] = Request(
             facts,
             arrived_s=now_s,

@@ -1,6 +1,6 @@
 """The router's decisions: ``handle(event, now_s) -> [action]``. Pure; owned by the controller's loop.
 
-This half is about requests: admit, dispatch, retry, refuse. ``Scaling`` is the half about replicas.
+This module handles requests: admit, dispatch, retry, refuse. ``Scaling`` handles replicas.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ from sllm_vllm.router.core.trials import Trials
 from sllm_vllm.router.core.waits import due_s, what_it_waits_for
 
 CHOICES_MAX = 8
-"""Replicas that are looked at for a request, those with the fewest first."""
+"""Replicas examined for a request, those with the fewest requests first."""
 
 
 class RouterCore:
     """All models, requests, replicas and nodes, as the router sees them.
 
-    A request waits in its model's queue until a replica has room, first come first served within a priority; whatever
-    event gives room or slots serves queues at once, so nobody waits where there is room.
+    A request waits in its model's queue until a replica has room, first come first served within a priority. Every
+    event that frees room or slots serves the queues at once, so no request waits while there is room for it.
     """
 
     def __init__(self, limits: RouterLimits | None = None, estimator: Estimator | None = None) -> None:
@@ -75,10 +75,10 @@ class RouterCore:
         self.cluster = self.scaling.cluster
         self.estimator = self.scaling.estimator
         self._samples: dict[str, StartSample] = {}
-        """Of replicas that are ready and have not answered yet."""
+        """Start samples of replicas that are ready and have not answered a request yet."""
         self.suspects = Suspects()
         self._touched: dict[str, None] = {}
-        """Models whose queues or replicas changed in this event."""
+        """Models whose queues or replicas changed during this event; a dict, to keep their order."""
         self.deployments = Deployments(
             self.scaling,
             self.models,
@@ -100,13 +100,13 @@ class RouterCore:
             self.scaling, picture.models, self.queues, recovery=self._recovery, touched=self._touched
         )
         self._has_new_room = False
-        """Slots, or idle replicas, that others could use."""
+        """Whether this event may have freed slots, or made replicas idle, that other models could use."""
         self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
 
     # --------------------------------------------------------------------------------------------------- interface
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
-        """Take note of what happened; returns what must be done, in this order."""
+        """Process an event and return the actions to carry out, in order."""
         actions = self.scaling.actions = list[Action]()
         self._note(event, now_s)
         self._record(event, now_s)
@@ -116,7 +116,7 @@ class RouterCore:
         for model in touched:
             self._serve(model, now_s)
             self.scaling.mark_unwanted(model, now_s)
-        if self._has_new_room:  # those that wait for room come before whoever gave it
+        if self._has_new_room:  # models that wait for slots come before those that freed them
             self._has_new_room = False
             self.scaling.feed_hungry(now_s)
         for model in touched:
@@ -129,22 +129,22 @@ class RouterCore:
         return actions
 
     def _note(self, event: Event, now_s: float) -> None:
-        """Into the story, but for what comes all the time, and without what it says of each model."""
+        """Keep the event for ``story``; skips the frequent ones and drops bulky fields."""
         if isinstance(event, NodeJoined):
             self.events.append((now_s, replace(event, report=None, found=())))
         elif not isinstance(event, Ticked | NodeReported):
             self.events.append((now_s, event))
 
     def validate(self) -> None:
-        """Assert every invariant. Looks at everything: for tests and the simulator."""
+        """Assert every invariant. Scans the whole state; for tests and the simulator."""
         validate(self)
 
     def why_not_move(self, request: str, target: str | None, now_s: float) -> str:
-        """Why ``MoveAsked`` would do nothing; empty if it would order a move."""
+        """Return why ``MoveAsked`` would do nothing; empty if it would order a migration."""
         return self.moves.why_not(request, target, now_s)
 
     def story(self, name: str) -> list[tuple[float, Event | Action]]:
-        """The last events and actions about a request, replica, model or node, oldest first."""
+        """Return the latest events and actions about a request, replica, model or node, oldest first."""
         return [(at_s, what) for at_s, what in self.events if is_about(what, name)]
 
     # ------------------------------------------------------------------------------------------------------ events
@@ -176,7 +176,7 @@ class RouterCore:
                 self._record_setting(event, now_s)
 
     def _record_setting(self, event: Event, now_s: float) -> None:
-        """What operators and nodes do."""
+        """Process events of operators and nodes."""
         match event:
             case ModelDeployed():
                 self.deployments.deployed(event, now_s)
@@ -242,14 +242,18 @@ class RouterCore:
             self.trials.waits(request, now_s)
 
     def _serve(self, model: str, now_s: float) -> None:
-        """Dispatch what waits for a model to replicas with room."""
+        """Dispatch the model's waiting requests to replicas with room."""
         while (found := self._next(model, now_s)) is not None:
             request, replica = found
             self.queues.remove(request)
             self._dispatch(request, replica, now_s)
 
     def _next(self, model: str, now_s: float) -> tuple[str, Replica] | None:
-        """Who is to be sent where. Only requests that any replica would do for keep those behind them waiting."""
+        """Return the next request to dispatch, and its replica; None if none can be dispatched.
+
+        An ordinary request that finds no replica blocks those behind it, because they would find none either. Suspects
+        and begun answers, which only some replicas can take, are skipped.
+        """
         for facts in self.queues.in_order(model):
             request = self.requests[facts.id]
             if (replica := self._choose(request, now_s)) is not None:
@@ -271,7 +275,10 @@ class RouterCore:
         )
 
     def _is_fit(self, replica: Replica, request: Request) -> bool:
-        """Whether it can give the rest of an answer that has begun. One that nobody has asked yet may try."""
+        """Whether the replica can continue the request's answer, if that has begun.
+
+        An engine that has not been asked yet whether it can move requests may try.
+        """
         return not request.has_begun or (replica.lineage == request.lineage and not replica.is_unmovable)
 
     def _dispatch(self, request_id: str, replica: Replica, now_s: float) -> None:
@@ -303,7 +310,7 @@ class RouterCore:
             self.scaling.came_true(replica.id, sample, prefill_s, ready_s=replica.ready_s)
 
     def _proven(self, request_id: str, now_s: float) -> None:
-        """Its replica answers it: that does not die of it."""
+        """Note that the replica has begun to answer the request, so the request does not kill it."""
         request = self.requests.get(request_id)
         if request is None or request.replica is None:
             return
@@ -332,7 +339,7 @@ class RouterCore:
         self._leave_replica(request_id, request, now_s)
 
     def _leave_replica(self, request_id: str, request: Request, now_s: float) -> None:
-        """It has its place no more."""
+        """Release the request's place on its replica."""
         assert request.replica is not None
         state = self.models.get(request.facts.model)
         if state is not None:
@@ -422,7 +429,7 @@ class RouterCore:
         self._reject(request_id, Refusal.NO_START, back_off.reason, retry_after_s=retry_s)
 
     def _end_old_generations(self, state: ModelState, now_s: float) -> None:
-        """The first replica of a new generation is ready: the old ones may go when their requests have ended."""
+        """Drain replicas of old generations, as the first one of the new generation is ready."""
         for old in self.cluster.replicas_of(state.spec.name, ReplicaState.READY):
             if old.generation != state.spec.generation:
                 self.scaling.drain(old.id, now_s)
@@ -445,7 +452,7 @@ class RouterCore:
         self._has_new_room = True
 
     def _waited_long(self, request: Request, now_s: float) -> None:
-        """It has waited as long as its model lets it; longer, if an engine that starts for it is due later."""
+        """Refuse a request that has reached its deadline, or extend the deadline if an engine is about to be ready."""
         facts, state = request.facts, self.models[request.facts.model]
         until_s = due_s(state.spec, self.cluster) if facts.deadline_s is None and state.spec.waits_for_start else None
         latest_s = request.arrived_s + state.spec.queue_s_max + self.limits.scaling.start_s_most
@@ -465,7 +472,7 @@ class RouterCore:
         self._reject(request.facts.id, why, reason, retry_after_s=retry_after_s)
 
     def _forget(self, request: Request) -> None:
-        """It ends, or has: nobody waits for it, and it waits for nothing."""
+        """Forget a request that ends or has ended, and remove it from the trials and verdicts it waits for."""
         del self.requests[request.facts.id]
         if request.is_suspect:
             self.trials.waits_no_more(request)

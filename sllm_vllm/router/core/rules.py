@@ -1,4 +1,4 @@
-"""What placement may take from others, and what that costs them: evictions, moves, relocations. Pure."""
+"""What placement may take from other models, and what that costs: evictions, migrations, relocations. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sllm_vllm.router.core.placement import Rules
 
 
 class RuleBook:
-    """Reads the core's picture; changes nothing."""
+    """Makes the rules from the core's state, which it only reads."""
 
     def __init__(
         self,
@@ -30,7 +30,10 @@ class RuleBook:
         self._requests = picture.requests
 
     def rules(self, now_s: float, *, may_evict: bool, may_move: bool) -> Rules:
-        """For one more replica of a model. ``may_evict``: others may go for it; ``may_move``: busy ones, too."""
+        """Return the rules for starting one more replica.
+
+        ``may_evict``: other replicas may be stopped for it; ``may_move``: busy ones, too.
+        """
         return Rules(
             keep_value=lambda replica: self._keep_value(replica, now_s),
             may_evict=lambda replica: may_evict and self.is_spare(replica),
@@ -42,7 +45,7 @@ class RuleBook:
         )
 
     def is_spare(self, replica: Replica) -> bool:
-        """Whether its model can do without it, as far as its minimum says; an old generation always can."""
+        """Whether the replica may end without its model falling below its minimum; an old generation always may."""
         state = self._models.get(replica.model)
         if state is None or replica.generation != state.spec.generation:
             return True
@@ -58,8 +61,11 @@ class RuleBook:
         return keep_value_s(state.arrivals, startup_s=self._estimator.startup_s(state.spec), now_s=now_s)
 
     def _may_empty(self, replica: Replica, now_s: float) -> bool:
-        """Whether all its requests could go on elsewhere. It has served at least as long as it took to start, so that
-        two models never push each other around; nothing is on its way to it; and all fit into the moves at once."""
+        """Whether all requests of a busy replica could be moved away.
+
+        It must have served for at least its startup time, so that two models do not keep displacing each other; no
+        request may be moving to it; and the limit of migrations at once must cover all its requests.
+        """
         state = self._models.get(replica.model)
         if state is None or replica.ready_s is None or not replica.is_movable:
             return False
@@ -77,14 +83,14 @@ class RuleBook:
         return self._estimator.resume_s(request.facts.model, source.node, num_tokens)
 
     def _room(self, replica: Replica) -> int:
-        """Requests that it could take over."""
+        """Return how many requests the replica could take over."""
         state = self._models.get(replica.model)
         if state is None or not replica.is_movable or replica.generation != state.spec.generation:
             return 0
         return state.spec.ongoing_max - len(replica.ongoing)
 
     def _spec_of(self, replica: Replica) -> ModelSpec | None:
-        """Of its model, if a replica of it may be started elsewhere in its place; else None."""
+        """Return the spec of the replica's model if a replacement may be started elsewhere; else None."""
         state = self._models.get(replica.model)
         is_coming = bool(self._cluster.replicas_of(replica.model, ReplicaState.ORDERED))
         return None if state is None or is_coming or state.back_off.num_failures else state.spec

@@ -1,7 +1,7 @@
-"""Samples of what was measured, and the number or line that is believed of them. Pure; for the estimator.
+"""Samples of measurements, and the number or line estimated from them. Pure; used by the estimator.
 
-A number is the weighted median of its last samples, so that one strange sample changes nothing and a lasting change is
-followed after three.
+A number is the weighted median of its last samples, so that a single outlier changes nothing and a lasting change is
+followed after three samples.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from itertools import accumulate, islice
 from typing import Generic, TypeVar
 
 SAMPLE_WEIGHTS = (1, 1, 2, 2, 3, 3, 4, 4)
-"""The newest last. No one sample outweighs the others, however few there are; of eight, the newest three do."""
+"""Weights, newest last. No single sample outweighs the others, however few there are; of eight, the newest three do."""
 
 POINTS_MAX = 16
-"""Of a line. Its fit is sound while at most four of them lie."""
+"""Points kept per line. The fit tolerates up to four outliers among them."""
 
 SPREAD_MIN = 0.1
-"""Two points tell a slope if they are this part of the largest x apart; nearer ones tell the noise."""
+"""Two points give a slope if they are this share of the largest x apart; closer ones give mostly noise."""
 
 SLOPES_MIN = 3
 
 RECORD_KEYS_MAX = 4_096
-"""Of each table that a record holds, the most recently used."""
+"""Keys of each table that are written to a record: the most recently used."""
 
 SOUND_MAX = 1e18
-"""Of a sample. More is rubbish, and sums and rates of less stay finite."""
+"""Samples from this value on are rejected as invalid; sums and rates of smaller ones stay finite."""
 
 Key = tuple[str | None, str | None]
-"""Model and node; None: any."""
+"""Model and node; None means any."""
 
 Point = tuple[int, float]
 """Tokens or bytes, and the seconds they took."""
 
 Line = tuple[float, float]
-"""Slope, in seconds a token or byte, and offset, in seconds."""
+"""Slope, in seconds per token or byte, and offset, in seconds."""
 
 
 def weighted_median(samples: Sequence[float]) -> float:
-    """The lower weighted median of the newest eight or fewer samples, the newest last."""
+    """Return the lower weighted median of the last eight samples or fewer; ``samples`` has the newest last."""
     newest = samples[-len(SAMPLE_WEIGHTS) :]
     ranked = sorted(zip(newest, SAMPLE_WEIGHTS[-len(newest) :], strict=True))
     passed = list(accumulate(weight for _, weight in ranked))
@@ -52,10 +52,10 @@ def _median(values: list[float]) -> float:
 
 
 def fit_line(points: Sequence[Point], *, guess: Line) -> Line:
-    """Slope and offset of y over x, neither negative, after Theil and Sen: the median of the slopes of all pairs.
+    """Return the slope and offset of y over x, neither negative, after Theil and Sen: the median slope of all pairs.
 
-    If the points are too near to each other for a slope, the offset guessed is taken for theirs; and where that
-    explains all they took, they say nothing of a slope: then the one guessed is taken.
+    If the points are too close together for a slope, the guessed offset is used, and each point gives a slope from it.
+    A point not above the guessed offset gives no slope; the guessed one is used for it.
     """
     apart = SPREAD_MIN * max(x for x, _ in points)
     slopes = [
@@ -69,7 +69,7 @@ def fit_line(points: Sequence[Point], *, guess: Line) -> Line:
         slopes = [(y - offset) / x if y > offset else slope for x, y in points if x > 0] or [slope]
     slope = max(0.0, _median(slopes))
     offset = _median([y - slope * x for x, y in points])
-    if offset < 0:  # then it goes through the origin
+    if offset < 0:  # fit a line through the origin instead
         return _median([y / x for x, y in points if x > 0]), 0.0
     return slope, offset
 
@@ -79,7 +79,7 @@ def is_sound(value: float) -> bool:
 
 
 class Track:
-    """The last samples of one number, and their median."""
+    """The last samples of one number, and their weighted median."""
 
     __slots__ = ("samples", "value")
 
@@ -97,7 +97,7 @@ class Track:
 
 
 class FittedLine:
-    """The last points of one line. It is fitted when it is asked for, as prefills are told more often than asked."""
+    """The last points of one line. Fitted on demand, because prefills are recorded more often than estimated."""
 
     __slots__ = ("_fit", "_guess", "samples")
 
@@ -117,7 +117,7 @@ class FittedLine:
         return slope * x + offset
 
     def restore(self, sample: object) -> None:
-        match sample:  # a list if it was JSON meanwhile
+        match sample:  # a list if it came from JSON
             case [int(x), int() | float() as y] if is_sound(x) and is_sound(y):
                 self.note((x, y))
 
@@ -126,7 +126,7 @@ Entry = TypeVar("Entry", Track, FittedLine)
 
 
 class Table(Generic[Entry]):
-    """What was learned of one term, by key, the least recently used first."""
+    """What was learned about one term, by key, least recently used first."""
 
     def __init__(self, make: Callable[[], Entry], keys_max: int) -> None:
         self._make: Callable[[], Entry] = make
@@ -134,7 +134,7 @@ class Table(Generic[Entry]):
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
 
     def find(self, *keys: Key) -> Entry | None:
-        """What is known for the first of these keys that has anything."""
+        """Return the entry of the first of these keys that has one; None if none has."""
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None:
