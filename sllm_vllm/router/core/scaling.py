@@ -1,7 +1,7 @@
-"""Which replicas there are to be: starts, evictions, drains, keep-alive. Pure; ``RouterCore``'s half about engines.
+"""Which replicas should exist: starts, evictions, drains, keep-alive. Pure; the part of ``RouterCore`` about engines.
 
-A plan that evicts is carried out in two steps: its victims are stopped, and what they free is held for it, slot by
-slot; when the last one has ended, its own replica is started. So no slot is ever promised twice.
+A plan that evicts is carried out in two steps. First its victims are stopped, and the slots they free are held for it;
+when the last victim has ended, its own replica is started. So no slot is ever promised twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sllm_vllm.router.core.starving import find_room, fits_somewhere, plan_in
 
 
 class Scaling:
-    """Starts and stops replicas in the picture of the cluster, and says so by actions. Owned by ``RouterCore``."""
+    """Decides on starts and stops, updates the cluster, and emits the actions. Owned by ``RouterCore``."""
 
     def __init__(self, limits: RouterLimits, picture: Picture, queues: ModelQueues, *, estimator: Estimator) -> None:
         models = picture.models
@@ -36,31 +36,31 @@ class Scaling:
         self.rule_book = RuleBook(limits, picture, cluster=self.cluster, estimator=estimator)
         self.pending = PendingStarts(self.cluster)
         self._loads: dict[str, dict[str, float]] = {}
-        """Loads under way by node and replica: how long each was expected to take."""
+        """Loads under way, by node and replica: how long each is expected to take."""
         self.predictions: dict[str, Prediction] = {}
-        """By replica, until its first answer; then the last one of each model, by its name."""
+        """By replica until its first answer; after that by model, the last one that has come true."""
         self._models = models
         self._suspects_waiting = picture.suspects_waiting
         self._queues = queues
         self._hungry = Hungry(queues)
         self._blocking: str | None = None
-        """Who has waited too long, and whose turn for a drain comes next: nobody who waits may overtake it."""
+        """The starving model that is next to have replicas drained for it; no waiting model may overtake it."""
         self.foresight = Foresight(self.cluster, estimator, models, limits=limits)
         self._later = Alarms()
-        """When models are to be considered again."""
+        """By model: when to call ``consider`` again."""
         self._steady = Alarms()
-        """When models whose starts have failed have had a replica for ``STEADY_S``."""
+        """By model with failed starts: when it has had a replica for ``STEADY_S``."""
         self._num_started = 0
         self.actions: list[Action] = []
         self.resumed: list[str] = []
-        """Models whose replicas take requests again, for whoever dispatches."""
+        """Models whose replicas take requests again; ``RouterCore`` serves their queues."""
         self.leaving: dict[str, None] = {}
-        """Models that have, or had, a replica that drains, for whoever moves requests."""
+        """Models that have, or had, a draining replica; ``Moves`` moves requests off them."""
 
     # ---------------------------------------------------------------------------------------------------- wanting
 
     def consider(self, model: str, now_s: float) -> bool:
-        """Start what a model lacks; False if it lacks one and found no place."""
+        """Start the replicas that a model lacks, or end those too many; return False if one found no place."""
         state = self._models.get(model)
         if state is None:
             self._hungry.discard(model)
@@ -82,7 +82,7 @@ class Scaling:
             if not self._start_one(state, now_s, may_evict=waiting > 0):
                 if fits_somewhere(self.cluster, spec.accelerators):
                     self._hungry.add(spec)
-                else:  # it would only stand in the way of others until a node comes that is large enough
+                else:  # no node is large enough: it would only block other models
                     self._hungry.discard(model)
                 return False
             num_now += 1
@@ -90,7 +90,7 @@ class Scaling:
         return True
 
     def mark_unwanted(self, model: str, now_s: float) -> None:
-        """Starts that nothing waits for give way to others; they go on while their slots are not needed."""
+        """Mark the model's starts that no request waits for: they continue until another start needs their slots."""
         state, ordered = self._models.get(model), self.cluster.replicas_of(model, ReplicaState.ORDERED)
         num_kept = 0 if state is None else state.spec.min_replicas - len(self._ready(model))
         is_waited_for = state is None or state.num_ongoing > 0 or self._queues.waiting(model) > 0
@@ -98,7 +98,7 @@ class Scaling:
             self.cluster.set_unwanted(replica.id, not is_waited_for and number >= num_kept, now_s)
 
     def _shed(self, state: ModelState, wanted: int, now_s: float) -> None:
-        """End what is too much: what is only planned or starting, then what is idle; what is busy beyond the most."""
+        """End surplus replicas: planned and starting ones, then idle ones. Drain busy ones beyond the maximum."""
         spec = state.spec
         for pending in self.pending.of_model(spec.name)[wanted:]:
             self.call_off(pending, now_s)
@@ -113,9 +113,9 @@ class Scaling:
             self.drain(replica.id, now_s)
 
     def feed_hungry(self, now_s: float) -> None:
-        """Slots may have come free: try models that lack some, first who waits longest, and nobody past a starving one.
+        """Try to start hungry models, in order, after slots may have been freed. No model may overtake a starving one.
 
-        A model that finds no place spares the others the search that want as much.
+        After a model finds no place, those that need as many slots or more are skipped.
         """
         self._start_sooner(now_s)
         num_slots_in_vain = math.inf
@@ -129,9 +129,9 @@ class Scaling:
                     return
 
     def drain_for_starving(self, now_s: float) -> None:
-        """If somebody has waited too long for slots, free those of the fewest requests for it, and for nobody else.
+        """If the first hungry model is starving, drain the replicas with the fewest requests that make room for it.
 
-        One at a time: the next one's turn comes when what drains for this one has ended.
+        One model at a time: the next one's turn comes when the replicas draining for this one have ended.
         """
         self._blocking = None
         self._call_off_vain_drain(now_s)
@@ -141,7 +141,7 @@ class Scaling:
             return
         spec = state.spec
         room = find_room(self.cluster, spec.name, spec.accelerators, may_end=self.rule_book.is_spare)
-        if room is None:  # nothing that drains would help it
+        if room is None:  # no drain would help it
             return
         if self.pending.draining() is not None:
             self._blocking = spec.name
@@ -152,7 +152,7 @@ class Scaling:
         self.consider(spec.name, now_s)
 
     def _call_off_vain_drain(self, now_s: float) -> None:
-        """Those that a drain was made for may have left, or found another replica."""
+        """Call off a draining start if the requests it was for have left or found another replica."""
         pending = self.pending.draining()
         state = None if pending is None else self._models.get(pending.model)
         if pending is None or state is None or self._queues.waiting(pending.model):
@@ -161,7 +161,7 @@ class Scaling:
             self.call_off(pending, now_s)
 
     def _start_sooner(self, now_s: float) -> None:
-        """Slots may have come free before those that are drained for a model: then it takes them."""
+        """Start the model that replicas drain for on other slots, if some have been freed earlier."""
         pending = self.pending.draining()
         state = None if pending is None else self._models.get(pending.model)
         if pending is None or state is None or pending.plan.moved or state.back_off.is_resting(now_s):
@@ -174,8 +174,11 @@ class Scaling:
         return oldest_s is not None and now_s - oldest_s > self.limits.starve_s
 
     def _pays(self, state: ModelState, num_now: int, now_s: float) -> bool:
-        """Whether another replica would be there before those that are have room again. Asked again when somebody has
-        waited as long as a start takes: requests that run are longer then than others were."""
+        """Whether another replica would be ready before the present ones have room again.
+
+        If not, the model is considered again once its oldest request has waited as long as a start takes, because then
+        the running requests take longer than earlier ones did.
+        """
         model = state.spec.name
         oldest_s, waiting = self._queues.oldest_s(model), self._queues.waiting(model)
         if oldest_s is None or not state.service_s:
@@ -188,7 +191,7 @@ class Scaling:
         return False
 
     def num_coming(self, model: str) -> int:
-        """Replicas on their way."""
+        """Return how many replicas of the model are starting or planned."""
         return len(self._ordered(self._models[model].spec)) + len(self.pending.of_model(model))
 
     def _ordered(self, spec: ModelSpec) -> list[Replica]:
@@ -196,7 +199,7 @@ class Scaling:
         return [replica for replica in ordered if replica.generation == spec.generation]
 
     def _ready(self, model: str) -> list[Replica]:
-        """Those of the present generation."""
+        """Return the model's READY replicas of the current generation."""
         generation = self._models[model].spec.generation
         ready = self.cluster.replicas_of(model, ReplicaState.READY)
         return [replica for replica in ready if replica.generation == generation]
@@ -214,7 +217,7 @@ class Scaling:
     def plans_for(
         self, state: ModelState, now_s: float, *, may_evict: bool = True, may_move: bool = True
     ) -> list[Plan]:
-        """Plans for one more replica now, the best first."""
+        """Return plans for one more replica now, the soonest first."""
         head = self._queues.peek(state.spec.name)
         rules = self.rule_book.rules(now_s, may_evict=may_evict, may_move=may_evict and may_move)
         prompt_tokens = head.prompt_tokens if head is not None else 0
@@ -256,7 +259,7 @@ class Scaling:
                 self.stop(victim, f"its slots are for {spec.name}", now_s)
 
     def _relocate(self, relocation: Relocation, now_s: float) -> None:
-        """Start a replica where requests of one that leaves can go on."""
+        """Start a replica to which the requests of a victim can move."""
         node = self.cluster.nodes[relocation.node]
         tier = self.cluster.tier(node.id, relocation.model)
         plan = Plan(PlanKind.START, node.id, tier, node.is_warm, estimate=relocation.estimate)
@@ -281,9 +284,9 @@ class Scaling:
         self.actions.append(StartReplica(pending.replica, spec.name, pending.generation, pending.plan.node, timeout_s))
 
     def _timeout_s(self, state: ModelState, expected_s: float) -> float:
-        """How long a start that is expected to take ``expected_s`` may take.
+        """Return the timeout of a start that is expected to take ``expected_s``.
 
-        Twice as long after each failure: a start that is cut is no sample, so the prediction never learns of it.
+        Doubles with each failure: a start that timed out yields no sample, so the prediction cannot learn from it.
         """
         spec, most_s = state.spec, self.limits.start_s_most
         if spec.start_s_max is not None:
@@ -292,7 +295,7 @@ class Scaling:
         return min(most_s, max(self.limits.start_s_least, p99_s) * 2.0 ** min(state.back_off.num_failures, 8))
 
     def call_off(self, pending: PendingStart, now_s: float) -> None:
-        """It will not start. Victims that are stopped end all the same; those that drain take requests again."""
+        """Cancel a pending start. Victims being stopped still end; those that drain take requests again."""
         if pending.victims:
             self.pending.forget(pending)
         for victim in sorted(pending.drained & pending.victims):
@@ -310,17 +313,17 @@ class Scaling:
             self.resumed.append(replica.model)
 
     def load_over(self, node: str, replica_id: str, now_s: float) -> None:
-        """A load ended, sooner or later than was expected: the queue of its node is what the others need."""
+        """Remove a load that ended from its node's load queue, which then takes as long as the remaining loads."""
         loads = self._loads.get(node, {})
         if loads.pop(replica_id, None) is not None and node in self.cluster.nodes:
             self.cluster.set_load_until(node, now_s + sum(loads.values()))
 
     def forget_node(self, node: str) -> None:
-        """It is gone, and its loads with it; one of the same name begins anew."""
+        """Forget the loads of a node that is gone, so that a new node of the same name starts afresh."""
         self._loads.pop(node, None)
 
     def forget_model(self, model: str) -> None:
-        """It was deleted; its replicas end in their own time."""
+        """Forget a deleted model; its replicas end later."""
         self._hungry.discard(model)
         self.predictions.pop(model, None)
         self._later.discard(model)
@@ -330,14 +333,14 @@ class Scaling:
     # --------------------------------------------------------------------------------- stopping, failing to start
 
     def stop(self, replica_id: str, reason: str, now_s: float) -> None:
-        """End a replica that has no request."""
+        """Stop a replica that has no request."""
         replica = self.cluster.replicas[replica_id]
         assert not replica.ongoing, f"{replica_id} has {len(replica.ongoing)} requests"
         self.cluster.set_state(replica_id, ReplicaState.STOPPING, now_s)
         self.actions.append(StopReplica(replica_id, replica.node, reason))
 
     def drain(self, replica_id: str, now_s: float) -> None:
-        """Send it nothing more, and end it when its last request has ended."""
+        """Send a replica no more requests, and stop it when its last one has ended."""
         replica = self.cluster.replicas[replica_id]
         self.pending.let_end(replica_id)
         if replica.state is not ReplicaState.READY:
@@ -348,8 +351,11 @@ class Scaling:
             self.stop(replica_id, "drained", now_s)
 
     def replace_generation(self, state: ModelState, now_s: float) -> None:
-        """Its engines are to be started otherwise. If there is room for a new one it comes first, and the old ones go
-        when it is ready; else they go at once, and requests wait."""
+        """Replace a model's replicas after a change that requires new engines.
+
+        If there is room, a new replica is started first, and the old ones end when it is ready. Otherwise the old ones
+        are drained at once, and requests wait.
+        """
         model, generation = state.spec.name, state.spec.generation
         for pending in self.pending.of_model(model):
             self.call_off(pending, now_s)
@@ -363,7 +369,7 @@ class Scaling:
             self.drain(replica.id, now_s)
 
     def became_idle(self, replica: Replica, now_s: float) -> None:
-        """Its last request ended, or it is ready and nobody waits."""
+        """Handle a replica without requests: stop it if it drains, else set its keep-alive."""
         if replica.state is ReplicaState.DRAINING:
             self.stop(replica.id, "drained", now_s)
             return
@@ -378,13 +384,16 @@ class Scaling:
                 self.stop(replica.id, "its keep-alive is over", now_s)
 
     def reset_idle(self, model: str, now_s: float) -> None:
-        """It was deployed again: how long idle replicas stay, and how many, may be different now."""
+        """Set the keep-alive of the model's idle replicas anew, as its deployment may have changed it."""
         for replica in self.cluster.replicas_of(model, ReplicaState.READY):
             if replica.idle_since_s is not None:
                 self.became_idle(replica, now_s)
 
     def ended(self, replica_id: str, now_s: float) -> Replica | None:
-        """A replica is gone; its slots are free, or held for the start that they were freed for."""
+        """Remove a replica that is gone, and return it; None if it is unknown.
+
+        Its slots are free now, or held for the start that it was stopped for, which begins if this was its last victim.
+        """
         replica = self.cluster.replicas.get(replica_id)
         self.predictions.pop(replica_id, None)
         if replica is None:
@@ -404,36 +413,37 @@ class Scaling:
         return replica
 
     def became_ready(self, state: ModelState, now_s: float) -> None:
-        """A start of a model succeeded, for now: an engine that dies seconds later must not be started without end."""
+        """Note that a start succeeded. Earlier failures are forgotten only after ``STEADY_S``, so that an engine that
+        dies seconds after each start is not restarted endlessly."""
         if state.back_off.num_failures:
             self._steady.set(state.spec.name, now_s + STEADY_S)
 
     def forget_failures(self, now_s: float) -> None:
-        """Models that have had a replica for ``STEADY_S`` work again."""
+        """Forget the failed starts of models that have had a replica for ``STEADY_S``."""
         for model in self._steady.due(now_s):
             if (state := self._models.get(model)) is not None:
                 state.back_off.succeeded()
 
     def failed(self, state: ModelState, reason: str, now_s: float) -> None:
-        """A start of a model failed, or what was started lived too short."""
+        """Record that a start of a model failed, or that its replica died before ``STEADY_S``."""
         self._steady.discard(state.spec.name)
         state.back_off.failed(reason, now_s)
         self._later.set(state.spec.name, state.back_off.until_s)
 
     def to_consider(self, now_s: float) -> list[str]:
-        """Models whose time has come: see ``_later``."""
+        """Return the models that are due to be considered again, see ``_later``."""
         return list(self._later.due(now_s))
 
     # ------------------------------------------------------------------------------------------------------- values
 
     def pin(self, model: str) -> None:
-        """Keep as many of its replicas from being evicted as its minimum says."""
+        """Pin as many of the model's replicas as its minimum, so that they are not evicted."""
         state = self._models.get(model)
         for rank, replica in enumerate(self._ready(model) if state is not None else ()):
             self.cluster.set_pinned(replica.id, state is not None and rank < state.spec.min_replicas)
 
     def came_true(self, replica_id: str, sample: StartSample, prefill_s: float, *, ready_s: float) -> None:
-        """A start has come down to its first answer: hold it against what was predicted."""
+        """Complete a start's prediction with what it took up to its first answer."""
         prediction = self.predictions.pop(replica_id, None)
         if prediction is not None and prediction.model in self._models:
             self.predictions[prediction.model] = prediction.come_true(sample, prefill_s, ready_s=ready_s)

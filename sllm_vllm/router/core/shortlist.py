@@ -1,4 +1,4 @@
-"""Nodes that hold a model in a tier, those that fit and are free to load first. Pure; owned by ``Cluster``."""
+"""Nodes that hold a model in a tier and have room, soonest free to load first. Pure; owned by ``Cluster``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Holding = tuple[str, Tier]
 """A model in a tier."""
 
 RUBBISH_MAX = 64
-"""A heap of more entries than this and twice its members is forgotten, and built anew when it is asked for."""
+"""A heap with more entries than this plus twice its members is dropped, and rebuilt when it is needed."""
 
 
 @dataclass(slots=True)
 class _Heap:
-    """``filed``: under which key a node is in it. An entry with another key is rubbish."""
+    """``filed``: each node's current key. Entries with another key are stale."""
 
     num_slots: int
     entries: list[tuple[float, str]] = field(default_factory=list)
@@ -30,14 +30,15 @@ class _Heap:
 
 
 class Shortlist:
-    """A lazy heap for each holding that was ever asked for; what nobody asks for costs nothing.
+    """A lazy heap for each holding that was ever searched; holdings that are never searched cost nothing.
 
-    Keys are filed lower than they are or right: a node whose load queue has grown is put right when it comes to the
-    top. A node that does not fit is parked when it comes to the top, and filed again once its owner says, by ``offer``,
-    that it changed. So each step of a search is paid for by one change; popular models on full nodes cost nothing.
+    Heap keys are lower bounds, corrected when popped: a node whose load queue has grown keeps its old key until it
+    comes to the top. A node that does not fit is parked when it comes to the top, and filed again when the cluster
+    reports, by ``offer``, that it changed. So each step of a search is paid for by one change, and popular models on
+    full nodes cost nothing.
 
-    ``holders`` is read, never changed. ``rank``: when a node's loads end. ``fits``: whether it may be found by one who
-    needs so many slots.
+    ``holders`` is only read. ``rank``: when a node's loads end. ``fits``: whether a start that needs ``num_slots`` may
+    use the node.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Shortlist:
         self._parked: dict[str, set[Holding]] = {}
 
     def first(self, holding: Holding, num_slots: int, num_max: int) -> list[str]:
-        """The holders that fit, in the order of (rank, id)."""
+        """Return up to ``num_max`` holders that fit, ordered by (rank, id)."""
         holders = self._holders.get(holding)
         if not holders:
             return []
@@ -79,19 +80,22 @@ class Shortlist:
         return [node for _, node in found]
 
     def fastest(self, model: str, num_slots: int, num_max: int) -> list[str]:
-        """Holders that fit, in HOST first; a quarter on DISK if there are, for loads may wait before those in HOST."""
+        """Return holders that fit, HOST before DISK.
+
+        A quarter are on DISK, if there are that many, because those in HOST may have loads waiting.
+        """
         host = self.first((model, Tier.HOST), num_slots, num_max)
         num_disk = max(num_max - len(host), num_max // 4)
         disk = self.first((model, Tier.DISK), num_slots, num_disk) if num_disk else []
         return [*host[: num_max - len(disk)], *disk]
 
     def add(self, holding: Holding, node: str) -> None:
-        """The node holds it now."""
+        """Note that the node now holds it."""
         if (heap := self._heaps.get(holding)) is not None:
             self._file(holding, heap, node)
 
     def discard(self, holding: Holding, node: str) -> None:
-        """The node does not hold it any more."""
+        """Note that the node no longer holds it."""
         if (heap := self._heaps.get(holding)) is not None:
             heap.filed.pop(node, None)
             if holding not in self._holders:
@@ -100,20 +104,20 @@ class Shortlist:
             self._parked[node].discard(holding)
 
     def offer(self, node: str) -> None:
-        """It changed, and may fit now where it did not."""
+        """Note that the node changed: it is filed again wherever it was parked, as it may fit now."""
         for holding in self._parked.pop(node, ()):
             heap = self._heaps.get(holding)
             if heap is not None and node not in heap.filed:
                 self._file(holding, heap, node)
 
     def lower(self, holding: Holding, node: str) -> None:
-        """Its rank is less than it was. (That it grew need not be said.)"""
+        """Note that the node's rank decreased. Increases need not be reported."""
         heap = self._heaps.get(holding)
         if heap is not None and node in heap.filed:
             self._file(holding, heap, node)
 
     def validate(self) -> None:
-        """Assert that every holder is filed, no higher than it ranks, or parked where it does not fit."""
+        """Assert that every holder is either filed with a key no higher than its rank, or parked and does not fit."""
         for holding, heap in self._heaps.items():
             for node in self._holders[holding]:
                 if node in heap.filed:

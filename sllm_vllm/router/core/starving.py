@@ -1,4 +1,4 @@
-"""Where room could be made for a model that has waited too long, at the cost of replicas that are busy. Pure."""
+"""Where to make room for a starving model at the cost of busy replicas. Pure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sllm_vllm.router.core.placement import Plan, PlanKind
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A node, and the replicas of it that have to end: those that are idle at once, the others when they are."""
+    """A node, and its replicas that have to end: idle ones at once, busy ones when their requests have ended."""
 
     node: str
     victims: tuple[str, ...]
     num_requests: int
-    """That must end before."""
+    """Requests on the victims, which must end first."""
 
 
 def find_room(cluster: Cluster, model: str, num_slots: int, *, may_end: Callable[[Replica], bool]) -> Room | None:
-    """Where the fewest requests are in the way; None if no node can have so many slots free.
+    """Return the room with the fewest requests in the way; None if no node can free ``num_slots``.
 
-    Looks at the nodes' counts, and at the replicas of those that are large enough.
+    Scans all nodes' counts, and the replicas of the nodes that can free enough slots.
     """
     rooms = (
         _room_on(node, num_slots, _candidates(node, model, may_end))
@@ -44,7 +44,10 @@ def plan_in(
     models: Mapping[str, ModelState],
     head: RequestFacts | None,
 ) -> Plan:
-    """The start that it is for. How long the last request takes nobody knows: as long as its model's do as a rule."""
+    """Return the plan of a start in this room.
+
+    The running requests are assumed to take as long as their models' requests usually do.
+    """
     tier, is_warm = cluster.tier(room.node, spec.name), cluster.nodes[room.node].is_warm
     names = [cluster.replicas[victim].model for victim in room.victims]
     service_s = {name: models[name].service_s if name in models else 0.0 for name in names}
@@ -57,7 +60,7 @@ def plan_in(
 
 
 def fits_somewhere(cluster: Cluster, num_slots: int) -> bool:
-    """Whether a node that takes starts has so many slots at all."""
+    """Whether any node that takes starts has ``num_slots`` slots in total, free or not."""
     return any(node.num_slots >= num_slots and not node.is_cordoned for node in cluster.nodes.values())
 
 
@@ -66,7 +69,7 @@ def _is_enough(node: Node, num_slots: int) -> bool:
 
 
 def _room_on(node: Node, num_slots: int, candidates: Iterable[Replica]) -> Room | None:
-    """Replicas with the fewest requests end first, and of those the one that has been ready the longest."""
+    """Choose replicas to end: those with the fewest requests first, on ties those that became ready first."""
     num_free, num_requests = node.num_free, 0
     victims: list[str] = []
     for replica in sorted(candidates, key=_cost):

@@ -1,4 +1,4 @@
-"""Whom an event or action is about: for the story of a request, a replica, a model or a node. Pure."""
+"""Selects events and actions for the story of a request, replica, model or node. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FIELDS = ("request", "replica", "model", "node", "target", "source")
 
 
 def is_about(what: Event | Action, name: str) -> bool:
-    """Whether it names it."""
+    """Whether an event or action refers to the request, replica, model or node of this name."""
     if name in (getattr(what, field, None) for field in _FIELDS):
         return True
     facts: RequestFacts | None = getattr(what, "facts", None)

@@ -1,13 +1,13 @@
-"""Replicas that have just failed a request: most often they are about to be told gone. Pure."""
+"""Replicas that have just failed a request: usually their end is about to be reported. Pure."""
 
 from __future__ import annotations
 
 SUSPECT_S = 1.0
-"""So long such a replica gets no request."""
+"""How long a failing replica gets no requests."""
 
 
 class Suspects:
-    """Who failed a request, and until when nobody is sent there."""
+    """Failing replicas, and until when each gets no requests."""
 
     def __init__(self) -> None:
         self._until_s: dict[str, float] = {}
@@ -16,15 +16,15 @@ class Suspects:
         return replica in self._until_s
 
     def add(self, replica: str, now_s: float) -> None:
-        """It failed one."""
+        """Note that a replica failed a request."""
         self._until_s[replica] = now_s + SUSPECT_S
 
     def discard(self, replica: str) -> None:
-        """It is gone."""
+        """Forget a replica that is gone."""
         self._until_s.pop(replica, None)
 
     def cleared(self, now_s: float) -> list[str]:
-        """Those whose time is over; they are suspects no more."""
+        """Remove and return the replicas that may get requests again."""
         found = [replica for replica, until_s in self._until_s.items() if until_s <= now_s]
         for replica in found:
             del self._until_s[replica]

@@ -1,11 +1,13 @@
 """Requests that may have killed an engine, tried one at a time, each alone on its replica. Pure.
 
-``RouterCore``'s part about suspects (``deaths.py`` says which requests are). One of a model at a time is sent, to a
-replica that has no request, and that gets no other one until the suspect is cleared: by its first byte or token, or
-after ``trial_s``. So what dies with a killer serves no one else. Where a model may have more replicas, the last one
-that is ready is not risked before ``last_replica_s``; meanwhile another one is started. Where all are busy, one of
-several gets nothing new until it is empty. An only one that is never empty gets nothing new after ``last_replica_s``,
-for ``trial_s`` at most, until it has answered all that it has; then the suspect is tried beside them.
+Part of ``RouterCore``; ``deaths.py`` decides which requests are suspects. Suspects of a model are tried one at a time,
+each on a replica that has no request and gets no other one until the suspect is cleared: by its first byte or token, or
+after ``trial_s``. So an engine that dies of a suspect serves no other request.
+
+If a model may have more replicas, its last ready one is not risked before ``last_replica_s``; meanwhile another one is
+started. If all replicas are busy, one of several gets nothing new until it is empty. If there is only one and it is
+never empty, it gets nothing new from ``last_replica_s`` on, for ``trial_s`` at most, until it has begun to answer all
+its requests; then the suspect is tried beside them.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.suspects import Suspects
 
 EMPTY_MAX = 8
-"""Replicas that are looked at for a suspect, those with the fewest requests first."""
+"""Replicas examined for a suspect, those with the fewest requests first."""
 
 
 class Trials:
-    """Which replicas are on trial, and which suspects wait for one. ``failing``: those that just failed a request."""
+    """Which replicas are on trial, and which suspects wait. ``failing``: replicas that just failed a request."""
 
     def __init__(self, limits: PoisonLimits, picture: Picture, cluster: Cluster, *, failing: Suspects) -> None:
         self._limits = limits
@@ -28,18 +30,18 @@ class Trials:
         self._cluster = cluster
         self._failing = failing
         self._reserved: dict[str, str] = {}
-        """By model: a replica that gets no new request until it is empty."""
+        """By model: the replica that gets no new request until it is empty."""
 
     def is_closed(self, replica: Replica) -> bool:
-        """Whether it takes no request but a suspect."""
+        """Whether the replica takes no request except a suspect."""
         return replica.id in self._picture.on_trial or self._reserved.get(replica.model) == replica.id
 
     def waits(self, request: Request, now_s: float) -> None:
-        """It is queued, as a suspect."""
+        """Note that a suspect was queued."""
         self._picture.suspects_waiting.setdefault(request.facts.model, {}).setdefault(request.facts.id, now_s)
 
     def waits_no_more(self, request: Request) -> None:
-        """It was sent somewhere, or left."""
+        """Note that a suspect was sent to a replica, or left."""
         waiting = self._picture.suspects_waiting.get(request.facts.model, {})
         waiting.pop(request.facts.id, None)
         if not waiting:
@@ -47,30 +49,30 @@ class Trials:
             self._reserved.pop(request.facts.model, None)
 
     def begin(self, request: Request, replica: str) -> None:
-        """It was sent there."""
+        """Note that a suspect was sent to a replica for its trial."""
         self.waits_no_more(request)
         self._picture.on_trial[replica] = request.facts.id
         self._reserved.pop(request.facts.model, None)
 
     def end(self, replica: str, request: str) -> bool:
-        """It is cleared, or is there no more; whether it was on trial there."""
+        """End the trial of a request that was cleared or left the replica; return whether it was on trial there."""
         if self._picture.on_trial.get(replica) != request:
             return False
         del self._picture.on_trial[replica]
         return True
 
     def tried(self) -> list[str]:
-        """Suspects on trial."""
+        """Return the suspects on trial."""
         return list(self._picture.on_trial.values())
 
     def models(self) -> list[str]:
-        """Those whose suspects wait, or whose replicas are on trial: time alone may change what they may do."""
+        """Return the models with suspects that wait or are on trial; for these, time alone may allow new dispatches."""
         requests = self._picture.requests
         tried = [requests[name].facts.model for name in self._picture.on_trial.values()]
         return [*self._picture.suspects_waiting, *tried]
 
     def overdue(self, now_s: float) -> list[str]:
-        """Suspects whose engine has survived them for long enough."""
+        """Return the suspects that their engines have survived for ``trial_s``."""
         requests = self._picture.requests
         return [
             name
@@ -79,7 +81,7 @@ class Trials:
         ]
 
     def choose(self, request: Request, now_s: float) -> Replica | None:
-        """A replica to try it on; None: not now."""
+        """Return a replica to try the suspect on; None if there is none now."""
         model = request.facts.model
         if any(self._picture.requests[name].facts.model == model for name in self._picture.on_trial.values()):
             return None
@@ -97,7 +99,7 @@ class Trials:
         return empty
 
     def _reserve(self, model: str, ready: list[Replica], *, num_least: int) -> None:
-        """Let one run empty, if so many serve the model, that one included."""
+        """Reserve a replica, so that it runs empty, if at least ``num_least`` replicas serve the model, it included."""
         known = self._cluster.replicas.get(self._reserved.get(model, ""))
         if known is not None and known.state is ReplicaState.READY and len(ready) >= num_least:
             return
@@ -106,15 +108,15 @@ class Trials:
             self._reserved[model] = ready[0].id
 
     def _is_settled(self, replica: Replica) -> bool:
-        """Whether it has room, and has answered all that it has: of another one the engine does not die now."""
+        """Whether the replica has room and has begun to answer all its requests, so that none of them can kill it."""
         ongoing_max = self._picture.models[replica.model].spec.ongoing_max
         return len(replica.ongoing) < ongoing_max and all(
             self._picture.requests[name].is_proven for name in replica.ongoing
         )
 
     def validate(self) -> None:
-        """Assert that a replica on trial has no other request that it has not answered, and that those who wait are
-        suspects that wait."""
+        """Assert that a replica on trial has begun to answer all its other requests, and that the waiting suspects are
+        exactly the queued ones."""
         models = [self._picture.requests[name].facts.model for name in self._picture.on_trial.values()]
         assert len(models) == len(set(models)), "two suspects of one model are tried at once"
         for replica_id, request_id in self._picture.on_trial.items():

@@ -1,4 +1,4 @@
-"""Which idle replicas to stop for slots. Pure; called by placement."""
+"""Which replicas to stop to free slots, at the least cost. Pure; called by placement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Victim(NamedTuple):
-    """A replica that may be stopped, and what that is expected to cost: any unit, never negative."""
+    """A replica that may be stopped, and the expected cost of that: in any unit, never negative."""
 
     id: str
     num_slots: int
@@ -15,9 +15,9 @@ class Victim(NamedTuple):
 
 
 def choose_victims(idle: Sequence[Victim], num_slots_needed: int) -> tuple[str, ...] | None:
-    """The ids with the smallest total cost whose slots suffice; None if all of them do not.
+    """Return the ids of the cheapest victims whose slots suffice; None if even all of them do not.
 
-    Exact: a dynamic programme over the slots freed so far. Ties: fewer slots freed, fewer victims, then the ids.
+    Exact: dynamic programming over the slots freed so far. Ties: fewer slots freed, fewer victims, then the ids.
     """
     if num_slots_needed <= 0:
         return ()
@@ -27,7 +27,7 @@ def choose_victims(idle: Sequence[Victim], num_slots_needed: int) -> tuple[str, 
     for victim in sorted(idle):
         for slots, (cost, num, ids) in list(best.items()):
             if slots >= num_slots_needed:
-                continue  # costs are not negative: one more than suffices is never better
+                continue  # enough already: costs are not negative, so another victim is never better
             freed = slots + victim.num_slots
             more = (cost + victim.cost, num + 1, (*ids, victim.id))
             if freed not in best or more < best[freed]:

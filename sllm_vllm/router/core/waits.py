@@ -1,4 +1,4 @@
-"""What a model's requests wait for, in words for a client, and when to ask again. Pure; asked by ``RouterCore``."""
+"""What a model's requests wait for, in words for a client, and when to retry. Pure; called by ``RouterCore``."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from sllm_vllm.router.core.scaling import Scaling
 from sllm_vllm.router.core.starving import fits_somewhere
 
 LATE_SHARE = 0.25
-"""Of a predicted start: how much later than predicted it may be before its requests stop waiting for it."""
+"""How much later than predicted a start may be, as a share of its predicted time, before requests stop waiting."""
 SHOWN_MAX = 4
-"""Replicas that are named."""
+"""Replicas named in a message; the others are only counted."""
 RETRY_S_MIN = 1.0
 RETRY_S_MAX = 60.0
-"""Where there is no prediction to go by."""
+"""Longest retry time, except where a start is predicted to be ready later; also used without any estimate."""
 
 
 def due_s(spec: ModelSpec, cluster: Cluster) -> float | None:
-    """When the first of its engines that start should be ready at the latest; None if none starts."""
+    """Return the latest time by which the model's first starting engine should be ready; None if none starts."""
     coming = _coming(spec, cluster)
     times = [one.ready_at_s + LATE_SHARE * max(0.0, one.ready_at_s - one.ordered_s) for one in coming]
     return min(times, default=None)
 
 
 def what_it_waits_for(state: ModelState, scaling: Scaling, now_s: float) -> tuple[str, float]:
-    """What is in the way of a request that waits, and the seconds after which asking again makes sense."""
+    """Return what a waiting request waits for, as text, and after how many seconds to retry."""
     spec, cluster = state.spec, scaling.cluster
-    # 1. An engine starts.
+    # 1. An engine is starting.
     if coming := _coming(spec, cluster):
         return _starting(min(coming, key=lambda one: (one.ready_at_s, one.id)), now_s)
     startup_s = scaling.estimator.startup_s(spec)
-    # 2. A start waits for others to leave.
+    # 2. A start waits for its victims to end.
     if pending := scaling.pending.of_model(spec.name):
         victims = [cluster.replicas[name] for name in sorted(pending[0].victims)]
         return f"its engine starts when these have ended: {_listed(victims, now_s)}", _retry_s(startup_s)
@@ -41,7 +41,7 @@ def what_it_waits_for(state: ModelState, scaling: Scaling, now_s: float) -> tupl
     if ready := cluster.replicas_of(spec.name, ReplicaState.READY):
         num = sum(len(one.ongoing) for one in ready)
         return f"all its replicas are busy: {num} requests on {len(ready)}", _retry_s(state.service_s)
-    # 4. It fits nowhere, or 5. other models have the slots.
+    # 4. No node is large enough, or 5. other models hold the slots.
     if not fits_somewhere(cluster, spec.accelerators):
         return f"it takes {spec.accelerators} slots, and no node that takes starts has so many", RETRY_S_MAX
     others = [one for one in cluster.replicas.values() if one.model]
