@@ -1,4 +1,7 @@
-"""The router's process: agent, controller and HTTP in one, from its lock to its last engine's end."""
+"""The router's process: node agent, controller and HTTP server on one event loop.
+
+It begins by locking the node's folder and lasts until its last engine has ended.
+"""
 
 from __future__ import annotations
 
@@ -46,18 +49,18 @@ NODE_NAME = "local"
 SAVE_S = 60.0
 _BACKLOG = 2048
 _AGENT_CLIENTS = 8
-"""Connections to the agent's own socket that descriptors are kept for."""
+"""Connections to the agent's own socket for which file descriptors are reserved."""
 _DESCRIPTORS_A_CONNECTION = 2
-"""A client's, and its engine's."""
+"""One for the client's connection and one for the engine's."""
 
 
 def serve(path: Path) -> int:
-    """Serve what a file says until SIGTERM or SIGINT; SIGHUP reads it again. Returns the exit status.
+    """Serve the configuration in a file until SIGTERM or SIGINT; SIGHUP reloads it. Returns the exit status.
 
     Raises:
-        ConfigError: the file is wrong, the address can't be had, or the process may open too few files.
-        NodeBusy: another agent has the node's folder. NodeError: that folder can't be used.
-        DaemonFailed: a part of it can't work any more.
+        ConfigError: the file is wrong, the address is not available, or the process may open too few files.
+        NodeBusy: another agent uses the node's folder. NodeError: that folder can't be used.
+        DaemonFailed: a part of the process has failed for good.
     """
     with no_collections():
         config, warnings = read_checked_config(path)
@@ -76,7 +79,7 @@ def serve(path: Path) -> int:
 
 
 class RouterApp:
-    """The ASGI app: orders of operators to the admin's half, all else to the ingress that is in force now."""
+    """The ASGI app: sends operators' requests to the admin app and all others to the current ingress."""
 
     def __init__(self, ingress: Ingress, admin: AdminApp) -> None:
         self._ingress = ingress
@@ -84,7 +87,7 @@ class RouterApp:
         self._replaced: list[Ingress] = []
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         path: str = scope.get("path", "")
         if path.startswith("/sllm/") or path == "/metrics":
             await self._admin(scope, receive, send)
@@ -92,7 +95,7 @@ class RouterApp:
             await self._ingress(scope, receive, send)
 
     def replace(self, ingress: Ingress) -> None:
-        """Another one from now on; requests that the old one has are answered by it."""
+        """Use another ingress for new requests; the old one finishes those that it has."""
         self._replaced.append(self._ingress)
         self._ingress = ingress
         for idle in [one for one in self._replaced if one.is_idle]:
@@ -106,7 +109,7 @@ class RouterApp:
 
 
 class RouterProcess:
-    """All parts of a router, on one loop."""
+    """All parts of a router, on one event loop."""
 
     def __init__(self, path: Path, config: RouterConfig) -> None:
         self._path = path
@@ -116,7 +119,7 @@ class RouterProcess:
         self._reloads: set[asyncio.Task[None]] = set()
 
     async def run(self, client_socket: socket.socket, node_socket: socket.socket) -> None:
-        """Serve until told to stop; then requests get their time, and engines end."""
+        """Serve until told to stop; then give requests time to finish, and end the engines."""
         ending = Ending(within_s=self._node.stop_s + IngressSettings().drain_s + CLOSE_S_MAX)
         self._loops = loops = RunLoops(ending.fail)
         agent = NodeAgent(self._node, loops=loops)
@@ -136,7 +139,7 @@ class RouterProcess:
         ending.check()
 
     async def _opened(self, agent: NodeAgent, stack: contextlib.AsyncExitStack) -> tuple[RouterApp, IngressSettings]:
-        """The parts of it on an agent that has started; ``stack`` closes them."""
+        """Create the app and its settings on an agent that has started; ``stack`` closes what was opened."""
         self._num_slots = agent.num_slots
         settings = await asyncio.to_thread(self._settings, self._config)
         controller = await stack.enter_async_context(self._controller(agent))
@@ -151,7 +154,7 @@ class RouterProcess:
     async def _serve_clients(
         self, app: RouterApp, settings: IngressSettings, *, listener: socket.socket, ending: Ending
     ) -> None:
-        """Until the router ends; a server that ends before that ends the router."""
+        """Serve clients until the router ends. If the HTTP server ends earlier, the router fails."""
         loop = asyncio.get_running_loop()
         counts = self._running.counts.clients
         serving = loop.create_task(serve_app(app, settings, sockets=[listener], counts=counts))
@@ -172,13 +175,13 @@ class RouterProcess:
                 await serving
 
     def _hung_up(self) -> None:
-        """SIGHUP."""
+        """Handle SIGHUP: reload in a task."""
         task = asyncio.get_running_loop().create_task(self._reload_or_tell())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
 
     def _require_hidden(self, config: RouterConfig) -> None:
-        """Refuse a key in a variable that engines and their warm parent already have in their environment."""
+        """Refuse keys from variables that engines and their warm parent already have in their environment."""
         new = set(config.node_config().secret_variables) - set(self._node.secret_variables)
         if told := sorted(name for name in new if read_variable(name) is not None):
             raise ConfigError(
@@ -187,10 +190,10 @@ class RouterProcess:
             )
 
     async def reload(self) -> str:
-        """Read the file again and follow it; says what changed.
+        """Read the file again and apply it; returns what changed.
 
         Raises:
-            ConfigError: it is wrong, or changes what can't be changed while it serves: all stays as it was.
+            ConfigError: it is wrong, or changes what can't change while the router serves; nothing was applied.
         """
         async with self._reloading:
             config, changes, warnings = await asyncio.to_thread(_read_again, self._path, self._config)
@@ -263,13 +266,13 @@ class RouterProcess:
         return settings.model_copy(update={"connections_max": num})
 
     def _admin_digests(self, config: RouterConfig) -> tuple[str, ...]:
-        """Those of the configuration, and one that lies in the agent's folder for this user's own commands."""
+        """Digests of the configured admin keys, and of the key in the agent's folder for this user's own commands."""
         own = digest_of(open_key(self._node.node_dir / ADMIN_KEY_NAME))
         return (own, *read_key_digests(config.keys.admin, "keys.admin"))
 
 
 def _read_again(path: Path, old: RouterConfig) -> tuple[RouterConfig, Changes, list[Problem]]:
-    """The file as it is now, and what it changes. Blocking.
+    """Read the file as it is now, and compare it with the old configuration. Blocking.
 
     Raises:
         InvalidConfig: something in it is wrong.
@@ -295,8 +298,8 @@ async def _save_later(controller: Controller, path: Path) -> None:
 
 
 async def _save(controller: Controller, path: Path) -> None:
-    """Keep what was learned; a disk that is full costs the next router some guesses, and this one nothing."""
-    record = controller.core.estimator.to_record()  # here: the loop changes it
+    """Save what was learned. If that fails (a full disk), only the next router suffers: it has to guess again."""
+    record = controller.core.estimator.to_record()  # on the loop, which also changes the estimator
     try:
         await asyncio.to_thread(write_record, path, record)
     except OSError as error:
@@ -305,7 +308,7 @@ async def _save(controller: Controller, path: Path) -> None:
 
 @contextlib.contextmanager
 def _bound(config: RouterConfig) -> Iterator[socket.socket]:
-    """The address that clients connect to."""
+    """Listen on the address that clients connect to."""
     host, port = config.server.host, config.server.port
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

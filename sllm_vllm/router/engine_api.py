@@ -1,4 +1,4 @@
-"""What the router asks an engine beside its clients' requests: our own routes there, and prefills. Data path.
+"""Requests that the router itself makes of an engine: our own routes there, and prefills. Data path.
 
 Each answer is bounded in bytes and in time.
 """
@@ -19,14 +19,14 @@ from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
 from sllm_vllm.units import MIB
 
 ANSWER_NBYTES_MAX = 64 * MIB
-"""Prompt and output of one request with all its logprobs."""
+"""The largest answer holds prompt and output of one request with all its logprobs."""
 ANSWER_S_MAX = 10.0
 _OURS = "/sllm/"
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer, whole. ``nbytes``: of its body."""
+    """A whole answer. ``nbytes``: size of its body."""
 
     status: int
     body: dict[str, Any]
@@ -34,38 +34,38 @@ class Reply:
 
     @property
     def problem(self) -> str:
-        """What it says of an error, as vLLM and our routes say it."""
+        """The error message in it, in the form of vLLM or of our routes."""
         error = self.body.get("error", self.body.get("message", ""))
         return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
 
 
 class EngineApi:
-    """Asks engines, over the connections of one data path."""
+    """Sends these requests over the connections of one data path."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
     async def state(self, ticket: Ticket) -> Reply:
-        """Whether it moves requests, and its block size and length.
+        """Ask whether an engine can move requests, and for its block size and context length.
 
         Raises:
-            EngineFailed: it does not answer; so do all others here.
+            EngineFailed: it does not answer. All other methods raise it, too.
         """
         return await self._get(ticket, "state")
 
     async def tokens(self, ticket: Ticket, shown: str) -> Reply:
-        """What a request has got, by its X-Request-Id; 404 if there is none in flight."""
+        """Ask for the tokens that a request has so far, by its X-Request-Id; status 404 if it is not in flight."""
         return await self._get(ticket, f"requests/{quote(shown, safe='')}/tokens")
 
     async def num_output_tokens(self, ticket: Ticket, shown: str) -> int | None:
-        """Of all choices of a request; None if there is none in flight."""
+        """Output tokens of all choices of a request; None if it is not in flight."""
         reply = await self._get(ticket, "requests")
         names = (shown, f"chatcmpl-{shown}", f"cmpl-{shown}-0")
         found = [one for one in reply.body.get("requests", ()) if one.get("id") in names]
         return sum(found[0]["num_output_tokens"]) if len(found) == 1 else None
 
     async def max_model_len(self, ticket: Ticket) -> int | None:
-        """How many tokens its context has, as vLLM's list of models says; None if it does not."""
+        """The engine's context length in tokens, from vLLM's list of models; None if the list does not say."""
         async with _limited(ANSWER_S_MAX):
             connection = await self._upstream.get(ticket.url, target="/v1/models", headers=_authorization(ticket))
             reply = await read_reply(connection)
@@ -75,7 +75,7 @@ class EngineApi:
         return length if isinstance(length, int) else None
 
     async def prefill(self, ticket: Ticket, body: bytes, *, name: str, seconds_max: float) -> Reply:
-        """Have a prompt computed into the prefix cache, by asking for one token after it."""
+        """Have the engine compute a prompt into its prefix cache, by asking for one token after it."""
         headers: Headers = [
             (b"content-type", b"application/json"),
             (b"x-request-id", name.encode()),
@@ -92,10 +92,10 @@ class EngineApi:
 
 
 async def read_reply(connection: EngineConnection) -> Reply:
-    """A whole answer that is JSON; anything else has an empty body.
+    """Read an answer to its end. A body that is not a JSON object is returned as an empty one.
 
     Raises:
-        EngineFailed: it breaks off, or is too large.
+        EngineFailed: the answer breaks off, or is too large.
     """
     pieces: list[bytes] = []
     nbytes = 0

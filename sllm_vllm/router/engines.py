@@ -1,4 +1,7 @@
-"""The controller's hands: starts and stops replicas through a node agent, and reads out of its reports. One loop."""
+"""Starts and stops a node's replicas through its agent, and turns the agent's reports into events of the core.
+
+Runs on the controller's loop.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,21 @@ PROCESS_PHASES = ("process", "imports", "inspect", "workers")
 INIT_PHASES = ("init", "profile", "compile", "warmup", "graphs", "http")
 WEIGHTS_PHASE = "weights"
 MODEL_LABEL, GENERATION_LABEL, LINEAGE_LABEL = "sllm/model", "sllm/generation", "sllm/lineage"
-"""What a later life of the router reads of a replica that it finds."""
+"""Labels of a replica; a restarted router reads them from the replicas that it finds."""
 _TIERS = {"store": Tier.HOST, "disk": Tier.DISK}
 _REASON_CHARS_MAX = 500
 WATCH_AGAIN_S = 1.0
-"""After an error that was not foreseen."""
+"""Pause after an unexpected error."""
 _FOUND = {"starting", "loading", "ready", "unwell", "stopping"}
-"""States of a replica that has slots."""
+"""States in which a replica has slots."""
 
 
 class Node(Protocol):
-    """What is asked of a node agent, in this process or elsewhere."""
+    """What the controller uses of a node agent, in this process or elsewhere."""
 
     @property
     def is_here(self) -> bool:
-        """Whether it is in this process, so that its engines can be reached by Unix sockets."""
+        """Whether the agent is in this process, so that its engines can be reached over Unix sockets."""
         ...
 
     async def ensure_replica(self, order: ReplicaOrder) -> ReplicaReport: ...
@@ -46,18 +49,18 @@ class Node(Protocol):
 
 @runtime_checkable
 class Puller(Protocol):
-    """A node that can pull checkpoints from others."""
+    """A node that can pull checkpoints from other nodes."""
 
     async def pull_checkpoint(self, url: str) -> None: ...
 
 
 class Engines:
-    """Replicas that were ordered of one node. ``reports`` has the last word about each that lives.
+    """The replicas ordered on one node. ``reports`` holds the latest report of each that has not ended.
 
     Args:
-        tell: gets what becomes of them.
-        on_lost: called, perhaps more than once, when the agent does not answer: nothing is known of its replicas then.
-        on_pulled: called when it has one more checkpoint.
+        tell: called with the events of these replicas.
+        on_lost: called, perhaps more than once, when the agent does not answer; its replicas' states are then unknown.
+        on_pulled: called when the node has pulled a checkpoint.
     """
 
     def __init__(
@@ -87,11 +90,11 @@ class Engines:
         timeout_s: float | None = None,
         peer: str | None = None,
     ) -> None:
-        """Order a replica; ``ReplicaReady`` and ``ReplicaEnded`` follow.
+        """Order a replica; the events ``ReplicaReady`` and ``ReplicaEnded`` follow.
 
         Args:
-            timeout_s: longest from its process to its health; None: its agent's.
-            peer: where to pull its checkpoint from first; without success its engine looks for the weights itself.
+            timeout_s: longest time from the start of its process until it is healthy; None: the agent's default.
+            peer: where to pull its checkpoint from first; if that fails, the engine looks for the weights itself.
         """
         order = ReplicaOrder(
             id=replica,
@@ -110,10 +113,10 @@ class Engines:
     def find(
         self, replicas: tuple[ReplicaReport, ...], requests: Mapping[str, tuple[RequestFacts, ...]]
     ) -> tuple[FoundReplica, ...]:
-        """Take over what an earlier life of this router ordered, and call off what still waits for slots.
+        """Take over replicas that an earlier run of this router ordered; stop those that still wait for slots.
 
         Args:
-            requests: those that run on each replica, by whoever streams them.
+            requests: by replica, the requests that ingresses still stream from it.
         """
         found = []
         for report in replicas:
@@ -131,27 +134,27 @@ class Engines:
         return tuple(found)
 
     def stop(self, replica: str) -> None:
-        """Have one end; ``ReplicaEnded`` follows."""
+        """Stop a replica; the event ``ReplicaEnded`` follows."""
         self._called_off.add(replica)
         if replica in self.reports:
             self._in_background(self._stop(replica))
 
     def prefetch(self, model: ModelConfig) -> None:
-        """Have a model's checkpoint read ahead; nothing comes of it if there is none, or no store."""
+        """Have the node read a model's checkpoint ahead; has no effect if there is no checkpoint, or no store."""
         self._in_background(self.node.prefetch_model((model.source, *model.engine_order_arguments())))
 
     def copy(self, peer: str) -> None:
-        """Have it pull a checkpoint; nothing comes of it if it can't."""
+        """Have the node pull a checkpoint; has no effect if it can't."""
         self._in_background(self._pull(peer))
 
     async def close(self) -> None:
-        """Let go of all; who owns the node ends its engines."""
+        """Cancel all tasks. The engines are ended by the owner of the node."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _live(self, order: ReplicaOrder, model: str, peer: str | None) -> None:
-        """One replica from its order to its end."""
+        """Follow one replica from its order to its end."""
         replica = order.id
         assert replica is not None
         if peer is not None:
@@ -169,9 +172,9 @@ class Engines:
             self._called_off.discard(replica)
             self._tell(ReplicaEnded(replica, error.problem, is_fault=True))
             return
-        except Exception as error:  # top of a run loop: the core would hold its slots for good
+        except Exception as error:  # top of a run loop: without an event the core would hold its slots for good
             logger.exception("event=order_failed replica=%s", replica)
-            await self._stop(replica)  # how far the order came is not known
+            await self._stop(replica)  # the order may have been carried out in part
             self._called_off.discard(replica)
             self._tell(ReplicaEnded(replica, f"its order failed: {type(error).__name__}: {error}", is_fault=True))
             return
@@ -180,7 +183,7 @@ class Engines:
         await self._keep_watching(replica, model)
 
     async def _keep_watching(self, replica: str, model: str) -> None:
-        """Until it has ended: one that is lost sight of by an error of one moment would keep its slots."""
+        """Watch a replica until it has ended, also after an unexpected error: unwatched, it would keep its slots."""
         while replica in self.reports:
             try:
                 await self._watch(replica, model)
@@ -201,10 +204,10 @@ class Engines:
         except NodeUnavailable as error:
             self._on_lost(error.problem)
             return
-        except NodeError as error:  # the agent does not know it (any more): its slots are not to be held for ever
+        except NodeError as error:  # the agent does not know it (any more): its slots must be released
             unseen = error.problem
         self.reports.pop(replica)
-        is_fault = replica not in self._called_off and report.state != "stopped"  # an operator may ask the agent
+        is_fault = replica not in self._called_off and report.state != "stopped"  # an operator may stop it at the agent
         self._called_off.discard(replica)
         self._tell(ReplicaEnded(replica, unseen or reason_of(report), is_fault=is_fault, is_unseen=bool(unseen)))
 
@@ -225,7 +228,7 @@ class Engines:
             await self.node.stop_replica(replica)
         except NodeUnavailable as error:
             self._on_lost(error.problem)
-        except NodeError as error:  # it ended meanwhile, and is told of by its watch
+        except NodeError as error:  # it ended meanwhile; ``_watch`` sends the event
             logger.info("event=stop_in_vain replica=%s reason=%r", replica, error.problem)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -258,7 +261,7 @@ def _found(report: ReplicaReport, model: str, requests: tuple[RequestFacts, ...]
 
 
 def sample_of(report: ReplicaReport, model: str, node: str) -> StartSample | None:
-    """What its start took, for the estimator."""
+    """What a replica's start took, for the estimator; None if its report does not say."""
     start = report.start
     if start is None or start.is_warm is None:
         return None
@@ -275,14 +278,14 @@ def sample_of(report: ReplicaReport, model: str, node: str) -> StartSample | Non
 
 
 def tier_of(start: StartReport) -> Tier:
-    """Where its weights came from: the store's memory, the disk; anything else was read the stock way."""
+    """The tier that the weights came from: store memory or disk; weights read the stock way count as remote."""
     if start.load.get("outcome") != "loaded":
         return Tier.REMOTE
     return _TIERS.get(start.load.get("source", ""), Tier.DISK)
 
 
 def reason_of(report: ReplicaReport) -> str:
-    """Why it ended: the exception that says so, and the engine's own last line."""
+    """Why a replica ended: the exception behind it, and the engine's own last line."""
     last = next((line.strip() for line in reversed(report.tail) if line.strip()), "")
     words = [report.reason, report.cause] if report.cause else [report.reason, last]
     told = ": ".join(word for word in words if word)

@@ -1,4 +1,4 @@
-"""What the estimator has learned, kept in a file from one life of the router to the next."""
+"""The file that keeps what the estimator has learned across restarts of the router."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NBYTES_MAX = 64 * MIB
 
 
 def read_estimates(path: Path) -> Estimator:
-    """One that knows what is sound in the file. Without a file, or with one that can't be read, it knows nothing."""
+    """An estimator with the valid entries of the file. If the file is missing or can't be read, it knows nothing."""
     try:
         return Estimator.from_record(json.loads(read_plain(path, NBYTES_MAX)))
     except FileNotFoundError:
@@ -28,25 +28,25 @@ def read_estimates(path: Path) -> Estimator:
 
 
 def write_estimates(path: Path, estimator: Estimator) -> None:
-    """Replace the file, whole or not at all, readable by this user alone. For the loop that owns the estimator.
+    """Replace the file atomically, readable by this user alone. Call it on the loop that owns the estimator.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     write_record(path, estimator.to_record())
 
 
 def write_record(path: Path, record: dict[str, object]) -> None:
-    """The half of ``write_estimates`` that touches the disk alone, for any thread; one at a time.
+    """The part of ``write_estimates`` that writes to disk. Any thread may call it, but only one at a time.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     staging = path.with_name(f"{path.name}.{os.getpid()}")
     staging.unlink(missing_ok=True)
     fd = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        # Not synced: a file that a power cut emptied is read as none, and the router learns anew.
+        # No fsync: if a power cut empties the file it counts as missing, and the router learns again.
         with open(fd, "w", encoding="ascii") as file:
             json.dump(record, file)
         os.replace(staging, path)

@@ -9,16 +9,16 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 SLICE_NBYTES = 1 << 16
 FIELD_NBYTES_MAX = 8192
-"""What is kept of a field's value."""
+"""How many bytes of a field's value are kept."""
 
 
 class NotAForm(ValueError):
-    """It can't be read as vLLM would; the message is for a client."""
+    """The body can't be read as a form as vLLM would; the message is for the client."""
 
 
 @dataclass(slots=True)
 class FormField:
-    """A part of a form. ``is_file``: it has a file name. Of a file no ``value`` is kept."""
+    """A part of a form. ``is_file``: it has a file name; the ``value`` of a file is not kept."""
 
     name: bytes = b""
     value: bytes = b""
@@ -26,10 +26,10 @@ class FormField:
 
 
 def scan_form(body: bytes | memoryview, content_type: bytes, parts_max: int) -> list[FormField]:
-    """The parts of a form, up to the last whole one.
+    """The parts of a form; one that is cut off at the end is left out.
 
     Raises:
-        NotAForm: it is none, has more than ``parts_max`` parts, or names an encoding other than UTF-8.
+        NotAForm: the body is not a form, has more than ``parts_max`` parts, or names an encoding other than UTF-8.
     """
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")

@@ -1,6 +1,6 @@
-"""The seam between data path and controller: what the ingress asks for, and what it tells. Records and Protocols.
+"""The interface between data path and controller: what the ingress asks for and reports. Records and Protocols.
 
-The controller implements ``Gate``; ``ingress.py`` and ``proxy.py`` call it from the loop they run on.
+The controller implements ``Gate``; ``ingress.py`` and ``proxy.py`` call it from the event loop they run on.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model as a client may ask for it.
+    """A model that clients may ask for.
 
-    ``root``: where its weights come from; ``max_model_len``: tokens of its context, None as long as no engine has said
-    it.
+    ``root``: where its weights come from; ``max_model_len``: its context length in tokens, None until an engine has
+    reported it.
     """
 
     name: str
@@ -30,7 +30,7 @@ class ServedModel:
 class Ticket:
     """The right to send one request to one replica. ``attempt`` counts from 1 and grows with each retry.
 
-    ``url`` is of the form ``http://127.0.0.1:PORT``; ``api_key`` is the engine's and is never shown to a client.
+    ``url`` has the form ``http://127.0.0.1:PORT``; ``api_key`` is the engine's key and is never shown to a client.
     """
 
     request: str
@@ -42,7 +42,7 @@ class Ticket:
 
 
 class Rejected(Exception):
-    """A request that gets no replica, and how to say so: ``kind`` is the ``type`` of an OpenAI error."""
+    """A request gets no replica. Holds the error to answer with: ``kind`` is the ``type`` of an OpenAI error."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Rejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How an engine failed a request. ``has_begun`` and ``is_proven``: see ``RequestFailed``."""
+    """How an engine failed a request. For ``has_begun`` and ``is_proven`` see ``RequestFailed``."""
 
     reason: str
     sign: FailureSign = FailureSign.BROKE_OFF
@@ -76,10 +76,10 @@ How = Literal["done", "client_left", "client_slow", "engine_failed", "timeout"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a request ended. ``status``: what the engine answered; None: it did not.
+    """How a request ended. ``status``: the engine's HTTP status; None if it did not answer.
 
-    ``first_byte_s`` and ``seconds`` count from the moment the ticket was there. Tokens as the engine reports them; None
-    if it does not.
+    ``first_byte_s`` and ``seconds`` count from when the ticket was given. Token counts are the engine's own; None if it
+    reports none.
     """
 
     how: How
@@ -89,12 +89,12 @@ class Outcome:
     prompt_tokens: int | None
     output_tokens: int | None
     waited_s: float = 0.0
-    """From its arrival at the ingress until the ticket was there."""
+    """From its arrival at the ingress until the ticket was given."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoveOrder:
-    """A request is to go on elsewhere. ``source``: the replica it should be on; ``target``: its ticket there."""
+    """An order to move a request. ``source``: the replica it is expected on; ``target``: its ticket for the new one."""
 
     source: str
     target: Ticket
@@ -102,11 +102,11 @@ class MoveOrder:
 
 @dataclass(frozen=True, slots=True)
 class MoveReport:
-    """What a move took, up to its end.
+    """What a move took until it ended.
 
-    ``num_filled``: tokens that the target computed in ``num_rounds``; ``num_moved``: output tokens that it went on
-    from; ``nbytes``: what went over the wire for it; ``held_s``: how long the client got nothing before the target's
-    answer took over; ``samples``: tokens that one round computed, and its seconds.
+    ``num_filled``: tokens that the target computed in ``num_rounds``; ``num_moved``: output tokens from which it
+    continued; ``nbytes``: bytes transferred for the move; ``held_s``: how long the client got nothing before the
+    target's answer took over; ``samples``: for each round, the tokens computed and the seconds taken.
     """
 
     num_rounds: int = 0
@@ -121,43 +121,43 @@ OnMove = Callable[[MoveOrder], None]
 
 
 class Gate(Protocol):
-    """Who decides where a request goes. All calls come from one loop."""
+    """Decides where each request goes. All calls come from one event loop."""
 
     def served(self) -> Sequence[ServedModel]:
-        """The models that may be asked for, in the order to show them.
+        """The models that clients may ask for, in display order.
 
-        A tuple is read once, and again when another one is given; any other sequence at each request.
+        The ingress reads a tuple once, until it gets a different one; any other sequence it reads at each request.
         """
         ...
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
         """Wait for a replica.
 
-        Cancelling it takes the request out of the queue, and leaves no ticket behind, also if one was just given.
+        Cancelling the call removes the request from the queue and leaves no ticket behind, even if one was just given.
 
         Raises:
-            Rejected: there is none, and waiting (any longer) makes no sense.
+            Rejected: there is no replica, and waiting (any longer) makes no sense.
         """
         ...
 
     def first_byte(self, ticket: Ticket) -> None:
-        """The engine has begun to answer."""
+        """Report that the engine has begun to answer."""
         ...
 
     def first_token(self, ticket: Ticket) -> None:
-        """The engine has generated a token of an answer of which nothing came yet. May be said twice, or late."""
+        """Report that the engine has generated a token, though no byte has come. May be called twice, or late."""
         ...
 
     def finished(self, ticket: Ticket, outcome: Outcome) -> None:
-        """The request has ended. Called exactly once for each ticket, unless ``retry`` was called for it."""
+        """Report the end of a request. Called exactly once for each ticket, unless ``retry`` was called for it."""
         ...
 
     async def retry(self, ticket: Ticket, failure: Failure) -> Ticket:
-        """Instead of ``finished``: the engine failed; wait for another replica.
+        """Called instead of ``finished`` when the engine failed: wait for another replica.
 
-        Either nothing went to the client, or ``failure.has_begun``: then the next replica gives the rest.
+        Either nothing was sent to the client, or ``failure.has_begun``: then the next replica continues the answer.
 
-        The old ticket is void at once, whatever becomes of the call. Cancelling it is as for ``acquire``.
+        The old ticket is void at once, however the call ends. Cancelling works as for ``acquire``.
 
         Raises:
             Rejected: there is no other replica.
@@ -165,20 +165,20 @@ class Gate(Protocol):
         ...
 
     def follow(self, ticket: Ticket, on_order: OnMove) -> None:
-        """From now on, and until ``finished`` or ``retry``, this request takes orders to move; one at a time.
+        """Accept orders to move this request, one at a time, until ``finished`` or ``retry``.
 
-        ``moved`` or ``not_moved`` answers each of them, unless the request ends first.
+        Each order is answered with ``moved`` or ``not_moved``, unless the request ends first.
         """
         ...
 
     def moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport) -> None:
-        """The order was followed: the ticket is the order's from now on, also for ``finished`` and ``retry``."""
+        """Report that an order was carried out. From now on its target is the request's ticket, in every later call."""
         ...
 
     def not_moved(self, ticket: Ticket, order: MoveOrder, report: MoveReport, *, reason: str, is_lasting: bool) -> None:
-        """It could not be; the request goes on where it is. ``is_lasting``: it never can be."""
+        """Report that an order failed; the request stays on its replica. ``is_lasting``: it can never be moved."""
         ...
 
     def is_ready(self) -> bool:
-        """Whether requests make sense at all."""
+        """Whether it makes sense to send requests."""
         ...

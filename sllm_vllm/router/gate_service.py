@@ -1,7 +1,7 @@
-"""The controller's side of ingresses in other processes: a session each. Lives on the controller's loop.
+"""The controller's side of ingresses in other processes, one session each. Runs on the controller's loop.
 
-What holds across processes and does not in one: a question may come twice, an answer may be lost, an ingress may die
-with tickets in its hand, and this side may be younger than the tickets that it is told of.
+Unlike within one process, a call may arrive twice, an answer may be lost, an ingress may die while it holds tickets,
+and an ingress may hold tickets from before the controller was restarted.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Session:
-    """One ingress. ``asking``: what it waits for; ``held``: what it streams; ``ordered``: moves it was told to make."""
+    """One ingress. ``asking``: requests that wait for a ticket; ``held``: those it streams; ``ordered``: open moves."""
 
     heard_s: float
     asking: dict[str, asyncio.Task[Ticket]] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
     ordered: dict[str, MoveOrder] = field(default_factory=dict)
     orders: list[MoveOrder] = field(default_factory=list)
-    """Those that were not sent yet."""
+    """Orders to move that have not been sent yet."""
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class GateService:
-    """All sessions. Whatever a session's ingress loses, the controller is told that it is gone.
+    """All sessions. Reports the requests of lost ingresses, and those an ingress has lost, to the controller as gone.
 
     Args:
-        clock: seconds, for who is silent.
+        clock: returns seconds; measures how long ingresses are silent.
     """
 
     def __init__(self, controller: Controller, settings: IngressSettings, *, clock: Callable[[], float]) -> None:
@@ -70,11 +70,11 @@ class GateService:
     # --------------------------------------------------------------------------------------------------- for its owner
 
     def open(self) -> None:
-        """Give tickets from now on: what an earlier life left was taken in."""
+        """Begin to give tickets. Called when the nodes' running replicas have been taken over."""
         self._is_open.set()
 
     def held_by_replica(self) -> Mapping[str, tuple[RequestFacts, ...]]:
-        """Requests that the controller does not know, by the replica that an earlier life sent them to."""
+        """Requests that the controller does not know, by the replica to which an earlier run of it sent them."""
         known = self._controller.core.requests
         found: dict[str, tuple[RequestFacts, ...]] = {}
         for session in self._sessions.values():
@@ -84,17 +84,17 @@ class GateService:
         return found
 
     def set_settings(self, settings: IngressSettings) -> None:
-        """Every ingress works with these soon."""
+        """Send new settings to every ingress, with its next poll."""
         self._settings = settings
         self._change()
 
     @property
     def num_ingresses(self) -> int:
-        """Those that have a session."""
+        """How many ingresses have a session."""
         return len(self._sessions)
 
     def sweep(self) -> None:
-        """Write off ingresses that are silent, and tell the others of models. For once a second."""
+        """Drop ingresses that are silent for too long, and send model changes to the others. Call it once a second."""
         for name in [name for name, one in self._sessions.items() if self._clock() - one.heard_s > SILENT_S_MAX]:
             logger.warning("event=ingress_lost ingress=%s", name)
             self._end(name)
@@ -111,7 +111,7 @@ class GateService:
             kept = {one.facts.id for one in held}
             for request in [name for name in before.held if name not in kept]:
                 self._controller.gone(request)
-            for request, order in before.ordered.items():  # it may never have heard of it
+            for request, order in before.ordered.items():  # the ingress may not have received it
                 self._controller.call_off_move(request, order)
         logger.info("event=ingress_entered ingress=%s held=%d", ingress, len(held))
         for one in held:
@@ -124,7 +124,7 @@ class GateService:
         session = self._sessions.get(ingress)
         if session is None:
             return Unknown()
-        if (held := session.held.get(facts.id)) is not None:  # the answer was lost
+        if (held := session.held.get(facts.id)) is not None:  # our first answer was lost
             return held.ticket
         return await self._answer(ingress, facts, lambda: self._controller.acquire(facts))
 
@@ -134,12 +134,12 @@ class GateService:
         if session is None:
             return Unknown()
         now = session.held.get(facts.id)
-        if now is not None and now.ticket != ticket:  # the answer was lost
+        if now is not None and now.ticket != ticket:  # our first answer was lost
             return now.ticket
         session.held.pop(facts.id, None)
         if facts.id in self._controller.core.requests:
             return await self._answer(ingress, facts, lambda: self._controller.retry(ticket, failure))
-        if failure.has_begun:  # a controller that was restarted does not know where it could go on
+        if failure.has_begun:  # a restarted controller does not know where the answer can continue
             return Refused.of(Rejected(502, "server_error", failure.reason, code="engine_failed"))
         return await self._answer(ingress, facts, lambda: self._controller.acquire(facts))
 
@@ -156,14 +156,14 @@ class GateService:
         except Rejected as rejected:
             return Refused.of(rejected)
         except asyncio.CancelledError:
-            if asking.cancelled():  # its client left, and nobody reads this; or its ingress was written off
+            if asking.cancelled():  # its client left, so this answer is not read; or its ingress was dropped
                 return Unknown()
             raise
         finally:
-            session = self._sessions.get(ingress)  # it may have begun anew
+            session = self._sessions.get(ingress)  # the ingress may have begun a new session
             if asking.done() and session is not None and session.asking.get(request) is asking:
                 del session.asking[request]
-        if session is None:  # its ingress was written off
+        if session is None:  # its ingress was dropped
             self._controller.gone(request)
             return Unknown()
         session.held[request] = Held(facts, ticket)
@@ -211,7 +211,7 @@ class GateService:
     def _take_in(self, session: _Session, held: Held) -> None:
         ticket = held.ticket
         session.held[ticket.request] = held
-        if ticket.replica in self._controller.core.cluster.replicas:  # else its node tells of it when it joins
+        if ticket.replica in self._controller.core.cluster.replicas:  # else it is found when its node joins
             self._controller.found(held.facts, ticket.replica)
         if held.is_followed:
             self._follow(session, ticket)
@@ -243,7 +243,7 @@ class GateService:
         session.held[request] = Held(note.facts, note.order.target)
         if session.ordered.pop(request, None) == note.order:
             self._controller.moved(note.ticket, note.order, note.report)
-        else:  # an earlier life ordered it
+        else:  # an earlier run of the controller ordered it
             self._controller.gone(request)
             self._controller.found(note.facts, note.order.target.replica)
 

@@ -1,4 +1,4 @@
-"""Which headers pass, each way, and what a request is called. Pure."""
+"""Which headers are passed on in each direction, and the id of a request. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOP_BY_HOP = frozenset(
 )
 _KEPT_FROM_ENGINES = _HOP_BY_HOP | {
     b"authorization",
-    b"content-length",  # of the body as it was read, whatever was said of it
+    b"content-length",  # set anew, to the length of the body that was read
     b"cookie",
     b"expect",
     b"host",
@@ -32,17 +32,17 @@ _KEPT_FROM_ENGINES = _HOP_BY_HOP | {
     b"x-request-id",
 }
 _KEPT_FROM_CLIENTS = _HOP_BY_HOP | {b"date", b"location", b"server", b"set-cookie", b"x-request-id"}
-_CORS = b"access-control-"  # engines allow everything; here the settings decide
+_CORS = b"access-control-"  # engines allow every origin; the router's settings decide instead
 _OWN = b"x-sllm-"
 
 
 def values_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    """All values of a header. Names are in lower case."""
+    """All values of a header. All names are in lower case."""
     return [value for key, value in headers if key == name]
 
 
 def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """Its first value; empty if there is none."""
+    """The first value of a header; empty if there is none."""
     for key, value in headers:
         if key == name:
             return value
@@ -50,13 +50,13 @@ def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
 
 
 def shown_id(headers: Headers) -> str:
-    """What the client calls the request, if it says so in printable characters; else a new name."""
+    """The client's X-Request-Id, if it is printable and not too long; else a new id."""
     given = value_of(headers, b"x-request-id")
     return given.decode("ascii") if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def for_engine(headers: Headers, *, shown: str, api_key: str) -> Headers:
-    """A client's headers without its key and what ends at this hop, and with the engine's key."""
+    """A client's headers without its key and the hop-by-hop headers, and with the engine's key."""
     named = _named_in_connection(headers)
     passed = [
         (name, value)
@@ -70,7 +70,7 @@ def for_engine(headers: Headers, *, shown: str, api_key: str) -> Headers:
 
 
 def for_client(headers: Headers) -> Headers:
-    """An engine's headers, without what ends at this hop or is said anew."""
+    """An engine's headers without hop-by-hop headers and those that the router sets or withholds itself."""
     named = _named_in_connection(headers)
     return [
         (name, value)
@@ -80,6 +80,6 @@ def for_client(headers: Headers) -> Headers:
 
 
 def _named_in_connection(headers: Headers) -> frozenset[bytes]:
-    """Headers that a Connection header says end here. Framing and type are not for it to decide."""
+    """Headers that the Connection header declares hop-by-hop. It can't remove those for framing and content type."""
     named = {token.strip().lower() for value in values_of(headers, b"connection") for token in value.split(b",")}
     return frozenset(named - {b"content-length", b"content-type", b"content-encoding"})

@@ -1,10 +1,10 @@
-"""uvicorn's httptools protocol with the limits it lacks: size and time of a request's head, connections, pipelining,
-clients that take nothing.
+"""uvicorn's httptools protocol with the limits it lacks: size and time of a request's head, number of connections,
+pipelining, clients that do not read.
 
-A second request that arrives before the first is answered is dropped, and the connection closes after the answer:
-uvicorn would not notice any more that the first one's client left. Trailers are dropped; uvicorn would take them for
-headers. A request that offers another protocol (``Upgrade: h2c``) is answered in HTTP/1.1, which RFC 9110, 7.8, allows.
-A client may end its side of the connection after its request.
+A second request that arrives before the first is answered is dropped, and the connection closes after the first
+answer: otherwise uvicorn would no longer notice that the client left. Trailers are dropped; uvicorn would treat them
+as headers. A request that offers another protocol (``Upgrade: h2c``) is answered in HTTP/1.1, as RFC 9110, 7.8,
+allows. A client may close its sending side of the connection after its request.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _PHRASES = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header 
 
 
 def limited_protocol(settings: IngressSettings, counts: ClientCounts) -> type[LimitedProtocol]:
-    """The class to give to uvicorn, which makes its instances itself."""
+    """The protocol class to give to uvicorn, which creates the instances."""
     return type("_Protocol", (LimitedProtocol,), {"settings": settings, "counts": counts})
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection of a client. ``settings`` and ``counts`` are set on a subclass."""
+    """One client's connection. ``settings`` and ``counts`` are set on a subclass."""
 
     settings: IngressSettings
     counts: ClientCounts
@@ -59,7 +59,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._half_closed: HalfClosed | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Hang up on one too many."""
+        """Close the connection if there are too many."""
         super().connection_made(transport)
         self.counts.num_open = len(self.connections)
         if len(self.connections) > self.settings.connections_max:
@@ -69,7 +69,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more."""
+        """Stop all timers and update the count."""
         self._stop_timer()
         if self._slow is not None:
             self._slow.stop()
@@ -79,9 +79,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self.counts.num_open = len(self.connections)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the answer to a whole request; without one, close it.
+        """Keep a half-closed connection for the answer to a complete request; close any other.
 
-        A client that ends its side once its answer has begun has left: it would have ended it with its request.
+        A client that closes its side after its answer has begun has left: if it only half-closed, it would have done so
+        with its request.
         """
         cycle = self.cycle
         if cycle is None or cycle.response_started or cycle.more_body:
@@ -93,30 +94,30 @@ class LimitedProtocol(HttpToolsProtocol):
         return True
 
     def pause_writing(self) -> None:
-        """The client takes less than there is for it."""
+        """Start to watch a client that reads more slowly than its answer arrives."""
         super().pause_writing()
         self._watch_slow()
 
     def resume_writing(self) -> None:
-        """It has taken most of it."""
+        """Stop watching: the client has read most of what was waiting."""
         super().resume_writing()
         if self._slow is not None:
             self._slow.stop()
 
     def on_response_complete(self) -> None:
-        """As uvicorn does; a connection that closes waits for a client's progress, not forever."""
+        """As in uvicorn, but a closing connection with unsent bytes is ended if its client stops reading."""
         super().on_response_complete()
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
             self._watch_slow()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection; one with bytes left stays open as long as its client takes some now and then."""
+        """Close an idle connection; one with unsent bytes stays open as long as its client keeps reading."""
         super().timeout_keep_alive_handler()
         if self.transport.get_write_buffer_size():
             self._watch_slow()
 
     def data_received(self, data: bytes) -> None:
-        """Count what belongs to a head that is not complete yet; what is complete is measured below."""
+        """Parse, and limit the size of an incomplete head. ``on_headers_complete`` checks a complete one."""
         if self._is_surplus or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
@@ -136,22 +137,22 @@ class LimitedProtocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def _decline_upgrade(self, rest: bytes) -> None:
-        """Read the body that follows: the parser ended at the head, so a new one gets a head with the same framing."""
-        if self.parser.get_method() == b"CONNECT":  # what follows is no HTTP
+        """Read the body that follows. The parser stops after the head, so a new one gets a head with the same framing."""
+        if self.parser.get_method() == b"CONNECT":  # what follows is not HTTP
             self._is_surplus = True
             self.cycle.keep_alive = False
             super().on_message_complete()
             return
         framing = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] in _FRAMING)
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
         self._is_head_repeated = True
         self.parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n")
         if rest:
             self._parse(rest)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Start the head's timer; mark a pipelined request to be dropped."""
         if self._is_head_repeated:
             return
         if self.cycle is not None and not self.cycle.response_complete:
@@ -164,17 +165,17 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """As uvicorn does, unless the request is dropped."""
+        """As in uvicorn, unless the request is dropped."""
         if not self._is_surplus and not self._is_head_repeated:
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """As uvicorn does, unless it is a trailer."""
+        """As in uvicorn, unless it is a trailer or the request is dropped."""
         if self._is_in_head and not self._is_surplus and not self._is_head_repeated:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Let the request in if its head is small enough."""
+        """Admit the request if its head is small enough and names one host at most."""
         if self._is_surplus:
             return
         if self._is_head_repeated:
@@ -182,7 +183,7 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._is_in_head = False
         self._stop_timer()
-        if len(values_of(self.headers, b"host")) > 1:  # RFC 9112, 3.2: proxies and servers differ in which counts
+        if len(values_of(self.headers, b"host")) > 1:  # RFC 9112, 3.2: proxies and servers differ in which one they use
             self._is_surplus = True
             self._refuse(400, "The request has more than one Host header.")
             return
@@ -194,17 +195,17 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """As uvicorn does, unless the request is dropped."""
+        """As in uvicorn, unless the request is dropped."""
         if not self._is_surplus:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """As uvicorn does, unless the request is dropped, or its body is still to be read."""
+        """As in uvicorn, unless the request is dropped, or its body is still to be read."""
         if not self._is_surplus and not self.parser.should_upgrade():
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP. An answer that is under way is not written into: the connection just ends."""
+        """Answer 400 to what is not HTTP. If an answer is already being sent, only close the connection."""
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.close()
         else:
@@ -230,7 +231,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self.settings.head_s_max, self._end_wait)
 
     def _end_wait(self) -> None:
-        # Who has asked nothing yet would take an answer for one to what it asks next.
+        # A client that has sent nothing gets no 408: it would take it for the answer to its next request.
         if self._head_nbytes:
             self._refuse(408, "The headers took too long.")
         else:

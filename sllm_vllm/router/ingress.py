@@ -1,6 +1,7 @@
-"""The router's front: an ASGI app over many models. Owns routes, keys, limits and the access log; no framework.
+"""The router's HTTP front end: an ASGI app over many models. Owns routes, keys, limits and the access log.
 
-Requests for models go through ``proxy.py``; everything else is answered here. Runs under ``serve.py``.
+Requests for models go through ``proxy.py``; everything else is answered here. Runs under ``serve.py`` and uses no web
+framework.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ ENGINE_PATHS = frozenset(
         "/v2/rerank",
     }
 )
-"""What an engine is asked outside of /v1/. Nothing else of it can be reached: not its health, metrics or controls."""
+"""Engine paths outside of /v1/ that clients may use. An engine's health, metrics and controls can't be reached."""
 CONTROL_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"})
 FORM_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 _ENGINE_PATH = re.compile(rb"/v1(?:/[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}){1,6}")
@@ -63,12 +64,12 @@ _QUERY = re.compile(rb"[!-~]*")
 _MODELS = "/v1/models"
 _CORS_S = "600"
 READERS_MAX = 2
-"""Threads that read large bodies; more would only make the loop wait longer for the interpreter."""
+"""Threads that read large bodies; with more, the loop would only wait longer for Python's interpreter lock."""
 
 
 @dataclass(slots=True)
 class Request:
-    """A request's head. ``id`` is its own, also if two clients give theirs the same name ``shown``."""
+    """A request's head. ``shown``: its X-Request-Id; ``id`` is unique even if two clients send the same one."""
 
     method: str
     path: str
@@ -82,12 +83,12 @@ class Request:
 
     @property
     def is_anthropic(self) -> bool:
-        """Whether it is of the API whose clients send their key in x-api-key."""
+        """Whether it is for Anthropic's API, whose clients send their key in x-api-key."""
         return is_anthropic(self.path)
 
 
 class Ingress:
-    """The ASGI app. All calls on one loop; ``close`` ends its connections to engines."""
+    """The ASGI app. All calls on one event loop; ``close`` closes its connections to engines."""
 
     def __init__(self, gate: Gate, settings: IngressSettings) -> None:
         self._gate = gate
@@ -119,7 +120,7 @@ class Ingress:
             self._proxy.close()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request, as ASGI has it."""
+        """Handle one request, as ASGI defines it."""
         if scope["type"] != "http":
             return
         request = _read_head(scope)
@@ -129,7 +130,7 @@ class Ingress:
             await self._answer(request, report, receive=telling_slow(scope, receive), send=send)
         except ApiError as error:
             await self._tell(request, report, error=error, send=send)
-        except Ended as ended:  # nobody listens
+        except Ended as ended:  # the client is gone
             report.how = ended.reason
         except Exception:  # top of a run loop
             logger.exception("request failed id=%s path=%r", request.id, request.path)
@@ -175,7 +176,7 @@ class Ingress:
             await self._proxy.run(call, report, receive=receive, send=send, extra=extra)
 
     async def _read(self, request: Request, body: Body) -> Admission:
-        """What a body says; a large one is read in a thread, so that the loop goes on."""
+        """Read what the router needs of a body; a large one in a thread, so that the loop is not blocked."""
         content_type = value_of(request.headers, b"content-type")
         takes_form = request.path in FORM_PATHS
         read = partial(read_body, body, content_type, takes_form=takes_form, bounds=self._bounds)
@@ -184,7 +185,7 @@ class Ingress:
         return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     def _named(self, admission: Admission) -> Admission:
-        """With the model that is served, if the body names none and there is but one."""
+        """Fill in the model if the body names none and only one is served."""
         if admission.model:
             return admission
         served = self._gate.served()
@@ -194,7 +195,7 @@ class Ingress:
 
     def _require_model(self, name: str) -> None:
         served = self._gate.served()
-        if served is not self._served or not isinstance(served, tuple):  # thousands of them are too many to read again
+        if served is not self._served or not isinstance(served, tuple):  # not at each request: there may be thousands
             self._served = served
             self._names = {model.name: model for model in served}
         if name not in self._names:
@@ -277,7 +278,7 @@ def _read_head(scope: Message) -> Request:
     headers: Headers = scope["headers"]
     path: str = scope["path"]
     shown = shown_id(headers)
-    # Two requests may bear the same name, so the router's own has a part nobody else chose.
+    # Two clients may send the same id, so the router's own gets a random suffix.
     own = shown if not value_of(headers, b"x-request-id") else f"{shown}-{uuid.uuid4().hex[:8]}"
     return Request(
         method=scope["method"],
@@ -291,7 +292,7 @@ def _read_head(scope: Message) -> Request:
 
 
 def _engine_target(request: Request) -> str:
-    """Path and query for an engine: only what is listed, and only written plainly (no escape, no dot segment)."""
+    """Path and query for an engine. Only listed paths, written without escapes and dot segments."""
     path = request.raw_path.decode("latin-1")
     is_listed = path in ENGINE_PATHS or (_ENGINE_PATH.fullmatch(request.raw_path) and path not in CONTROL_PATHS)
     if not is_listed:

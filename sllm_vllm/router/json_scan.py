@@ -1,7 +1,7 @@
 """Finds the members of a JSON object without building its values, within bounds of depth and number. Pure.
 
-A slice at a time, by numpy, which lets other threads run: 32 MiB take some 0.3 s in all, and no step above a few
-milliseconds. Strings and brackets are followed; what else a value is made of is for the engine to check.
+Works slice by slice with numpy, which lets other threads run: 32 MiB take about 0.3 s in total, and no step more than
+a few milliseconds. Only strings and brackets are checked; the rest of each value is left to the engine.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _DELTA[list(b"]}")] = -1
 
 
 class NotJson(ValueError):
-    """The text is no JSON object; the message says where, for a client."""
+    """The text is not a JSON object; the message says where it is wrong, for the client."""
 
 
 class TooMuch(ValueError):
-    """A bound is exceeded; the message says which, for a client."""
+    """A bound is exceeded; the message says which, for the client."""
 
 
 class NotUtf8(ValueError):
-    """The text is not UTF-8; ``at``: about where."""
+    """The text is not UTF-8. ``at``: approximate position of the first wrong byte."""
 
     def __init__(self, at: int) -> None:
         super().__init__(f"byte {at} is wrong")
@@ -39,7 +39,7 @@ class NotUtf8(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What an object may hold: ``depth`` of its arrays and objects, how many ``containers``, members at its top."""
+    """Limits of an object: nesting ``depth``, number of ``containers`` (arrays and objects), ``members`` at its top."""
 
     depth: int
     containers: int
@@ -48,7 +48,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the top-level object: its name as written, quotes included, and where its value is."""
+    """A member of the top-level object: its name as written, with quotes, and the position of its value."""
 
     name: bytes
     start: int
@@ -56,10 +56,10 @@ class Member:
 
 
 def scan_members(body: bytes | memoryview, bounds: Bounds) -> Iterator[Member]:
-    """The members of the object that a body is.
+    """The members of the JSON object in a body.
 
     Raises:
-        NotJson, TooMuch, NotUtf8: see there; also once some members were given.
+        NotJson, TooMuch, NotUtf8: see there. ``NotJson`` may come after some members were returned.
     """
     marks = _Marks(bounds)
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -75,23 +75,23 @@ def scan_members(body: bytes | memoryview, bounds: Bounds) -> Iterator[Member]:
 
 @dataclass(slots=True)
 class _Marks:
-    """Where the commas and colons of the top level are; ``feed`` it slice by slice."""
+    """Positions of the commas and colons at the top level; ``feed`` it slice by slice."""
 
     bounds: Bounds
     begin: int | None = None
-    """Of the first bracket."""
+    """Position of the first bracket."""
     end: int | None = None
-    """Of the bracket that closes it."""
+    """Position of the bracket that closes it."""
     marks: list[int] = field(default_factory=list)
     _at: int = 0
     _depth: int = 0
     _num_containers: int = 0
     _is_in_string: bool = False
     _is_escaped: bool = False
-    """The last slice ended with an odd number of backslashes."""
+    """The last slice ended with an odd number of backslashes, which escape the next byte."""
 
     def feed(self, piece: bytes) -> None:
-        if self._is_in_string and _QUOTE not in piece:  # base64, most of all
+        if self._is_in_string and _QUOTE not in piece:  # a shortcut, mostly for base64
             self._is_escaped = _is_odd(piece, self._is_escaped)
         else:
             self._mark(np.frombuffer(piece, np.uint8), piece)
@@ -141,13 +141,13 @@ class _Marks:
 
 
 def _is_odd(piece: bytes, was_odd: bool) -> bool:
-    """Whether a text ends with an odd number of backslashes, those before it included if it has nothing else."""
+    """Whether a text ends with an odd number of backslashes; if it has nothing else, those before it count, too."""
     num = len(piece) - len(piece.rstrip(b"\\"))
     return bool(num % 2) != (was_odd and num == len(piece))
 
 
 def _drop_escaped(quotes: NDArray[np.bool_], data: NDArray[np.uint8], was_odd: bool) -> None:
-    """Unmark quotes that follow an odd number of backslashes."""
+    """Unmark escaped quotes: those after an odd number of backslashes."""
     positions = np.arange(len(data), dtype=np.int32)
     others = np.maximum.accumulate(np.where(data != _BACKSLASH, positions, -1 - was_odd))
     at = np.flatnonzero(quotes)
@@ -180,7 +180,7 @@ def _members(body: bytes | memoryview, marks: _Marks) -> Iterator[Member]:
 
 
 def _trimmed(body: bytes | memoryview, start: int, end: int) -> tuple[int, int]:
-    """A part without the spaces at its ends; ``(end, end)`` if it has nothing else."""
+    """A range without the white space at its ends; ``(end, end)`` if there is nothing else."""
     while start < end and body[start] in _SPACE:
         piece = bytes(body[start : min(end, start + SLICE_NBYTES)])
         start += len(piece) - len(piece.lstrip(_SPACE))

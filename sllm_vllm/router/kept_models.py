@@ -1,7 +1,7 @@
-"""Models that were deployed, changed or deleted through the API, kept over a restart. For the router's loop.
+"""Models that were deployed, changed or deleted through the API, kept across restarts. For the router's loop.
 
-A record holds against the configuration's file as long as that says the same of the model as when the record was made:
-who edits the file later is heard.
+A record overrides the configuration file only while the file's entry for the model is the same as when the record was
+made: a later edit of the file takes precedence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class KeptModels:
     """The records, in a store.
 
     Args:
-        written: models of the configuration's file.
+        written: the models in the configuration file.
     """
 
     def __init__(self, store: StateStore, written: Iterable[ModelConfig]) -> None:
@@ -33,10 +33,10 @@ class KeptModels:
         self._written: Mapping[str, ModelConfig] = {model.name: model for model in written}
 
     async def all(self) -> list[ModelConfig]:
-        """What is to be served: the file's models as they are now, and others.
+        """The models to serve: those in the file, with the records applied.
 
         Raises:
-            StateError: the store does not answer; to begin without what it knows would be worse than not to begin.
+            StateError: the store does not answer. Starting without its records would be worse than not starting.
         """
         models = dict(self._written)
         for key, value in (await self._store.items(_PREFIX)).items():
@@ -50,15 +50,15 @@ class KeptModels:
                 else:
                     models[name] = parse_router_config({"models": [record["model"]]}).models[0]
             except (ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
-                # Its record stays, for whoever can tell what it was; the others are served.
+                # Keep the record, so that an operator can see what it was, and serve the others.
                 logger.error("event=model_not_restored model=%r reason=%r", name, str(error))
         return list(models.values())
 
     async def keep(self, name: str, model: ModelConfig | None) -> None:
-        """Remember what is served under a name from now on; None: nothing.
+        """Record what is served under a name from now on; None: nothing.
 
         Raises:
-            StateError: it could not be kept.
+            StateError: the record could not be stored.
         """
         key = _PREFIX + name
         if model is None and name not in self._written:
@@ -74,10 +74,10 @@ class KeptModels:
         await self._store.put(key, value)
 
     def reread(self, written: Iterable[ModelConfig]) -> None:
-        """The file was read again."""
+        """Use the models of a file that was read again."""
         self._written = {model.name: model for model in written}
 
     def _digest(self, name: str) -> str:
-        """Of what the file says of a model; empty if it says nothing."""
+        """Digest of the file's entry for a model; empty if there is none."""
         model = self._written.get(name)
         return "" if model is None else hashlib.sha256(model.model_dump_json().encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Clients' keys: known by their digests alone, compared in constant time. Pure."""
+"""Clients' API keys: only their digests are known, and they are compared in constant time. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 
 
 def digest_of(key: str) -> str:
-    """SHA-256 of a key, in hexadecimal: what settings hold instead of the key."""
+    """SHA-256 of a key in hexadecimal; settings hold this instead of the key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class Keys:
-    """The keys that open the ingress. None at all: it is open to everybody."""
+    """The keys that the ingress accepts. Without any, it is open to everyone."""
 
     def __init__(self, digests: Iterable[str]) -> None:
         self._digests = tuple(bytes.fromhex(digest) for digest in digests)
@@ -24,7 +24,7 @@ class Keys:
         return not self._digests
 
     def allow(self, key: bytes) -> bool:
-        """Whether it is one of them. Takes as long for any answer."""
+        """Whether a key is one of them. Takes equally long for any answer."""
         digest = hashlib.sha256(key).digest()
         is_known = False
         for known in self._digests:
@@ -33,7 +33,7 @@ class Keys:
 
 
 def bearer_key(values: Sequence[bytes]) -> bytes | None:
-    """The key of a request's Authorization headers; None unless there is exactly one, and of this scheme."""
+    """The bearer key of a request; None unless it has exactly one Authorization header, with the Bearer scheme."""
     if len(values) != 1:
         return None
     scheme, _, key = values[0].partition(b" ")
