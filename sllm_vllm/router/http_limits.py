@@ -137,7 +137,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def _decline_upgrade(self, rest: bytes) -> None:
-        """Read the body that follows. The parser stops after the head, so a new one gets a head with the same framing."""
+        """Read the body that follows. The parser stops after the head; a new one gets a head with the same framing."""
         if self.parser.get_method() == b"CONNECT":  # what follows is not HTTP
             self._is_surplus = True
             self.cycle.keep_alive = False

@@ -1,6 +1,6 @@
-"""The answer to one request as the client is to get it, whichever engine it comes from now. Data path; one a ticket.
+"""One request's answer as its client receives it, whichever engine it comes from. Data path; one per ticket.
 
-A leg reads from one engine until a ``Mover`` diverts it; then the target's answer goes on where the client is.
+A leg reads from one engine until a ``Mover`` diverts it; then the target's answer continues where the client is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOVABLE_TARGETS = ("/v1/completions", "/v1/chat/completions")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What an engine is asked: path and query, the client's headers, the body, and the request's X-Request-Id."""
+    """What engines are sent. ``target``: path and query; ``headers``: the client's; ``shown``: its X-Request-Id."""
 
     target: str
     headers: Headers
@@ -39,17 +39,17 @@ class Asked:
 
     @property
     def is_movable(self) -> bool:
-        """Whether its kind of answer can go on elsewhere."""
+        """Whether answers of this path can continue at another engine."""
         return self.target.partition("?")[0] in MOVABLE_TARGETS
 
 
 class Leg:
-    """One ticket's answer. ``close`` ends it, and whatever move is under way.
+    """One ticket's answer. ``close`` ends it, and a move that is under way.
 
     Args:
-        is_moving: whether orders to move are to be followed at all.
-        before: of the same request, whose engine failed after its client had a part of the answer: this one gives the
-            rest.
+        is_moving: whether orders to move are carried out at all.
+        before: the same request's leg whose engine failed after the client had a part of the answer; this leg continues
+            it.
     """
 
     def __init__(self, ticket: Ticket, asked: Asked, gate: Gate, *, is_moving: bool, before: Leg | None = None) -> None:
@@ -60,17 +60,17 @@ class Leg:
         self._is_moving = is_moving and asked.is_movable
         self._transcript: Transcript | None = None if before is None else before._transcript
         self._owned = None if before is None else before.resume()
-        """What the answer had got at an engine that failed."""
+        """What the answer had so far when its engine failed."""
         self._log = TokenLog()
         self._log_before: TokenLog | None = None if before is None else before.longest_log
         self._is_proven = False
-        """Its engine has answered, in part."""
+        """Its engine has sent a part of the answer."""
         self._continuation: Continuation | None = None
         self._rest = b""
         self._next: asyncio.Task[EngineConnection] | None = None
-        """The target's answer, once the source's is diverted."""
+        """The target's answer, once the source's has been diverted."""
         self._has_gone_on = False
-        """The engine was seen to have begun with what the answer had got."""
+        """The engine's notes have shown that its answer begins with ``_owned``."""
         self._held_at_s = 0.0
         self._has_given = asyncio.Event()
         self._mover: asyncio.Task[None] | None = None
@@ -78,7 +78,7 @@ class Leg:
     # ---------------------------------------------------------------------------------------------------- the answer
 
     def headers_for(self, ticket: Ticket) -> Headers:
-        """The request's, for one engine."""
+        """The request's headers for one engine."""
         headers = for_engine(self.asked.headers, shown=self.asked.shown, api_key=ticket.api_key)
         return [*headers, (NOTES_HEADER, b"1")] if self._is_moving else headers
 
@@ -86,7 +86,7 @@ class Leg:
         """Send the request and wait for the head of the answer.
 
         Raises:
-            EngineFailed: there is none.
+            EngineFailed: no head came, or the engine does not continue an answer that was begun elsewhere.
         """
         try:
             engine = await upstream.post(
@@ -105,10 +105,10 @@ class Leg:
             self._transcript = Transcript()
 
     async def read(self) -> bytes:
-        """What there is for the client, at least a byte; empty at the end. Of a stream that can move whole events.
+        """The next bytes for the client; empty at the end. A stream that can move gives whole events only.
 
         Raises:
-            EngineFailed: it ended too early.
+            EngineFailed: the answer ended too early.
         """
         while True:
             assert self.engine is not None
@@ -139,22 +139,22 @@ class Leg:
 
     @property
     def is_moving(self) -> bool:
-        """Whether it may go on elsewhere, as far as is known here."""
+        """Whether the answer may continue at another engine, as far as the leg knows."""
         return self._is_moving
 
     @property
     def head(self) -> EngineConnection:
-        """The engine whose answer begins, for its status and headers."""
+        """The engine's connection, for the status and headers of the answer."""
         assert self.engine is not None
         return self.engine
 
     @property
     def is_at_end(self) -> bool:
-        """Whether the whole answer was read."""
+        """Whether the whole answer has been read."""
         return self.engine is not None and self.engine.is_at_end and not self._rest
 
     def close(self) -> None:
-        """End what is left of it, here and at a target. Waits for nothing: a request's task may be being cancelled."""
+        """End the answer, here and at a move's target. Does not wait: the request's task may be being cancelled."""
         if self._mover is not None:
             self._mover.cancel()
         if self._next is not None:
@@ -166,7 +166,7 @@ class Leg:
         self.engine = engine
 
     async def moved_body(self) -> MovedBody:
-        """The client's body, as a move reads it.
+        """The client's body in the form that a move needs.
 
         Raises:
             NotMovable, ValueError: see ``MovedBody``.
@@ -185,7 +185,7 @@ class Leg:
         return resumed_body(body, self._owned, prompt=None, key=key, request=shown)
 
     async def _expect_goes_on(self, engine: EngineConnection) -> None:
-        """Of an answer that was begun elsewhere: the head of one that goes on."""
+        """Check the head of an answer that has to continue one begun elsewhere."""
         assert self._transcript is not None
         if is_core_dead(engine):
             raise EngineFailed("its engine core has died", FailureSign.CORE_DIED)
@@ -197,16 +197,16 @@ class Leg:
 
     @property
     def longest_log(self) -> TokenLog:
-        """Of the engine that it is on, or the one before: a target begins with what it was given."""
+        """The longer of the engine's log and the one before it: a new engine first repeats the tokens it was given."""
         before = self._log_before
         return before if before is not None and before.num_tokens > self._log.num_tokens else self._log
 
     def resume(self) -> dict[str, Any] | None:
-        """What an engine needs to go on with it; None if none can."""
+        """What another engine needs to continue the answer; None if none can."""
         return self.longest_log.resume() if self._is_moving and self._transcript is not None else None
 
     def failure(self, error: EngineFailed, *, has_begun: bool) -> Failure:
-        """What the gate is to know. ``has_begun``: the client has a part of the answer."""
+        """The failure to report to the gate. ``has_begun``: the client has a part of the answer."""
         sign = FailureSign.CORE_DIED if self._log.has_died else error.sign
         can_go_on = has_begun and self.resume() is not None
         return Failure(str(error), sign, has_begun=can_go_on, is_proven=self._is_proven)
@@ -237,7 +237,7 @@ class Leg:
     # ---------------------------------------------------------------------------------------------- what moves it
 
     def follow(self, start: Callable[[Leg, MoveOrder], asyncio.Task[None]]) -> None:
-        """Take orders to move; ``start`` begins to carry one out."""
+        """Accept orders to move; ``start`` begins to carry one out."""
 
         def on_order(order: MoveOrder) -> None:
             problem = self._why_not(order)
@@ -250,7 +250,7 @@ class Leg:
         self._gate.follow(self.ticket, on_order)
 
     async def wait_given(self, seconds_max: float) -> None:
-        """Until the client of a stream gets its next events: what is held from then on, it misses latest."""
+        """Wait until a stream's client gets its next events: holding right after an event delays the client least."""
         if self._transcript is None:
             return
         self._has_given.clear()
@@ -259,17 +259,17 @@ class Leg:
                 await self._has_given.wait()
 
     def hold(self) -> bool:
-        """Give the client nothing more until ``release`` or ``divert``; False if there is nothing to be held."""
+        """Give the client nothing more until ``release`` or ``divert``; False if there is nothing to hold."""
         self._held_at_s = time.monotonic()
         return self.engine is not None and self.engine.hold()
 
     def release(self) -> None:
-        """Go on with the engine's own answer."""
+        """Continue with the engine's own answer."""
         if self.engine is not None:
             self.engine.release()
 
     def divert(self, order: MoveOrder, answer: asyncio.Task[EngineConnection]) -> bool:
-        """The client gets the target's answer from where it is; False if the whole of the source's has come."""
+        """Continue with the target's answer from where the client is. False if the source's answer is already whole."""
         if self.engine is None or not self.engine.divert():
             return False
         self.ticket = order.target
@@ -277,17 +277,17 @@ class Leg:
         return True
 
     def check_aligned(self, events: bytes) -> None:
-        """Assert that a whole answer of a target goes on from where the client is.
+        """Check that a target's whole answer continues from where the client is.
 
         Raises:
-            NotAligned: it is an error.
+            NotAligned: it is an error, or ends before that.
         """
         if self._transcript is not None:
             Continuation(self._transcript).feed(TokenLog().strip(events))
 
     @property
     def held_s(self) -> float:
-        """Since ``hold``."""
+        """Seconds since ``hold``."""
         return time.monotonic() - self._held_at_s
 
     def _why_not(self, order: MoveOrder) -> str:
@@ -301,19 +301,19 @@ class Leg:
 
 
 def is_event_stream(headers: Headers) -> bool:
-    """Whether an engine's answer is a stream of events that can be read as it is."""
+    """Whether an answer is a stream of events that can be read as it is: not compressed, and without a length."""
     is_open = not value_of(headers, b"content-encoding") and not value_of(headers, b"content-length")
     return is_open and value_of(headers, b"content-type").strip().lower().startswith(b"text/event-stream")
 
 
 def is_core_dead(engine: EngineConnection) -> bool:
-    """Whether an API server answers for a core that has died."""
+    """Whether the API server answers that its engine core has died."""
     return value_of(engine.headers, CORE_HEADER) == DIED
 
 
 def drop_answer(answer: asyncio.Task[EngineConnection]) -> None:
-    """Whatever becomes of it, nobody wants it."""
-    answer.cancel()  # an answer whose head has not come is aborted by that
+    """Discard an answer that is no longer needed, whether it has begun or not."""
+    answer.cancel()  # aborts the request if the head of its answer has not come
     answer.add_done_callback(_abort)
 
 

@@ -1,4 +1,7 @@
-"""One node as the controller works with it: its replicas, its reports, and the tasks that keep both true. One loop."""
+"""One node as the controller sees it: its replicas, its reports, and the tasks that keep both up to date.
+
+Runs on the controller's loop.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ class Member:
     """A node, from when it joins until it is lost.
 
     Args:
-        models: those that are served.
-        tell: gets the events of it.
-        on_lost: called once if its agent does not answer (any more), with the reason.
-        num_nodes: how many there are, this one among them.
+        models: the served models.
+        tell: called with the node's events.
+        on_lost: called once, with the reason, if its agent does not answer (any more).
+        num_nodes: returns the number of nodes, this one included.
     """
 
     def __init__(
@@ -43,30 +46,30 @@ class Member:
 
     @property
     def report(self) -> NodeReport | None:
-        """The node's last one."""
+        """The node's last report."""
         return self.watch.report
 
     def checkpoint_of(self, model: ModelConfig) -> CheckpointReport | None:
-        """A model's checkpoint there, as the last report has it."""
+        """A model's checkpoint on the node, according to the last report."""
         return self.watch.checkpoint_of(model)
 
     def checkpoint_url(self, model: ModelConfig) -> str | None:
-        """Where other nodes can pull it from, with the key to it; None if there is none."""
+        """The URL, key included, where other nodes can pull a model's checkpoint; None if they can't."""
         checkpoint = self.checkpoint_of(model)
         peer = "" if self.report is None else self.report.peer
         return f"{peer}/{checkpoint.name}" if checkpoint is not None and peer else None
 
     @property
     def is_well(self) -> bool:
-        """Whether it was heard of, and its agent's loops work, as far as it says."""
+        """Whether the node has reported, and its agent's loops work according to its last report."""
         return self.report is not None and not self.report.problem
 
     async def join(self, requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]], loops: RunLoops) -> None:
-        """Take it in with what runs on it already.
+        """Add the node with the replicas that already run on it, and begin to follow it.
 
         Args:
-            requests: tells, by replica, those that are streamed from it.
-            loops: where what follows it runs.
+            requests: returns, by replica, the requests that ingresses stream from it.
+            loops: runs the loops that follow the node.
 
         Raises:
             NodeError: its agent does not answer.
@@ -78,7 +81,7 @@ class Member:
         ]
 
     async def close(self) -> None:
-        """Follow nothing of it any more."""
+        """Stop following the node."""
         self._is_lost = True
         for task in self._tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""How long models' contexts are: an engine is asked once it is ready. Lives on the controller's loop."""
+"""Context lengths of models, asked of an engine once it is ready. Runs on the controller's loop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class ModelLengths:
-    """By model, as its engines said; forgotten when the model is changed.
+    """Context lengths by model, as engines reported them; forgotten when the model is changed.
 
     Args:
-        changed: called with the model after each change.
+        changed: called with the model's name when its length has become known.
     """
 
     def __init__(self, changed: Callable[[str], None]) -> None:
@@ -29,15 +29,15 @@ class ModelLengths:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def of(self, model: str) -> int | None:
-        """Tokens; None as long as no engine has said it."""
+        """A model's context length in tokens; None until an engine has reported it."""
         return self._known.get(model)
 
     def forget(self, model: str) -> None:
-        """It may have other engines from now on."""
+        """Forget a model's length: its engines may be different from now on."""
         self._known.pop(model, None)
 
     def ask(self, replica: str, model: str, *, url: str, api_key: str) -> None:
-        """A replica is ready."""
+        """Ask a replica that has become ready, unless its model's length is known."""
         if model in self._known or not url:
             return
         ticket = Ticket("", replica, model, url=url, api_key=api_key, attempt=1)
@@ -46,7 +46,7 @@ class ModelLengths:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Ask no more."""
+        """Cancel all requests to engines."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

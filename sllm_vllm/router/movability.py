@@ -1,6 +1,6 @@
-"""Whether engines can hand over and take over requests: asked of each once it is ready, told to the core.
+"""Finds out whether engines can hand over and take over requests: asks each once it is ready, and informs the core.
 
-An engine tries it out at its start, in a quiet moment, so the answer takes a while. Lives on the controller's loop.
+An engine tests this at its start, when it is idle, so the answer takes a while. Runs on the controller's loop.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 ASK_S = 0.5
 ASK_S_MAX = 2.0
-"""Between two questions, which get rarer."""
+"""Pauses between questions grow from ``ASK_S`` to ``ASK_S_MAX``."""
 TRIAL_S_MAX = 180.0
-"""An engine that is still trying then is taken for one that can't."""
+"""An engine whose test takes longer counts as one that can't."""
 
 
 class Movability:
-    """Asks the engines that it is told of.
+    """Asks engines, and reports their answers.
 
     Args:
-        tell: gets ``ReplicaMovable``.
+        tell: called with a ``ReplicaMovable`` for each replica.
     """
 
     def __init__(self, tell: Callable[[Event], None]) -> None:
@@ -38,18 +38,18 @@ class Movability:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def ask(self, replica: str, model: str, *, url: str, api_key: str) -> None:
-        """A replica is ready: find out."""
+        """Begin to ask a replica that has become ready."""
         ticket = Ticket("", replica, model, url=url, api_key=api_key, attempt=1)
         task = self._tasks[replica] = asyncio.get_running_loop().create_task(self._ask(ticket))
         task.add_done_callback(lambda _: self._tasks.pop(replica, None))
 
     def forget(self, replica: str) -> None:
-        """It has ended."""
+        """Stop asking a replica that has ended."""
         if (task := self._tasks.get(replica)) is not None:
             task.cancel()
 
     async def close(self) -> None:
-        """Ask no more."""
+        """Stop asking all replicas."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -70,7 +70,7 @@ class Movability:
         self._tell(ReplicaMovable(ticket.replica, is_movable=not reason, reason=reason))
 
     async def _answer(self, ticket: Ticket) -> str:
-        """Why it can't; empty if it can."""
+        """Why the engine can't move requests; empty if it can."""
         pause_s = ASK_S
         while True:
             reply = await self._api.state(ticket)

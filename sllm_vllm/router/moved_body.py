@@ -1,4 +1,4 @@
-"""A request's body as a move needs it: few members are read, and others are put behind the last one. Pure."""
+"""A request's body as a move needs it: a few members are read, and others are added after the last one. Pure."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from sllm_vllm.router.body import Body
 from sllm_vllm.router.json_scan import Bounds, scan_members
 
 VALUE_NBYTES_MAX = 1 << 16
-"""Of a member that is read."""
+"""Largest size of a member that is read."""
 _READ = frozenset({"cache_salt", "echo", "kv_transfer_params", "vllm_xargs"})
 _NAME_NBYTES_MAX = 1024
 _ADMITTED = Bounds(depth=1 << 30, containers=1 << 30, members=MEMBERS_MAX)
-"""It was let in within tighter bounds."""
+"""Hardly a limit: the body was admitted within tighter bounds."""
 
 
 class NotMovable(Exception):
-    """A member that a move has to read is too large; the message says which."""
+    """A member that a move has to read is too large; the message names it."""
 
 
 class MovedBody:
-    """The JSON object of a body that an engine has accepted. The body is not copied."""
+    """The JSON object in a body that an engine has accepted. The body is not copied."""
 
     def __init__(self, body: Body) -> None:
-        """Raises: NotMovable. ValueError: it is no JSON object."""
+        """Raises: NotMovable. ValueError: the body is not a JSON object."""
         self._body = body
         self._end = len(body)
         self._values: dict[str, object] = {}
@@ -40,11 +40,11 @@ class MovedBody:
         return name in self._names
 
     def get(self, name: str) -> object:
-        """A member's value, one of those that a move reads; of two with one name the last, as engines read it."""
+        """The value of a member that a move reads. If a name occurs twice the last one counts, as for engines."""
         return self._values.get(name)
 
     def with_members(self, members: dict[str, object]) -> bytes:
-        """The same object with these members, which count instead of those that it has by the same names."""
+        """The same object with these members added; they override members of the same names."""
         added = json.dumps(members, separators=(",", ":")).encode()
         return b"".join((memoryview(self._body)[: self._end], b",", memoryview(added)[1:]))
 

@@ -1,7 +1,7 @@
 """Carries out one live migration: asks the source, has the target catch up, switches. Decides nothing; data path.
 
-``core/migration.py`` says what comes next. The source's stream flows to the client all the while, but for the switch:
-then it is held, not closed, until the target is seen to go on; if that fails the client gets what was held.
+``core/migration.py`` decides each step. The source's stream flows to the client throughout, except during the switch:
+then it is held, but not closed, until the target is seen to continue; if that fails, the client gets what was held.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
 logger = logging.getLogger(__name__)
 
 GIVEN_S_MAX = 0.25
-"""For an event of the source, right after which its stream is held."""
+"""Longest wait for the source's next event, right after which its stream is held."""
 PROOF_PAUSE_S = 0.01
 PROOF_PAUSE_S_MAX = 0.05
 _RESUME = "resume"
 
 
 class Mover:
-    """One order for one request. ``run`` is its task's body; cancelled, it leaves nothing at the target."""
+    """Carries out one order for one request. ``run`` is its task; cancelling that leaves nothing at the target."""
 
     def __init__(self, leg: Leg, order: MoveOrder, gate: Gate, *, upstream: Upstream, settings: MoveSettings) -> None:
         self._leg = leg
@@ -69,7 +69,7 @@ class Mover:
         self._migration: Migration | None = None
 
     async def run(self) -> None:
-        """Follow the order to its end and tell the gate."""
+        """Carry out the order and report the result to the gate."""
         try:
             async with asyncio.timeout(self._settings.move_s_max):
                 await self._drive()
@@ -79,7 +79,7 @@ class Mover:
             self._fail(str(problem), is_lasting=False)
         except NotMovable as problem:
             self._fail(str(problem), is_lasting=True)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:  # another version's routes say other things
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # an engine of another version may differ
             self._fail(f"an engine's answer is not understood: {error!r}", is_lasting=True)
         finally:
             if self._answer is not None:
@@ -155,7 +155,7 @@ class Mover:
         return Filled(seconds)
 
     def _fill_body(self, tokens: list[int]) -> bytes:
-        """One token after these, of the same adapter and the same part of the prefix cache."""
+        """A request for one token after these, with the same adapter and the same part of the prefix cache."""
         assert self._body is not None
         body = {"model": self._source.model, "prompt": tokens, "max_tokens": 1, "temperature": 0.0}
         if "cache_salt" in self._body:
@@ -196,7 +196,7 @@ class Mover:
         )
 
     async def _wait_went_on(self, owned: int) -> MigrationEvent:
-        """Until the target has generated a token, ended, or refused. It may stand in the target's queue till then."""
+        """Wait until the target has generated a token, ended, or refused. It may be queued there until then."""
         assert self._answer is not None
         pause_s = PROOF_PAUSE_S
         while True:
@@ -212,9 +212,9 @@ class Mover:
             pause_s = min(1.5 * pause_s, PROOF_PAUSE_S_MAX)
 
     async def _judged(self, answer: EngineConnection) -> MigrationEvent | None:
-        """What the head of an answer says, or the whole of it; None if it only begins."""
+        """The event that the head of the target's answer, or the whole answer, amounts to; None if it just began."""
         if answer.status != 200:
-            self._answer = None  # its connection is given back when it is read
+            self._answer = None  # ``read_reply`` gives its connection back
             reply: Reply = await read_reply(answer)
             return Refused(f"the target answers {reply.status}: {reply.problem}")
         if not answer.is_whole:

@@ -1,4 +1,7 @@
-"""What the core wants of nodes, as orders to their agents: starts, ends, and where checkpoints are to be. One loop."""
+"""Turns the core's actions into orders to node agents: start, stop, prefetch and copy checkpoints.
+
+Runs on the controller's loop.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ NodeAction = StartReplica | StopReplica | PrefetchModel | CopyCheckpoint
 
 
 class NodeOrders:
-    """Gives orders to members; the controller changes both mappings.
+    """Gives orders to members. The controller keeps both mappings up to date.
 
     Args:
-        directory: engines' working directory.
+        directory: the engines' working directory.
     """
 
     def __init__(self, members: Mapping[str, Member], models: Mapping[str, ModelConfig], directory: Path) -> None:
@@ -28,7 +31,7 @@ class NodeOrders:
         self.directory = directory
 
     def give(self, action: NodeAction) -> None:
-        """What follows is told by the member."""
+        """Carry out an action; the member reports the results as events."""
         member = self._members[action.node]
         match action:
             case StartReplica():
@@ -49,7 +52,7 @@ class NodeOrders:
                     member.engines.copy(peer)
 
     def _peer_of(self, model: ModelConfig, member: Member) -> str | None:
-        """Where a start there could pull its checkpoint from; None if it has it, or nobody has."""
+        """Where a start on the node can pull its checkpoint from; None if the node has it, or no other node does."""
         if member.checkpoint_of(model) is not None:
             return None
         others = (one.checkpoint_url(model) for one in self._members.values() if one is not member)

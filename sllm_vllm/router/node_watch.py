@@ -1,4 +1,4 @@
-"""The controller's view of a node: reads its report now and then, and at once when something may have changed it."""
+"""The controller's view of a node: reads its report regularly, and at once when something may have changed it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 5.0
 REPORTS_PER_S_MAX = 20.0
-"""Of all nodes: with more than a hundred each is asked less often. What happens on one is told at once, in any case."""
+"""For all nodes together: with more than a hundred, each is asked less often. Events of a node still come at once."""
 PAUSE_S = 0.1
-"""Least time between two reports, however much happens."""
+"""Shortest time between two reports of a node, however much happens."""
 WARM_S = 60.0
-"""Longest wait for a warm parent before it is asked for again."""
+"""How long one call waits for a warm parent before the node is asked again."""
 PREFETCH_IN_VAIN_MAX = 8
-"""Looks at one that does not grow: some ten seconds."""
+"""A prefetch is no longer followed after so many looks without progress, about ten seconds."""
 _PREFETCH_PAUSE_S = 0.1
 _PREFETCH_PAUSE_S_MAX = 2.0
 
 
 class NodeWatch:
-    """One node's reports, as events of the core. Lives on the controller's loop.
+    """Turns one node's reports into events of the core. Runs on the controller's loop.
 
     Args:
-        models: those that are served; read at every report.
-        tell: gets the events.
+        models: the served models; read at every report.
+        tell: called with the events.
         on_lost: called when the agent does not answer.
-        num_nodes: how many there are.
+        num_nodes: returns the number of nodes.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class NodeWatch:
         self._tell = tell
         self._stale = asyncio.Event()
         self._checkpoints: dict[str, CheckpointReport] = {}
-        """Of the last report, by model."""
+        """Those in the last report, by model."""
         self._tiers: dict[str, Tier] = {}
         self._prefetches: dict[str, asyncio.Task[None]] = {}
 
     async def join(self, find: Callable[[NodeReport], tuple[FoundReplica, ...]]) -> None:
-        """Ask for the first report, and take the node in with it.
+        """Ask for the first report, and announce the node to the core with it.
 
         Args:
-            find: says which of the replicas in it are taken over.
+            find: returns the replicas in the report that are taken over.
 
         Raises:
-            NodeError: there is none.
+            NodeError: there is no report.
         """
         report = await self._node.report()
         first = await self._taken(report)
@@ -80,7 +80,7 @@ class NodeWatch:
         self._tell(first)
 
     async def follow_report(self) -> None:
-        """Wait for the next report's time, or for a reason to look now, and read it: a step of a run loop."""
+        """Wait until the next report is due or ``refresh`` is called, and read it: one step of a run loop."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(REPORT_S, self._num_nodes() / REPORTS_PER_S_MAX)):
                 await self._stale.wait()
@@ -96,7 +96,7 @@ class NodeWatch:
         await asyncio.sleep(PAUSE_S)
 
     async def follow_warm(self) -> None:
-        """Tell of a warm parent as soon as it has imported, and not with the next report: a step of a run loop."""
+        """Refresh as soon as a warm parent is ready, not only with the next regular report: one step of a run loop."""
         try:
             is_warm = await self._node.wait_warm(WARM_S)
         except NodeUnavailable as error:
@@ -104,30 +104,30 @@ class NodeWatch:
         else:
             if is_warm and self.report is not None and self.report.warm.pid is None:
                 self.refresh()
-        await asyncio.sleep(REPORT_S)  # one that is there is asked for again, and one that never comes, too
+        await asyncio.sleep(REPORT_S)  # a parent that is ready, or never will be, is asked for again and again
 
     def what_is_known(self, model: ModelConfig) -> tuple[Mapping[str, Tier], int]:
-        """Where a model's weights are by node, and their bytes, as the last report has it; nothing and 0 if not."""
+        """The tiers of a model's weights by node, and their bytes, from the last report; empty and 0 if unknown."""
         checkpoint = _checkpoint_of(model, self._checkpoints)
         return ({}, 0) if checkpoint is None else ({self._name: _tier_of(checkpoint)}, checkpoint.nbytes)
 
     def checkpoint_of(self, model: ModelConfig) -> CheckpointReport | None:
-        """A model's checkpoint, as the last report has it."""
+        """A model's checkpoint, according to the last report."""
         return _checkpoint_of(model, self._checkpoints)
 
     def refresh(self) -> None:
-        """A start, an end or a prefetch may have moved a checkpoint: read the report now."""
+        """Read the report now: a start, an end or a prefetch may have moved a checkpoint."""
         self._stale.set()
 
     def prefetch_ordered(self, model: str) -> None:
-        """A model's checkpoint is on its way into memory: look often until it is there, as the store does not tell."""
+        """Look often until a model's checkpoint is in memory, because the store does not announce it."""
         if model not in self._prefetches:
             task = asyncio.get_running_loop().create_task(self._follow_prefetch(model))
             self._prefetches[model] = task
             task.add_done_callback(lambda _: self._prefetches.pop(model, None))
 
     async def close(self) -> None:
-        """Follow no prefetch any more."""
+        """Stop following prefetches."""
         tasks = list(self._prefetches.values())
         for task in tasks:
             task.cancel()
@@ -135,9 +135,9 @@ class NodeWatch:
 
     async def _follow_prefetch(self, model: str) -> None:
         pause_s, num_in_vain, resident = _PREFETCH_PAUSE_S, 0, -1
-        while self._tiers.get(model, Tier.REMOTE) is Tier.DISK:  # elsewhere there is nothing to be read
+        while self._tiers.get(model, Tier.REMOTE) is Tier.DISK:  # on other tiers there is nothing to read ahead
             if self.report is None or self.report.store or num_in_vain > PREFETCH_IN_VAIN_MAX:
-                return  # there is no store, or it has other things to do
+                return  # there is no store, or it is busy with other work
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _PREFETCH_PAUSE_S_MAX)
             self.refresh()
@@ -169,7 +169,7 @@ class NodeWatch:
 
 
 def _names_of(checkpoint: CheckpointReport) -> set[str]:
-    """The name that the model had, and its plain path if that was a path: thousands need one look each."""
+    """The model's name, and its normalized path if it is one. With both as keys, a model needs only one look-up."""
     name = checkpoint.model
     return {name, os.path.normpath(name)} if name and os.path.isabs(name) else {name} if name else set()
 
@@ -187,6 +187,6 @@ def _tier_of(checkpoint: CheckpointReport) -> Tier:
 
 
 def _hops_of(report: NodeReport) -> dict[Tier, float]:
-    """What the store measured of its disk; a load from there can't be faster."""
+    """The store's measured disk speed, which no load from disk can exceed."""
     bps = report.hops.get("disk", {}).get("bps")
     return {Tier.DISK: bps} if isinstance(bps, int | float) and bps > 0 else {}

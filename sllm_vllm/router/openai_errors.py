@@ -1,6 +1,6 @@
-"""Errors as clients know them: status, body, and the event that ends a stream. Pure.
+"""Errors in the form that clients expect: status, body, and the event that ends a stream. Pure.
 
-Below /v1/messages they have Anthropic's form, everywhere else OpenAI's.
+Paths below /v1/messages get Anthropic's form, all others OpenAI's.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _ANTHROPIC_KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""By status; any other is an ``invalid_request_error``, which Anthropic calls as OpenAI does."""
+"""By status; all others are ``invalid_request_error``, which has the same name in both APIs."""
 
 
 class ApiError(Exception):
-    """An answer that is an error. ``headers`` go with it; ``closes``: so does the connection."""
+    """An error to answer with. ``headers``: sent with it; ``closes``: the connection closes after it."""
 
     def __init__(
         self, status: int, message: str, *, kind: str = INVALID, param: str | None = None, code: str | None = None
@@ -48,16 +48,16 @@ class ApiError(Exception):
 
     @property
     def body(self) -> bytes:
-        """The whole answer."""
+        """The body of the answer, in OpenAI's form."""
         return json.dumps({"error": self.record}).encode()
 
     @property
     def record(self) -> dict[str, object]:
-        """What stands under ``error``."""
+        """The value of ``error`` in OpenAI's form."""
         return {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
 
     def body_for(self, path: str) -> bytes:
-        """The whole answer, as clients of a path read it."""
+        """The body of the answer, in the form that clients of a path expect."""
         return self._anthropic_body if is_anthropic(path) else self.body
 
     @property
@@ -66,7 +66,7 @@ class ApiError(Exception):
         return json.dumps({"type": "error", "error": error}).encode()
 
     def event(self, path: str) -> bytes:
-        """The last event of a stream that breaks, as clients of a path read it."""
+        """The last event of a stream that fails, in the form that clients of a path expect."""
         if is_anthropic(path):
             return b"event: error\ndata: " + self._anthropic_body + b"\n\n"
         if path.startswith(_NAMED_EVENTS):
@@ -74,25 +74,25 @@ class ApiError(Exception):
         return b"data: " + self.body + b"\n\n"
 
     def closing(self) -> ApiError:
-        """Itself, and the client's connection ends after it: its body was not read to the end."""
+        """Close the client's connection after the error, because the body was not read to the end. Returns itself."""
         self.closes = True
         return self
 
 
 def is_anthropic(path: str) -> bool:
-    """Whether a path is of Anthropic's API. A query may follow it."""
+    """Whether a path, with or without a query, belongs to Anthropic's API."""
     path = path.partition("?")[0]
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def not_served(model: str, path: str) -> ApiError:
-    """404 for a route that the model's engines lack: they serve other tasks."""
+    """404 for a route that the model's engines lack because they serve another task."""
     message = f"The model `{model[:NAME_CHARS_MAX]}` does not serve {path[:NAME_CHARS_MAX]}: its task is another."
     return ApiError(404, message, code="route_not_served")
 
 
 def rejection(rejected: Rejected) -> ApiError:
-    """How the gate's refusal is told. 429 and 503 always say when to come again."""
+    """The error for a refusal of the gate. 429 and 503 always say when to retry."""
     error = ApiError(rejected.status, rejected.message, kind=rejected.kind, code=rejected.code)
     if rejected.status in {429, 503} or rejected.retry_after_s is not None:
         seconds = max(1, math.ceil(rejected.retry_after_s or 1))
@@ -101,7 +101,7 @@ def rejection(rejected: Rejected) -> ApiError:
 
 
 def unknown_model(model: str, known: Sequence[str]) -> ApiError:
-    """404 that names the models there are."""
+    """404 that lists the served models."""
     shown = ", ".join(known[:NAMES_SHOWN_MAX]) or "none"
     more = f" and {len(known) - NAMES_SHOWN_MAX} more" if len(known) > NAMES_SHOWN_MAX else ""
     message = f"The model `{model[:NAME_CHARS_MAX]}` does not exist. Served are: {shown}{more}."
@@ -109,34 +109,34 @@ def unknown_model(model: str, known: Sequence[str]) -> ApiError:
 
 
 def unauthorized() -> ApiError:
-    """401, whatever is wrong with the key."""
+    """401, the same for a missing key and a wrong one."""
     error = ApiError(401, "The API key is missing or wrong.", kind="authentication_error", code="invalid_api_key")
     error.headers.append((b"www-authenticate", b"Bearer"))
     return error
 
 
 def no_such_path(path: str) -> ApiError:
-    """404 for what is not served here."""
+    """404 for a path that is not served."""
     return ApiError(404, f"There is nothing at {path[:NAME_CHARS_MAX]}.", code="not_found")
 
 
 def wrong_method(method: str, allowed: Sequence[str]) -> ApiError:
-    """405 with what would be right."""
+    """405 that names the allowed methods."""
     error = ApiError(405, f"{method[:NAME_CHARS_MAX]} is not possible here, only {', '.join(allowed)}.")
     error.headers.append((b"allow", ", ".join(allowed).encode()))
     return error
 
 
 def engine_failed(problem: str) -> ApiError:
-    """502: the engine broke off or could not be reached, after a retry if one was possible."""
+    """502: the engine's answer broke off or it could not be reached, after a retry if one was possible."""
     return ApiError(502, f"The engine failed: {problem}.", kind=SERVER, code="engine_failed")
 
 
 def timed_out(problem: str) -> ApiError:
-    """504 for any time that is over."""
+    """504 for any timeout."""
     return ApiError(504, f"It took too long: {problem}.", kind="timeout_error", code="timeout")
 
 
 def overloaded(problem: str) -> ApiError:
-    """503 before the gate was even asked."""
+    """503 for a request that is refused before the gate is asked."""
     return rejection(Rejected(503, "overloaded_error", f"The router is full: {problem}.", code="overloaded"))

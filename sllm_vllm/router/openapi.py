@@ -1,4 +1,4 @@
-"""The OpenAPI document of the ingress: its own routes, its errors, and what it reads of engines' requests. Pure."""
+"""The OpenAPI document of the ingress: its own routes, its errors, and the main fields of engine requests. Pure."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ _PROMPTS: dict[str, Schema] = {
     "/tokenize": {"prompt": {}},
     "/v2/rerank": {"query": {}, "documents": {}},
 }
-"""The paths of engines that are written down; more below /v1/ are passed on."""
+"""The engine paths that are documented, with fields of their bodies. More paths below /v1/ are passed on."""
 
 
 def openapi_document() -> Schema:
-    """The whole document, made anew."""
+    """Build the whole document."""
     model_parameter = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     own = {
         "/health": _get("Whether this process is well", {}, is_open=True),

@@ -1,6 +1,6 @@
-"""What keeps the loop's pauses short where there are thousands of models: slices of work, and Python's collector.
+"""Keeps the event loop's pauses short with thousands of models: work in slices, and less garbage collection.
 
-A full collection of ten thousand models stops every thread for a quarter of a second.
+A full garbage collection with ten thousand models stops every thread for a quarter of a second.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 SLICE_S = 0.005
-"""Longest that work on many things keeps the loop from requests."""
+"""How long one slice of work may keep the loop from requests."""
 
 Item = TypeVar("Item")
 
 
 async def in_slices(items: Iterable[Item]) -> AsyncIterator[Item]:
-    """The items; between them other tasks run every ``SLICE_S``, so what the items are made from may change."""
+    """Yield the items. Every ``SLICE_S`` other tasks run in between, and may change what the items come from."""
     rest_s = time.monotonic() + SLICE_S
     for item in items:
         yield item
@@ -30,7 +30,7 @@ async def in_slices(items: Iterable[Item]) -> AsyncIterator[Item]:
 
 
 async def json_of_many(key: str, records: Iterable[Mapping[str, object]], **others: object) -> bytes:
-    """A JSON object with a list of records under ``key``, and ``others`` before it."""
+    """A JSON object with ``others`` and, after them, the list of records under ``key``; encoded in slices."""
     parts = [json.dumps(record, allow_nan=False) async for record in in_slices(records)]
     head = json.dumps({**others, key: []}).removesuffix("]}")
     return f"{head}{', '.join(parts)}]}}".encode()
@@ -38,12 +38,12 @@ async def json_of_many(key: str, records: Iterable[Mapping[str, object]], **othe
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
-    """No garbage collection while a thread makes very many objects, nor later of those: it must not last long.
+    """Turn garbage collection off while a thread creates very many objects, and exempt those for good. Keep it short.
 
-    Cycles of garbage made meanwhile are never freed; what is in no cycle is freed as usual.
+    Cyclic garbage made meanwhile is never freed; objects that are in no cycle are freed as usual.
     """
     was_on = gc.isenabled()
-    gc.collect(1)  # the young ones, or they would stay
+    gc.collect(1)  # collect young garbage first, or ``gc.freeze`` would keep it
     gc.disable()
     try:
         yield
@@ -54,6 +54,6 @@ def no_collections() -> Iterator[None]:
 
 
 def freeze_heap() -> None:
-    """Collect once, and leave what is alive now out of later collections: call it after a start, before serving."""
+    """Collect once, and exempt what is alive from later collections. Call it after the start, before serving."""
     gc.collect()
     gc.freeze()

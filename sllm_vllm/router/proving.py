@@ -1,6 +1,7 @@
-"""Whether an engine has begun to generate an answer of which nothing is seen yet: a plain one comes whole. Data path.
+"""Finds out whether an engine has begun to generate an answer before any of it arrives. Data path.
 
-What an engine has begun to answer it does not die of, most likely; see ``core/deaths.py``.
+A plain answer arrives only when it is whole. A request that an engine has begun to answer is unlikely to be what it
+dies of; see ``core/deaths.py``.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from sllm_vllm.router.leg import Leg
 from sllm_vllm.router.upstream import EngineFailed
 
 FIRST_PAUSE_S = 0.5
-"""Most answers have begun by then, and nobody is asked."""
+"""Most answers have begun by then, so that the engine is not asked."""
 PAUSE_S_MAX = 5.0
 
 
 class Proving:
-    """Asks the engine of one leg, more and more rarely, until it has a token or ``cancel`` is called."""
+    """Asks one leg's engine, less and less often, until it has generated a token or ``cancel`` is called."""
 
     def __init__(self, leg: Leg, gate: Gate, api: EngineApi) -> None:
         self._leg = leg
@@ -29,12 +30,12 @@ class Proving:
         self._pause_s = FIRST_PAUSE_S
 
     def begin(self) -> None:
-        """Ask after a while."""
+        """Ask after a pause."""
         self._timer = asyncio.get_running_loop().call_later(self._pause_s, self._ask_soon)
         self._pause_s = min(2 * self._pause_s, PAUSE_S_MAX)
 
     def cancel(self) -> None:
-        """Ask no more."""
+        """Stop asking."""
         if self._timer is not None:
             self._timer.cancel()
         if self._asking is not None:
@@ -46,7 +47,7 @@ class Proving:
     async def _ask(self) -> None:
         try:
             num = await self._api.num_output_tokens(self._leg.ticket, self._leg.asked.shown)
-        except EngineFailed:  # its own connection will tell
+        except EngineFailed:  # the leg's own connection reports the failure
             return
         if num:
             self._gate.first_token(self._leg.ticket)
