@@ -1,6 +1,6 @@
-"""sllm-vllm makes stock vLLM serverless: fast weights now, many models on few GPUs as the goal.
+"""sllm-vllm makes stock vLLM serverless: weights that load fast, and many models on few GPUs.
 
-Importing this package loads neither torch nor vLLM nor Ray; take what you need from its modules.
+Importing this package imports neither torch nor vLLM nor Ray; import what you need from its modules.
 """
 
 __version__ = "0.1.0"

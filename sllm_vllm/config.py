@@ -1,4 +1,4 @@
-"""Every knob of this package, validated, and the only place that reads the environment. Pure but for that."""
+"""This package's settings and their validation, and the only module that reads the environment. Otherwise pure."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ CHUNK_NBYTES_DEFAULT = 16 * MIB
 CHUNK_NBYTES_MIN = 4 * KIB
 CHUNK_NBYTES_MAX = GIB
 MANIFEST_NBYTES_MAX = 32 * MIB
-"""A model of 1 TB with 100,000 tensors and chunks of 16 MiB takes 18 MB."""
+"""Largest manifest; that of a 1 TB model with 100,000 tensors and chunks of 16 MiB takes 18 MB."""
 MANIFEST_MARKS_MAX = 1 << 21
-"""Brackets, braces, commas and colons of a manifest or a header, which bound the values that reading it makes; that
-model has 1.8 million."""
+"""Most brackets, braces, commas and colons in a manifest or a header. Their number bounds the number of values that
+parsing it creates. The 1 TB model above has 1.8 million."""
 HEADER_NBYTES_MAX = MANIFEST_NBYTES_MAX
-"""Largest header of a partition: it says less of each tensor than the manifest does."""
+"""Largest header of a partition: it holds less about each tensor than the manifest does."""
 SOURCE_FILES_MAX = 10_000
-"""Most entries of one folder of source weights."""
+"""Most entries in one folder of source weights."""
 SOURCE_RECORD_NBYTES_MAX = 16 * MIB
-"""Largest record of what was seen of one model's source files."""
+"""Largest record of one model's source files."""
 STORE_STATE_DIR = ".store"
-"""Folder inside the directory of checkpoints that belongs to the store's daemon: socket, lock, calibration, pins."""
+"""The store daemon's own folder inside the checkpoint directory: socket, lock, calibration, pins."""
 ADMIN_KEY_VARIABLE = "SLLM_ADMIN_KEY"
-"""Holds an operator's key for the commands of the router."""
+"""Environment variable that holds an operator's key for the router's commands."""
 REQUEST_NBYTES_MAX = 256 * KIB
 REPLY_NBYTES_MAX = 16 * MIB
-"""Largest message to, and from, the store's daemon."""
+"""Largest request to the store's daemon, and largest reply from it."""
 
 
 def default_store_dir() -> Path:
-    """Where checkpoints are kept: ``SLLM_STORE_DIR``, else ``sllm-vllm/checkpoints`` in the user's cache."""
+    """The checkpoint directory: ``SLLM_STORE_DIR``, else ``sllm-vllm/checkpoints`` in the user's cache."""
     if explicit := os.environ.get("SLLM_STORE_DIR"):
         return Path(explicit).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -45,7 +45,7 @@ def default_store_dir() -> Path:
 
 
 def default_node_dir() -> Path:
-    """Where the node agent lives: ``SLLM_NODE_DIR``, else ``sllm-vllm/node`` in the user's state directory."""
+    """The node agent's directory: ``SLLM_NODE_DIR``, else ``sllm-vllm/node`` in the user's state directory."""
     if explicit := os.environ.get("SLLM_NODE_DIR"):
         return Path(explicit).expanduser()
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -53,33 +53,34 @@ def default_node_dir() -> Path:
 
 
 def read_variable(name: str) -> str | None:
-    """An environment variable that a configuration names; None if it is not set."""
+    """Value of an environment variable that a configuration names; None if it is not set."""
     return os.environ.get(name)
 
 
 def router_config_path() -> str | None:
-    """What SLLM_ROUTER_CONFIG says: the router's configuration, for a Serve application without arguments."""
+    """Value of ``SLLM_ROUTER_CONFIG``: the router's configuration, for a Serve application without arguments."""
     return os.environ.get("SLLM_ROUTER_CONFIG")
 
 
 def visible_gpus() -> str | None:
-    """What CUDA_VISIBLE_DEVICES says; None if it says nothing."""
+    """Value of ``CUDA_VISIBLE_DEVICES``; None if it is not set."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def is_migration_wanted() -> bool:
-    """Whether ``SLLM_MIGRATION`` is 1: hooks into vLLM, and other random numbers for seeded requests than stock has."""
+    """Whether ``SLLM_MIGRATION`` is 1: vLLM is hooked, and seeded requests draw other random numbers than in stock."""
     return os.environ.get("SLLM_MIGRATION") == "1"
 
 
 def child_environment(**overrides: str) -> dict[str, str]:
-    """This process's environment for a child, with some variables set."""
+    """This process's environment, with ``overrides``, for a child."""
     return {**os.environ, **overrides}
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY`` name for a URL, if any."""
-    from urllib.request import getproxies, proxy_bypass  # a third of a second, for those who reach out alone
+    """The proxy that ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY`` give for a URL, if any."""
+    # Imported here because it takes a third of a second, which only processes that use the network should pay.
+    from urllib.request import getproxies, proxy_bypass
 
     parts, proxies = urlsplit(url), getproxies()
     if not proxies or proxy_bypass(parts.netloc.rpartition("@")[2]):
@@ -88,7 +89,11 @@ def proxy_for(url: str) -> str | None:
 
 
 def engine_environment(secret_variables: Collection[str], **overrides: str) -> dict[str, str]:
-    """This process's environment for engines and their warm parent: without the variables that hold a key of ours."""
+    """This process's environment for engines and their warm parent, without the variables that hold our keys.
+
+    Args:
+        secret_variables: names of further variables that hold keys.
+    """
     hidden = {ADMIN_KEY_VARIABLE, *secret_variables}
     return {name: value for name, value in child_environment(**overrides).items() if name not in hidden}
 
@@ -101,13 +106,13 @@ def default_store_socket(store_dir: Path) -> Path:
 
 
 def replace_environment(environment: Mapping[str, str]) -> None:
-    """Make ``environment`` this process's own, whole: for a process that was forked to be another program."""
+    """Replace this process's whole environment: for a process that was forked to become another program."""
     os.environ.clear()
     os.environ.update(environment)
 
 
 class LoaderConfig(BaseModel):
-    """What ``--model-loader-extra-config`` may hold with ``--load-format sllm``."""
+    """Keys of ``--model-loader-extra-config`` with ``--load-format sllm``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -145,7 +150,7 @@ class LoaderConfig(BaseModel):
         """Validate vLLM's ``model_loader_extra_config``.
 
         Raises:
-            ConfigError: names the first wrong key; for an unknown one, also the known ones.
+            ConfigError: a key is unknown or has an invalid value; the message names it and the known keys.
         """
         try:
             return cls.model_validate(dict(extra or {}))
@@ -158,7 +163,7 @@ class LoaderConfig(BaseModel):
 
 
 class StoreConfig(BaseModel):
-    """What ``sllm-vllm store serve`` may be told."""
+    """Settings of ``sllm-vllm store serve``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -197,22 +202,22 @@ class StoreConfig(BaseModel):
 
     @property
     def socket_path(self) -> Path:
-        """Where the daemon listens."""
+        """The daemon's Unix socket."""
         return self.socket or default_store_socket(self.store_dir)
 
     @property
     def state_dir(self) -> Path:
-        """The daemon's own folder, mode 0700."""
+        """The daemon's own folder; its mode is 0700."""
         return self.store_dir / STORE_STATE_DIR
 
     @property
     def num_slots(self) -> int:
-        """Slots of the pool."""
+        """Number of slots in the pool."""
         return self.memory_bytes // self.slot_bytes
 
 
 class NodeConfig(BaseModel):
-    """What ``sllm-vllm node serve`` may be told."""
+    """Settings of ``sllm-vllm node serve``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -292,25 +297,25 @@ class NodeConfig(BaseModel):
 
     @property
     def has_engine_sockets(self) -> bool:
-        """Whether an engine whose router can reach a Unix socket listens on one."""
+        """Whether engines listen on Unix sockets where the router can reach those."""
         return self.engine_command is None if self.engine_sockets is None else self.engine_sockets
 
     @property
     def socket_path(self) -> Path:
-        """Where the agent listens."""
+        """The agent's Unix socket."""
         return self.node_dir / "socket"
 
     @property
     def log_dir(self) -> Path:
-        """Engines' logs."""
+        """Directory of the engines' logs."""
         return self.node_dir / "logs"
 
     @property
     def imports_path(self) -> Path:
-        """What warm parents' imports and cold starts took."""
+        """Record of how long warm parents' imports and cold starts took."""
         return self.node_dir / "imports.json"
 
     @property
     def record_path(self) -> Path:
-        """The engines that run, for whoever has to end them after the agent."""
+        """Record of the running engines, so that they can be ended if the agent dies."""
         return self.node_dir / "engines"

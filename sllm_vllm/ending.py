@@ -1,4 +1,4 @@
-"""When and why a daemon ends: it was stopped, or a part that it needs can't work any more."""
+"""When and why a daemon ends: it was stopped, or a part that it needs has failed for good."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ OVERDUE_STATUS = 1
 
 
 class Stopped(Exception):
-    """A daemon was stopped while it started."""
+    """The daemon was stopped during its startup."""
 
 
 class Ending:
-    """What a daemon waits for. Lives on its loop, which runs in the main thread.
+    """The event that ends a daemon. Lives on the daemon's event loop, which must run in the main thread.
+
+    Handles SIGTERM and SIGINT.
 
     Args:
-        within_s: after SIGTERM or SIGINT the process is gone within this time, even if a system call blocks it.
+        within_s: seconds after SIGTERM or SIGINT at which the process is ended by force, even if a system call
+            blocks it.
     """
 
     def __init__(self, *, within_s: float) -> None:
@@ -38,35 +41,35 @@ class Ending:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-            # Called in the main thread also where a system call blocks the loop, which then never calls `stop`.
+            # A plain handler also runs while a system call blocks the loop, and then the loop never calls `stop`.
             signal.signal(number, self._arm)
 
     def stop(self) -> None:
-        """End the daemon as it was asked to."""
+        """End the daemon without an error."""
         self._ended.set()
         if self._starting is not None:
             self._starting.cancel()
 
     def fail(self, reason: str) -> None:
-        """End it because it can't work any more; the first reason counts."""
+        """End the daemon with an error. Only the first reason is kept."""
         self._reason = self._reason or reason
         self.stop()
 
     @property
     def has_begun(self) -> bool:
-        """Whether the daemon has to end."""
+        """Whether the daemon is to end."""
         return self._ended.is_set()
 
     async def wait(self) -> None:
-        """Return when the daemon has to end."""
+        """Return when the daemon is to end."""
         await self._ended.wait()
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """What is done inside ends when the daemon is stopped.
+        """Cancel the block when the daemon is stopped during it.
 
         Raises:
-            Stopped: it was.
+            Stopped: the daemon was stopped.
         """
         self._starting = asyncio.current_task()
         try:
@@ -79,10 +82,10 @@ class Ending:
             self._starting = None
 
     def check(self) -> None:
-        """Tell how it ended, once everything is closed.
+        """Raise the reason given to ``fail``, if any. Called once everything is closed.
 
         Raises:
-            DaemonFailed: it can't work any more.
+            DaemonFailed: ``fail`` was called.
         """
         if self._reason:
             raise DaemonFailed(f"ended because {self._reason}")

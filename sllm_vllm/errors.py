@@ -1,39 +1,39 @@
-"""Every error of this package: one class for each way a caller can react.
+"""All errors of this package: one class for each way in which a caller can react.
 
 ::
 
     SllmError
-    ├── ConfigError              a setting is wrong: the user mends it
-    │   └── SourceMissing        a model's weights are not there: they may be downloaded by the load
-    ├── CheckpointError          a checkpoint can't be used; every message names the file and the mend
-    │   ├── CheckpointMissing    there is none: load the stock way and convert
+    ├── ConfigError              a setting is wrong: the user fixes it
+    │   └── SourceMissing        a model's weights are not on this machine: the load may download them
+    ├── CheckpointError          a checkpoint can't be used; every message names the file and the fix
+    │   ├── CheckpointMissing    it does not exist: load the stock way and convert
     │   ├── CheckpointInvalid    its manifest or a header breaks the format: convert again
-    │   ├── CheckpointCorrupt    its bytes are not those that were written: remove it, convert again
-    │   ├── CheckpointUnreadable the system refuses to read it: mend the permissions
+    │   ├── CheckpointCorrupt    its bytes differ from those that were written: remove it, convert again
+    │   ├── CheckpointUnreadable the system refuses to read it: fix the permissions
     │   ├── SourceChanged        it was loaded, but its source has other weights now: start again
-    │   └── LayoutMismatch       it is sound, but for another model, dtype or parallel size
-    ├── WriteError               a checkpoint can't be written: serve on, unconverted
+    │   └── LayoutMismatch       it is intact, but made for another model, dtype or parallel size
+    ├── WriteError               a checkpoint can't be written: keep serving, unconverted
     │   ├── DiskFull
     │   ├── NotConvertible       this module can't be stored: load it the stock way each time
-    │   └── WriterBusy           another process is writing the same checkpoint right now
-    ├── NotExportable            this layout has no way back to Hugging Face names
-    ├── StoreError               the store on this machine does not help; a load goes on without it
-    │   ├── StoreUnavailable     no daemon answers, or it ended in the middle: read the disk in this process
-    │   ├── StoreRefused         a daemon answers, but not to this: another version, user or chunk size
+    │   └── WriterBusy           another process is writing the same checkpoint
+    ├── NotExportable            this layout can't be converted back to Hugging Face names
+    ├── StoreError               this machine's store can't be used; a load continues without it
+    │   ├── StoreUnavailable     no daemon answers, or it ended during the load: read the disk in this process
+    │   ├── StoreRefused         the daemon refuses: another version, user or chunk size
     │   └── StoreBusy            another daemon owns the socket: this one must not start
     ├── RemoteError              a remote source does not deliver; retries are used up
     │   ├── RemoteMissing        it has no such checkpoint
     │   ├── RemoteUnreachable    it can't be reached, or stalls: try again later
-    │   │   └── RemoteRefused    it answers and refuses: mend the credentials or the request
-    │   └── RemoteCorrupt        what it delivers is not what the manifest says
-    ├── DaemonFailed             a daemon has ended because a part of it can't work
-    └── NodeError                the node agent does not do what was asked
+    │   │   └── RemoteRefused    it answers and refuses: fix the credentials or the request
+    │   └── RemoteCorrupt        what it delivers differs from what the manifest says
+    ├── DaemonFailed             a daemon has ended because one of its parts failed for good
+    └── NodeError                the node agent does not do what it was asked to
         ├── NodeUnavailable      no agent answers: start one
         ├── NodeBusy             another agent owns the directory: this one must not start
-        ├── OrderRefused         no slot is free, a port is taken, an argument is not allowed: order otherwise
-        └── ReplicaUnknown       there is no such replica (any more)
+        ├── OrderRefused         no slot is free, a port is taken, an argument is not allowed: change the order
+        └── ReplicaUnknown       there is no such replica, or no longer
 
-Pure. Raised everywhere, caught by class.
+Pure. Raised in all packages, caught by class.
 """
 
 from __future__ import annotations
@@ -43,14 +43,11 @@ from os import PathLike
 
 
 class SllmError(Exception):
-    """Root of the tree. ``str()`` is one line that says what, where, and the fix.
-
-    ``lines``: the same for people; an error about several things has a line for each.
-    """
+    """Base class of all errors of this package. ``str()`` is one line that names the place, the problem and the fix."""
 
     @property
     def lines(self) -> Sequence[str]:
-        """What the command line prints."""
+        """The lines that the command line prints: one for each thing that is wrong."""
         return (str(self),)
 
 
@@ -59,7 +56,7 @@ class ConfigError(SllmError):
 
 
 class SourceMissing(ConfigError):
-    """A model's directory is not there, or has no weights: they may still be to be downloaded."""
+    """A model's directory does not exist or has no weights, perhaps because they were not downloaded yet."""
 
 
 class _PathError(SllmError):
@@ -74,7 +71,7 @@ class _PathError(SllmError):
 
 
 def _restored(kind: type[_PathError], told: tuple[str, str, str]) -> _PathError:
-    """What pickling makes of an error: a process pool hands it to its parent."""
+    """Rebuild an unpickled error; a process pool's workers send errors to the parent pickled."""
     return kind(*told)
 
 
@@ -91,7 +88,7 @@ class CheckpointInvalid(CheckpointError):
 
 
 class CheckpointCorrupt(CheckpointError):
-    """Bytes are missing or differ from their checksum. ``tensors`` names those they belong to."""
+    """Bytes are missing or differ from their checksum. ``tensors`` names the tensors they belong to."""
 
     def __init__(self, path: str | PathLike[str], problem: str, mend: str, *, tensors: tuple[str, ...] = ()) -> None:
         self.tensors = tensors
@@ -99,31 +96,31 @@ class CheckpointCorrupt(CheckpointError):
 
 
 class CheckpointUnreadable(CheckpointError):
-    """The operating system refuses to read it."""
+    """The operating system refuses to read the checkpoint."""
 
 
 class LayoutMismatch(CheckpointError):
-    """A sound checkpoint, made for another model, dtype or parallel size than is asked for."""
+    """The checkpoint is intact, but made for another model, dtype or parallel size than the one requested."""
 
 
 class SourceChanged(CheckpointError):
-    """``verify_source: always`` found other source weights than the loaded checkpoint was made from."""
+    """``verify_source: always`` found that the source weights are not those the loaded checkpoint was made from."""
 
 
 class WriteError(_PathError):
-    """A checkpoint can't be written; nothing that was there before is lost."""
+    """A checkpoint can't be written. Nothing that existed before is lost."""
 
 
 class DiskFull(WriteError):
-    """No space, or no quota, is left for the checkpoint."""
+    """No disk space or quota is left for the checkpoint."""
 
 
 class NotConvertible(WriteError):
-    """The module holds something that is no plain tensor (weights quantised while loading), or no manifest may hold."""
+    """The module holds more than plain tensors (weights quantised while loading), or more than a manifest can hold."""
 
 
 class WriterBusy(WriteError):
-    """Another process holds the lock and writes the same checkpoint right now."""
+    """Another process holds the lock and is writing the same checkpoint."""
 
 
 class NotExportable(CheckpointError):
@@ -131,15 +128,15 @@ class NotExportable(CheckpointError):
 
 
 class StoreError(_PathError):
-    """The store's daemon does not help. ``path`` is its socket."""
+    """The store's daemon can't be used. ``path`` is its socket."""
 
 
 class StoreUnavailable(StoreError):
-    """No daemon answers, or it ended while it was needed."""
+    """No daemon answers, or it ended while in use."""
 
 
 class StoreRefused(StoreError):
-    """The daemon is there and refuses: another protocol version or user, an unknown name, a size it can't hold."""
+    """The daemon answers, but refuses: another protocol version or user, an unknown name, a size it can't hold."""
 
 
 class StoreBusy(StoreError):
@@ -155,27 +152,27 @@ class RemoteMissing(RemoteError):
 
 
 class RemoteUnreachable(RemoteError):
-    """The remote can't be reached, stalls, refuses or breaks off, also after every retry."""
+    """The remote can't be reached, stalls, refuses or breaks off, and retries did not help."""
 
 
 class RemoteRefused(RemoteUnreachable):
-    """The remote answers and refuses: asking again does not help."""
+    """The remote answers, but refuses; retrying does not help."""
 
 
 class RemoteCorrupt(RemoteError):
-    """The remote delivers other bytes, or another number of them, than its manifest says."""
+    """The remote delivers bytes that differ, or a number of bytes that differs, from its manifest."""
 
 
 class DaemonFailed(SllmError):
-    """A daemon has ended because a part that it needs can't work; the message says which, and why."""
+    """A daemon has ended because a part that it needs failed for good; the message says which part, and why."""
 
 
 class NodeError(_PathError):
-    """The node agent does not do what was asked. ``path`` is its socket, or what the error is about."""
+    """The node agent does not do what it was asked to. ``path`` is its socket, or what the error is about."""
 
 
 class NodeUnavailable(NodeError):
-    """No agent answers, or it ended while it was needed."""
+    """No agent answers, or it ended while in use."""
 
 
 class NodeBusy(NodeError):
@@ -183,8 +180,8 @@ class NodeBusy(NodeError):
 
 
 class OrderRefused(NodeError):
-    """A replica can't be had, at least not now; nothing was started. ``path`` is the model."""
+    """A replica can't be started, at least not now; nothing was started. ``path`` is the model."""
 
 
 class ReplicaUnknown(NodeError):
-    """No replica has this id, or several begin with it. ``path`` is what was asked for."""
+    """No replica has this id, or several ids begin with it. ``path`` is the id."""

@@ -1,4 +1,4 @@
-"""How many descriptors a process may have open: its soft limit, what of it connections may take, and a spare few."""
+"""A process's limit on open descriptors: raises it, divides it among connections, and keeps a few in reserve."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from sllm_vllm.errors import ConfigError
 
 _ENOUGH = 1 << 18
-"""The hard limit may be a billion, and there are programs among children that look at each descriptor."""
+"""Never raised above this: the hard limit may be a billion, and some child programs loop over every descriptor."""
 CONNECTIONS_MIN = 4
-"""A daemon that could have fewer is not started."""
+"""A daemon that could have fewer connections refuses to start."""
 
 
 def raise_file_limit() -> int:
-    """Let this process, and those it starts, open as many as the hard limit permits; never fewer than before.
+    """Raise the soft limit of this process and its children as far as the hard limit permits; never lower it.
 
-    Engines inherit it: vLLM raises its own to 65535 anyway, and waits by ``poll``, not by ``select``.
+    Engines inherit it, which is safe: vLLM itself raises its limit to 65535, and waits with ``poll``, not ``select``.
 
     Returns:
-        The soft limit from now on.
+        The new soft limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -33,15 +33,15 @@ def raise_file_limit() -> int:
 
 
 def connections_within(limit: int, wanted: int, *, each: int = 1, kept: int) -> int:
-    """How many connections a process may have, ``wanted`` at most.
+    """How many connections a process may have: as many as the limit permits, at most ``wanted``.
 
     Args:
-        limit: descriptors of the process.
+        limit: descriptors that the process may have open.
         each: descriptors that one connection takes.
-        kept: descriptors that stay for everything else.
+        kept: descriptors reserved for everything else.
 
     Raises:
-        ConfigError: the limit is too low for any work.
+        ConfigError: the limit permits fewer than ``CONNECTIONS_MIN``, or fewer than ``wanted`` if that is less.
     """
     num = min(wanted, (limit - kept) // each)
     if num < min(wanted, CONNECTIONS_MIN):
@@ -54,7 +54,7 @@ def connections_within(limit: int, wanted: int, *, each: int = 1, kept: int) -> 
 
 
 class Spare:
-    """Descriptors that are held back for what must work when there is no other: to end things, and to look at them."""
+    """A reserve of descriptors, for work that must succeed when no others are left: stopping and inspecting things."""
 
     def __init__(self, num: int) -> None:
         self._num = num
@@ -62,14 +62,14 @@ class Spare:
         self.refill()
 
     def refill(self) -> None:
-        """Take back what is missing, as far as there are any."""
+        """Reopen the missing descriptors, as far as any are free."""
         with contextlib.suppress(OSError):
             while len(self._fds) < self._num:
                 self._fds.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Free for what is done inside, which must not wait: others would take them."""
+        """Free the reserve for the block, which must not wait or others would take the descriptors."""
         self._release()
         try:
             yield
@@ -77,7 +77,7 @@ class Spare:
             self.refill()
 
     def close(self) -> None:
-        """Hold none any more."""
+        """Give up the reserve."""
         self._num = 0
         self._release()
 

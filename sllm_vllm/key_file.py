@@ -1,4 +1,4 @@
-"""A daemon's key in a file of its own: made once, readable by its user alone."""
+"""A daemon's key, kept in a file that is created once and that only the daemon's user can read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sllm_vllm.plain_file import open_plain
 
 
 def open_key(path: Path) -> str:
-    """The key that a client must show; made at the first call.
+    """The key that a client must present; created at the first call.
 
     Raises:
-        ConfigError: somebody else may read it, it is no key, or it can't be made or read.
+        ConfigError: other users may read the file, it holds no key, or it can't be created or read.
     """
     try:
         with contextlib.suppress(FileExistsError):
@@ -31,7 +31,7 @@ def open_key(path: Path) -> str:
 
 
 def _write_key(path: Path) -> None:
-    """Make the file with its content at once, so that a crash leaves no empty one."""
+    """Create the file together with its content, so that a crash leaves no empty file."""
     staging = path.with_name(f"{path.name}.{os.getpid()}")
     staging.unlink(missing_ok=True)
     fd = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

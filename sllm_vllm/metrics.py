@@ -1,6 +1,6 @@
-"""Every metric of this package: name, unit, help and labels, in one place. Pure; who exports them fills them in.
+"""All metrics of this package: name, unit, help and labels. Pure; their values come from the modules that export them.
 
-Names follow Prometheus: base units (seconds, bytes) as suffix, ``_total`` for what only grows.
+Names follow Prometheus: base units (seconds, bytes) as suffix, ``_total`` for counters.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from enum import Enum
 
 SERIES_MAX = 1000
-"""Most checkpoints, or models, that get series of their own."""
+"""Most checkpoints, or models, that get their own time series."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One name that is exported. It is a counter if it ends in ``_total``, else a gauge unless it has buckets."""
+    """One exported metric: a counter if its name ends in ``_total``, a histogram if it has buckets, else a gauge."""
 
     name: str
     unit: str
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
-    """Upper bounds of a histogram, in its unit."""
+    """Upper bounds of a histogram's buckets, in its unit."""
 
     @property
     def is_counter(self) -> bool:
-        """Whether it only grows, until the daemon starts anew."""
+        """Whether the value only grows until the daemon restarts."""
         return self.name.endswith("_total")
 
 
 class StoreMetric(Enum):
-    """What the store's daemon tells of itself."""
+    """Metrics of the store's daemon."""
 
     INFO = Metric("sllm_store_info", "", "Always 1; the labels say which daemon this is.", ("version", "policy"))
     UPTIME = Metric("sllm_store_uptime_seconds", "seconds", "Time since the daemon started.")
@@ -60,7 +60,7 @@ class StoreMetric(Enum):
 
 
 class EngineMetric(Enum):
-    """What an engine tells of itself beside vLLM's own metrics."""
+    """Metrics of an engine, in addition to vLLM's own."""
 
     RESUME_SUPPORTED = Metric(
         "sllm_engine_resume_supported", "", "1 if requests can be moved here and away exactly, 0 if not."
@@ -71,7 +71,7 @@ REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class RouterMetric(Enum):
-    """What the router tells of itself: vLLM's name where vLLM has one for it, summed over a model's engines."""
+    """Metrics of the router. Those that vLLM has, too, keep vLLM's names and are summed over a model's engines."""
 
     RUNNING = Metric("vllm:num_requests_running", "requests", "Requests that replicas have now.", ("model_name",))
     WAITING = Metric("vllm:num_requests_waiting", "requests", "Requests that wait for a replica.", ("model_name",))

@@ -1,7 +1,7 @@
-"""Files that a daemon keeps or is given: only regular ones are opened, and opening one never waits.
+"""Opens files that a daemon keeps or is given: regular files only, and without ever blocking.
 
-A FIFO in the place of a file blocks the process that opens it, perhaps for good and with the daemon's loop; a device
-may do anything when it is opened.
+If a FIFO took such a file's place, opening it could block the process, and with it the daemon's loop, forever. Opening
+a device may have any effect.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ NOT_REGULAR = "it is no regular file"
 
 
 def open_plain(path: Path | str, flags: int, mode: int = 0o600) -> int:
-    """A descriptor of a regular file, not inherited by children; also an ``opener`` for ``open``.
+    """Open a regular file and return its descriptor, which children don't inherit. Also an ``opener`` for ``open``.
 
     Raises:
-        OSError: as ``os.open`` does; ``EINVAL`` if something else is there.
+        OSError: as ``os.open`` does; ``EISDIR`` or ``EINVAL`` if it is not a regular file.
     """
     try:
         found = os.stat(path, follow_symlinks=not flags & os.O_NOFOLLOW).st_mode
     except FileNotFoundError:
-        found = stat.S_IFREG  # it may be made now
-    if not stat.S_ISLNK(found):  # with O_NOFOLLOW; the system's own error says it better
+        found = stat.S_IFREG  # the flags may say to create it
+    if not stat.S_ISLNK(found):  # a link (with O_NOFOLLOW) is left to os.open, whose error is clearer
         require_regular(path, found)
     fd = os.open(path, flags | _ALWAYS, mode)
     try:
-        require_regular(path, os.fstat(fd).st_mode)  # another may have taken the place since
+        require_regular(path, os.fstat(fd).st_mode)  # the file may have been replaced since the check above
     except BaseException:
         os.close(fd)
         raise
@@ -37,10 +37,10 @@ def open_plain(path: Path | str, flags: int, mode: int = 0o600) -> int:
 
 
 def read_plain(path: Path | str, nbytes_max: int) -> bytes:
-    """All of a regular file.
+    """Read the whole of a regular file.
 
     Raises:
-        OSError: as ``open_plain``; ``EFBIG`` if it is larger than ``nbytes_max``.
+        OSError: as ``open_plain`` does; ``EFBIG`` if the file is larger than ``nbytes_max``.
     """
     with open(open_plain(path, os.O_RDONLY), "rb") as file:
         data = file.read(nbytes_max + 1)
@@ -50,10 +50,10 @@ def read_plain(path: Path | str, nbytes_max: int) -> bytes:
 
 
 def require_regular(path: Path | str, mode: int) -> None:
-    """Refuse what is not a regular file; ``mode`` as ``stat`` gives it.
+    """Raise unless ``mode``, as ``stat`` gives it, is that of a regular file.
 
     Raises:
-        OSError: ``EISDIR`` for a directory, else ``EINVAL``.
+        OSError: ``EISDIR`` for a directory, ``EINVAL`` for anything else.
     """
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -17,10 +17,10 @@ _MODEL_LOADERS = "vllm.model_executor.model_loader"
 
 
 def register() -> None:
-    """Have the load format ``sllm`` registered; called through the entry points ``vllm.general_plugins``.
+    """Arrange for the load format ``sllm`` to be registered; vLLM's entry point in ``vllm.general_plugins``.
 
-    Registering needs vLLM's loaders imported, which takes 0.6 s, and only the workers use them. So this waits until
-    somebody imports them: a process that never does starts that much faster.
+    Registering needs vLLM's loaders, whose import takes 0.6 s, and only the workers use them. So the format is
+    registered when vLLM itself imports them: a process that never does starts that much faster.
     """
     wrapt.register_post_import_hook(_register_now, _MODEL_LOADERS)
     _keep_quiet_about_ours()
@@ -29,15 +29,16 @@ def register() -> None:
 
 
 def _register_now(module: ModuleType) -> None:
-    """Import our loader, whose class registers itself with ``module``."""
-    import sllm_vllm.loader.vllm_loader  # noqa: F401 (not before vLLM's own loaders are there)
+    """Import our loader; its class registers itself with ``module``, vLLM's package of loaders."""
+    import sllm_vllm.loader.vllm_loader  # noqa: F401 (imported only for its side effect, once vLLM's loaders are)
 
 
 class _WithoutOurs(logging.Filter):
-    """Takes our endpoint plugin out of vLLM's advice to allow endpoint plugins by ``VLLM_PLUGINS``.
+    """Removes our endpoint plugin from the log line in which vLLM advises to allow plugins by ``VLLM_PLUGINS``.
 
-    Its routes are for the router's moves alone, and it sets the variable for the engines that need them; a user who
-    follows the advice has every engine start cold. Plugins of others are still named, and all other records pass.
+    Only the router needs the plugin's routes, for migrations, and the variable is set for the engines that need them.
+    If a user followed the advice, every engine would start cold. Other endpoint plugins are still named, and all
+    other log records pass unchanged.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -58,7 +59,7 @@ def _keep_quiet_about_ours() -> None:
 
 
 def _hook_if_wanted() -> None:
-    """Let requests be moved from and to this engine; a server that nobody moves requests of stays stock vLLM."""
+    """Hook vLLM so that requests can be moved from and to this engine, if migration is on; else vLLM stays stock."""
     from sllm_vllm.config import is_migration_wanted  # vLLM has imported pydantic by now
 
     if is_migration_wanted():
@@ -68,10 +69,11 @@ def _hook_if_wanted() -> None:
 
 
 def _hint_once() -> None:
-    """Tell the store's daemon what this start will want, many seconds before a worker asks for it.
+    """Tell the store's daemon which model this start will load, many seconds before a worker asks for it.
 
-    Engine core and workers are children of ``multiprocessing``, which hands them the first process's argv; the process
-    that inspects a model's class is none, but has an argv of its own, without a load format.
+    Only the first process of a start sends the hint. Engine core and workers have the same argv, but are children
+    started by ``multiprocessing``. vLLM's process that inspects a model's class is not, but its own argv has no load
+    format, so it sends no hint either.
     """
     if multiprocessing.parent_process() is None and (hint := plan_hint(sys.argv)) is not None:
         _send(hint)
@@ -84,5 +86,5 @@ def _send(hint: StartHint) -> None:
     try:
         store_dir = Path(hint.store_dir) if hint.store_dir is not None else default_store_dir()
         send_hint(default_store_socket(store_dir), hint.model, hint.tensor_parallel_size)
-    except (RuntimeError, ValueError):  # a home or a path that isn't there: the loader will say so
+    except (RuntimeError, ValueError):  # no home directory, or an impossible path: the loader will report it
         return

@@ -1,8 +1,8 @@
-"""Loops that a daemon depends on: each has a name, survives an error of one moment, or ends the daemon.
+"""Loops that a daemon depends on: each survives passing errors, and ends the daemon if errors persist.
 
-A loop is a *step* that is repeated. A step that fails is logged and tried again after a pause that grows. A shortage of
-descriptors, memory or threads never ends a daemon, however long it lasts; any other error does when it has come
-``FAILURES_MAX`` times within ``WINDOW_S``. Lives on one event loop.
+A loop repeats a *step*. A step that fails is logged and retried after a pause that grows with each failure. A shortage
+of descriptors, memory or threads never ends a daemon, however long it lasts; other errors end it once
+``FAILURES_MAX`` of them occur within ``WINDOW_S``. Lives on one event loop.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ logger = logging.getLogger(__name__)
 PAUSE_S = 0.1
 PAUSE_S_MAX = 5.0
 SHORTAGE_PAUSE_S_MAX = 1.0
-"""A shortage is over at any moment, and one that accepts connections should not keep them waiting."""
+"""Longest pause after a shortage, which may end at any moment; a loop that accepts connections should not delay them.
+"""
 FAILURES_MAX = 8
 WINDOW_S = 60.0
 SETTLED_S = 10.0
-"""A step that has run for so long without an error, as one that waits for connections, works again."""
+"""A failed loop counts as working again once a step has run this long without an error, e.g. waiting for connections.
+"""
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 Step = Callable[[], Awaitable[None]]
 GiveUp = Callable[[str], None]
-"""Called with a loop's name and its error."""
+"""Called with one line that names the loop and its last error."""
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that descriptors, memory or threads have run out, which may be over in a moment."""
+    """Whether an error says that descriptors, memory or threads have run out, which may pass soon."""
     if isinstance(error, OSError):
         return error.errno in _SHORTAGES
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "new thread" in str(error))
@@ -43,11 +45,11 @@ def is_shortage(error: BaseException) -> bool:
 class _Loop:
     name: str
     problem: str = ""
-    """Its last error; empty if a step has succeeded since."""
+    """The last error; empty if a step has succeeded since."""
     step_s: float = 0.0
-    """When its step began."""
+    """When the current step began, or when the last one failed (``time.monotonic``)."""
     failures_s: deque[float] = field(default_factory=lambda: deque(maxlen=FAILURES_MAX))
-    """When it failed, shortages not counted."""
+    """When the last steps failed, not counting shortages."""
     has_ended: bool = False
 
     @property
@@ -59,7 +61,7 @@ class RunLoops:
     """The loops of a daemon, or of a part of it.
 
     Args:
-        give_up: called once for a loop that has ended for good; it ends the daemon.
+        give_up: called once for each loop that has ended for good; it is to end the daemon.
     """
 
     def __init__(self, give_up: GiveUp = lambda reason: None) -> None:
@@ -68,11 +70,11 @@ class RunLoops:
 
     @property
     def problem(self) -> str:
-        """The loops that do not work now, with their last errors; empty if all do."""
+        """The loops that are failing now, with their last errors; empty if there are none."""
         return "; ".join(f"{one.name}: {one.problem}" for one in self._loops.values() if not one.works)
 
     def start(self, name: str, step: Step) -> asyncio.Task[None]:
-        """Repeat ``step`` until the task that is returned is cancelled."""
+        """Repeat ``step`` until the returned task is cancelled."""
         loop = _Loop(name)
         task = asyncio.get_running_loop().create_task(self._run(loop, step), name=name)
         self._loops[task] = loop
@@ -80,7 +82,7 @@ class RunLoops:
         return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """One that was cancelled is nothing to report; one that has given up stays a problem."""
+        """Forget a loop that was cancelled; one that has given up is still reported as a problem."""
         if task.cancelled():
             del self._loops[task]
 
@@ -94,12 +96,12 @@ class RunLoops:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                self._failed(loop, error)  # something that it waited for was cancelled, not the loop
+                self._failed(loop, error)  # something that the step awaited was cancelled, not the loop
             except Exception as error:  # top of a run loop
                 self._failed(loop, error)
             else:
                 pause_s, loop.problem = PAUSE_S, ""
-                await asyncio.sleep(0)  # a step may find its work done without a pause, again and again
+                await asyncio.sleep(0)  # let other tasks run: a step may never wait for anything
                 continue
             if not loop.has_ended:
                 await asyncio.sleep(pause_s)

@@ -1,7 +1,7 @@
-"""Which model a vLLM command line will want, for the store's daemon to prefetch. Pure; the plugin calls it.
+"""Guesses from a vLLM command line which model it will load, so that the store's daemon can prefetch it. Pure.
 
-A guess from the words alone, ahead of vLLM's own parser: a start must not wait for it, nor fail by it. What it does not
-understand (``--config file.yaml``, abbreviated options) gives no hint, and the load begins without one.
+Called by the plugin, before vLLM's own parser runs. It must neither delay nor fail a start. A command line that it
+does not understand (``--config file.yaml``, abbreviated options) gives no hint; the load then begins without one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WORD_NBYTES_MAX = 4096
-"""Longest model and directory that are told; the protocol's bound on a name."""
+"""Longest model name and directory in a hint: the protocol's limit on a name."""
 TENSOR_PARALLEL_SIZE_MAX = 4096
 
 _EXTRA = "--model-loader-extra-config"
@@ -20,7 +20,12 @@ _OPTIONS = frozenset({"--model", "--load-format", "--tensor-parallel-size", "-tp
 
 @dataclass(frozen=True, slots=True)
 class StartHint:
-    """What a starting process will ask the store for. ``store_dir``: None is the default one."""
+    """What a starting process will ask the store for.
+
+    Attributes:
+        tensor_parallel_size: None if the command line's value can't be understood.
+        store_dir: None for the default directory.
+    """
 
     model: str
     tensor_parallel_size: int | None = None
@@ -28,12 +33,12 @@ class StartHint:
 
 
 def plan_hint(argv: Sequence[str]) -> StartHint | None:
-    """The hint in a ``sys.argv``, or None where none is due. Never raises."""
+    """The hint for a process with this ``sys.argv``, or None if it gives none. Never raises."""
     options = _options_of(argv[1:])
     if options.get("--load-format") != "sllm":
         return None
     extra = _extra_config(options)
-    if extra is None or extra.get("store") in (False, "false", "False"):  # a list is not hashable
+    if extra is None or extra.get("store") in (False, "false", "False"):  # not a set: the value may be unhashable
         return None
     model, store_dir = options.get("--model") or _positional_model(argv), extra.get("store_dir")
     if not _is_tellable(model):
@@ -46,13 +51,13 @@ def plan_hint(argv: Sequence[str]) -> StartHint | None:
 
 
 def _positional_model(argv: Sequence[str]) -> str:
-    """The word after ``serve``: argparse takes a positional model nowhere else."""
+    """The word after ``serve``, the only place where vLLM's argument parser accepts a positional model."""
     is_named = len(argv) > 2 and argv[1] == "serve" and not argv[2].startswith("-")
     return argv[2] if is_named else ""
 
 
 def _options_of(words: Sequence[str]) -> dict[str, str]:
-    """The options that matter, the last of each, in vLLM's spellings: ``--a-b c``, ``--a_b=c``, ``--a.key c``."""
+    """The relevant options in any of vLLM's spellings: ``--a-b c``, ``--a_b=c``, ``--a.key c``. The last one wins."""
     found: dict[str, str] = {}
     taken = -1
     for index, word in enumerate(words):
@@ -71,7 +76,7 @@ def _options_of(words: Sequence[str]) -> dict[str, str]:
 
 
 def _extra_config(options: Mapping[str, str]) -> dict[str, object] | None:
-    """The loader's settings, from JSON and from dotted options; None if they can't be understood."""
+    """The loader's settings, from JSON and from dotted options; None if they can't be parsed."""
     try:
         extra = json.loads(options.get(_EXTRA, "{}"))
     except (ValueError, RecursionError):
@@ -92,8 +97,8 @@ def _parallel_size(options: Mapping[str, str]) -> int | None:
 
 
 def _is_tellable(word: str) -> bool:
-    """Whether it can be a path, and a field of the protocol."""
+    """Whether ``word`` can be a path and a field of the protocol."""
     try:
         return 1 <= len(word.encode()) <= WORD_NBYTES_MAX and "\0" not in word
-    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+    except UnicodeEncodeError:  # the command line was not UTF-8
         return False

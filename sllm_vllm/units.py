@@ -1,4 +1,4 @@
-"""Byte units, how they are printed and how they are read. Pure."""
+"""Byte units: constants, formatting and parsing. Pure."""
 
 import re
 
@@ -8,7 +8,7 @@ GIB = 1 << 30
 
 
 def format_nbytes(nbytes: float) -> str:
-    """Bytes for a person, in binary units: ``1.13 GiB``."""
+    """Format a number of bytes for people, in binary units: ``1.13 GiB``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(nbytes) >= size:
             return f"{nbytes / size:.2f} {unit}"
@@ -16,7 +16,7 @@ def format_nbytes(nbytes: float) -> str:
 
 
 def format_bps(bps: float | None) -> str:
-    """Bytes a second for a person, in decimal units as disks and networks are sold: ``1.20 GB/s``."""
+    """Format bytes per second for people, in decimal units, as disks and networks are sold: ``1.20 GB/s``."""
     return "-" if bps is None else f"{bps / 1e9:.2f} GB/s"
 
 
@@ -25,10 +25,10 @@ _UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": GIB << 10}
 
 
 def parse_nbytes(text: str) -> int:
-    """Bytes from what a person writes: ``16GiB``, ``500 MB``, ``4096``.
+    """Parse a number of bytes as people write it: ``16GiB``, ``500 MB``, ``4096``.
 
     Raises:
-        ValueError: it is no number of bytes.
+        ValueError: the text is not a number of bytes.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:

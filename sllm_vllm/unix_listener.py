@@ -1,7 +1,7 @@
-"""What both daemons, the store's and the node agent, do with a Unix socket: a private folder, a lock, a listener.
+"""Unix sockets of the store's daemon and the node agent: a private folder, a lock, a listener.
 
-Also the other end: a connection, and who is there. Imports nothing that costs time: the plugin uses it in every vLLM
-process, before anything else.
+Also the client's side: connecting, and finding out who listens. Imports nothing slow, because the plugin uses it in
+every vLLM process, before anything else.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from sllm_vllm.plain_file import open_plain
 _CREDENTIALS = struct.Struct("3i")
 
 ErrorClass = Callable[[Path, str, str], SllmError]
-"""Made of a path, the problem and the mend."""
+"""Makes an error from a path, the problem and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonWords:
-    """How one daemon says what is in its way."""
+    """The errors and messages of one daemon."""
 
     error: ErrorClass
     """The system refuses a folder or a socket."""
     busy: ErrorClass
-    """Another process has the lock."""
+    """Another process holds the lock."""
     busy_problem: str
     directory_mend: str
     socket_mend: str
 
 
 def make_private_directory(path: Path, words: DaemonWords) -> None:
-    """Make a folder, with its parents, and close it to all other users, also where it was there before."""
+    """Create a folder with its parents, and set its mode to 0700 even if it existed before."""
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.chmod(0o700)
@@ -49,12 +49,12 @@ def make_private_directory(path: Path, words: DaemonWords) -> None:
 
 @contextlib.contextmanager
 def listening(path: Path, words: DaemonWords) -> Iterator[socket.socket]:
-    """A socket that only this user can connect to. Its name goes when the daemon ends well."""
+    """Listen on a socket that only this user can connect to; its file is removed when the context ends."""
     with locked(path.with_name(path.name + ".lock"), path, words), contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
         umask = os.umask(0o177)
         try:
-            path.unlink(missing_ok=True)  # a killed daemon's; the lock says that it is nobody's now
+            path.unlink(missing_ok=True)  # left by a killed daemon: we hold the lock, so no daemon is using it
             with short_address(path) as address:
                 listener.bind(address)
         except OSError as error:
@@ -69,7 +69,7 @@ def listening(path: Path, words: DaemonWords) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def locked(lock: Path, socket_path: Path, words: DaemonWords) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends."""
+    """Hold a lock that the system releases with this process, however it ends."""
     try:
         fd = open_plain(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
@@ -88,10 +88,10 @@ def locked(lock: Path, socket_path: Path, words: DaemonWords) -> Iterator[None]:
 
 
 def open_channel(path: Path, timeout_s: float | None) -> tuple[socket.socket, int, int]:
-    """A connection to whoever listens there, with its process and user id; nothing was said yet.
+    """Connect to a socket; returns the connection and the listener's process and user id. Sends nothing.
 
     Raises:
-        OSError: nobody does.
+        OSError: no process listens there.
     """
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -112,7 +112,7 @@ def is_trusted(uid: int) -> bool:
 
 @contextlib.contextmanager
 def short_address(path: Path) -> Iterator[str]:
-    """An address for a socket's path however long it is: an address holds 107 bytes, a path may have more."""
+    """An address for a socket's path of any length: a socket address holds 107 bytes, and a path may be longer."""
     fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{path.name}"
@@ -121,7 +121,7 @@ def short_address(path: Path) -> Iterator[str]:
 
 
 def peer_of(channel: socket.socket) -> tuple[int, int]:
-    """Process and user id at the other end, as the kernel noted them at connect, or at listen."""
+    """Process and user id of the other end, as the kernel recorded them at ``connect`` or ``listen``."""
     raw = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _gid = _CREDENTIALS.unpack(raw)
     return int(pid), int(uid)
