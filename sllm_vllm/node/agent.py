@@ -393,7 +393,7 @@ class NodeAgent:
             self._starter.tidy(record.engine)
 
     def _end(self, action: TerminateEngine | KillEngine) -> None:
-        """End a process, or call off a start that still waits. Between the two the core repeats the action later."""
+        """End a process, or call off its start. If the process appears all the same, the core orders its end again."""
         record = self._records.get(action.replica)
         if record is not None and record.engine is not None:
             record.engine.called_off.set()

@@ -54,8 +54,8 @@ def detect_hardware(
 
 
 def available_nbytes() -> int:
-    """Memory available without displacing other processes': the machine's, or the rest of this control group's if
-    less."""
+    """Memory available without pushing out other processes: the machine's, or the rest of this control group's limit
+    if that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     facts = {name: int(rest.split()[0]) * KIB for name, _, rest in (line.partition(":") for line in lines)}
     available = facts["MemAvailable"]

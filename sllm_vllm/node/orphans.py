@@ -5,8 +5,8 @@ a record of its engines, and a *death watch*: a tiny process that holds the read
 the agent holds. When the pipe reaches EOF, the agent is dead, however it was killed, and the watch ends everything in
 the record. If the watch died as well, the next agent sweeps when it starts.
 
-Standard library only, and nothing of this package: the watch is this file, run as ``python -I -S orphans.py DESCRIPTOR
-RECORD OWNER``.
+Standard library only, and nothing of this package: the watch is this file, run as
+``python -I -S orphans.py DESCRIPTOR RECORD OWNER``.
 
 The record is a text file. Its first line holds the machine's boot id, the namespace of its process ids and its owner;
 each other line is a living engine: its leader's process id, and when that started, in clock ticks since the boot. An
@@ -34,7 +34,7 @@ RECORD_NBYTES_MAX = 1 << 20
 _PAUSE_S = 0.01
 TRACKER = b"multiprocessing.resource_tracker"
 """Part of the command line of Python's resource tracker, which removes the shared memory of killed processes. It is
-spared until those are gone, so that it can do so; then it exits."""
+spared until those are gone; then it removes their shared memory and exits."""
 TRACKER_S_MAX = 1.0
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

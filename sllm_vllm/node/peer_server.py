@@ -22,7 +22,7 @@ from sllm_vllm.checkpoint.repository import is_legal_name
 
 USER = "peer"
 ANSWERS_MAX = 64
-"""Answers at once: four nodes that pull over eight connections each, twice over; further requests get 503 and retry."""
+"""Answers at once: four nodes that pull over eight connections each, twice over; further clients get 503 and retry."""
 _KEY_NBYTES = 24
 _FILE = re.compile(rf"{re.escape(MANIFEST_NAME)}|partitions/rank-\d{{5}}\.safetensors")
 

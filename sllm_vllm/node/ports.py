@@ -1,4 +1,4 @@
-"""Ports of engines, reserved from the order until they end by a socket that never listens.
+"""Ports of engines: a socket that never listens reserves each port from the order until its engine ends.
 
 An engine binds its port itself, seconds after it was chosen. Until then the agent's socket holds it: on Linux, sockets
 that all have ``SO_REUSEADDR`` may be bound to one port as long as none listens, and one of them may then listen.

@@ -91,7 +91,7 @@ class ReplicaReport(_Message):
     port: int | None
     """None: it listens on a Unix socket."""
     url: str | None
-    """Of its OpenAI API, as ``http://127.0.0.1:40123`` or ``unix:///path/to/socket``; None until it has one."""
+    """URL of its OpenAI API, as ``http://127.0.0.1:40123`` or ``unix:///path/to/socket``; None until it has one."""
     api_key: str | None
     """The bearer token that it requires."""
     age_s: float

@@ -1,4 +1,4 @@
-"""Unix sockets of engines: paths in a folder that no other user can enter, reserved from the order until they end.
+"""Unix sockets of engines: each has a path in a folder that no other user can enter, from its order until it ends.
 
 The engine makes its socket itself. No name is used twice while an agent lives, so no engine meets another one's file;
 files that a killed agent's engines left are removed by the next agent.

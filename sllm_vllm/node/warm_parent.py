@@ -104,7 +104,7 @@ def prepare() -> Any:
     from vllm.platforms import current_platform
 
     for name in (*_MODULES, *_route_modules(), *_DEVICE_MODULES.get(current_platform.device_type, ())):
-        with contextlib.suppress(ModuleNotFoundError):  # in another vLLM; imported later if needed
+        with contextlib.suppress(ModuleNotFoundError):  # missing in this vLLM, which imports its own when needed
             importlib.import_module(name)
     for name in _FORKING:
         module = sys.modules.get(name)
@@ -123,7 +123,7 @@ def prepare() -> Any:
 def override_kernels_once(platform: Any) -> None:
     """Do once what every worker would repeat, if this vLLM does it at all (0.32 does, 0.27.1 does not)."""
     kind = type(platform)
-    if hasattr(kind, "register_triton_kernel_overrides"):  # of its class: an instance has None for any name
+    if hasattr(kind, "register_triton_kernel_overrides"):  # not the instance: it has None for any missing name
         platform.register_triton_kernel_overrides()
         kind.register_triton_kernel_overrides = classmethod(lambda cls: None)
 

@@ -94,8 +94,8 @@ class Decisions:
 
 
 def measure(cluster: Cluster, num_requests: int, *, seed: int) -> Decisions:
-    """Simulate the router's core and replay its events on a second core, which is timed; no request is refused for the
-    number that wait.
+    """Simulate the router's core and replay its events on a second core, which is timed. No request is refused
+    because too many wait.
 
     The garbage collector is off meanwhile: at the size of ``big`` it would pause for half a second for the world's
     objects.
@@ -160,7 +160,7 @@ def with_nodes(cluster: Cluster, num_nodes: int) -> Cluster:
 
 
 def growth_rows(grown: Mapping[int, Decisions], what: str) -> list[dict[str, object]]:
-    """A table row for each size: how much slower than the first size, and how much its logarithm grew."""
+    """A table row for each size: how much slower than the first size, and how much the logarithm of the size grew."""
     first = min(grown)
     return [
         {

@@ -104,7 +104,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Everything that a run needs except its requests. ``on_disk``: nodes that have each model on disk at first."""
+    """Everything that a run needs except its requests. ``on_disk``: how many nodes have each model on disk at first."""
 
     name: str
     num_nodes: int

@@ -100,7 +100,7 @@ def figures(run: Run) -> Figures:
 
 
 def _slowest(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """The parts of the wait of the hundredth that waited longest for a ready replica, on average."""
+    """The parts of the startup wait, averaged over the 1 % of requests that waited longest for a ready replica."""
     sent = sorted((one for one in outcomes if one.startup_s is not None), key=lambda one: -(one.startup_s or 0.0))
     waits = [one.waits_s for one in sent[: ceil(len(sent) / 100)]]
     names = ("slowest_slots_s", "slowest_start_s", "slowest_room_s")

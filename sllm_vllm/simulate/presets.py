@@ -10,9 +10,9 @@ from sllm_vllm.simulate.workload import GSM8K, Lengths, Traffic
 from sllm_vllm.units import GIB
 
 A40_BPS = 0.7 * 696e9
-"""Bytes of weights a second in decode: 696 GB/s from the A40's data sheet, of which 70 % is assumed."""
+"""Bytes of weights read a second in decode: assumed 70 % of the 696 GB/s in the A40's data sheet."""
 A40_FLOPS = 0.4 * 149.7e12
-"""In prefill: dense BF16 from the data sheet, of which 40 % is assumed."""
+"""In prefill: assumed 40 % of the dense BF16 rate in the data sheet."""
 
 
 def opt(name: str, params: float, accelerators: int) -> ModelClass:

@@ -75,8 +75,8 @@ class AgentCore:
     """The replicas and slots of one node.
 
     Limits are measured on a *paced* clock: it advances from one event to the next as the given clock does, but by at
-    most ``tick_max_s``, and never backwards. So after a machine slept, or the agent was blocked, for an hour, every
-    limit has used up at most ``tick_max_s`` of it. Limits are checked when a ``Ticked`` arrives.
+    most ``tick_max_s``, and never backwards. So after a machine slept, or the agent was blocked, for an hour, at
+    most ``tick_max_s`` of every limit has been used up. Limits are checked when a ``Ticked`` arrives.
 
     Waiting orders are served strictly in order: none overtakes another, and while any order waits, an order that does
     not wait is refused. Slots that a large order needs stay empty until it has all of them: how long engines run can't

@@ -12,7 +12,7 @@ LINE_MAX = 4096
 
 
 def read_load_line(line: str) -> dict[str, str]:
-    """The fields of a ``LoadReport``'s line that are reported further; empty for any other line."""
+    """The fields of a ``LoadReport``'s line that the start report includes; empty for any other line."""
     found = _LINE.search(line[:LINE_MAX])
     if found is None:
         return {}

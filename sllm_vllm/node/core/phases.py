@@ -125,11 +125,11 @@ class StartPhases:
         self._begin(Phase.PARENT, at_s)
 
     def process_started(self, at_s: float) -> None:
-        """The process runs; without this call, its first log line marks that."""
+        """The process runs; without this call, its first log line shows that."""
         self._begin(Phase.IMPORTS, at_s)
 
     def became_ready(self, at_s: float) -> None:
-        """The engine is healthy; without this call, its log marks that. Later lines are not part of the start."""
+        """The engine is healthy; without this call, its log shows that. Later lines are not part of the start."""
         self._begin(Phase.READY, at_s)
 
     def note(self, line: str, at_s: float) -> None:
