@@ -1,1 +1,1 @@
-"""A node's checkpoints in host memory: one daemon, its clients, and the tiers behind it. See DESIGN.md."""
+"""Keeps a node's checkpoints in host memory: one daemon, its clients, and disk and remotes behind it. See DESIGN.md."""

@@ -1,8 +1,8 @@
-"""What the device below a store can do, by depth (reads or writes at once) and chunk size; kept for the daemon.
+"""Measures the speed of a store's disk by depth (concurrent reads or writes) and chunk size, for the daemon.
 
-``store calibrate`` measures; the daemon reads the result at its start. Everything goes past the page cache where the
-filesystem lets it. Each figure is the best of a few rounds, bounded in bytes and in time; the rounds of all figures
-take turns, so that a disturbance of some seconds does not fall on one of them alone.
+``store calibrate`` measures; the daemon reads the result when it starts. Transfers bypass the page cache where the file
+system allows it. Each figure is the best of a few rounds, each limited in bytes and time. The rounds of all figures are
+interleaved, so that a disturbance of a few seconds does not affect only one figure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sllm_vllm.units import MIB
 CALIBRATION_NAME = "calibration.json"
 CALIBRATION_NBYTES_MAX = 1 * MIB
 CLOSE_ENOUGH = 0.97
-"""Share of the best rate from which a smaller depth is preferred: it leaves more of the machine to others."""
+"""A smaller depth is preferred if it reaches this share of the best rate: it leaves more of the machine to others."""
 
 
 Move = Callable[[int, list[memoryview], int], int]
@@ -44,7 +44,7 @@ class _Record(BaseModel):
 
 
 class Figure(_Record):
-    """One measurement: so many requests of so many bytes at once gave so many bytes a second."""
+    """One measurement: ``depth`` concurrent requests of ``chunk_nbytes`` transferred ``bps`` bytes per second."""
 
     depth: int = Field(ge=1, le=64)
     chunk_nbytes: int = Field(ge=DATA_ALIGNMENT)
@@ -52,7 +52,7 @@ class Figure(_Record):
 
 
 class Calibration(_Record):
-    """What was measured, and what follows: ``readers`` and ``writers`` are the depths to use."""
+    """The measurements of a device, and the depths to use for it: ``readers`` and ``writers``."""
 
     device: int = Field(description="st_dev of what was measured")
     measured_at: datetime.datetime
@@ -65,18 +65,18 @@ class Calibration(_Record):
 
     @property
     def read_bps(self) -> float:
-        """Best rate of reading."""
+        """Best read rate in bytes per second."""
         return max(figure.bps for figure in self.reads)
 
     @property
     def write_bps(self) -> float:
-        """Best rate of writing."""
+        """Best write rate in bytes per second."""
         return max(figure.bps for figure in self.writes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurePlan:
-    """What to measure, and its bounds. Sizes are multiples of 4096."""
+    """What to measure, and limits for it. Sizes are multiples of 4096."""
 
     sample_nbytes: int = 512 * MIB
     read_depths: tuple[int, ...] = (1, 2, 4, 8)
@@ -88,7 +88,7 @@ class MeasurePlan:
 
 
 def read_calibration(state_dir: Path) -> Calibration | None:
-    """What was measured last; None if nothing was, or the file can't be understood."""
+    """Return the last calibration; None if there is none or its file can't be read."""
     try:
         return Calibration.model_validate_json(read_plain(state_dir / CALIBRATION_NAME, CALIBRATION_NBYTES_MAX))
     except (OSError, ValidationError):
@@ -96,7 +96,7 @@ def read_calibration(state_dir: Path) -> Calibration | None:
 
 
 def largest_partition(store_dir: Path, nbytes_min: int) -> Path | None:
-    """The largest partition of the store that has at least so many bytes; ties go to the first path."""
+    """Return the store's largest partition file of at least ``nbytes_min``, if any. Ties go to the first path."""
     found = []
     for path in store_dir.glob("[!.]*/partitions/*.safetensors"):
         with contextlib.suppress(OSError):  # it is being removed
@@ -105,16 +105,19 @@ def largest_partition(store_dir: Path, nbytes_min: int) -> Path | None:
 
 
 def plan_depth(figures: Sequence[Figure]) -> int:
-    """The smallest depth that comes close enough to the best rate, at any chunk size."""
+    """Return the smallest depth that reaches ``CLOSE_ENOUGH`` of the best rate at any chunk size."""
     enough = CLOSE_ENOUGH * max(figure.bps for figure in figures)
     return min(figure.depth for figure in figures if figure.bps >= enough)
 
 
 def measure_device(state_dir: Path, file: Path | None, plan: MeasurePlan) -> Calibration:
-    """Measure and keep the result. ``file``: what to read; None: a temporary file in ``state_dir``, written for it.
+    """Measure a device and save the result in ``state_dir``.
+
+    Args:
+        file: the file to read; None to read a temporary file, written to ``state_dir`` first.
 
     Raises:
-        ConfigError: the file is no file, or smaller than a chunk. OSError: it can't be read.
+        ConfigError: ``file`` is not a regular file, or is smaller than a chunk. OSError: it can't be read.
         WriteError: ``state_dir`` can't be written, or the device is full.
     """
     with write_errors(state_dir):
@@ -141,7 +144,7 @@ def measure_device(state_dir: Path, file: Path | None, plan: MeasurePlan) -> Cal
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """An open file, and how much of it is measured."""
+    """An open file, and how many bytes of it to transfer."""
 
     fd: int
     nbytes: int
@@ -163,7 +166,7 @@ def _open_sample(file: Path, plan: MeasurePlan) -> Iterator[_Sample]:
 
 @contextlib.contextmanager
 def _make_sample(state_dir: Path, plan: MeasurePlan) -> Iterator[_Sample]:
-    """A file without a name, written whole."""
+    """Open a temporary file that is already unlinked, and fill it."""
     with _open_nameless(state_dir, plan.sample_nbytes) as sample:
         with write_errors(state_dir):
             _write_round(sample, max(plan.write_depths), plan.write_chunk, s_max=math.inf)
@@ -172,7 +175,7 @@ def _make_sample(state_dir: Path, plan: MeasurePlan) -> Iterator[_Sample]:
 
 @contextlib.contextmanager
 def _open_nameless(state_dir: Path, nbytes: int) -> Iterator[_Sample]:
-    """An empty file that goes with this process, however it ends."""
+    """Open an empty file that is already unlinked, so that it vanishes when the process ends for any reason."""
     path = state_dir / f".calibrate.{os.getpid()}"
     try:
         fd, is_direct = _open_direct(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
@@ -185,7 +188,7 @@ def _open_nameless(state_dir: Path, nbytes: int) -> Iterator[_Sample]:
 
 
 def _open_direct(path: Path, flags: int) -> tuple[int, bool]:
-    """A descriptor, and whether it goes past the page cache: not every filesystem lets it."""
+    """Open a file. Returns its descriptor, and whether it bypasses the page cache, which not all file systems allow."""
     try:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600), True
     except OSError as error:
@@ -202,7 +205,7 @@ def _require_space(directory: Path, nbytes: int) -> None:
 
 def _measure_reads(sample: _Sample, plan: MeasurePlan) -> tuple[Figure, ...]:
     def measure(depth: int, chunk_nbytes: int) -> float:
-        os.posix_fadvise(sample.fd, 0, 0, os.POSIX_FADV_DONTNEED)  # for where O_DIRECT is refused
+        os.posix_fadvise(sample.fd, 0, 0, os.POSIX_FADV_DONTNEED)  # for file systems without O_DIRECT
         return _transfer(os.preadv, sample, _buffers(depth, chunk_nbytes), s_max=plan.round_s_max)
 
     return _best(list(itertools.product(plan.read_depths, plan.read_chunks)), measure, plan.rounds)
@@ -210,7 +213,7 @@ def _measure_reads(sample: _Sample, plan: MeasurePlan) -> tuple[Figure, ...]:
 
 def _measure_writes(state_dir: Path, plan: MeasurePlan) -> tuple[Figure, ...]:
     def measure(depth: int, chunk_nbytes: int) -> float:
-        with _open_nameless(state_dir, plan.sample_nbytes) as sample:  # a new file, as a checkpoint's is
+        with _open_nameless(state_dir, plan.sample_nbytes) as sample:  # a new file, as when a checkpoint is written
             return _write_round(sample, depth, chunk_nbytes, s_max=plan.round_s_max)
 
     return _best([(depth, plan.write_chunk) for depth in plan.write_depths], measure, plan.rounds)
@@ -227,12 +230,12 @@ def _best(cases: Sequence[tuple[int, int]], measure: Callable[[int, int], float]
 def _write_round(sample: _Sample, depth: int, chunk_nbytes: int, *, s_max: float) -> float:
     buffers = _buffers(depth, chunk_nbytes)
     for buffer in buffers:
-        buffer[:] = os.urandom(chunk_nbytes)  # zeros may never reach the device
+        buffer[:] = os.urandom(chunk_nbytes)  # zeros might never reach the device
     return _transfer(os.pwritev, sample, buffers, s_max=s_max)
 
 
 def _buffers(depth: int, chunk_nbytes: int) -> list[memoryview]:
-    """Page-aligned memory that is there: a first touch would be measured otherwise."""
+    """Allocate page-aligned buffers and touch their pages, so that page faults are not measured."""
     buffers = [memoryview(mmap.mmap(-1, chunk_nbytes)) for _ in range(depth)]
     for buffer in buffers:
         buffer[:] = bytes(chunk_nbytes)
@@ -240,8 +243,11 @@ def _buffers(depth: int, chunk_nbytes: int) -> list[memoryview]:
 
 
 def _transfer(move: Move, sample: _Sample, buffers: Sequence[memoryview], *, s_max: float) -> float:
-    """Move the sample's chunks in order, one thread a buffer, for so long at most; bytes a second, with the sync."""
-    offsets = iter(range(0, sample.nbytes, len(buffers[0])))  # shared: its `next` is atomic
+    """Transfer the sample's chunks in order, with one thread per buffer, for at most about ``s_max`` seconds.
+
+    Returns bytes per second; for writes, the time includes the final sync.
+    """
+    offsets = iter(range(0, sample.nbytes, len(buffers[0])))  # shared by all threads: `next` on it is atomic
     start_s = time.perf_counter()
 
     def work(buffer: memoryview) -> int:

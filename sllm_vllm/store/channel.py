@@ -1,6 +1,6 @@
-"""The Unix socket itself: where it is, who is at its other end, and the one word that needs no more than that.
+"""Connects to the daemon's Unix socket, checks the peer's user, and sends hints.
 
-Imports nothing that costs time: the plugin uses it in every vLLM process, before anything else.
+Imports only cheap modules, because the plugin uses it in every vLLM process before anything else.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MEND_UNAVAILABLE = "start `sllm-vllm store serve`, or go on without it"
 
 
 def connect_to(path: Path, timeout_s: float) -> socket.socket:
-    """A connection to the daemon's socket, whose peer is this user (or root); nothing was said yet.
+    """Connect to the daemon's socket and check that its owner is this user or root. Sends nothing.
 
     Raises:
-        StoreUnavailable: nobody listens there. StoreRefused: another user does.
+        StoreUnavailable: no daemon listens there. StoreRefused: the socket belongs to another user.
     """
     try:
         channel, _, owner = open_channel(path, timeout_s)
@@ -37,9 +37,10 @@ def connect_to(path: Path, timeout_s: float) -> socket.socket:
 
 
 def send_hint(path: Path, model: str, tensor_parallel_size: int | None) -> bool:
-    """Tell a daemon, if there is one, which model a starting vLLM process will want. Never fails; never waits long.
+    """Tell the daemon, if one is running, which model a starting vLLM process will load.
 
-    Speaks the protocol without pydantic, whose import would cost the start more than this may.
+    Returns whether the hint was sent. Never raises and never waits long. Encodes the messages without pydantic, whose
+    import would slow down the start too much.
     """
     hello = {"kind": "hello", "version": PROTOCOL_VERSION}
     hint = {"kind": "hint", "model": model, "tensor_parallel_size": tensor_parallel_size}
@@ -48,7 +49,7 @@ def send_hint(path: Path, model: str, tensor_parallel_size: int | None) -> bool:
             for body in (json.dumps(hello).encode(), json.dumps(hint).encode()):
                 channel.sendall(struct.pack(">I", len(body)) + body)
             channel.shutdown(socket.SHUT_WR)
-            while channel.recv(1 << 16):  # until the daemon has read it and hangs up: closing before would drop it
+            while channel.recv(1 << 16):  # wait until the daemon hangs up: closing earlier could lose the hint
                 pass
     except (OSError, SllmError):
         return False

@@ -1,8 +1,8 @@
-"""The other end of the daemon's socket: what the loader and the command line talk through. Blocking.
+"""The client of the daemon's socket, used by the loader and the command line. Blocking.
 
-One connection is one conversation, and holds one lease at most. Everything a daemon may do wrong (not be there, be
-another version, die in the middle) is one of two errors: ``StoreUnavailable`` means "go on without it",
-``StoreRefused`` "it will not, and here is why".
+A connection handles one request at a time and holds at most one lease. All failures of a daemon (it is not running, has
+another version, dies meanwhile) raise one of two errors: ``StoreUnavailable`` means "continue without it",
+``StoreRefused`` means "the daemon refuses, for this reason".
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ from sllm_vllm.store.protocol import (
 
 CONNECT_TIMEOUT_S = 5.0
 PING_S = 10.0
-"""After such a silence the daemon is asked whether it is there; after another one it counts as gone."""
+"""After this long without a message the client sends a ping; after the same time again the daemon counts as dead."""
 _RECEIVE_NBYTES = 1 << 16
 _POLL_S = 1.0
-"""How often a thread that waits looks whether another one could not send its releases."""
+"""How often a waiting thread checks whether another thread left releases unsent."""
 _RELEASE_MAX = 1000
-"""Released spans in one message: a few kilobytes, far below what a socket takes at once."""
+"""Most released spans in one message: a few kilobytes, far less than a socket's buffer takes at once."""
 _TOLD = (errors.CheckpointError, errors.StoreError, errors.RemoteError)
-"""What a daemon may tell of; the classes share one constructor."""
+"""The errors that a daemon may report; all these classes share one constructor."""
 
 
 class StoreClient:
-    """A connection to the daemon. Any thread may send; one thread at a time may ask or receive.
+    """A connection to the daemon. Any thread may release spans; only one thread at a time may do anything else.
 
     Args:
         path: the daemon's socket.
-        timeout_s: longest wait for the connection and for each answer that isn't said to take longer.
+        timeout_s: timeout for connecting, and for each answer unless a method has its own timeout.
 
     Raises:
-        StoreUnavailable: nobody answers there. StoreRefused: another version's daemon, or another user's, does.
+        StoreUnavailable: no daemon answers. StoreRefused: the daemon is of another version or another user.
     """
 
     def __init__(self, path: Path, *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
@@ -84,18 +84,18 @@ class StoreClient:
             raise
 
     def find(self, checkpoint: str) -> dict[str, Any]:
-        """Where a checkpoint lies that this machine's disk may lack: ``manifest`` (a file's path) and ``tier``.
+        """Find a checkpoint on disk or at a remote. Returns ``manifest`` (a file's path) and ``tier``.
 
         Raises:
-            CheckpointMissing, RemoteError: nobody has it. StoreError: see the module.
+            CheckpointMissing, RemoteError: neither the disk nor a remote has it. StoreError: see the module docstring.
         """
         return self._ask(Find(checkpoint=checkpoint), timeout_s=60.0)
 
     def lease(self, checkpoint: str, rank: int, digest: str, *, hold: bool) -> Leased:
-        """Ask for a partition; from then on ``next_given`` tells of its spans.
+        """Request a partition. Afterwards ``next_given`` returns its spans.
 
         Raises:
-            StoreRefused: the daemon has no such partition, or chunks that are too large for it.
+            StoreRefused: the partition's chunks are too large for the daemon's slots.
             CheckpointError, RemoteError, StoreUnavailable: see ``errors.py``.
         """
         self._send(Lease(checkpoint=checkpoint, rank=rank, digest=digest, hold=hold))
@@ -105,14 +105,14 @@ class StoreClient:
         return answer
 
     def next_given(self, timeout_s: float | None = None) -> Given:
-        """The next spans of the lease; waits for as long as the daemon is alive, unless told otherwise.
+        """Return the next spans of the lease. Without ``timeout_s``, waits as long as the daemon is alive.
 
         Raises:
-            StoreUnavailable: the daemon ended or hangs, or gave nothing in time.
-            CheckpointError, RemoteError: a span can't be had.
+            StoreUnavailable: the daemon ended, hangs, or gave nothing within ``timeout_s``.
+            CheckpointError, RemoteError: a span can't be read.
         """
         answer: Answer | None = self._given.popleft() if self._given else None
-        while answer is None or isinstance(answer, Reply):  # to a ping
+        while answer is None or isinstance(answer, Reply):  # a Reply answers a ping
             answer = self._receive(timeout_s) if timeout_s is not None else self._receive_or_ping()
         if isinstance(answer, Failed):
             raise _error_of(answer)
@@ -121,27 +121,27 @@ class StoreClient:
         return answer
 
     def release(self, token: int, spans: tuple[int, ...]) -> None:
-        """Tell that spans are no longer looked at. Never waits: what a busy daemon doesn't take goes out later.
+        """Release spans. Never waits: releases that a busy daemon does not accept at once are sent later.
 
-        Safe to call from any thread, but not from within itself (a finaliser may run anywhere). A daemon that has ended
-        is not missed.
+        Any thread may call it, but it is not reentrant: a finalizer that runs during a call must not call it. Does
+        nothing if the daemon has ended.
         """
         with self._sending:
             self._unreleased = (token, (*self._unreleased[1], *spans))
             self._try_release()
 
     def order(self, order: Order, *, timeout_s: float | None = None) -> dict[str, Any]:
-        """An operator's order; the reply's data.
+        """Send an operator's order. Returns the reply's data.
 
         Raises:
-            SllmError: as the daemon says.
+            SllmError: the error that the daemon reported.
         """
         return self._ask(order, timeout_s=timeout_s or self._timeout_s)
 
     def close(self) -> None:
-        """End the connection, and with it the lease. What is mapped stays mapped."""
+        """Close the connection, which ends its lease. Existing mappings of the pool stay."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in `next_given`
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that is waiting in `next_given`
         self._socket.close()
         if self.pool_fd >= 0:
             os.close(self.pool_fd)
@@ -172,18 +172,18 @@ class StoreClient:
         try:
             return self._receive(PING_S)
         except StoreUnavailable:
-            self._send(Ping())  # a daemon that is gone raises here, too
+            self._send(Ping())  # raises if the daemon has ended
             return self._receive(PING_S)
 
     def _try_release(self) -> None:
-        """Send what is to be released, if the socket takes all of it at once; else a later call does."""
+        """Send pending releases if the socket accepts them at once; otherwise they stay pending for a later call."""
         token, spans = self._unreleased
         if not spans:
             return
         frame = encode(Release(token=token, spans=spans[:_RELEASE_MAX]))
         try:
-            sent = os.write(self._socket.fileno(), frame)  # unlike `send`, it does not wait for the timeout
-            if sent < len(frame):  # one this small is taken whole or not at all; but a half one would end the lease
+            sent = os.write(self._socket.fileno(), frame)  # unlike `send`, does not wait until the timeout
+            if sent < len(frame):  # unlikely for so small a frame; but half a frame would break the connection
                 self._socket.sendall(frame[sent:])
         except BlockingIOError:
             return
@@ -197,12 +197,12 @@ class StoreClient:
             try:
                 self._wait_readable(timeout_s)
                 self._take(self._socket.recv(_RECEIVE_NBYTES))
-            except (OSError, ValueError) as error:  # ValueError: closed meanwhile, by another thread
+            except (OSError, ValueError) as error:  # ValueError: another thread closed the socket meanwhile
                 raise self._gone(error) from None
         return self._inbox.popleft()
 
     def _wait_readable(self, timeout_s: float | None) -> None:
-        """Return when there is something to receive; send what is to be released as soon as that is possible."""
+        """Wait until there is something to receive, and send pending releases as soon as the socket accepts them."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         poll = select.poll()
         while deadline is None or time.monotonic() < deadline:
@@ -252,7 +252,7 @@ class StoreClient:
 
 
 def _error_of(told: Failed | Refused) -> SllmError:
-    """The exception a daemon told of, if it is one of ours."""
+    """Make the exception that a daemon reported; ``StoreRefused`` if its class is unknown."""
     kind = getattr(errors, told.error, StoreRefused)
     if not (
         isinstance(kind, type) and issubclass(kind, errors.CheckpointError | errors.StoreError | errors.RemoteError)

@@ -1,4 +1,4 @@
-"""The daemon's process: one a socket, from its lock to its last goodbye. ``sllm-vllm store serve`` calls ``serve``."""
+"""The daemon's process, from startup to shutdown; one per socket. ``sllm-vllm store serve`` calls ``serve``."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 _STATUS_TIMEOUT_S = 10.0
 CLOSE_S_MAX = 60.0
-"""After SIGTERM the process is gone within this time."""
+"""The process exits at most this long after SIGTERM."""
 BASE_DESCRIPTORS = 40
-"""What the daemon has open beside its clients and what it reads for them: loop, locks, socket, pool, metrics."""
+"""Descriptors of the daemon apart from those for clients: event loop, locks, socket, pool, metrics."""
 CLIENT_DESCRIPTORS = 3
-"""A connection, and a partition's file, which is opened twice."""
+"""Descriptors per client: its connection, and its partition's file, which is opened twice."""
 _WORDS = DaemonWords(
     error=StoreError,
     busy=StoreBusy,
@@ -47,12 +47,12 @@ _WORDS = DaemonWords(
 
 
 def serve(config: StoreConfig) -> int:
-    """Run the daemon until SIGTERM, SIGINT or the order to stop. Returns the exit status.
+    """Run the daemon until SIGTERM, SIGINT or an order to stop. Returns the exit status.
 
     Raises:
-        StoreBusy: another daemon owns the socket. StoreError: the socket can't be made.
-        ConfigError: the pool has no slot, there is no memory for it, or the process may open too few files.
-        DaemonFailed: a part of it can't work any more.
+        StoreBusy: another daemon owns the socket. StoreError: the socket can't be created.
+        ConfigError: the pool would have no slot, its memory can't be allocated, or the limit on open files is too low.
+        DaemonFailed: a part of the daemon failed for good.
     """
     if config.num_slots == 0:
         raise ConfigError(f"memory_bytes {config.memory_bytes} holds no slot of {config.slot_bytes} bytes")
@@ -64,7 +64,7 @@ def serve(config: StoreConfig) -> int:
 
 
 class _Daemon:
-    """Puts the parts together on an event loop."""
+    """Creates the daemon's parts and runs them on an event loop."""
 
     def __init__(self, config: StoreConfig, pool: Pool, clients_max: int) -> None:
         self._config = config
@@ -72,7 +72,7 @@ class _Daemon:
         self._clients_max = clients_max
 
     async def run(self, listener: socket.socket) -> None:
-        """Serve until told to stop, or until it can't."""
+        """Serve until stopped, or until a part fails for good."""
         config, loop, ending = self._config, asyncio.get_running_loop(), Ending(within_s=CLOSE_S_MAX)
         loops = RunLoops(ending.fail)
         places = Places(config.store_dir, config.state_dir, _open_remotes(config))
@@ -94,7 +94,7 @@ class _Daemon:
             await ending.wait()
         accepting.cancel()
         await asyncio.gather(accepting, return_exceptions=True)
-        await store.close()  # first: no slot is written to once an engine can't tell us any more
+        await store.close()  # first: else slots of ended leases could be overwritten while engines map them
         await orders.close()
         await server.close()
         logger.info("event=store_stopped socket=%s", config.socket_path)
@@ -106,7 +106,7 @@ class _Daemon:
             yield
             return
 
-        from sllm_vllm.store.metrics_server import MetricsServer  # only who wants metrics needs prometheus_client
+        from sllm_vllm.store.metrics_server import MetricsServer  # prometheus_client is needed only for metrics
 
         def status() -> Status:
             return asyncio.run_coroutine_threadsafe(orders.status(), loop).result(_STATUS_TIMEOUT_S)
@@ -121,7 +121,7 @@ class _Daemon:
 
 
 class _Prefault:
-    """Claims the pool's pages slot by slot in a thread, so that no load waits for the system to clear them."""
+    """Allocates the pool's pages slot by slot in a thread, so that no load waits for the system to clear them."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -147,7 +147,7 @@ class _Prefault:
 def _open_remotes(config: StoreConfig) -> list[Remote]:
     if not config.remotes:
         return []
-    from sllm_vllm.store.remote import open_remote  # a machine without remotes need not have obstore
+    from sllm_vllm.store.remote import open_remote  # obstore is needed only with remotes
 
     return [open_remote(url, redirect_hosts=config.redirect_hosts) for url in config.remotes]
 
@@ -163,7 +163,7 @@ def _pool(config: StoreConfig) -> Pool:
 
 @contextlib.contextmanager
 def _private_directory(config: StoreConfig) -> Iterator[None]:
-    """The daemon's own folder, mode 0700, locked for one daemon."""
+    """Make the daemon's private folder, mode 0700, and hold its lock: only one daemon may use it."""
     make_private_directory(config.state_dir, _WORDS)
     try:
         config.socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,7 +1,7 @@
-"""Devices that bytes come from and go to, each with a schedule of its own. Lives on the daemon's event loop.
+"""Devices for reading and writing, each with its own schedule. Runs on the daemon's event loop.
 
-A device runs jobs (coroutine functions) when ``core/schedule.py`` says so: loads before fills and writes. Disk jobs do
-their work in a thread of the device's pools, network jobs on the loop itself.
+A device runs jobs (coroutine functions) when ``core/schedule.py`` decides: loads before fills and writes. Disk jobs do
+their work in the device's thread pools, network jobs on the event loop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Job:
-    """A job that waits or runs."""
+    """A job that is queued or running."""
 
     run: Callable[[], Awaitable[None]]
     urgency: Urgency
@@ -30,7 +30,7 @@ class Device:
     """Runs jobs within the limits of one device. Owned by the daemon's loop.
 
     Args:
-        num_readers, num_writers: jobs at once.
+        num_readers, num_writers: most concurrent reads and writes.
         starve_s, pauses: see ``IoSchedule``.
     """
 
@@ -44,7 +44,7 @@ class Device:
         self._loop = asyncio.get_running_loop()
 
     def submit(self, urgency: Urgency, run: Callable[[], Awaitable[None]]) -> int:
-        """Have ``run`` awaited when it is its turn; it must not raise. Returns the job's number, for ``promote``."""
+        """Queue ``run``, which must not raise; it is awaited in its turn. Returns the job's number for ``promote``."""
         self._num_jobs += 1
         job = self._num_jobs
         self._jobs[job] = _Job(run, urgency)
@@ -53,29 +53,29 @@ class Device:
         return job
 
     def promote(self, job: int) -> None:
-        """An engine waits for a fill now."""
+        """Turn a queued fill into a load, because an engine now waits for it."""
         if job in self._jobs:
             self._schedule.promote(job)
             self._jobs[job].urgency = Urgency.LOAD
             self._pump()
 
     async def in_reader(self, function: Callable[[], T]) -> T:
-        """Call in a reader's thread."""
+        """Call ``function`` in a reader thread."""
         return await self._loop.run_in_executor(self._readers, function)
 
     async def in_writer(self, function: Callable[[], T]) -> T:
-        """Call in a writer's thread."""
+        """Call ``function`` in a writer thread."""
         return await self._loop.run_in_executor(self._writers, function)
 
     def counts(self) -> dict[Urgency, tuple[int, int]]:
-        """Jobs queued and running, by urgency."""
+        """Return the numbers of queued and running jobs by urgency."""
         found = {urgency: [0, 0] for urgency in Urgency}
         for job in self._jobs.values():
             found[job.urgency][job.task is not None] += 1
         return {urgency: (queued, running) for urgency, (queued, running) in found.items()}
 
     async def close(self) -> None:
-        """Forget what is queued, cancel what runs, and wait for the threads."""
+        """Drop queued jobs, cancel running ones, and wait for the threads to end."""
         if self._timer is not None:
             self._timer.cancel()
         tasks = [job.task for job in self._jobs.values() if job.task is not None]

@@ -1,6 +1,7 @@
-"""A ranged read of a remote file that survives what networks do: stalls, resets, short answers, flipped bits.
+"""Reads ranges of remote files, with retries after network faults: stalls, resets, short answers, flipped bits.
 
-Called by ``transfer.py`` and the daemon. Bytes go straight to where they are wanted; one piece at a time is in between.
+Called by ``transfer.py`` and the daemon. Bytes go directly into the caller's buffer; only one piece at a time is held
+in between.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ _MEND = "push the checkpoint again"
 
 
 class FetchLimits(Protocol):
-    """How long a fetch goes on, and where it may be sent. ``StoreConfig`` has these."""
+    """Limits on retries, waiting and redirects of a fetch. ``StoreConfig`` implements it."""
 
     @property
     def retries_max(self) -> int:
-        """Attempts after the first, over the whole range."""
+        """Most attempts after the first, for one range as a whole."""
         ...
 
     @property
     def stall_s(self) -> float:
-        """Longest wait for an answer, and for each piece of it."""
+        """Timeout for an answer, and for each piece of it."""
         ...
 
     @property
     def redirect_hosts(self) -> Sequence[str]:
-        """Hosts that a remote may redirect to, beside its own."""
+        """Hosts to which a remote may redirect, in addition to its own."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a remote checkpoint, and how many bytes it must have."""
+    """A file of a remote checkpoint, and its expected size."""
 
     remote: Remote
     name: str
@@ -59,15 +60,15 @@ class RemoteFile:
 
     @property
     def shown(self) -> str:
-        """Its URL, for messages."""
+        """The file's URL, for messages."""
         return self.remote.shown_file(self.name, self.path)
 
 
 async def fetch_manifest(remote: Remote, name: str, *, limits: FetchLimits, jitter: random.Random) -> bytes:
-    """A checkpoint's manifest, not yet validated.
+    """Return a checkpoint's manifest, not yet validated.
 
     Raises:
-        RemoteError: as ``fetch_range``.
+        RemoteError: as for ``fetch_range``.
     """
     return await _persist(lambda: remote.read_manifest(name, stall_s=limits.stall_s), limits, jitter)
 
@@ -75,19 +76,19 @@ async def fetch_manifest(remote: Remote, name: str, *, limits: FetchLimits, jitt
 async def fetch_range(
     file: RemoteFile, start: int, into: memoryview, *, limits: FetchLimits, jitter: random.Random
 ) -> None:
-    """Fill ``into`` with the bytes from ``start``; after a failure it asks only for what is still missing.
+    """Fill ``into`` with the bytes from ``start``. A retry requests only the bytes that are still missing.
 
-    Nothing is written to ``into`` once this has ended, however it ended.
+    Nothing is written to ``into`` after this returns or raises.
 
     Raises:
-        RemoteMissing: no such file. RemoteCorrupt: the server's range, size or count of bytes is not what was asked.
-        RemoteUnreachable: it refuses, or every attempt failed.
+        RemoteMissing: no such file. RemoteCorrupt: the answer's range, file size or number of bytes is wrong.
+        RemoteUnreachable: the remote refuses, or every attempt failed.
     """
     await _persist(_Fetch(file, start, into, stall_s=limits.stall_s).attempt, limits, jitter)
 
 
 async def _persist(attempt: Callable[[], Awaitable[T]], limits: FetchLimits, jitter: random.Random) -> T:
-    """Attempt until it succeeds, fails for good, or ``retries_max`` retries are used up; waits with full jitter."""
+    """Call ``attempt`` until it succeeds, fails for good, or ``retries_max`` is reached. Backs off with full jitter."""
     for number in itertools.count():
         try:
             return await attempt()
@@ -102,7 +103,7 @@ async def _persist(attempt: Callable[[], Awaitable[T]], limits: FetchLimits, jit
 
 
 class _Fetch:
-    """One range on its way; ``done`` bytes of it are there."""
+    """One range that is being fetched. ``done``: bytes that have arrived."""
 
     def __init__(self, file: RemoteFile, start: int, into: memoryview, *, stall_s: float) -> None:
         self.done = 0
@@ -112,7 +113,7 @@ class _Fetch:
         self._stall_s = stall_s
 
     async def attempt(self) -> None:
-        """Ask for what is missing and take what comes."""
+        """Request the missing bytes once and store what arrives."""
         nbytes = len(self._into)
         if self.done == nbytes:
             return
@@ -153,17 +154,18 @@ async def fetch_span(
     limits: FetchLimits,
     jitter: random.Random,
 ) -> int:
-    """Fill ``into`` with consecutive chunks and hold each against its checksum; one that differs is fetched once more.
+    """Fill ``into`` with consecutive chunks and verify each. A chunk with a wrong checksum is fetched once more.
 
     Args:
-        partition: of a manifest that lies in a folder with the remote checkpoint's name.
-        into: room for the chunks; what lies behind them is left alone.
+        partition: the partition; its directory must have the name of the remote checkpoint.
+        into: buffer with room for the chunks; bytes after them are not changed.
 
     Returns:
-        Bytes of the chunks.
+        The number of bytes of the chunks.
 
     Raises:
-        RemoteError: as ``fetch_range``; RemoteCorrupt also if a chunk differs twice. What ``into`` holds is then void.
+        RemoteError: as for ``fetch_range``; also RemoteCorrupt if a chunk differs twice. The content of ``into`` is
+            then undefined.
     """
     file = _file_of(remote, partition)
     ranges = [partition.chunk_range(index) for index in chunks]
@@ -175,7 +177,7 @@ async def fetch_span(
         chunk = into[offset - start : offset - start + length]
         if await asyncio.to_thread(_difference, partition, index, chunk) is None:
             continue
-        await fetch_range(file, offset, chunk, limits=limits, jitter=jitter)  # the wire may have flipped a bit
+        await fetch_range(file, offset, chunk, limits=limits, jitter=jitter)  # the network may have flipped a bit
         if (problem := await asyncio.to_thread(_difference, partition, index, chunk)) is not None:
             raise RemoteCorrupt(file.shown, problem, _MEND)
     return nbytes
@@ -184,10 +186,10 @@ async def fetch_span(
 async def fetch_header(
     remote: Remote, partition: RankPartition, *, limits: FetchLimits, jitter: random.Random
 ) -> bytes:
-    """A partition's header, held against its checksum and the manifest.
+    """Return a partition's header, verified against its checksum and the manifest.
 
     Raises:
-        RemoteError: as ``fetch_span``.
+        RemoteError: as for ``fetch_span``.
     """
     file, record = _file_of(remote, partition), partition.record
     raw = bytearray(record.header_nbytes)
@@ -209,7 +211,7 @@ def _file_of(remote: Remote, partition: RankPartition) -> RemoteFile:
 
 
 def _difference(partition: RankPartition, index: int, chunk: memoryview) -> str | None:
-    """What is wrong with a chunk, if anything."""
+    """Return the problem with a chunk, or None if it matches its checksum."""
     try:
         partition.check_chunk(index, chunk)
     except CheckpointCorrupt as error:

@@ -1,16 +1,16 @@
-"""What a hop (disk, page cache, network, write) really delivered: bytes, and the time it was busy. Pure."""
+"""Measures what a hop (disk, page cache, network, write) delivered: bytes, and the time it was busy. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _HALVED_AT_NBYTES = 8 << 30
-"""The measured rate forgets: when so many bytes were counted, what was before counts half."""
+"""Once the counts behind the measured rate exceed this, they are halved, so that older transfers lose weight."""
 
 
 @dataclass(slots=True)
 class HopMeter:
-    """Counts transfers that run side by side, each when it has ended. Time counts once, however many ran."""
+    """Counts concurrent transfers, each once it has ended. Time in which several ran is counted once."""
 
     nbytes: int = 0
     seconds: float = 0.0
@@ -19,7 +19,7 @@ class HopMeter:
     _recent_s: float = 0.0
 
     def book(self, nbytes: int, start_s: float, end_s: float) -> None:
-        """A transfer ran from ``start_s`` to ``end_s``."""
+        """Count a transfer that ran from ``start_s`` to ``end_s``."""
         busy_s = max(0.0, end_s - max(start_s, self._booked_to_s))
         self._booked_to_s = max(self._booked_to_s, end_s)
         if self._recent_nbytes > _HALVED_AT_NBYTES:
@@ -31,5 +31,5 @@ class HopMeter:
 
     @property
     def bps(self) -> float | None:
-        """Bytes a second while it was busy, lately; None before anything was measured."""
+        """Recent bytes per second while busy; None before anything was measured."""
         return self._recent_nbytes / self._recent_s if self._recent_nbytes and self._recent_s else None

@@ -1,7 +1,7 @@
-"""Files behind http(s) or S3, asked for by ranges with aiohttp: redirects, addresses and heads are bounded here.
+"""Reads files over http(s) or from S3 by range requests with aiohttp; limits redirects, addresses and header sizes.
 
-obstore's own client follows any redirect to any address and bounds no head, and its threads may still be in Python
-while the interpreter ends, which aborts the process.
+obstore's own client is not used because it follows any redirect to any address and does not limit headers. Also, its
+threads may still run Python code while the interpreter exits, which aborts the process.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _RETRIED_STATUS = {408, 425, 429}
 _BUFFER_NBYTES = MIB
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
-"""What is left alone in a URL that is quoted already, or partly."""
+"""Characters that stay as they are when a URL is quoted that may already be quoted, fully or partly."""
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None)
-"""``fetch.py`` notices a stall."""
+"""No timeout here, because callers detect stalls."""
 
 
 class _AddressRefused(OSError):
-    """A name leads to an address that this remote may not send its reader to."""
+    """A host name resolves only to addresses to which this remote may not lead."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpAnswer:
-    """An answer whose body is still to come: bytes ``start`` to ``end`` of a file of ``size`` bytes."""
+    """An answer whose body was not read yet: bytes ``start`` to ``end`` (exclusive) of a file of ``size`` bytes."""
 
     start: int
     end: int
@@ -50,7 +50,7 @@ class HttpAnswer:
     response: aiohttp.ClientResponse
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """Its body, in pieces of up to a megabyte or two."""
+        """Yield the body in pieces of up to one or two megabytes."""
         try:
             async for piece in self.response.content.iter_any():
                 yield piece
@@ -59,12 +59,12 @@ class HttpAnswer:
 
 
 class HttpSource:
-    """Reads below one URL. Used on one loop; its connections end with it.
+    """Reads files below one URL. Must be used on one event loop; its connections are closed with it.
 
     Args:
-        headers: credentials, for the named origin alone.
+        headers: credentials, sent only to the origin of ``url``.
         redirect_hosts: see ``RedirectRules``.
-        sign: makes the URL of a key, with credentials in its query; called in a thread, because it may ask for them.
+        sign: makes the signed URL of a key; called in a thread, because it may have to look up credentials.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class HttpSource:
         self._session: aiohttp.ClientSession | None = None
 
     async def get(self, key: str, shown: str, bounds: tuple[int, int] | None = None) -> HttpAnswer:
-        """Ask for a file, or for the bytes from the first bound up to the second.
+        """Request a file, or its bytes from the first bound up to, not including, the second.
 
         Raises:
-            RemoteError: there is none, it is refused, or what answers is no such server.
+            RemoteError: the file is missing, access is refused, or the answer is not valid.
         """
         headers = {"Accept-Encoding": "identity"}
         if bounds is not None:
@@ -132,7 +132,7 @@ class HttpSource:
 
 
 class _Resolver(AbstractResolver):
-    """The system's, but for addresses that the rules forbid. aiohttp connects to what this returns and nothing else."""
+    """The system's resolver without addresses that the rules forbid. aiohttp connects only to what this returns."""
 
     def __init__(self, rules: RedirectRules) -> None:
         self._rules = rules
@@ -144,7 +144,7 @@ class _Resolver(AbstractResolver):
         found = await self._inner.resolve(host, port, family)
         proxy = proxy_for(self._rules.named.geturl())
         if proxy is not None and urlsplit(proxy).hostname == host:
-            return found  # the operator's own
+            return found  # the proxy is configured by the operator, so any address is allowed
         admitted = self._rules.admit(host, [one["host"] for one in found])
         if not admitted:
             raise _AddressRefused
@@ -155,7 +155,7 @@ class _Resolver(AbstractResolver):
 
 
 def _split(url: str) -> SplitResult:
-    """A URL that a server named; of no scheme if it is none."""
+    """Split a URL that a server sent. An invalid one gives a result without a scheme."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -165,10 +165,10 @@ def _split(url: str) -> SplitResult:
 
 
 def _checked(response: aiohttp.ClientResponse, shown: str, bounds: tuple[int, int] | None) -> HttpAnswer:
-    """An answer that is what was asked for.
+    """Check that a response is what was requested.
 
     Raises:
-        RemoteError: it is anything else.
+        RemoteError: it is an error, or has another range.
     """
     status = response.status
     if not 200 <= status < 300:
@@ -185,7 +185,7 @@ def _checked(response: aiohttp.ClientResponse, shown: str, bounds: tuple[int, in
 
 
 def error_of_status(status: int, shown: str) -> SllmError:
-    """What an HTTP status means for a reader."""
+    """Return the error for an HTTP status."""
     if status in {404, 410}:
         return RemoteMissing(shown, "there is no such file", "see whether the checkpoint was pushed there")
     if status in {401, 403}:
@@ -200,7 +200,7 @@ def error_of_status(status: int, shown: str) -> SllmError:
 
 
 def translated_http(error: Exception, shown: str) -> SllmError:
-    """Our error for aiohttp's, whose text may hold secrets: nothing is taken from it."""
+    """Translate an aiohttp error. Its text may contain secrets, so nothing is taken from it."""
     if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, _AddressRefused):
         problem = "its name leads to an address of this machine or of a private network"
         return RemoteRefused(shown, problem, "check the URL, and who answers for the name")
@@ -208,6 +208,6 @@ def translated_http(error: Exception, shown: str) -> SllmError:
         return RemoteUnreachable(shown, "no connection can be made", "check the URL, and whether the server runs")
     if isinstance(error, aiohttp.ClientResponseError):
         return RemoteRefused(shown, "the head of its answer is malformed or too large", "check the URL")
-    if isinstance(error, ValueError):  # InvalidURL is one
+    if isinstance(error, ValueError):  # includes aiohttp's InvalidURL
         return RemoteRefused(shown, "its URL can't be used", "check the URL")
     return RemoteUnreachable(shown, "the connection broke off", MEND_TRY)

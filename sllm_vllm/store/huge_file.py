@@ -1,8 +1,8 @@
-"""The child process of ``pool.py``: mounts a tmpfs in huge pages where nobody else sees it.
+"""The child process of ``pool.py``: mounts a tmpfs with huge pages that no other process sees.
 
 ``python -m sllm_vllm.store.huge_file SOCKET_FD NBYTES MOUNT_POINT`` sends a writable and a read-only descriptor of a
-file of NBYTES over the socket. Exits with 1 where the system does not let it. Nothing stays mounted: the namespace
-ends with this process, the file with its last descriptor and mapping.
+file of NBYTES over the socket. Exits with 1 if the system does not allow it. Nothing stays mounted: the namespace ends
+with this process, and the file with its last descriptor or mapping.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(socket_fd: int, nbytes: int, mount_point: Path) -> int:
-    """Make the file and send its descriptors; the exit status."""
+    """Make the file and send its descriptors. Returns the exit status."""
     try:
         _enter_namespace()
         _mount(None, Path("/"), _MS_REC | _MS_PRIVATE)

@@ -1,7 +1,7 @@
-"""``/metrics`` of the daemon: its status as Prometheus reads it, over HTTP on loopback, to whoever has the key.
+"""The daemon's ``/metrics`` endpoint: its status in Prometheus format, over HTTP on loopback, for clients with a key.
 
-Keeps no counts of its own: every scrape asks for the status dict that ``store status`` prints. The key lies in the
-daemon's private folder, since every local user can connect to a port.
+Keeps no counts of its own: every scrape gets the status dict that ``store status`` prints. Scrapes need a key, stored
+in the daemon's private folder, because every local user can connect to the port.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 KEY_NAME = "metrics.key"
 HEAD_NBYTES_MAX = 8 << 10
-"""Largest request: a line and headers."""
+"""Largest request line and headers."""
 REQUEST_S_MAX = 5.0
-"""Longest that a request may take to arrive, and its answer to be taken."""
+"""Timeout for receiving a request, and for sending its answer."""
 SCRAPES_MAX = 8
-"""Requests at once; more are hung up on."""
+"""Most concurrent requests; further connections are closed."""
 
 _STOP_POLL_S = 0.1
 _PAUSE_S = 0.1
-"""After an error, before connections are accepted again."""
+"""Pause after an error before connections are accepted again."""
 
 Status = Callable[[], dict[str, Any]]
 _Request = socket.socket | tuple[bytes, socket.socket]
@@ -50,13 +50,13 @@ Sample = tuple[StoreMetric, tuple[str, ...], float | None]
 
 
 class StoreCollector(Collector):
-    """Turns a status dict into metric families, anew for each scrape."""
+    """Turns the current status dict into metric families at each scrape."""
 
     def __init__(self, status: Status) -> None:
         self._status = status
 
     def collect(self) -> Iterator[Family]:
-        """One family a metric, also where it has no sample now."""
+        """Yield one family per metric, even if it has no samples now."""
         families = {metric: _family(metric) for metric in StoreMetric}
         for metric, labels, value in _samples(self._status()):
             if value is not None:
@@ -101,10 +101,10 @@ def _memory_samples(status: dict[str, Any]) -> Iterator[Sample]:
     yield StoreMetric.POOL_PINNED, (), pool["pinned"]
     yield StoreMetric.POOL_SLOT_NBYTES, (), pool["slot_nbytes"]
     for tier, facts in status["tiers"].items():
-        yield StoreMetric.TIER_NBYTES, (tier,), facts.get("nbytes")  # a remote's sizes are not known
+        yield StoreMetric.TIER_NBYTES, (tier,), facts.get("nbytes")  # the sizes of remotes are unknown
         yield StoreMetric.TIER_CAPACITY, (tier,), facts.get("capacity_nbytes")
         yield StoreMetric.TIER_CHECKPOINTS, (tier,), facts.get("checkpoints")
-    known = [entry for entry in status["checkpoints"] if entry["rank"] is not None]  # else it lies on disk alone
+    known = [entry for entry in status["checkpoints"] if entry["rank"] is not None]  # rank None: only on disk
     largest = sorted(known, key=lambda entry: (-entry["resident_nbytes"], entry["name"], entry["rank"]))
     for entry in largest[:SERIES_MAX]:
         yield StoreMetric.RESIDENT_NBYTES, (entry["name"], str(entry["rank"])), entry["resident_nbytes"]
@@ -114,9 +114,9 @@ class MetricsServer:
     """Serves ``GET /metrics`` on 127.0.0.1 from ``start`` to ``stop``, in threads of its own.
 
     Args:
-        status: gives the daemon's status dict; called from several threads.
-        state_dir: the daemon's private folder; gets the key.
-        port: 0 picks a free one; ``self.port`` tells which.
+        status: returns the daemon's status dict; called from several threads.
+        state_dir: the daemon's private folder, where the key is stored.
+        port: the port; 0 picks a free one. ``self.port`` is the one in use.
 
     Raises:
         OSError: the port is taken. ConfigError: see ``open_key``.
@@ -131,11 +131,11 @@ class MetricsServer:
         self.port: int = self._server.server_address[1]
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start answering requests."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Close the port; answers under way are not waited for. Twice does no harm."""
+        """Close the port without waiting for answers in progress. Stopping twice is harmless."""
         self._stopped.set()
         if self._thread.is_alive():
             self._server.shutdown()
@@ -143,7 +143,7 @@ class MetricsServer:
         self._server.server_close()
 
     def _serve(self) -> None:
-        """Until stopped: an error of one moment does not end the thread."""
+        """Serve until stopped; an error does not end the thread."""
         while not self._stopped.is_set():
             try:
                 self._server.serve_forever(_STOP_POLL_S)
@@ -164,13 +164,13 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Bind, without the look-up of a host name that http.server does."""
+        """Bind without the host name lookup that http.server does."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
     def get_request(self) -> tuple[socket.socket, object]:
-        """Accept; where there is no descriptor for it, not again and again without a pause."""
+        """Accept a connection. Pauses if no descriptor is left, so that the loop does not spin."""
         try:
             return super().get_request()
         except OSError as error:
@@ -184,7 +184,7 @@ class _Server(ThreadingHTTPServer):
             return
         try:
             super().process_request(request, client_address)
-        except BaseException:  # there is no thread for it
+        except BaseException:  # e.g. no thread can be started
             self._slots.release()
             raise
 
@@ -195,13 +195,13 @@ class _Server(ThreadingHTTPServer):
             self._slots.release()
 
     def handle_error(self, request: _Request, client_address: object) -> None:
-        """A scraper that went away is no news; anything else gets its trace into the log."""
+        """Ignore a scraper that disconnected; log any other error with its traceback."""
         if not isinstance(sys.exception(), OSError):
             logger.warning("metrics=failed", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request, then the connection ends (HTTP/1.0)."""
+    """Handles one request per connection (HTTP/1.0)."""
 
     server: _Server
     server_version = "sllm-store"
@@ -242,11 +242,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """A scrape every few seconds changes nothing: no line."""
+        """Log nothing: a line for every scrape would only be noise."""
 
 
 def _read_head(channel: socket.socket) -> bytes | None:
-    """All of a request but its body, or what came of it in time; None if it is too large."""
+    """Read a request's line and headers, or the part that was sent before EOF; None if they are too large."""
     head = bytearray()
     end_s = time.monotonic() + REQUEST_S_MAX
     while b"\r\n\r\n" not in head:

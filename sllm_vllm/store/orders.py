@@ -1,4 +1,4 @@
-"""What operators and starting engines ask of the daemon, beside leases. Lives on the daemon's loop."""
+"""Handles requests of operators and starting engines other than leases. Runs on the daemon's event loop."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Orders:
     """Carries out orders.
 
     Args:
-        stop: ends the daemon.
-        num_clients: tells how many connections there are.
-        problem: tells which loops of the daemon do not work, if any.
+        stop: stops the daemon.
+        num_clients: returns the number of open connections.
+        problem: returns which of the daemon's loops are failing, if any.
     """
 
     def __init__(
@@ -51,32 +51,32 @@ class Orders:
         self._writing_pins = asyncio.Lock()
 
     async def start(self) -> None:
-        """Pin again what was pinned when the last daemon ended."""
+        """Restore the pins that were saved before the daemon was restarted."""
         for name in await asyncio.to_thread(self._read_pins):
             self._in_background(self._pin(name), f"pin {name}")
 
     async def close(self) -> None:
-        """End what runs in the background."""
+        """Cancel all background tasks."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._write_behind.close()
 
     async def find(self, request: Find) -> Reply:
-        """Where a checkpoint lies.
+        """Find a checkpoint and return the path of its manifest and its tier.
 
         Raises:
-            CheckpointError, RemoteError: nobody has it, or it can't be used.
+            CheckpointError, RemoteError: neither the disk nor a remote has it, or it can't be used.
         """
         placed = await self._store.places.find(request.checkpoint)
         tier = "DISK" if placed.is_on_disk else "REMOTE"
         return Reply(data={"manifest": str(placed.checkpoint.path / MANIFEST_NAME), "tier": tier})
 
     async def carry_out(self, order: Order) -> Reply:
-        """An operator's order.
+        """Carry out an operator's order.
 
         Raises:
-            SllmError: it can't be done; nothing was changed.
+            SllmError: the order can't be carried out.
         """
         if order.order == "status":
             return Reply(data=await self.status())
@@ -104,17 +104,17 @@ class Orders:
                 return Reply()
 
     async def status(self) -> Status:
-        """See ``status.py``."""
+        """Return the daemon's status; see ``status.py``."""
         usage = await asyncio.to_thread(self._store.places.disk_usage)
         told = describe(self._store, usage, started_s=self._started_s, pid=os.getpid(), clients=self._num_clients())
         return {**told, "problem": self._problem()}
 
     def hint(self, hint: Hint) -> None:
-        """Begin to read what a vLLM process that is just starting will want, if it is known."""
+        """Start prefetching the checkpoint that a starting vLLM process will load, if one is on disk for its model."""
         self._in_background(self._follow(hint), f"hint {hint.model}")
 
     def lease_opened(self, placed: Placed) -> None:
-        """A load began; if the checkpoint comes from a remote, it is written to disk behind the load."""
+        """Start the write-behind if a checkpoint that is being loaded is only at a remote."""
         if not placed.is_on_disk and placed.remote is not None:
             self._write_behind.start(placed)
 

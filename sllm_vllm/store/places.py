@@ -1,7 +1,8 @@
-"""Which checkpoint lies where: on this machine's disk, at a remote, or both. Holds parsed manifests, bounded.
+"""Finds where checkpoints are stored: on the local disk, at a remote, or both. Caches a bounded number of manifests.
 
-A checkpoint is named as its directory in the store is, or by an absolute path. One that only a remote has gets its
-manifest into ``<state>/remote/<name>/``, so that any process can open it like a checkpoint without partitions.
+A checkpoint is named by its directory's name in the store, or by an absolute path. The manifest of a checkpoint that
+only a remote has is copied to ``<state>/remote/<name>/``, so that any process can open it, like a checkpoint without
+partitions.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from sllm_vllm.store.remote import Remote
 
 MANIFESTS_MAX = 256
-"""Parsed manifests that are kept; one of a large model takes a few megabytes."""
+"""Most parsed manifests that are cached; that of a large model takes a few megabytes."""
 LOOKUP_S = 30.0
-"""How long a remote's manifest is believed before it is fetched again."""
+"""How long a remote's manifest is used before it is fetched again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A checkpoint and where it can be had. ``checkpoint.path`` has partitions only if ``is_on_disk``."""
+    """A checkpoint and where it can be read from. ``checkpoint.path`` has partitions only if ``is_on_disk``."""
 
     name: str
     checkpoint: Checkpoint
@@ -42,7 +43,7 @@ class Placed:
     remote: Remote | None = None
 
     def partition(self, rank: int) -> RankPartition:
-        """A rank's partition.
+        """Return a rank's partition.
 
         Raises:
             CheckpointMissing: the checkpoint has no such rank.
@@ -54,7 +55,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What is remembered of a manifest: enough to find it by its model without parsing it again."""
+    """The facts remembered about a manifest, so that it can be found by its model without parsing it again."""
 
     model: str
     tensor_parallel_size: int
@@ -62,7 +63,7 @@ class _Known:
 
 
 class Places:
-    """Finds checkpoints. Every method but ``close`` may do slow input and output, away from the loop."""
+    """Finds checkpoints. Its coroutines do slow I/O in threads; its other methods may block the event loop."""
 
     def __init__(self, store_dir: Path, state_dir: Path, remotes: Sequence[Remote]) -> None:
         self.repository = CheckpointRepository(store_dir)
@@ -74,13 +75,14 @@ class Places:
         self._used_s: dict[str, float] = {}
         self._lookups: dict[str, asyncio.Task[Placed | None]] = {}
         self._parsing = threading.Lock()
-        """One manifest of a remote at a time: a hostile one costs a quarter of a gigabyte while it is read."""
+        """Parses one remote manifest at a time: parsing a hostile one can take a quarter of a gigabyte of memory."""
 
     async def find(self, name: str) -> Placed:
-        """Where the checkpoint of this name or absolute path is; the disk is asked first, then each remote.
+        """Find a checkpoint by name or absolute path: first on disk, then at each remote.
 
         Raises:
-            CheckpointMissing: nobody has it. CheckpointError, RemoteError: somebody has, but it can't be used.
+            CheckpointMissing: neither the disk nor a remote has it.
+            CheckpointError, RemoteError: it can't be used, or remotes that might have it can't be reached.
         """
         self._used_s[name] = time.time()
         if os.path.isabs(name):
@@ -94,16 +96,16 @@ class Places:
             return placed
 
     async def remote_for(self, name: str, checkpoint: Checkpoint) -> Remote | None:
-        """A remote that has the very same checkpoint.
+        """Return a remote that has exactly this checkpoint, if any.
 
         Raises:
-            RemoteError, CheckpointError: those that could be asked lack it, and others could not be asked.
+            RemoteError, CheckpointError: no remote that answered has it, and a remote failed.
         """
         found = None if os.path.isabs(name) else await self._find_remote(name)
         return found.remote if found is not None and found.checkpoint.manifest == checkpoint.manifest else None
 
     def names_for_model(self, model: str, tensor_parallel_size: int | None) -> list[str]:
-        """Checkpoints on disk that were made from a model: the one that was used or written last comes first."""
+        """Return the names of checkpoints on disk that were made from a model, most recently used or written first."""
         wanted = {model, os.path.realpath(model)}
         found = []
         for path in self._paths():
@@ -115,7 +117,7 @@ class Places:
         return [name for _, name in sorted(found, reverse=True)]
 
     def disk_usage(self) -> list[tuple[str, int]]:
-        """Name and bytes of every checkpoint of the store on disk."""
+        """Return the name and size of every checkpoint in the store on disk."""
         usage = []
         for path in self._paths():
             try:
@@ -126,22 +128,22 @@ class Places:
         return usage
 
     def note_origin(self, placed: Placed) -> None:
-        """Remember that a remote has what was written to disk: it may be removed from there when room is needed."""
+        """Record that a remote has a checkpoint that was written to disk, so that it may be removed to free space."""
         assert placed.remote is not None
         with write_errors(self._origin_dir):
             self._origin_dir.mkdir(parents=True, exist_ok=True)
             write_file_durably(self._origin_dir / placed.name, placed.remote.shown.encode())
 
     def removable(self, names: Iterable[str]) -> list[str]:
-        """Those of the checkpoints that came from a remote."""
+        """Return those of the checkpoints that came from a remote."""
         return [name for name in names if (self._origin_dir / name).exists()]
 
     def last_used_s(self, name: str) -> float:
-        """When it was asked for last, since the epoch; 0 if never since the daemon began."""
+        """Return when a checkpoint was last requested, in epoch seconds; 0 if not since the daemon started."""
         return self._used_s.get(name, 0.0)
 
     async def _find_remote(self, name: str) -> Placed | None:
-        """The first remote that has it, asked once for all who want to know now.
+        """Return the checkpoint at the first remote that has it, if any. Concurrent calls share one lookup.
 
         Raises:
             RemoteError, CheckpointError: see ``_ask_remotes``.
@@ -152,13 +154,18 @@ class Places:
         return await asyncio.shield(self._lookups[name])
 
     def _looked_up(self, name: str, lookup: asyncio.Task[Placed | None]) -> None:
-        """What was found is believed for a while; what was not is asked for again."""
+        """Keep a successful lookup for ``LOOKUP_S``; drop any other at once, so that the next call asks again."""
         found = not lookup.cancelled() and lookup.exception() is None and lookup.result() is not None
         delay = LOOKUP_S if found else 0.0
         asyncio.get_running_loop().call_later(delay, self._lookups.pop, name, None)
 
     async def _ask_remotes(self, name: str) -> Placed | None:
-        """The first remote that has it; a remote that fails is passed over, unless all that answer lack it."""
+        """Ask the remotes in order. Returns the checkpoint at the first that has it; None if all answer and lack it.
+
+        Raises:
+            RemoteError: a remote failed, and no other remote has it.
+            CheckpointError: the manifest is invalid.
+        """
         failure: RemoteError | None = None
         for remote in self.remotes:
             try:
@@ -196,11 +203,11 @@ class Places:
             return []
 
     def _open(self, path: Path) -> Checkpoint:
-        """Open a checkpoint; its manifest is parsed again only if it changed."""
+        """Open a checkpoint. Its manifest is parsed again only if it changed."""
         try:
             status = (path / MANIFEST_NAME).stat()
         except OSError:
-            return open_checkpoint(path)  # says what is wrong
+            return open_checkpoint(path)  # raises the right error
         key = (path, status.st_ino, status.st_size, status.st_mtime_ns)
         checkpoint = self._parsed.get(key)
         if checkpoint is None:

@@ -1,13 +1,13 @@
-"""The pool: one shared file of equal slots, in huge pages where the system lets us, which clients can only read.
+"""The pool: one shared file of equal slots that clients can only read, in huge pages where the system allows it.
 
-Two ways to have such a file, tried in this order:
+The file is made in one of two ways, tried in this order:
 
-1. a tmpfs of our own with ``huge=always``, mounted in a private mount namespace (and user namespace, without root), of
-   which clients get a descriptor opened through a read-only mount: opening it anew for writing fails with EROFS;
-2. a memfd, sealed after it was mapped here: no other writable mapping can ever be made of it. Its pages are as large as
-   the system's ``shmem_enabled`` says, mostly 4 KiB.
+1. A tmpfs with ``huge=always``, mounted in a private mount namespace (and a user namespace if not root). Clients get a
+   descriptor opened through a read-only mount: reopening it for writing fails with EROFS.
+2. A memfd, sealed after the daemon mapped it, so that no other writable mapping of it can be made. The system's
+   ``shmem_enabled`` setting determines its page size, usually 4 KiB.
 
-Either way the memory lives on for as long as anybody maps it: an engine outlives the daemon.
+Either way the memory exists as long as any process maps it, so engines keep running when the daemon ends.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ HUGE_PAGE_NBYTES = 2 << 20
 _F_SEAL_FUTURE_WRITE = 0x0010  # not in Python's fcntl before 3.14
 _MADV_POPULATE_WRITE = 23
 _HELPER_TIMEOUT_S = 30.0
-_libc = ctypes.CDLL(None)  # unlike mmap.madvise, it lets other threads run meanwhile
+_libc = ctypes.CDLL(None)  # calls through ctypes release the GIL, unlike mmap.madvise
 
 
 class Pool:
-    """``num_slots`` slots of ``slot_nbytes`` each. The daemon writes through ``slot_view``, clients map ``client_fd``.
+    """``num_slots`` slots of ``slot_nbytes`` each. The daemon writes through ``slot_view``; clients map ``client_fd``.
 
     Raises:
-        OSError: the system has no memory for it.
+        OSError: the system can't provide the memory.
     """
 
     def __init__(self, num_slots: int, slot_nbytes: int, mount_point: Path) -> None:
@@ -61,18 +61,18 @@ class Pool:
             os.close(writable_fd)
 
     def slot_view(self, slot: int) -> memoryview:
-        """A slot's memory, writable, page-aligned."""
+        """Return a slot's memory, writable and page-aligned."""
         return self._view[slot * self.slot_nbytes : (slot + 1) * self.slot_nbytes]
 
     def prefault(self, slot: int) -> None:
-        """Have the system provide a slot's pages now; what it holds stays. A kernel before 5.14 does nothing."""
+        """Allocate a slot's pages now; its content does not change. Has no effect on kernels before 5.14."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping, slot * self.slot_nbytes))
         _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(self.slot_nbytes), _MADV_POPULATE_WRITE)
 
     def close(self) -> None:
-        """Unmap; clients keep what they have mapped."""
+        """Unmap the pool and close its descriptor. Clients keep their own mappings."""
         self._view.release()
-        with contextlib.suppress(BufferError):  # a reader thread still holds a slot's view: the process ends anyway
+        with contextlib.suppress(BufferError):  # a reader thread still holds a slot's view; the process ends anyway
             self._mapping.close()
         if self.client_fd >= 0:
             os.close(self.client_fd)
@@ -86,9 +86,9 @@ class Pool:
 
 
 def _huge_file(nbytes: int, mount_point: Path) -> tuple[int, int] | None:
-    """A tmpfs file in huge pages, as a writable and a read-only descriptor; None where the system does not let us.
+    """Make a tmpfs file in huge pages. Returns a writable and a read-only descriptor; None if the system forbids it.
 
-    A child process does it, since a namespace is entered by a process of one thread.
+    A child process does this, because only a single-threaded process can enter a new user namespace.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:

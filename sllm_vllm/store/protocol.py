@@ -1,11 +1,12 @@
-"""The words between the store's daemon and its clients. Pure: messages to bytes and back.
+"""The protocol between the store's daemon and its clients. Pure: encodes and decodes messages.
 
-A frame is a length (4 bytes, big-endian) and so many bytes of a JSON object in UTF-8 with a key ``kind``. The client
-speaks first (``Hello``); the daemon answers ``Welcome``, with a read-only descriptor of the pool attached to its first
-byte. Then one request at a time is answered by ``Leased``, ``Reply`` or ``Refused``. A connection holds one lease at
-most, which ends with it; ``Given`` and ``Failed`` come unasked while it lasts. Both sides check the other's user.
+A frame is a length (4 bytes, big-endian) followed by that many bytes of JSON in UTF-8: an object with a key ``kind``.
+The client sends ``Hello`` first; the daemon answers ``Welcome``, with a read-only descriptor of the pool attached to
+its first byte. After that, requests are answered one at a time with ``Leased``, ``Reply`` or ``Refused``. A connection
+holds at most one lease, which ends with the connection; while it is open, the daemon sends ``Given`` and ``Failed``
+unasked. Both sides check the other's user id.
 
-Anything that breaks this, or a bound below, ends the connection; nothing is ever unpickled or evaluated.
+Any violation of this, or of a limit below, ends the connection. Nothing is ever unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 SPANS_MAX = 1 << 16
-"""Spans in one message."""
+"""Most spans in one message."""
 
 _LENGTH = struct.Struct(">I")
 
@@ -29,7 +30,7 @@ Spans = Annotated[tuple[Index, ...], Field(max_length=SPANS_MAX)]
 
 
 class ProtocolError(Exception):
-    """The other side does not keep to the protocol. The connection must end."""
+    """The other side violated the protocol. The connection must end."""
 
 
 class _Message(BaseModel):
@@ -37,24 +38,27 @@ class _Message(BaseModel):
 
 
 class Hello(_Message):
-    """First word of a client."""
+    """The first message from a client."""
 
     kind: Literal["hello"] = "hello"
     version: int
 
 
 class Find(_Message):
-    """Where is the checkpoint of this name (in the store's directory or at a remote), or path? → ``Reply`` with
-    ``manifest``: path of a readable manifest.json, and ``tier``."""
+    """Find a checkpoint by its path, or by its name in the store's directory or at a remote.
+
+    Answered with a ``Reply`` that holds ``manifest``, the path of a readable manifest.json, and ``tier``.
+    """
 
     kind: Literal["find"] = "find"
     checkpoint: Name
 
 
 class Lease(_Message):
-    """I want a rank's partition whose ``content_digest`` is this. → ``Leased``, then ``Given``.
+    """Request a rank's partition with the ``content_digest`` given by ``digest``.
 
-    With ``hold`` the client can map slots for as long as it lives; else it copies every span and releases it.
+    Answered with ``Leased``, then ``Given`` messages. With ``hold`` the client can keep slots mapped as long as it
+    lives; otherwise it copies every span and releases it.
     """
 
     kind: Literal["lease"] = "lease"
@@ -65,7 +69,7 @@ class Lease(_Message):
 
 
 class Release(_Message):
-    """I no longer look at these spans. Not answered."""
+    """Release spans that the client no longer uses. Not answered."""
 
     kind: Literal["release"] = "release"
     token: Token
@@ -73,13 +77,13 @@ class Release(_Message):
 
 
 class Ping(_Message):
-    """Are you there? → ``Reply``. For a client that has heard nothing for a while: a download may take long."""
+    """Check that the daemon is alive; answered with ``Reply``. Sent after a silence, as a download may take long."""
 
     kind: Literal["ping"] = "ping"
 
 
 class Hint(_Message):
-    """A vLLM process has just started and will want this model. Not answered, never refused."""
+    """Announce that a vLLM process has started and will load this model. Not answered, never refused."""
 
     kind: Literal["hint"] = "hint"
     model: Name
@@ -87,7 +91,10 @@ class Hint(_Message):
 
 
 class Order(_Message):
-    """An operator's order. → ``Reply`` or ``Refused``. ``wait``: answer a prefetch when it ended, not when it began."""
+    """An operator's order, answered with ``Reply`` or ``Refused``.
+
+    ``wait``: answer a prefetch when it has ended, not when it begins.
+    """
 
     kind: Literal["order"] = "order"
     order: Literal["status", "prefetch", "evict", "pin", "unpin", "stop"]
@@ -96,7 +103,7 @@ class Order(_Message):
 
 
 class Welcome(_Message):
-    """The daemon's first word; the pool's descriptor comes with it."""
+    """The daemon's first message. The pool's descriptor is attached to it."""
 
     kind: Literal["welcome"] = "welcome"
     version: int
@@ -106,7 +113,7 @@ class Welcome(_Message):
 
 
 class Leased(_Message):
-    """The lease is granted. Span i holds the chunks from ``i * chunks_per_span`` on, of the partition's data."""
+    """The lease is granted. Span i of the partition's data starts with chunk ``i * chunks_per_span``."""
 
     kind: Literal["leased"] = "leased"
     token: Token
@@ -115,7 +122,7 @@ class Leased(_Message):
 
 
 class Given(_Message):
-    """These spans are in memory, verified: (span, slot, keep). Without ``keep``: copy it and release it at once."""
+    """Spans that are in memory and verified: (span, slot, keep). If ``keep`` is false, copy and release it at once."""
 
     kind: Literal["given"] = "given"
     token: Token
@@ -123,7 +130,7 @@ class Given(_Message):
 
 
 class Failed(_Message):
-    """A span can't be had; nothing more comes. ``error`` names a class of ``errors.py``."""
+    """A span can't be read; the lease gets no more spans. ``error`` names a class of ``errors.py``."""
 
     kind: Literal["failed"] = "failed"
     token: Token
@@ -134,14 +141,14 @@ class Failed(_Message):
 
 
 class Reply(_Message):
-    """What was asked for."""
+    """The result of a request."""
 
     kind: Literal["reply"] = "reply"
     data: dict[str, Any] = {}
 
 
 class Refused(_Message):
-    """The request is not granted; the connection goes on (but after ``Hello``)."""
+    """The request is refused. The connection stays open, unless the request was ``Hello``."""
 
     kind: Literal["refused"] = "refused"
     error: str
@@ -158,25 +165,25 @@ _answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminato
 
 
 def encode(message: Request | Answer) -> bytes:
-    """A message as a frame."""
+    """Encode a message as a frame."""
     body = message.model_dump_json().encode()
     return _LENGTH.pack(len(body)) + body
 
 
 def decode_request(body: bytes) -> Request:
-    """A client's message.
+    """Decode a client's message.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: ``body`` is not a valid message.
     """
     return _decode(_requests, body)
 
 
 def decode_answer(body: bytes) -> Answer:
-    """A daemon's message.
+    """Decode a daemon's message.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: ``body`` is not a valid message.
     """
     return _decode(_answers, body)
 
@@ -189,10 +196,10 @@ def _decode(adapter: TypeAdapter[T], body: bytes) -> T:
 
 
 class FrameReader:
-    """Cuts a stream of bytes into frames' bodies. Holds one unfinished frame at most.
+    """Splits a stream of bytes into the bodies of frames. Buffers at most one unfinished frame.
 
     Args:
-        nbytes_max: largest body.
+        nbytes_max: size of the largest body that is accepted.
     """
 
     def __init__(self, nbytes_max: int) -> None:
@@ -200,10 +207,10 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Add bytes; gives every body that is complete.
+        """Add bytes, and yield every body that is complete.
 
         Raises:
-            ProtocolError: a frame is announced that is larger than allowed.
+            ProtocolError: a frame's length exceeds ``nbytes_max``.
         """
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:

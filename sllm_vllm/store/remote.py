@@ -1,7 +1,8 @@
 """Remote sources of checkpoints behind one interface: a folder, an HTTP server, S3, the Hugging Face Hub.
 
-A remote is a URL below which ``<name>/manifest.json`` and ``<name>/partitions/…`` lie, as on disk. Nothing here retries
-a read: ``fetch.py`` does. No message ever holds a URL's user or query, nor what obstore says, which quotes them.
+A remote is a URL below which ``<name>/manifest.json`` and ``<name>/partitions/…`` are stored, as on disk. This module
+never retries a read; ``fetch.py`` does. No error message contains a URL's user or query, or obstore's error text, which
+quotes them.
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ if TYPE_CHECKING:
 
 PIECE_NBYTES = 4 * MIB
 PIECE_NBYTES_MIN = 256 * KIB
-"""How much of an answer is taken at a time: each costs a turn of the loop, and what is begun of one is lost with it."""
+"""Size of the pieces of an answer: each costs a turn of the event loop, and a failure loses an unfinished one."""
 STALL_S = 20.0
-"""Longest wait for a piece of a manifest, unless the caller says another."""
+"""Default timeout for each piece of a manifest."""
 PUT_PART_NBYTES = 8 * MIB
 PUT_PARTS_MAX = 9000
 PUT_CONCURRENCY = 4
 PUT_RETRIES_MAX = 5
 PUT_TIMEOUT = timedelta(minutes=10)
-"""Longest that one part takes."""
+"""Timeout for one part of an upload."""
 SIGNED_FOR = timedelta(hours=1)
-"""How long the URL of a read from S3 is valid: until the request arrives, however far the clocks differ."""
+"""How long a signed URL for a read from S3 is valid. Long enough for the request to arrive despite clock skew."""
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _OTHER_RANGE = re.compile(r"UnexpectedRange|InvalidRange|StartTooLarge|NoContentRange|ParseContentRange|got \d+\.\.\d+")
@@ -72,26 +73,27 @@ _SCHEMES = "file:///dir, http(s)://host/path, s3://bucket/prefix, hf://org/name[
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """One remote source. Holds connections, which obstore pools; any number of tasks may use it at once."""
+    """One remote source, with its pooled connections. Any number of tasks may use it at once."""
 
     shown: str
-    """Its URL without user and query."""
+    """Its URL without user and query, for messages."""
     _source: HttpSource | _ObjectSource = field(repr=False)
     _store: Callable[[], ObjectStore] | None = field(default=None, repr=False)
-    """For writing, with obstore's own retries, as nothing else retries what is written."""
+    """Makes the object store for writes, which obstore itself retries; None if the remote is read-only."""
     _folder: Path | None = None
     _only_name: str | None = None
-    """Set where the URL itself is the one checkpoint."""
+    """Set if the URL itself is a single checkpoint: that checkpoint's name."""
 
     def shown_file(self, name: str, path: str) -> str:
-        """URL of a file of a checkpoint, for messages."""
+        """Return the URL of a checkpoint's file, for messages."""
         return f"{self.shown}/{self._key(name, path)}"
 
     async def read_manifest(self, name: str, *, stall_s: float = STALL_S) -> bytes:
-        """The manifest's bytes, as they lie there: not yet validated.
+        """Return the bytes of a manifest, not yet validated.
 
         Raises:
-            RemoteMissing: it has no such checkpoint. RemoteCorrupt: too large. RemoteUnreachable: it does not answer.
+            RemoteMissing: the remote has no such checkpoint. RemoteCorrupt: the manifest is too large.
+            RemoteUnreachable: the remote does not answer.
         """
         parts: list[bytes] = []
         nbytes = 0
@@ -110,16 +112,16 @@ class Remote:
     async def open_range(
         self, name: str, path: str, *, start: int, nbytes: int, file_nbytes: int
     ) -> AsyncGenerator[bytes, None]:
-        """Ask for ``nbytes`` bytes from ``start``; the answer is a stream of pieces, each a buffer of its own.
+        """Request ``nbytes`` bytes from ``start``. Returns a stream of pieces, each in its own buffer.
 
-        The stream may end early or go on too long: the caller counts.
+        The stream may be too short or too long; the caller must count the bytes.
 
         Args:
-            file_nbytes: what the whole file must have.
+            file_nbytes: the expected size of the whole file.
 
         Raises:
-            RemoteMissing: no such file. RemoteRefused: it wants other credentials, or knows no ranges.
-            RemoteCorrupt: it has another range or size. RemoteUnreachable: anything else; worth another attempt.
+            RemoteMissing: no such file. RemoteRefused: the credentials are refused, or ranges are not supported.
+            RemoteCorrupt: the range or the file's size is wrong. RemoteUnreachable: any other failure; may be retried.
         """
         shown = self.shown_file(name, path)
         with self._errors(name, path):
@@ -138,11 +140,11 @@ class Remote:
                     yield piece
 
     async def put(self, name: str, path: str, content: bytes | AsyncIterator[memoryview], *, nbytes: int) -> None:
-        """Write a file, whole or not at all. A stream is sent in parts; few of them are in memory at once.
+        """Write a file atomically. A stream is uploaded in parts, of which only a few are in memory at once.
 
         Raises:
-            ConfigError: this kind of remote can't be written. RemoteError: it refuses or breaks off.
-            DiskFull: it is a folder on a full disk.
+            ConfigError: this kind of remote is read-only. RemoteError: the remote refuses, or the connection breaks.
+            DiskFull: the remote is a folder on a full disk.
         """
         store = self.require_writable()
         with self._errors(name, path):
@@ -158,13 +160,17 @@ class Remote:
             await asyncio.to_thread(_sync_file, self._folder / self._key(name, path))
 
     async def remove(self, name: str, path: str) -> None:
-        """Remove a file; it is well if there is none."""
+        """Remove a file, if it exists."""
         store = self.require_writable()
         with self._errors(name, path), contextlib.suppress(FileNotFoundError):
             await obstore.delete_async(store(), self._key(name, path))
 
     def require_writable(self) -> Callable[[], ObjectStore]:
-        """What writes to it; raises ``ConfigError`` unless this kind of remote can be written."""
+        """Return the function that makes the object store for writes.
+
+        Raises:
+            ConfigError: this kind of remote is read-only.
+        """
         if self._store is None:
             raise ConfigError(f"{self.shown}: it can only be read; push to file:// or s3://")
         return self._store
@@ -190,12 +196,12 @@ class Remote:
 
 @dataclass(frozen=True, slots=True)
 class _ObjectSource:
-    """Reads a folder with obstore."""
+    """Reads files with obstore; used for folders."""
 
     store: Callable[[], ObjectStore]
 
     async def get(self, key: str, shown: str, bounds: tuple[int, int] | None = None) -> _ObjectAnswer:
-        """See ``HttpSource``; its errors are obstore's."""
+        """See ``HttpSource.get``, but raises obstore's errors."""
         del shown
         options: obstore.GetOptions = {} if bounds is None else {"range": bounds}
         result = await obstore.get_async(self.store(), key, options=options)
@@ -215,22 +221,23 @@ class _ObjectAnswer:
     piece_nbytes: int
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """Its body, in pieces of at least so many bytes."""
+        """Yield the body in pieces of at least ``piece_nbytes``."""
         async for piece in self.result.stream(min_chunk_size=self.piece_nbytes):
             yield piece
 
 
 def open_remote(url: str, *, endpoint: str | None = None, redirect_hosts: Sequence[str] = ()) -> Remote:
-    """The remote at ``url``; nothing is asked of it yet.
+    """Return the remote at ``url``. Sends no request.
 
-    S3 takes endpoint and keys from AWS's own variables, the Hub its endpoint and token as huggingface_hub does.
+    S3's endpoint and keys come from the standard AWS variables; the Hub's endpoint and token from huggingface_hub.
 
     Args:
-        endpoint: of S3 or the Hub, instead of the environment's.
-        redirect_hosts: hosts that http(s), S3 and the Hub may redirect to, beside their own and the Hub's networks.
+        endpoint: endpoint of S3 or the Hub; default: from the environment.
+        redirect_hosts: hosts to which http(s), S3 and the Hub may redirect, in addition to their own hosts and the
+            Hub's download networks.
 
     Raises:
-        ConfigError: no URL of a remote; the message does not repeat its secrets.
+        ConfigError: ``url`` is not the URL of a remote. The message contains no secrets from it.
     """
     parts = _split(url)
     if parts.scheme == "file":
@@ -245,10 +252,10 @@ def open_remote(url: str, *, endpoint: str | None = None, redirect_hosts: Sequen
 def open_checkpoint_url(
     url: str, *, endpoint: str | None = None, redirect_hosts: Sequence[str] = ()
 ) -> tuple[Remote, str]:
-    """The remote that holds the one checkpoint at ``url``, and the checkpoint's name: the last component.
+    """Return the remote that holds the checkpoint at ``url``, and the checkpoint's name: the last URL component.
 
     Raises:
-        ConfigError: no such URL, or its last component is no name for a checkpoint.
+        ConfigError: ``url`` is not the URL of a remote, or its last component is not a valid checkpoint name.
     """
     parts = _split(url)
     path = parts.path.rstrip("/")
@@ -282,7 +289,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _shown(parts: SplitResult) -> str:
-    """The URL without user, query and fragment."""
+    """Return the URL without user, query and fragment."""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
 
@@ -296,7 +303,7 @@ def _open_folder(folder: Path) -> Remote:
 
 
 def _open_http(parts: SplitResult, redirect_hosts: Sequence[str]) -> Remote:
-    """User and password in the URL become a header."""
+    """Open a plain HTTP server; a user and password in the URL are sent as a basic-auth header."""
     headers = {}
     if parts.username is not None:
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
@@ -307,7 +314,7 @@ def _open_http(parts: SplitResult, redirect_hosts: Sequence[str]) -> Remote:
 def _open_hub(
     parts: SplitResult, endpoint: str | None, redirect_hosts: Sequence[str], *, only_name: str | None = None
 ) -> Remote:
-    """Files of the Hub lie at ``<endpoint>/<org>/<name>/resolve/<revision>/<path>``, from where it redirects."""
+    """Open a Hub repository. Files are at ``<endpoint>/<org>/<name>/resolve/<revision>/<path>``, which redirects."""
     from huggingface_hub import constants, get_token
 
     repository, *subfolder = parts.path.strip("/").split("/")
@@ -323,8 +330,11 @@ def _open_hub(
 
 
 def _open_s3(parts: SplitResult, endpoint: str | None, redirect_hosts: Sequence[str]) -> Remote:
-    """Read by signed URLs with ``HttpSource``, for obstore's own client follows any redirect; written with obstore."""
-    # Whether the endpoint is http is its owner's choice; a request holds a signature, never the secret key.
+    """Open an S3 bucket: read through signed URLs with ``HttpSource``, written with obstore.
+
+    obstore is not used for reads because it follows any redirect.
+    """
+    # Plain http is allowed: it is the operator's choice, and requests carry a signature, never the secret key.
     config: S3Config = {} if endpoint is None else {"endpoint": endpoint}
     prefix = unquote(parts.path.strip("/")) or None
     retries: RetryConfig = {"max_retries": PUT_RETRIES_MAX}
@@ -336,7 +346,7 @@ def _open_s3(parts: SplitResult, endpoint: str | None, redirect_hosts: Sequence[
 
     writer = store({})
     unknown: S3Config = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
-    anonymous = store(unknown)  # signs without asking for credentials, to learn where objects lie
+    anonymous = store(unknown)  # signs with dummy keys, without looking up credentials, to learn the objects' URL
 
     def sign(key: str) -> str:
         return obstore.sign(writer, "GET", key, SIGNED_FOR)
@@ -355,7 +365,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _translated(error: Exception, shown: str) -> SllmError:
-    """Our error for obstore's, whose text may hold secrets: only the status is taken from it."""
+    """Translate an obstore error. Its text may contain secrets, so only the HTTP status is taken from it."""
     text = str(error)
     found = _STATUS.search(text)
     status = int(found[1]) if found else None

@@ -1,6 +1,7 @@
-"""The daemon's end of the Unix socket: connections, requests, answers. Lives on the daemon's loop.
+"""The daemon's side of the Unix socket: accepts connections and answers requests. Runs on the daemon's event loop.
 
-A connection may hold one lease, which ends with it, however its process ended: the kernel closes the socket.
+A connection may hold one lease. The lease ends with the connection, even if the client is killed, because the kernel
+closes its socket.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Server:
     """Accepts connections and answers them.
 
     Args:
-        orders: does what operators ask for.
-        clients_max: connections at once.
+        orders: carries out operators' orders.
+        clients_max: most concurrent connections.
     """
 
     def __init__(self, store: Store, orders: Orders, *, clients_max: int) -> None:
@@ -61,14 +62,14 @@ class Server:
 
     @property
     def num_clients(self) -> int:
-        """Connections now."""
+        """Number of open connections."""
         return len(self._tasks)
 
     async def accept(self, listener: socket.socket) -> None:
-        """Accept one connection, and serve it or hang up; a step of a run loop.
+        """Accept one connection and start serving it, or close it if there are too many. One step of a run loop.
 
         Raises:
-            OSError: there is no descriptor for it.
+            OSError: the connection can't be accepted, e.g. no descriptor is left.
         """
         loop = asyncio.get_running_loop()
         channel, _ = await loop.sock_accept(listener)
@@ -86,7 +87,7 @@ class Server:
             logger.error("event=connection_failed", exc_info=error)
 
     async def close(self) -> None:
-        """End every connection."""
+        """Close all connections."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -109,7 +110,7 @@ class Server:
 
 
 class Connection:
-    """One client. Implements ``Taker``: what the store gives goes out as ``Given``."""
+    """A client's connection. Implements ``Taker``: forwards spans that the store gives as ``Given`` messages."""
 
     def __init__(self, channel: socket.socket, store: Store, orders: Orders) -> None:
         self._channel = channel
@@ -122,10 +123,10 @@ class Connection:
         self.pid, self.uid = peer_of(channel)
 
     async def converse(self) -> None:
-        """Answer requests until the client hangs up.
+        """Answer requests until the client closes the connection.
 
         Raises:
-            ProtocolError, OSError, TimeoutError: the client is to be let go.
+            ProtocolError, OSError, TimeoutError: the connection must be closed.
         """
         bodies = self._bodies()
         async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -154,7 +155,7 @@ class Connection:
         self._send(Failed(token=self._token, **told))
 
     def close(self) -> None:
-        """End the connection and its lease."""
+        """Close the connection and end its lease."""
         if self._token is not None:
             self._store.close_lease(self._token)
             self._token = None
@@ -163,7 +164,7 @@ class Connection:
         self._channel.close()
 
     async def _bodies(self) -> AsyncIterator[bytes]:
-        """Bodies of frames, as they come."""
+        """Yield the bodies of frames as they arrive."""
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(self._channel, _RECEIVE_NBYTES):
             for body in self._frames.feed(data):
@@ -182,7 +183,7 @@ class Connection:
     async def _answer(self, request: Request) -> None:
         match request:
             case Release():
-                if request.token == self._token:  # an older lease's spans are none of this one's business
+                if request.token == self._token:  # ignore spans of an earlier lease
                     self._store.release(request.token, request.spans)
             case Ping():
                 self._send(Reply())
@@ -226,7 +227,7 @@ class Connection:
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):  # the reading side notices, too
+        with contextlib.suppress(OSError):  # the reading side also notices, and closes the connection
             while self._outbox:
                 data = bytes(self._outbox)
                 self._outbox.clear()
@@ -238,7 +239,7 @@ class Connection:
 
 
 def _refused(error: SllmError) -> Refused:
-    """An error as the client is told of it: its class, so that it can be raised there again."""
+    """Make the message that reports an error; it names the error's class, so that the client can raise it again."""
     path, problem, mend = (str(getattr(error, name, "")) for name in ("path", "problem", "mend"))
     kind = "StoreRefused" if isinstance(error, ConfigError | WriteError) else type(error).__name__
     return Refused(error=kind, path=path, problem=problem or str(error), mend=mend)

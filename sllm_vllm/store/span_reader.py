@@ -1,4 +1,4 @@
-"""Fills slots: from disk in a reader's thread, else from a remote; every chunk is verified before anyone sees it."""
+"""Fills slots, from disk in a reader thread or from a remote. Every chunk is verified before a client can see it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class SpanFile:
-    """A partition's file, open while somebody uses it. Asked from readers' threads."""
+    """A partition's file, kept open while it is in use. Several reader threads may call it at once."""
 
     def __init__(self, partition: RankPartition) -> None:
         self.partition = partition
@@ -38,10 +38,10 @@ class SpanFile:
         self._file: ChunkFile | None = None
 
     def read(self, buffer: memoryview, offset: int, nbytes: int) -> str:
-        """Fill ``buffer[:nbytes]`` from ``offset`` of the file; "disk" or "cache".
+        """Fill ``buffer[:nbytes]`` from ``offset`` in the file. Returns "disk" or "cache", where the bytes came from.
 
         Raises:
-            CheckpointError: it can't be opened or read.
+            CheckpointError: the file can't be opened or read.
         """
         with self._lock:
             self._file = self._file or self.partition.open()
@@ -54,16 +54,16 @@ class SpanFile:
             raise CheckpointUnreadable(self.partition.path, problem, mend) from None
 
     def open(self) -> None:
-        """Open it now, so that it can be read even if its name goes.
+        """Open the file now, so that it stays readable even if it is removed.
 
         Raises:
-            CheckpointError: it can't be opened, or has another size.
+            CheckpointError: the file can't be opened, or has the wrong size.
         """
         with self._lock:
             self._file = self._file or self.partition.open()
 
     def close(self) -> None:
-        """Close it; the next read opens it anew. No read may be under way."""
+        """Close the file; the next read opens it again. No read may be running."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
@@ -72,7 +72,7 @@ class SpanFile:
 
 @dataclass(slots=True)
 class KnownPartition:
-    """A rank's partition that the core knows, and where its bytes come from."""
+    """A rank's partition that the core knows, and where its bytes are read from."""
 
     spec: PartitionSpec
     partition: RankPartition
@@ -83,27 +83,27 @@ class KnownPartition:
     file: SpanFile | None = None
     remote: Remote | None = None
     num_users: int = 0
-    """Leases and prefetches; while there is one, the file stays open."""
+    """Number of leases and prefetches. The file stays open while there are any."""
     jobs: dict[int, tuple[Device, int]] = field(default_factory=dict)
-    """Reads under way, by span."""
+    """Reads in progress, by span: the device and its job number."""
 
     def chunks_of(self, span: int) -> range:
-        """The chunks a span holds."""
+        """Return the range of chunks in a span."""
         first = span * self.chunks_per_span
         return range(first, min(first + self.chunks_per_span, len(self.partition.record.chunks)))
 
     def span_nbytes(self, span: int) -> int:
-        """Bytes of a span."""
+        """Return the size of a span in bytes."""
         return sum(self.partition.chunk_range(chunk)[1] for chunk in self.chunks_of(span))
 
     def close_if_idle(self) -> None:
-        """Close the file unless somebody uses it."""
+        """Close the file unless it is in use."""
         if self.file is not None and self.num_users == 0 and not self.jobs:
             self.file.close()
 
 
 def spec_of(partition: RankPartition, name: str, chunks_per_span: int) -> PartitionSpec:
-    """What the core needs to know of a partition."""
+    """Describe a partition for the core."""
     chunks = load_order(partition.record.tensors, partition.manifest.chunk_nbytes)
     order = tuple(dict.fromkeys(chunk // chunks_per_span for chunk in chunks))
     assert len(order) == num_chunks(len(partition.record.chunks), chunks_per_span)
@@ -111,11 +111,11 @@ def spec_of(partition: RankPartition, name: str, chunks_per_span: int) -> Partit
 
 
 class SpanReader:
-    """Turns the core's orders into jobs of devices. Lives on the daemon's loop.
+    """Turns the core's ``StartRead`` orders into device jobs. Runs on the daemon's event loop.
 
     Args:
-        find_remote: a remote that has the same partition, for when the disk fails; None if no remote does.
-        done: called with an order and None, or the error, when its slot is filled or can't be.
+        find_remote: returns a remote that has the same partition, used if the disk fails; None if no remote has it.
+        done: called when a read ends, with its order and the error, or None if the slot is filled.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class SpanReader:
         self._random = random.Random()  # jitter between attempts; nothing depends on its values
 
     def start(self, known: KnownPartition, order: StartRead) -> None:
-        """Have a slot filled."""
+        """Start filling a slot, from disk if the partition has a file, otherwise from a remote."""
         urgency = Urgency.LOAD if order.is_urgent else Urgency.FILL
         if known.file is not None and known.device is not None:
             self._submit(known, order, known.device, urgency=urgency)
@@ -145,7 +145,7 @@ class SpanReader:
             self._submit(known, order, self._network, urgency=urgency)
 
     def hurry(self, known: KnownPartition, span: int) -> None:
-        """An engine waits for a fill."""
+        """Make a queued read urgent, because an engine now waits for it."""
         if span in known.jobs:
             device, job = known.jobs[span]
             device.promote(job)
@@ -162,7 +162,7 @@ class SpanReader:
         known.jobs[order.span] = (device, device.submit(urgency, run))
 
     async def _fill(self, known: KnownPartition, order: StartRead, device: Device) -> SllmError | None:
-        """Fill the slot from a device; what went wrong, if anything did."""
+        """Fill the slot from a device. Returns the error, or None on success."""
         try:
             if device is self._network:
                 await self._fetch(known, order)
@@ -170,15 +170,15 @@ class SpanReader:
                 await device.in_reader(lambda: self._read(known, order))
         except SllmError as error:
             return error
-        except Exception as error:  # top of a run loop: who waits for the slot must hear of it
+        except Exception as error:  # top of a run loop: the leases that wait for the slot must get the error
             logger.exception("event=read_broke partition=%s span=%d", order.partition, order.span)
             problem = f"reading it broke ({type(error).__name__})"
             return CheckpointUnreadable(known.partition.path, problem, "see the log of the store's daemon")
         return None
 
     async def _has_remote(self, known: KnownPartition) -> bool:
-        """Whether some remote can stand in for the disk."""
-        with contextlib.suppress(SllmError):  # also a disk too full to keep the remote's manifest
+        """Whether a remote has the partition, so that it can be read from there instead of the disk."""
+        with contextlib.suppress(SllmError):  # includes a disk too full to save the remote's manifest
             known.remote = known.remote or await self._find_remote(known)
         return known.remote is not None
 
@@ -187,7 +187,7 @@ class SpanReader:
         self._done(order, error)
 
     def _read(self, known: KnownPartition, order: StartRead) -> None:
-        """In a reader's thread."""
+        """Read a span from the file and verify it. Runs in a reader thread."""
         assert known.file is not None
         chunks, nbytes = known.chunks_of(order.span), known.span_nbytes(order.span)
         view, start = self._pool.slot_view(order.slot), time.monotonic()
@@ -196,7 +196,7 @@ class SpanReader:
         check_chunks(known.partition, chunks, view[:nbytes])
 
     async def _fetch(self, known: KnownPartition, order: StartRead) -> None:
-        from sllm_vllm.store.fetch import fetch_span  # a machine without remotes need not have obstore
+        from sllm_vllm.store.fetch import fetch_span  # obstore is needed only with remotes
 
         if known.remote is None:
             problem, mend = "no remote has it", "convert the model again, or name a remote that has it"
@@ -214,10 +214,10 @@ class SpanReader:
 
 
 def check_chunks(partition: RankPartition, chunks: range, data: memoryview) -> None:
-    """Hold consecutive chunks against their checksums.
+    """Verify the checksums of consecutive chunks.
 
     Raises:
-        CheckpointCorrupt: one differs.
+        CheckpointCorrupt: a chunk differs from its checksum.
     """
     start = 0
     for chunk in chunks:

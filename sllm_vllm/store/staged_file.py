@@ -1,13 +1,13 @@
-"""Checkpoints that come from elsewhere, chunk by chunk in any order, until they are whole and visible.
+"""Writes checkpoints received from a remote, chunk by chunk in any order, and publishes them once they are complete.
 
 ::
 
-    <root>/.staging/.received/<name>/manifest.json                        as it came, byte for byte
-    <root>/.staging/.received/<name>/partitions/rank-….safetensors.partial   some of its chunks
-    <root>/.staging/.received/<name>/partitions/rank-….safetensors           all of it, checked and synced
+    <root>/.staging/.received/<name>/manifest.json                        as received, byte for byte
+    <root>/.staging/.received/<name>/partitions/rank-….safetensors.partial   some of the chunks
+    <root>/.staging/.received/<name>/partitions/rank-….safetensors           complete, verified and synced
 
-No record says which chunks a partial file holds: their checksums do. Called by ``transfer.py`` and the daemon's
-write-behind, from threads.
+Which chunks a partial file already holds is not recorded, but found out from their checksums. Called from threads by
+``transfer.py`` and the daemon's write-behind.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class StagedCheckpoint:
-    """A checkpoint on its way in. Owns its lock and its folder; one a name at a time, on the whole machine.
+    """A checkpoint that is being received. Owns its lock and its folder: at most one per name on the machine.
 
     Args:
-        raw: the manifest as it came.
+        raw: the manifest as received.
 
     Raises:
-        CheckpointInvalid: the manifest breaks FORMAT.md. WriterBusy: another process receives it.
-        DiskFull: it does not fit; nothing of it is left. WriteError: the directory refuses.
+        CheckpointInvalid: the manifest violates FORMAT.md. WriterBusy: another process is receiving this checkpoint.
+        DiskFull: it does not fit; nothing of it is kept. WriteError: the directory can't be written.
     """
 
     def __init__(self, repository: CheckpointRepository, name: str, raw: bytes) -> None:
@@ -63,14 +63,14 @@ class StagedCheckpoint:
             raise
 
     def partition(self, rank: int) -> StagedPartition:
-        """A rank's file; what a killed process left of it is checked and kept. Close it before ``publish``."""
+        """Open a rank's file; verified chunks that an earlier process left are kept. Close it before ``publish``."""
         return StagedPartition(self.path, RankPartition(self.target, self.manifest, self.manifest.partitions[rank]))
 
     def publish(self) -> Path:
-        """Make it visible; each partition must be finished. Returns its directory.
+        """Publish the checkpoint; all partitions must be finished. Returns its directory.
 
         Raises:
-            WriteError: the directory refuses.
+            WriteError: the directory can't be written.
         """
         for record in self.manifest.partitions:
             assert (self.path / record.path).stat().st_size == record.nbytes
@@ -78,11 +78,11 @@ class StagedCheckpoint:
         return self.target
 
     def discard(self) -> None:
-        """Remove all that came so far. For a full disk, where it would be in the way."""
+        """Remove everything received so far, to free space on a full disk."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
-        """Let another process go on; what came stays."""
+        """Release the lock. What was received stays, so that another process can resume."""
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -95,7 +95,7 @@ class StagedCheckpoint:
         manifest = self.path / MANIFEST_NAME
         with write_errors(self.path):
             is_ours = manifest.exists() and read_plain(manifest, MANIFEST_NBYTES_MAX) == raw
-            if not is_ours:  # what lies there is of another checkpoint
+            if not is_ours:  # the folder is empty or holds another checkpoint's data
                 shutil.rmtree(self.path)
                 (self.path / "partitions").mkdir(parents=True)
                 try:
@@ -112,10 +112,10 @@ class StagedCheckpoint:
 
 
 class StagedPartition:
-    """One partition on its way in. Owns its descriptors; ``write`` may be called from several threads at once.
+    """One partition that is being received. Owns its descriptors; several threads may call ``write`` at once.
 
     Raises:
-        DiskFull: there is no room for it; what there was of it is removed. WriteError: the directory refuses.
+        DiskFull: it does not fit; its partial file is removed. WriteError: the directory can't be written.
     """
 
     def __init__(self, directory: Path, partition: RankPartition) -> None:
@@ -135,18 +135,18 @@ class StagedPartition:
 
     @property
     def missing(self) -> list[int]:
-        """Chunks that are not there yet, in order."""
+        """Indices of the chunks still missing, ascending."""
         with self._changing:
             return sorted(self._missing)
 
     def write(self, chunks: range, data: memoryview) -> None:
-        """Write consecutive chunks, whose checksums the caller has checked, at their place.
+        """Write consecutive chunks, which the caller has verified.
 
         Args:
-            data: exactly the chunks; if it is page-aligned, it goes past the page cache.
+            data: exactly the bytes of the chunks; page-aligned data bypasses the page cache.
 
         Raises:
-            DiskFull: what is there of the partition is removed. WriteError: the device refuses.
+            DiskFull: the disk is full; the partial file is removed. WriteError: the device failed.
         """
         ranges = [self.partition.chunk_range(index) for index in chunks]
         if len(data) != sum(nbytes for _, nbytes in ranges):
@@ -157,13 +157,13 @@ class StagedPartition:
             self._missing.difference_update(chunks)
 
     def finish(self, header: bytes | None = None) -> None:
-        """Write the header, make the file durable and give it its name. All chunks must be there.
+        """Write the header, make the file durable and rename it to its final name. All chunks must be written.
 
         Args:
-            header: as it came; without it, it is built from the manifest.
+            header: the header as received; None to build it from the manifest.
 
         Raises:
-            CheckpointCorrupt: the header is not the one the manifest has the checksum of. WriteError: as ``write``.
+            CheckpointCorrupt: the header does not match its checksum in the manifest. WriteError: as for ``write``.
         """
         if self.is_complete:
             return
@@ -182,7 +182,7 @@ class StagedPartition:
         self.is_complete = True
 
     def close(self) -> None:
-        """Close the file; what is there of it stays for the next time. No ``write`` may be under way."""
+        """Close the file; its chunks stay, so that receiving can resume later. No ``write`` may be running."""
         for fd in (self._fd, self._direct_fd):
             if fd is not None:
                 os.close(fd)
@@ -201,7 +201,7 @@ class StagedPartition:
             was_begun = os.fstat(self._fd).st_size == nbytes
             with self._removed_on_failure():
                 _allocate(self._fd, nbytes)
-            with contextlib.suppress(OSError):  # a file system without it
+            with contextlib.suppress(OSError):  # the file system has no O_DIRECT
                 self._direct_fd = os.open(self._partial, _FLAGS | os.O_DIRECT)
             if was_begun:
                 self._keep_sound_chunks()
@@ -229,7 +229,7 @@ class StagedPartition:
                 done += os.pwrite(self._fd, data[done:], offset + done)
 
     def _write_direct(self, data: memoryview, offset: int) -> int:
-        """Write what O_DIRECT can, the aligned beginning; returns how much of it was written."""
+        """Write the leading multiple of 4096 bytes with O_DIRECT, if possible. Returns the bytes written."""
         address = np.frombuffer(data, dtype=np.uint8).ctypes.data if data else 0
         nbytes = len(data) - len(data) % DATA_ALIGNMENT
         if self._direct_fd is None or not nbytes or offset % DATA_ALIGNMENT or address % DATA_ALIGNMENT:
@@ -253,7 +253,7 @@ class StagedPartition:
 
 
 def _allocate(fd: int, nbytes: int) -> None:
-    """Claim the space at once: a disk that is too full says so before anything is fetched."""
+    """Reserve the file's space now, so that a full disk is detected before anything is fetched."""
     os.ftruncate(fd, nbytes)
     if nbytes == 0:
         return

@@ -1,4 +1,4 @@
-"""What the daemon tells of itself: one plain dictionary, which the command line prints and the metrics are made of."""
+"""The daemon's status as one plain dictionary, which the command line prints and the metrics are made from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Status = dict[str, Any]
 
 
 def describe(store: Store, disk_usage: list[tuple[str, int]], *, started_s: float, pid: int, clients: int) -> Status:
-    """The state of a store now.
+    """Return the current status of a store.
 
     Args:
-        disk_usage: name and bytes of every checkpoint on disk.
-        started_s: on the monotonic clock.
+        disk_usage: name and size in bytes of every checkpoint on disk.
+        started_s: when the daemon started, on the monotonic clock.
     """
     now, seen = time.monotonic(), store.cache.snapshot()
     slot_nbytes, counters = store.pool.slot_nbytes, seen.counters
@@ -74,7 +74,7 @@ def _tiers(store: Store, disk_usage: list[tuple[str, int]], *, num_ready: int) -
 
 
 def _checkpoints(store: Store, seen: Snapshot, disk_usage: list[tuple[str, int]], *, now_s: float) -> list[Status]:
-    """A row a known partition, and a row a checkpoint that lies on disk and nobody has asked for."""
+    """Return one row per known partition, and one per checkpoint on disk that has no known partition."""
     rows, on_disk = [], dict(disk_usage)
 
     def slots_of(partition: str) -> list[Slot]:

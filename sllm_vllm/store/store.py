@@ -1,4 +1,4 @@
-"""``Store``: owns the core, and does what the core says. Lives on the daemon's loop; nothing else touches the core."""
+"""``Store`` owns the core and carries out its actions. Runs on the daemon's event loop; only it changes the core."""
 
 from __future__ import annotations
 
@@ -51,24 +51,24 @@ READERS_DEFAULT = 4
 WRITERS_DEFAULT = 1
 DISK_BPS_DEFAULT = 2e9
 REMOTE_BPS_DEFAULT = 3e8
-"""What a byte is thought to cost before anything was measured: an SSD, and a network of a few gigabits."""
+"""Assumed bytes per second before anything was measured: an SSD, and a network of a few gigabits per second."""
 
 
 class Taker(Protocol):
-    """Whoever holds a lease: a connection, or the write-behind. Called on the loop; must not block or raise."""
+    """The holder of a lease: a connection or the write-behind. Called on the event loop; must not block or raise."""
 
     def given(self, spans: Sequence[GiveSpan]) -> None:
-        """These spans lie in these slots now."""
+        """Take spans that are now in memory."""
         ...
 
     def failed(self, error: SllmError) -> None:
-        """Nothing more will come."""
+        """Take note that the lease failed; it gets no more spans."""
         ...
 
 
 @dataclass(slots=True)
 class LeaseRecord:
-    """What the shell knows of a lease beside the core."""
+    """What the store knows about a lease in addition to the core."""
 
     partition: str
     taker: Taker
@@ -77,10 +77,10 @@ class LeaseRecord:
 
 
 class Store:
-    """Checkpoints in memory, and everything that is done to bring them there.
+    """The checkpoints in memory, and the reads that bring them there.
 
     Args:
-        calibration: what ``sllm-vllm store calibrate`` found out about the disk, if it ran.
+        calibration: the disk's speed as measured by ``sllm-vllm store calibrate``; None if it was not run.
     """
 
     def __init__(self, config: StoreConfig, pool: Pool, places: Places, *, calibration: Calibration | None) -> None:
@@ -104,16 +104,16 @@ class Store:
         )
         self._prefetches: dict[int, asyncio.Future[PrefetchEnded]] = {}
         self._requests = itertools.count(1)
-        self._tokens = itertools.count(time.time_ns())  # grows over restarts, too
+        self._tokens = itertools.count(time.time_ns())  # increases across restarts, too
 
     async def lease(self, placed: Placed, rank: int, *, hold: bool, taker: Taker, pid: int | None) -> Leased:
-        """Open a lease; ``taker`` is told of its spans from the next turn of the loop on.
+        """Open a lease. ``taker`` gets its spans from the next turn of the event loop on.
 
         Args:
-            pid: the client's process; None for the daemon's own write-behind, which can wait.
+            pid: the client's process; None for the daemon's own write-behind, whose lease is not urgent.
 
         Raises:
-            CheckpointError: it can't be opened. StoreRefused: its chunks are too large for the pool.
+            CheckpointError: the checkpoint can't be opened. StoreRefused: its chunks are too large for the pool.
         """
         known = await self.know(placed, rank)
         token = next(self._tokens)
@@ -124,21 +124,21 @@ class Store:
         return Leased(token=token, chunks_per_span=known.chunks_per_span, num_spans=len(known.spec.order))
 
     def release(self, token: int, spans: tuple[int, ...]) -> None:
-        """The lease's client no longer looks at these spans."""
+        """Release spans that the lease's client no longer uses."""
         self._handle(SpansReleased(token, spans))
 
     def close_lease(self, token: int) -> None:
-        """A lease ended, or its client died."""
+        """End a lease, because its client closed it or died."""
         record = self.leases.pop(token, None)
         if record is not None:
             self._handle(LeaseClosed(token))
             self._leave(record.partition)
 
     async def prefetch(self, placed: Placed) -> list[asyncio.Future[PrefetchEnded]]:
-        """Begin to bring every rank of a checkpoint into memory; the futures tell when each has ended.
+        """Start reading every rank of a checkpoint into memory. Returns a future per rank, done when its prefetch ends.
 
         Raises:
-            CheckpointError: it can't be opened. StoreRefused: its chunks are too large.
+            CheckpointError: the checkpoint can't be opened. StoreRefused: its chunks are too large for the pool.
         """
         futures = []
         for rank in range(len(placed.checkpoint.manifest.partitions)):
@@ -151,7 +151,7 @@ class Store:
         return futures
 
     async def evict(self, placed: Placed) -> int:
-        """Drop what nobody holds; returns the spans that remain, since somebody does."""
+        """Drop all spans that no client holds. Returns the number of spans that remain."""
         remaining = 0
         for rank in range(len(placed.checkpoint.manifest.partitions)):
             partition = placed.partition(rank).content_digest
@@ -162,10 +162,10 @@ class Store:
         return remaining
 
     async def pin(self, placed: Placed, *, pinned: bool) -> None:
-        """Keep a checkpoint's spans, or no longer.
+        """Pin or unpin all ranks of a checkpoint.
 
         Raises:
-            StoreRefused: the pool would be left without room for loads.
+            StoreRefused: too little of the pool would be left for loads.
         """
         for rank in range(len(placed.checkpoint.manifest.partitions)):
             known = await self.know(placed, rank)
@@ -175,10 +175,10 @@ class Store:
             self._handle(PinAsked(known.spec.id, pinned))
 
     async def know(self, placed: Placed, rank: int) -> KnownPartition:
-        """Have the core know a rank's partition, and its file open.
+        """Make a rank's partition known to the core, and open its file if it is on disk.
 
         Raises:
-            CheckpointError: it can't be opened. StoreRefused: its chunks are too large for the pool.
+            CheckpointError: the file can't be opened. StoreRefused: the chunks are too large for the pool.
         """
         partition = placed.partition(rank)
         chunks_per_span = self.pool.slot_nbytes // partition.manifest.chunk_nbytes
@@ -206,7 +206,7 @@ class Store:
         return known
 
     def disk_device(self, number: int) -> Device:
-        """The device with a number of ``stat``, as calibrated or configured."""
+        """Return the device with this ``st_dev``, with readers and writers as configured or calibrated."""
         if number not in self.devices:
             calibration = self.calibration
             readers = self.config.readers or (calibration.readers if calibration else READERS_DEFAULT)
@@ -215,7 +215,7 @@ class Store:
         return self.devices[number]
 
     async def close(self) -> None:
-        """Stop every transfer. No slot is written to afterwards."""
+        """Stop all transfers. No slot is written afterwards."""
         for device in (self.network, *self.devices.values()):
             await device.close()
         for known in self.known.values():
@@ -230,16 +230,16 @@ class Store:
         return Device(num_readers, num_writers, starve_s=self.config.starve_s, pauses=self.config.pause_fills)
 
     def _bps(self, known: KnownPartition) -> float:
-        """What the slowest hop left is thought to deliver."""
+        """Return the expected bytes per second of the hop that the partition is read over: disk or remote."""
         if known.file is not None:
             limit = self.calibration.read_bps if self.calibration else DISK_BPS_DEFAULT
             return self.meters["disk"].bps or limit
         return self.meters["remote"].bps or REMOTE_BPS_DEFAULT
 
     def _renew_file(self, known: KnownPartition, partition: RankPartition, file: SpanFile) -> None:
-        """Read from the file as it is now: it may have been removed and made anew since."""
+        """Switch to the file as it is now: it may have been removed and written again since it was last opened."""
         if known.file is not None and known.jobs:
-            file.close()  # the old one is being read; its bytes are the same
+            file.close()  # the old file is being read; its bytes are the same
             return
         if known.file is not None:
             known.file.close()
@@ -250,7 +250,7 @@ class Store:
             self._handle(event)
 
     def _handle(self, event: Event) -> None:
-        """Tell the core, and do what it says."""
+        """Pass an event to the core and carry out the actions that it returns."""
         given: dict[int, list[GiveSpan]] = {}
         failed: list[FailLease] = []
         for action in self.cache.handle(event, time.monotonic()):
@@ -288,12 +288,12 @@ class Store:
         asyncio.get_running_loop().call_soon(self._leave, ended.partition)
 
     def _leave(self, partition: str) -> None:
-        """A lease or a prefetch of the partition ended."""
+        """Count one user less of a partition, after a lease or prefetch of it ended."""
         self.known[partition].num_users -= 1
         self._tidy(partition)
 
     def _tidy(self, partition: str) -> None:
-        """Close and forget what nobody uses."""
+        """Close a partition's file if it is not in use, and forget the partition if nothing of it is in memory."""
         known = self.known.get(partition)
         if known is None or known.num_users or known.jobs:
             return

@@ -1,7 +1,7 @@
-"""Whole checkpoints between this machine's disk and a remote: ``push`` and ``pull``. Called by the CLI.
+"""Copies whole checkpoints between the local disk and a remote: ``push`` and ``pull``. Called by the CLI.
 
-Both check every chunk, hold few of them in memory, and show a reader all of a checkpoint or nothing: the manifest is
-what makes one visible at a remote, and it goes last.
+Both verify every chunk, hold only a few chunks in memory, and never expose an incomplete checkpoint: at a remote, the
+manifest makes a checkpoint visible, and it is written last.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ from sllm_vllm.units import round_up
 PARALLEL_DEFAULT = 8
 WRITERS_MAX = 4
 OnProgress = Callable[[int, int], None]
-"""Told the bytes done so far and the bytes of the whole checkpoint."""
+"""Called with the bytes done so far and the total bytes of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transferred:
-    """What a push or pull did."""
+    """The result of a push or pull."""
 
     place: str
     """Where the checkpoint is now: a directory, or a URL without secrets."""
     nbytes: int
     was_there: bool
-    """The same checkpoint was there already: nothing was done."""
+    """Whether the same checkpoint was already there, so that nothing was copied."""
 
 
 @dataclass(slots=True)
 class _Progress:
-    """Bytes done so far. Used on the loop alone."""
+    """Bytes done so far. Used only on the event loop."""
 
     told: OnProgress
     total: int
     done: int = 0
 
     def add(self, nbytes: int) -> None:
-        """So many more."""
+        """Count ``nbytes`` more bytes and report the progress."""
         self.done += nbytes
         self.told(self.done, self.total)
 
 
 def _ignored(done: int, total: int) -> None:
-    """Nobody watches."""
+    """Do nothing: the default for ``on_progress``."""
 
 
 async def push_checkpoint(
@@ -77,12 +77,13 @@ async def push_checkpoint(
     endpoint: str | None = None,
     on_progress: OnProgress = _ignored,
 ) -> Transferred:
-    """Copy a checkpoint to ``url``, whose last component is its name there.
+    """Copy a checkpoint to ``url``, whose last component is the checkpoint's name there.
 
     Raises:
-        CheckpointError: it is corrupt or can't be read; it does not become visible at the remote.
-        WriteError: another checkpoint lies there, and ``overwrite`` was not asked. ConfigError: no URL to write to.
-        RemoteError: the remote refuses or breaks off.
+        CheckpointError: the checkpoint is corrupt or can't be read; it does not become visible at the remote.
+        WriteError: another checkpoint exists there, and ``overwrite`` is false.
+        ConfigError: ``url`` is not a URL that can be written to.
+        RemoteError: the remote refuses, or the connection breaks.
     """
     remote, name = open_checkpoint_url(url, endpoint=endpoint)
     remote.require_writable()
@@ -97,7 +98,7 @@ async def push_checkpoint(
     if there is not None:
         if not overwrite:
             raise WriteError(place, "another checkpoint lies there", "give --overwrite or another URL")
-        await remote.remove(name, MANIFEST_NAME)  # or a reader would find old and new partitions
+        await remote.remove(name, MANIFEST_NAME)  # otherwise readers could see a mix of old and new partitions
     progress = _Progress(on_progress, nbytes)
     for record in checkpoint.manifest.partitions:
         content = _sound_pieces(checkpoint.partition(record.rank), progress)
@@ -118,7 +119,7 @@ def _read_manifest(checkpoint: Checkpoint) -> bytes:
 
 
 async def _sound_pieces(partition: RankPartition, progress: _Progress) -> AsyncIterator[memoryview]:
-    """Header and chunks of a partition, each checked, each in memory of its own: obstore keeps what it was given."""
+    """Yield the verified header and chunks of a partition, each in its own buffer: obstore keeps references to them."""
     with await asyncio.to_thread(partition.open) as file:
         await asyncio.to_thread(partition.check_header, file)
         for index in range(-1, len(partition.record.chunks)):
@@ -128,7 +129,7 @@ async def _sound_pieces(partition: RankPartition, progress: _Progress) -> AsyncI
 
 
 def _read_sound(partition: RankPartition, file: ChunkFile, index: int) -> memoryview:
-    """Chunk ``index``, checked; the header for -1, which the caller has checked."""
+    """Read and verify chunk ``index``; for -1, read the header, which the caller has verified."""
     offset, nbytes = partition.chunk_range(index) if index >= 0 else (0, partition.record.header_nbytes)
     buffer = memoryview(mmap.mmap(-1, round_up(nbytes, DATA_ALIGNMENT)))
     try:
@@ -149,13 +150,15 @@ async def pull_checkpoint(
     endpoint: str | None = None,
     on_progress: OnProgress = _ignored,
 ) -> Transferred:
-    """Copy the checkpoint at ``url`` into ``store_dir``, under the URL's last component, with ``parallel`` requests.
+    """Copy the checkpoint at ``url`` into ``store_dir`` with up to ``parallel`` concurrent requests.
 
-    One that was broken off goes on where it stopped. At most ``parallel`` chunks are in memory.
+    The checkpoint's name is the URL's last component. An interrupted pull resumes where it stopped. At most
+    ``parallel`` chunks are in memory.
 
     Raises:
-        RemoteError: the remote does not deliver. ConfigError: no URL of a checkpoint. WriterBusy: it is being pulled.
-        WriteError: another checkpoint has this name. DiskFull: nothing of it is left.
+        RemoteError: the remote does not deliver. ConfigError: ``url`` is not the URL of a checkpoint.
+        WriterBusy: another process is receiving it. WriteError: another checkpoint has this name.
+        DiskFull: it does not fit; nothing of it is kept.
     """
     limits, jitter = limits or StoreConfig(store_dir=store_dir), random.Random()
     remote, name = open_checkpoint_url(url, endpoint=endpoint, redirect_hosts=limits.redirect_hosts)
@@ -187,7 +190,7 @@ def _validated(raw: bytes, shown: str) -> Manifest:
 
 
 def _is_there(target: Path, raw: bytes) -> bool:
-    """Whether this very checkpoint is published."""
+    """Whether a checkpoint with exactly this manifest is already published."""
     try:
         there = read_plain(target / MANIFEST_NAME, MANIFEST_NBYTES_MAX)
     except FileNotFoundError:
@@ -201,7 +204,7 @@ def _is_there(target: Path, raw: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Pull:
-    """What fetching a partition needs to know."""
+    """Fetches the partitions of a checkpoint."""
 
     remote: Remote
     limits: FetchLimits
@@ -209,13 +212,13 @@ class _Pull:
     progress: _Progress
 
     async def run(self, partition: StagedPartition, parallel: int) -> None:
-        """Fetch what is missing of a partition and finish it."""
+        """Fetch the missing chunks of a partition, then finish its file."""
         missing, told = partition.missing, partition.partition
         nbytes = sum(told.chunk_range(index)[1] for index in missing)
         self.progress.add(told.record.data_nbytes - nbytes)
         if not partition.is_complete:
             header = await fetch_header(self.remote, told, limits=self.limits, jitter=self.jitter)
-            # The pool ends before the file is closed: a cancelled task does not stop the thread that writes for it.
+            # The pool ends before the file is closed, because a cancelled task does not stop its writer thread.
             with ThreadPoolExecutor(max(1, min(WRITERS_MAX, parallel))) as writers:
                 await self._fetch_chunks(partition, missing, parallel, writers=writers)
                 await asyncio.get_running_loop().run_in_executor(writers, partition.finish, header)
@@ -235,7 +238,7 @@ class _Pull:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _work(self, partition: StagedPartition, missing: Iterator[int], writers: ThreadPoolExecutor) -> None:
-        """Take one chunk after another, as long as there are any."""
+        """Fetch and write chunks one after another until none is left."""
         loop, told = asyncio.get_running_loop(), partition.partition
         buffer = memoryview(mmap.mmap(-1, told.manifest.chunk_nbytes))  # page-aligned, for O_DIRECT
         for index in missing:

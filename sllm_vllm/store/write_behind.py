@@ -1,8 +1,8 @@
-"""Writes checkpoints that come from a remote to this machine's disk, behind the loads that brought them.
+"""Writes checkpoints that are loaded from a remote to the local disk, in the background of the loads.
 
-It takes part in the load like a client: with a lease of its own that orders nothing urgently, and that releases a span
-when it is on disk. Its writes wait while loads use the disk. What it writes becomes visible as a whole, when every
-rank's partition is complete; a write-behind that was broken off goes on where it was, the next time.
+The write-behind joins a load like a client, with its own lease: the lease's reads are not urgent, and it releases each
+span once the span is on disk. Its writes wait while loads use the disk. The checkpoint is published when the partitions
+of all ranks are complete. An interrupted write-behind resumes where it stopped the next time it is started.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ logger = logging.getLogger(__name__)
 
 
 class WriteBehind:
-    """Lives on the daemon's loop. One task a checkpoint."""
+    """Runs on the daemon's event loop, with one task per checkpoint."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def start(self, placed: Placed) -> None:
-        """Begin to write a checkpoint, unless that is under way."""
+        """Start writing a checkpoint, unless it is already being written."""
         if placed.name not in self._tasks:
             task = asyncio.get_running_loop().create_task(self._run(placed))
             self._tasks[placed.name] = task
             task.add_done_callback(lambda _: self._tasks.pop(placed.name, None))
 
     async def close(self) -> None:
-        """Break off; what is complete stays."""
+        """Cancel all tasks. What was written so far stays on disk."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -66,7 +66,10 @@ class WriteBehind:
             logger.warning("event=not_written_behind checkpoint=%s reason=%s", placed.name, error)
 
     async def _make_room(self, placed: Placed) -> bool:
-        """Remove what a remote has, the longest unused first, until the checkpoint fits into the quota."""
+        """Remove checkpoints that a remote also has, least recently used first, until the new one fits the quota.
+
+        Returns whether it fits now.
+        """
         store, quota = self._store, self._store.config.disk_bytes
         if quota is None:
             return True
@@ -84,7 +87,7 @@ class WriteBehind:
         return excess <= 0
 
     def _is_used(self, name: str) -> bool:
-        """Whether somebody loads a checkpoint, holds it, or has pinned it."""
+        """Whether a checkpoint is being loaded or prefetched, is held by a client, or is pinned."""
         store = self._store
         mine = [known for known in store.known.values() if known.checkpoint == name]
         return any(known.num_users or store.cache.residency(known.spec.id).pinned for known in mine)
@@ -115,7 +118,7 @@ class WriteBehind:
         return StagedCheckpoint(self._store.places.repository, placed.name, raw)
 
     async def _write_rank(self, device: Device, staged: StagedPartition, placed: Placed, *, rank: int) -> None:
-        """Take part in the loads of a rank's partition, and write each span as it comes."""
+        """Take a lease on a rank's partition, and write each span as it arrives."""
         store, spans = self._store, _Spans()
         leased = await store.lease(placed, rank, hold=False, taker=spans, pid=None)
         known = store.known[store.leases[leased.token].partition]
@@ -131,7 +134,7 @@ class WriteBehind:
     async def _write_span(
         self, device: Device, staged: StagedPartition, known: KnownPartition, *, given: GiveSpan
     ) -> None:
-        """Have a span written when no load needs the disk."""
+        """Write a span when no load needs the disk, unless all of its chunks are already there."""
         store, written = self._store, asyncio.get_running_loop().create_future()
         chunks, nbytes = known.chunks_of(given.span), known.span_nbytes(given.span)
         view = store.pool.slot_view(given.slot)[:nbytes]
@@ -140,7 +143,7 @@ class WriteBehind:
             start = time.monotonic()
             try:
                 await device.in_writer(lambda: staged.write(chunks, view))
-            except Exception as error:  # top of a run loop: the task that waits raises it
+            except Exception as error:  # handed to the waiting task, which raises it
                 written.set_exception(error)
             else:
                 store.meters["write"].book(nbytes, start, time.monotonic())
@@ -152,7 +155,7 @@ class WriteBehind:
 
 
 class _Spans:
-    """A lease's spans, one after the other. Implements ``Taker``."""
+    """Queues a lease's spans. Implements ``Taker``."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[GiveSpan | SllmError] = asyncio.Queue()
@@ -167,10 +170,10 @@ class _Spans:
         self._queue.put_nowait(error)
 
     async def next(self) -> GiveSpan:
-        """The next span.
+        """Wait for the next span.
 
         Raises:
-            SllmError: it can't be had.
+            SllmError: the span can't be read.
         """
         found = await self._queue.get()
         if isinstance(found, SllmError):
