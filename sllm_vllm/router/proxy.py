@@ -1,8 +1,9 @@
-"""One request to an engine and its answer back, piece by piece. Called by ``ingress.py``, in the request's own task.
+"""Sends one request to an engine and its answer back, piece by piece. Called by ``ingress.py``, in the request's task.
 
-The head of an answer waits for the first byte of its body, so that an engine that dies before it can be replaced
-without the client seeing anything. After that byte nothing is tried again: a stream of events ends with an error event,
-any other body with a connection that closes too early.
+The head of an answer is held back until the first byte of its body, so that an engine that dies earlier can be
+replaced without the client noticing. After that byte, only a stream that can continue elsewhere (``leg.py``) gets
+another engine. Any other stream of events ends with an error event, and any other body with a connection that closes
+too early.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from sllm_vllm.router.upstream import EngineConnection, EngineFailed, Upstream
 from sllm_vllm.router.watch import Ended, Receive, Send, Watch, send_last
 
 ATTEMPTS_MAX = 8
-"""The gate says when it is enough; this is in case that it never does."""
+"""A safeguard: the gate should refuse further retries earlier."""
 _TAIL_PIECES = 4
 _TAIL_NBYTES = 4096
 _FRAMEWORK_ERROR_NBYTES_MAX = 256
-# Quotes inside of generated text are escaped, so it can't look like this.
+# Quotes inside generated text are escaped, so it can't match.
 _PROMPT_TOKENS = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,12})')
 _OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that was let in. ``target``: path and query; ``shown``: its X-Request-Id."""
+    """An admitted request. ``target``: path and query; ``shown``: its X-Request-Id."""
 
     facts: RequestFacts
     shown: str
@@ -50,19 +51,19 @@ class Call:
 
     @property
     def asked(self) -> Asked:
-        """What engines get of it."""
+        """The part of it that engines are sent."""
         return Asked(self.target, self.headers, self.body, self.shown)
 
 
 @dataclass(slots=True)
 class Report:
-    """What became of a request so far. ``status``: what the client was told."""
+    """What has happened to a request so far. ``status``: the HTTP status that the client was sent."""
 
     replica: str = ""
     status: int | None = None
     how: How | Literal["rejected"] | None = None
     first_byte_s: float | None = None
-    """From the ticket on."""
+    """Counted from when the ticket was given."""
     attempts: int = 0
     arrived_s: float = field(default_factory=time.monotonic)
     begun_s: float = 0.0
@@ -70,14 +71,14 @@ class Report:
     tail_pieces: deque[bytes] = field(default_factory=lambda: deque(maxlen=_TAIL_PIECES))
 
     def begin(self, ticket: Ticket) -> None:
-        """A ticket is there."""
+        """Begin an attempt with a new ticket."""
         self.replica = ticket.replica
         self.attempts += 1
         self.begun_s = time.monotonic()
         self.engine_status = None
 
     def outcome(self, how: How) -> Outcome:
-        """For the gate."""
+        """The outcome to report to the gate."""
         self.how = how
         tail = b"".join(self.tail_pieces)[-_TAIL_NBYTES:]
         return Outcome(
@@ -92,7 +93,7 @@ class Report:
 
 
 class Proxy:
-    """Sends requests where the gate says. Tells the gate the end of each ticket exactly once."""
+    """Sends requests to the replicas that the gate chooses. Reports the end of each ticket to it exactly once."""
 
     def __init__(self, gate: Gate, settings: IngressSettings) -> None:
         self._gate = gate
@@ -105,11 +106,11 @@ class Proxy:
         self._upstream.close()
 
     async def run(self, call: Call, report: Report, *, receive: Receive, send: Send, extra: Headers) -> None:
-        """Carry a request to its end. ``extra``: headers of the answer.
+        """Handle a request until its end. ``extra``: headers to add to the answer.
 
         Raises:
-            ApiError: nothing was sent to the client yet; this is what it has to be told.
-            Ended: the client left; there is nobody to tell.
+            ApiError: nothing has been sent to the client yet; the caller has to answer with this error.
+            Ended: the client left, so there is nothing to answer.
         """
         watch = Watch(receive, self._settings.request_s_max)
         answer = _Answer(call, report, send=send, extra=extra)
@@ -122,7 +123,7 @@ class Proxy:
             error = rejection(rejected)
         except EngineFailed as failure:
             error = engine_failed(str(failure))
-        except asyncio.CancelledError:  # the server stops, and its time for requests is over: there is time for a word
+        except asyncio.CancelledError:  # the server stops and its drain time is over; the client still gets an error
             error = rejection(Rejected(503, SERVER, "The router is stopping.", retry_after_s=5.0, code="stopping"))
         except Ended as ended:
             report.how = ended.reason
@@ -191,7 +192,7 @@ class Proxy:
         if report.status is None:
             report.first_byte_s = time.monotonic() - report.begun_s
             piece = await _begin(leg, answer, piece)
-        if piece:  # before all else: a client waits for it
+        if piece:  # before anything else: the client is waiting for it
             report.tail_pieces.append(piece[-_TAIL_NBYTES:])
             await answer.write(piece)
         self._gate.first_byte(leg.ticket)
@@ -205,7 +206,7 @@ class Proxy:
                 await answer.write(piece, is_last=leg.is_at_end)
 
     def _begin_to_prove(self, leg: Leg) -> Proving:
-        """Ask the engine whether it has generated a token, for as long as none is seen."""
+        """Ask the engine whether it has generated a token, until one is seen."""
         proving = Proving(leg, self._gate, self._api)
         if leg.is_moving:
             proving.begin()
@@ -218,7 +219,7 @@ class Proxy:
 
 
 async def _begin(leg: Leg, answer: _Answer, piece: bytes) -> bytes:
-    """Send the head; what is left of the first piece to be sent."""
+    """Send the head; returns what remains to be sent of the first piece."""
     if _is_route_missing(leg.head, piece):
         await answer.refuse()
         return b""
@@ -227,7 +228,7 @@ async def _begin(leg: Leg, answer: _Answer, piece: bytes) -> bytes:
 
 
 class _Answer:
-    """What the client sees of an answer."""
+    """The answer as the client sees it."""
 
     def __init__(self, call: Call, report: Report, *, send: Send, extra: Headers) -> None:
         self._call = call
@@ -244,7 +245,7 @@ class _Answer:
         await self._send({"type": "http.response.start", "status": engine.status, "headers": [*headers, *self._extra]})
 
     async def refuse(self) -> None:
-        """Say that the engine lacks the route, in the form that the route's clients read."""
+        """Answer that the engine lacks the route, in the form that the route's clients expect."""
         path = self._call.target.partition("?")[0]
         error = not_served(self._call.facts.model, path)
         self._report.status = error.status
@@ -253,7 +254,7 @@ class _Answer:
         await self._send({"type": "http.response.start", "status": error.status, "headers": [*kind, *self._extra]})
 
     async def write(self, piece: bytes, *, is_last: bool = False) -> None:
-        """A last piece waits for ``end``, which follows at once: one packet instead of two."""
+        """Send a piece. The last one is left to ``end``, which follows at once: one packet instead of two."""
         if is_last:
             self._last = piece
             return
@@ -263,7 +264,10 @@ class _Answer:
         await send_last(self._send, {"type": "http.response.body", "body": self._last, "more_body": False})
 
     async def break_off(self, error: ApiError) -> None:
-        """Only a stream of events has a way to say it. Any other body stays unfinished, which closes the connection."""
+        """End a failed answer.
+
+        Only a stream of events can carry the error; any other body stays incomplete, which closes the connection.
+        """
         if self._is_events:
             pieces = self._report.tail_pieces
             last = pieces[-1] if pieces else b"\n\n"
@@ -273,7 +277,7 @@ class _Answer:
 
 
 def _is_route_missing(engine: EngineConnection, piece: bytes) -> bool:
-    """Whether an answer is a web framework's own 404 or 405; vLLM's own errors say what is wrong under ``error``."""
+    """Whether an answer is the web framework's own 404 or 405. vLLM's own errors have an object under ``error``."""
     if engine.status not in {404, 405} or len(piece) > _FRAMEWORK_ERROR_NBYTES_MAX:
         return False
     try:

@@ -1,7 +1,7 @@
-"""The controller as a Ray actor: one in a cluster, detached, there again when it was killed. Owns the core's process.
+"""The controller as a detached Ray actor, one per cluster, restarted when it is killed. Owns the core's process.
 
-It takes in the nodes that Ray knows, lets ingresses in, and keeps what must outlive it. When it is made anew, it learns
-from agents what runs, from ingresses what they stream, and from its store what is served.
+It adds the nodes that Ray knows, accepts ingresses, and stores what must outlive it. After a restart it learns from
+agents what runs, from ingresses what they stream, and from its store what is served.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from sllm_vllm.run_loops import RunLoops
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks at the cluster."""
+"""Pause between two looks at the cluster."""
 RETURN_S = 3.0
-"""What ingresses of an earlier life get to come back, before nodes join."""
+"""After a restart, how long ingresses have to reconnect before nodes join."""
 JOIN_S_MAX = 20.0
-"""What nodes that are there get to join, before tickets are given without them."""
+"""How long the present nodes have to join before tickets are given without them."""
 SAVE_S = 60.0
 _LIFE, _ESTIMATES = "life", "estimates"
 
 
 class RayController:
-    """The actor. Everything starts with the first call, on the actor's loop; see ``ControllerLink`` for the calls.
+    """The actor. The first call starts everything, on the actor's loop; see ``ControllerLink`` for the calls.
 
     Args:
         told: the configuration as JSON, with digests instead of keys.
-        directory: engines' working directory, on every node.
-        version: of the configuration: a higher one counts.
+        directory: the engines' working directory, on every node.
+        version: of the configuration; one with a higher version replaces it.
     """
 
     def __init__(self, told: str, directory: str, version: float) -> None:
@@ -63,9 +63,9 @@ class RayController:
         self._version = version
         self._starting: asyncio.Task[GateService] | None = None
         self._nodes: dict[str, RayNode] = {}
-        """By Ray's id: those that have joined, or are about to."""
+        """Nodes that have joined, by Ray's id."""
         self._names: dict[str, str] = {}
-        """Ray's id by name."""
+        """Ray's id of a node, by the node's name."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone_since_s: float | None = None
         self._loops = RunLoops(_end_process)
@@ -93,7 +93,7 @@ class RayController:
         return await (await self._service()).poll(ingress, version)
 
     async def configure(self, told: str, version: float) -> str:
-        """Follow a newer configuration, as a reload on one machine does; says why not, or nothing."""
+        """Apply a newer configuration, as a reload on one machine does. Returns why it can't, or an empty string."""
         service = await self._service()
         if version <= self._version:
             return ""
@@ -114,7 +114,7 @@ class RayController:
         return ""
 
     async def admin(self, scope: Message, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        """One request of an operator: its head as ASGI has it, and its body. Returns status, headers and body."""
+        """Handle an operator's request, given its ASGI scope and its body. Returns status, headers and body."""
         await self._service()
         sent: list[Message] = []
         pieces = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -177,7 +177,7 @@ class RayController:
             return Estimator()
 
     async def _follow_cluster(self, service: GateService, *, first_s: float) -> None:
-        """Have new nodes join, and write off those that have gone: a step of a run loop, from ``first_s`` on."""
+        """Have new nodes join, and drop those that have gone: one step of a run loop, from ``first_s`` on."""
         loop = asyncio.get_running_loop()
         await asyncio.sleep(max(0.0, first_s - loop.time()))
         found = {node.id: node for node in await self._look()}
@@ -188,7 +188,7 @@ class RayController:
                 self._joining[node.id] = self._in_background(self._join(node, service))
         self._joining = {node_id: task for node_id, task in self._joining.items() if not task.done()}
         if found.keys() <= self._nodes.keys() or loop.time() > first_s + JOIN_S_MAX:
-            service.open()  # not before: what runs on a node that is not in yet would be started again elsewhere
+            service.open()  # not earlier: what runs on nodes that have not joined would be started again elsewhere
         await asyncio.sleep(LOOK_S)
 
     async def _look(self) -> list[RayNodeFacts]:
@@ -209,20 +209,20 @@ class RayController:
         logger.info("event=node_joined node=%s address=%s", node.name, node.address)
 
     def _gone(self, node_id: str) -> None:
-        """Ray says that a node is gone."""
+        """Drop a node that Ray says is gone."""
         name = self._nodes.pop(node_id).name
         self._names.pop(name, None)
         self._controller.lose_node(name, "it has left the cluster")
         self._in_background(asyncio.to_thread(forget_agent, node_id))
 
     def _lost(self, name: str) -> None:
-        """The agent of a node did not answer. If the node is there, it joins again with its next agent."""
+        """Forget a node whose agent did not answer. If the node still exists, it joins again with its next agent."""
         node_id = self._names.pop(name, None)
         if node_id is not None:
             self._nodes.pop(node_id, None)
 
     async def _keep_house(self, service: GateService) -> None:
-        """Write off who is silent, save now and then, and end if no ingress is left: a step of a run loop."""
+        """Drop silent ingresses, save regularly, and end if no ingress is left for long: one step of a run loop."""
         await asyncio.sleep(LOOK_S)
         service.sweep()
         if time.monotonic() - self._saved_s > SAVE_S:
@@ -237,7 +237,7 @@ class RayController:
             await self._end()
 
     async def _end(self) -> None:
-        """End all engines and agents, keep what was learned, and be no more."""
+        """End all engines and agents, save what was learned, and kill this actor."""
         me = ray.get_runtime_context().current_actor
         await self._save_estimates()
         await self._controller.close()
@@ -263,7 +263,7 @@ class RayController:
 
 
 def _end_process(reason: str) -> None:
-    """Ray makes the actor anew, which learns from agents and ingresses what runs."""
+    """Exit. Ray restarts the actor, which then learns from agents and ingresses what runs."""
     os._exit(1)
 
 

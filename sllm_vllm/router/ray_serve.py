@@ -1,7 +1,7 @@
 """The router as a Ray Serve application: `serve run sllm_vllm.router.ray_serve:app`, or `:build` with arguments.
 
-Ingress replicas hold clients' connections and stream from engines themselves; they ask the one controller where to.
-Keys are read where the application is built; the cluster gets their digests.
+Ingress replicas hold clients' connections and stream from engines directly; they ask the one controller which engine
+to use. Keys are read where the application is built; the cluster gets only their digests.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ T = TypeVar("T")
 
 CONTROLLER = "controller"
 CALLS_MAX = 100_000
-"""At once, of the controller; nearly all of them wait for an engine."""
+"""Concurrent calls to the controller; nearly all of them wait for an engine."""
 _HEAD = "node:__internal_head__"
-"""The resource that only the head has."""
+"""A resource that only Ray's head node has."""
 
 
 class Arguments(BaseModel):
-    """Of ``build``, as in `serve run sllm_vllm.router.ray_serve:build config=router.yaml`."""
+    """Arguments of ``build``, as in `serve run sllm_vllm.router.ray_serve:build config=router.yaml`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,7 +53,7 @@ class Arguments(BaseModel):
 
 
 class RayLink:
-    """The controller's actor, made if there is none, as an ingress talks to it.
+    """An ingress's link to the controller's actor, which it creates if there is none.
 
     Args:
         told: the configuration as JSON; ``version`` says which of two is newer.
@@ -64,7 +64,7 @@ class RayLink:
         self._actor: Any = None
 
     async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
-        """See ``ControllerLink``. Looks for the actor anew: the last one may have ended for good."""
+        """See ``ControllerLink``. Looks the actor up again: the last one may have ended for good."""
         told, _, version = self._made_of
         try:
             self._actor = controller_actor(*self._made_of)
@@ -91,7 +91,7 @@ class RayLink:
         return await self._answer(self._actor.poll.remote(ingress, version))
 
     async def admin(self, scope: Message, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        """A request of an operator."""
+        """Pass an operator's request on. Returns status, headers and body."""
         return await self._answer(self._actor.admin.remote(scope, body))
 
     async def _answer(self, reference: Awaitable[T]) -> T:
@@ -104,7 +104,7 @@ class RayLink:
 
 
 def controller_actor(told: str, directory: str, version: float) -> Any:  # noqa: ANN401 - Ray has no types
-    """The cluster's controller. On the head, if it can be: whoever loses that loses the cluster anyway."""
+    """The cluster's controller. Placed on the head node if possible: without that, the cluster is lost anyway."""
     heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
     options = {
         "name": CONTROLLER,
@@ -120,10 +120,10 @@ def controller_actor(told: str, directory: str, version: float) -> Any:  # noqa:
 
 
 def link_of(config: str) -> tuple[str, str, float]:
-    """What ``RayLink`` is made of, for the configuration in a file.
+    """Arguments of ``RayLink`` for the configuration in a file.
 
     Raises:
-        ConfigError: it is wrong, or lets everybody in without saying so.
+        ConfigError: the file is wrong, or has no keys without allowing that explicitly.
     """
     path = Path(config).absolute()
     told = _with_digests(read_router_config(path)).model_dump_json(exclude_defaults=True)
@@ -131,10 +131,10 @@ def link_of(config: str) -> tuple[str, str, float]:
 
 
 def build(arguments: Arguments) -> serve.Application:
-    """The application of a configuration, for `serve run`, `serve build` and `serve deploy`.
+    """The Serve application for a configuration, for `serve run`, `serve build` and `serve deploy`.
 
     Raises:
-        ConfigError: there is none, or it is wrong, or lets everybody in without saying so.
+        ConfigError: there is no configuration, it is wrong, or it has no keys without allowing that explicitly.
     """
     said = arguments.config or router_config_path()
     if said is None:
@@ -147,7 +147,7 @@ def build(arguments: Arguments) -> serve.Application:
 
     @serve.ingress(make_app)
     class SllmIngress:
-        """Clients' connections."""
+        """Serves clients' connections."""
 
     deployment = serve.deployment(
         SllmIngress,
@@ -165,7 +165,7 @@ def build(arguments: Arguments) -> serve.Application:
 
 
 def _with_digests(config: RouterConfig) -> RouterConfig:
-    """The same, with digests in the place of keys."""
+    """The same configuration, with digests instead of keys."""
     clients, admin = (
         [{"sha256": digest} for digest in read_key_digests(getattr(config.keys, which), f"keys.{which}")]
         for which in ("clients", "admin")
@@ -175,14 +175,14 @@ def _with_digests(config: RouterConfig) -> RouterConfig:
     keys = {
         "clients": clients,
         "admin": admin,
-        "hidden_variables": config.keys.secret_variables(),  # the agents' machines may have them, too
+        "hidden_variables": config.keys.secret_variables(),  # they may be set on the agents' machines, too
         "insecure_no_keys": config.keys.insecure_no_keys,
     }
     return config.model_copy(update={"keys": type(config.keys).model_validate(keys)})
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - as modules have it
-    """``app`` is built when it is asked for: an import reads no file."""
+    """Build ``app`` when it is accessed, so that an import reads no file."""
     if name == "app":
         return build(Arguments())
     raise AttributeError(name)

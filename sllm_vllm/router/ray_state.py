@@ -1,4 +1,4 @@
-"""The cluster's own key-value table as a ``StateStore``: it lives as long as Ray's head, or its Redis, does."""
+"""The cluster's own key-value table as a ``StateStore``. It lasts as long as Ray's head, or that head's Redis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The core's refusals as HTTP and OpenAI's API have them. Pure."""
+"""The core's refusals as errors of HTTP and OpenAI's API. Pure."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _STATUS = {
 
 
 def rejected(action: RejectRequest) -> Rejected:
-    """What whoever waits is told."""
+    """The error for a request that the core refuses."""
     status, kind, code = _STATUS[action.why]
     message = f"{action.why.value[0].upper()}{action.why.value[1:]}: {action.reason}"
     return Rejected(status, kind, message, retry_after_s=action.retry_after_s, code=code)
 
 
 def stopping() -> Rejected:
-    """The router ends."""
+    """The error for a request while the router stops."""
     return Rejected(503, "server_error", "The router is stopping.", retry_after_s=5.0)

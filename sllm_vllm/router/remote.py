@@ -1,8 +1,8 @@
-"""What an ingress and a controller in different processes say to each other. Frozen records and Protocols; pure.
+"""The protocol between an ingress and a controller in different processes. Frozen records and Protocols; pure.
 
-An ingress has a session at the controller. It asks for tickets, tells what becomes of them, and polls for news; polling
-is also how it shows that it lives. Whoever finds the other one new (a controller that was restarted, a session that
-was written off) begins with ``enter``, which tells what the ingress holds: nothing is kept on both sides for long.
+An ingress has a session at the controller. It asks for tickets, reports what becomes of them, and polls for news; a
+poll is also its sign of life. If the controller was restarted or has dropped the session, the ingress calls ``enter``
+again, which says all that it holds. So neither side has to keep the other's state for long.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, Outcome, Rejec
 from sllm_vllm.router.settings import IngressSettings
 
 POLL_S = 2.0
-"""Longest that a poll without news stays open."""
+"""How long a poll stays open without news."""
 SILENT_S_MAX = 10.0
-"""An ingress that does not poll for so long is written off: nobody reads what its requests' engines say."""
+"""An ingress that has not polled for this long is dropped: it no longer reads its engines' answers."""
 NOTES_MAX = 4096
-"""Of one batch; more go with the next."""
+"""Notes in one batch; more are sent with the next."""
 
 
 class ControllerGone(Exception):
-    """Nobody answers at the controller, or it died in the middle of an answer; a new one comes by itself."""
+    """The controller does not answer, or died while answering. A new one takes its place without the caller's help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What an ingress needs to know to begin."""
+    """What an ingress needs to know to begin a session."""
 
     settings: IngressSettings
     version: int
@@ -46,7 +46,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """``Rejected``, as a record."""
+    """``Rejected`` as a record."""
 
     status: int
     kind: str
@@ -56,17 +56,17 @@ class Refused:
 
     @classmethod
     def of(cls, rejected: Rejected) -> Refused:
-        """The record of it."""
+        """Make the record of an error."""
         return cls(rejected.status, rejected.kind, rejected.message, rejected.retry_after_s, rejected.code)
 
     def error(self) -> Rejected:
-        """It again."""
+        """The error that the record was made of."""
         return Rejected(self.status, self.kind, self.message, retry_after_s=self.retry_after_s, code=self.code)
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The controller has no session of this ingress: it has to enter (again)."""
+    """The controller has no session of this ingress, which has to enter (again)."""
 
 
 Answer = Ticket | Refused | Unknown
@@ -74,21 +74,21 @@ Answer = Ticket | Refused | Unknown
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """Its first byte was seen."""
+    """The first byte of the request's answer has arrived."""
 
     ticket: Ticket
 
 
 @dataclass(frozen=True, slots=True)
 class Proved:
-    """Its engine has generated a token."""
+    """The request's engine has generated a token."""
 
     ticket: Ticket
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """It has ended."""
+    """The request has ended."""
 
     ticket: Ticket
     outcome: Outcome
@@ -96,21 +96,21 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Its client left before there was a ticket, or as one came."""
+    """The request's client left before a ticket was given, or just as it was."""
 
     request: str
 
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """It takes orders to move from now on."""
+    """The request accepts orders to move from now on."""
 
     ticket: Ticket
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """An order was followed."""
+    """An order to move was carried out."""
 
     facts: RequestFacts
     ticket: Ticket
@@ -120,7 +120,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class NotMoved:
-    """An order was not."""
+    """An order to move was not carried out."""
 
     ticket: Ticket
     order: MoveOrder
@@ -134,7 +134,7 @@ Note = Began | Proved | Finished | Left | Followed | Moved | NotMoved
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """``served`` and ``settings`` are None where nothing changed since ``version``."""
+    """The answer to a poll. ``served`` and ``settings`` are None if nothing has changed since the poll's version."""
 
     version: int
     is_ready: bool
@@ -144,24 +144,24 @@ class News:
 
 
 class ControllerLink(Protocol):
-    """A controller from afar. Every call raises ``ControllerGone`` if it does not answer."""
+    """A connection to a remote controller. Every call raises ``ControllerGone`` if the controller does not answer."""
 
     async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
-        """Begin a session, or begin it again, with everything that is held."""
+        """Begin a session, or begin it again, with everything that the ingress holds."""
         ...
 
     async def acquire(self, ingress: str, facts: RequestFacts) -> Answer:
-        """A ticket for a request. Asked again it is the same request."""
+        """Get a ticket for a request. A repeated call with the same request is not a second request."""
         ...
 
     async def retry(self, ingress: str, ticket: Ticket, *, facts: RequestFacts, failure: Failure) -> Answer:
-        """Another ticket for one whose engine failed."""
+        """Get another ticket for a request whose engine failed."""
         ...
 
     async def note(self, ingress: str, notes: Sequence[Note]) -> bool:
-        """What became of tickets, in order; False if there is no session."""
+        """Report what became of tickets, in order; False if there is no session."""
         ...
 
     async def poll(self, ingress: str, version: int) -> News | Unknown:
-        """News since ``version``, or none after ``POLL_S``."""
+        """Wait for news since ``version``; returns without any after ``POLL_S``."""
         ...

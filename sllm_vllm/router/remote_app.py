@@ -1,4 +1,4 @@
-"""An ingress whose controller is in another process, as an ASGI app. Its lifespan is its session's. One loop."""
+"""An ASGI app: an ingress whose controller is in another process. Its lifespan is that of its session. One loop."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 _ADMIN_BODIES = IngressSettings(body_nbytes_max=1 << 20, bodies_nbytes_max=16 << 20)
 _SCOPE = ("type", "method", "path", "query_string", "headers")
-"""What an operator's request is passed on with."""
+"""The parts of an operator's request's scope that are passed on."""
 
 
 class AppLink(ControllerLink, Protocol):
-    """A controller from afar that serves operators, too."""
+    """A connection to a remote controller that also serves operators."""
 
     async def admin(self, scope: Message, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        """Status, headers and body. Raises ``ControllerGone``."""
+        """Pass an operator's request on. Returns status, headers and body. Raises ``ControllerGone``."""
         ...
 
 
 class RemoteApp:
-    """Requests for models go to the ingress of the settings in force; those of operators to the controller."""
+    """Sends requests for models to the ingress with the current settings, and operators' requests to the controller."""
 
     def __init__(self, link: AppLink, *, name: str) -> None:
         self._link = link
@@ -40,7 +40,7 @@ class RemoteApp:
         self._replaced: list[Ingress] = []
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request, or the app's life."""
+        """Handle one request, or the app's lifespan."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] != "http":
@@ -80,7 +80,7 @@ class RemoteApp:
         )
 
     def _set_settings(self, settings: IngressSettings) -> None:
-        """From now on; requests that the old ingress has are answered by it."""
+        """Use these settings for new requests; the old ingress finishes those that it has."""
         if settings == self._settings:
             return
         self._settings = settings

@@ -1,7 +1,7 @@
-"""A ``Gate`` whose controller is in another process. Lives on the ingress's loop; knows nothing of how they talk.
+"""A ``Gate`` whose controller is in another process. Runs on the ingress's loop; independent of the transport.
 
-While the controller is away, requests that run go on, and new ones wait for it. Nothing is kept for a controller that
-died: when there is one again it is told what is held, and asked again for what waits.
+While the controller is away, running requests continue, and new ones wait for it. Nothing is queued for a controller
+that died: the next one is sent what is held, and asked again for the tickets that are waited for.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.1
 PAUSE_S_MAX = 1.0
-"""Between two attempts to reach a controller that is away."""
+"""Pauses between attempts to reach a controller that is away grow from ``PAUSE_S`` to ``PAUSE_S_MAX``."""
 
 
 class RemoteGate:
     """One ingress's session with its controller.
 
     Args:
-        name: of this ingress, unique for ever.
-        on_settings: gets settings when they are first known, and whenever they change.
+        name: of this ingress; unique, and never used again.
+        on_settings: called with the settings when they are first known, and whenever they change.
     """
 
     def __init__(self, name: str, link: ControllerLink, *, on_settings: Callable[[IngressSettings], None]) -> None:
@@ -63,13 +63,13 @@ class RemoteGate:
         self._session: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Enter; returns when the controller has let it in."""
+        """Begin the session; returns when the controller has accepted it."""
         self._session = asyncio.get_running_loop().create_task(self._keep_session())
         self._session.add_done_callback(_tell_failure)
         await self._has_entered.wait()
 
     async def close(self) -> None:
-        """Say no more. The controller finds this out by itself."""
+        """Stop without a word: the controller drops an ingress that does not poll."""
         for task in (self._session, self._flushing):
             if task is not None:
                 task.cancel()
@@ -77,7 +77,7 @@ class RemoteGate:
 
     @property
     def is_alive(self) -> bool:
-        """Whether what has to run for ever does."""
+        """Whether the session's task is still running."""
         return self._session is not None and not self._session.done()
 
     # ----------------------------------------------------------------------------------------------------- as a gate
@@ -146,7 +146,7 @@ class RemoteGate:
             raise
 
     async def _ask(self, facts: RequestFacts, failed: Ticket | None, failure: Failure | None) -> Answer:
-        """``Unknown`` stands for every way in which there is none."""
+        """Ask the controller once. Returns ``Unknown`` whenever there is no answer."""
         try:
             if failed is None or failure is None:
                 answer = await self._link.acquire(self.name, facts)
@@ -161,14 +161,14 @@ class RemoteGate:
     # ---------------------------------------------------------------------------------------------------- the session
 
     async def _keep_session(self) -> None:
-        """Until cancelled: enter, and follow the news; and again."""
+        """Enter and follow the news; repeat until cancelled."""
         pause_s = PAUSE_S
         while True:
             try:
                 welcome = await self._link.enter(self.name, tuple(self._held.values()))
                 self._version = welcome.version
                 self._on_settings(welcome.settings)
-                # What the others told of is in what was held, or is not held any more.
+                # Other notes are out of date: what was held when entering says all that they would.
                 left = [note for note in self._notes if isinstance(note, Left)]
                 self._notes.clear()
                 self._has_entered.set()
@@ -183,7 +183,7 @@ class RemoteGate:
             pause_s = min(2 * pause_s, PAUSE_S_MAX)
 
     async def _follow_news(self) -> None:
-        """Until there is no session any more."""
+        """Poll for news until the session ends."""
         while self._has_entered.is_set():
             news = await self._link.poll(self.name, self._version)
             if isinstance(news, Unknown):
@@ -199,7 +199,7 @@ class RemoteGate:
         for order in news.orders:
             held, follower = self._held.get(order.target.request), self._followers.get(order.target.request)
             if held is None:
-                continue  # it has ended, and that is told already
+                continue  # the request has ended, and a note says so
             if follower is not None:
                 follower(order)
             else:
@@ -207,13 +207,13 @@ class RemoteGate:
 
     def _note(self, note: Note) -> None:
         if not self._has_entered.is_set() and not isinstance(note, Left):
-            return  # what is held will be told when there is a controller again, and nothing piles up until then
+            return  # ``enter`` will say what is held, so nothing piles up while the controller is away
         self._notes.append(note)
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 
     async def _flush(self) -> None:
-        """Send what there is to tell. What can't be told is not needed: see ``_keep_session``."""
+        """Send all notes. Those that can't be sent are not needed: see ``_keep_session``."""
         while self._notes and self._has_entered.is_set():
             batch, self._notes = self._notes[:NOTES_MAX], self._notes[NOTES_MAX:]
             try:

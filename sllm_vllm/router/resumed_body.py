@@ -1,6 +1,6 @@
-"""The body that has an engine go on with an answer that another one began. Pure.
+"""The body that makes an engine continue an answer that another one began. Pure.
 
-It is the client's own, with what the answer has got so far, signed with the target's key: engines take no other.
+It is the client's own body with what the answer has so far, signed with the target's key: engines accept no other.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ def resumed_body(body: MovedBody, resume: dict[str, Any], *, prompt: list[int] |
 
     Args:
         body: the client's.
-        resume: of ``Resume.to_json``, as an object.
-        prompt: its tokens, where they are known: so a chat is not rendered again, whose template may name the time.
+        resume: what ``Resume.to_json`` gives, as an object.
+        prompt: the prompt's tokens, if known. With them a chat is not rendered again, which could give another prompt:
+            its template may contain the time.
         key: the target's.
-        request: the X-Request-Id that it is sent with.
+        request: the X-Request-Id that is sent with the body.
     """
     is_chat = "messages" in body
     if not is_chat:
-        resume = {**resume, "step": 0}  # no parser looks at single steps
+        resume = {**resume, "step": 0}  # all tokens in one step: only chats have parsers that need single steps
     given = body.get(_XARGS)
     signed = sign_resume(json.dumps(resume, separators=(",", ":")), key=key, request=request)
     members: dict[str, object] = {_XARGS: {**(given if isinstance(given, dict) else {}), RESUME_KEY: signed}}

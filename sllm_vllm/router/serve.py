@@ -1,4 +1,4 @@
-"""Runs the ingress under uvicorn, in a loop that is there already, with limits, without uvicorn's signals or logs."""
+"""Runs the ingress under uvicorn on a running loop, with limits, without uvicorn's signal handlers and logs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sllm_vllm.router.watch import Message, Receive, Send
 
 
 class App(Protocol):
-    """What is served: ``ingress.Ingress``, or what stands before it."""
+    """What is served: ``ingress.Ingress``, or an app in front of it."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request, as ASGI has it."""
+        """Handle one request, as ASGI defines it."""
         ...
 
     def close(self) -> None:
-        """Called once nothing is served any more."""
+        """Called when serving has ended."""
         ...
 
 
@@ -38,12 +38,12 @@ async def serve_app(
     started: asyncio.Event | None = None,
     counts: ClientCounts | None = None,
 ) -> None:
-    """Serve on sockets that are bound, until cancelled; then requests get ``drain_s`` to end. Closes ``app``.
+    """Serve on bound sockets until cancelled; then requests have ``drain_s`` to finish. Closes ``app``.
 
-    ``counts`` gets the numbers of clients' connections.
+    ``counts`` receives the numbers of clients' connections.
 
     Raises:
-        ConfigError: there are no keys, and others than this machine can connect.
+        ConfigError: there are no keys, and other machines can connect.
     """
     require_keys(settings, sockets)
     server = _Server(_config(app, settings, counts or ClientCounts()), started)
@@ -59,10 +59,10 @@ async def serve_app(
 
 
 def require_keys(settings: IngressSettings, sockets: Sequence[socket.socket]) -> None:
-    """Let nobody but this machine in without a key, unless the settings say so.
+    """Refuse to serve other machines without keys, unless the settings allow it.
 
     Raises:
-        ConfigError: that is so.
+        ConfigError: other machines could connect without a key.
     """
     if settings.key_digests or settings.insecure_no_keys:
         return
@@ -81,14 +81,14 @@ class _Server(uvicorn.Server):
         self._started_event = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say when it listens."""
+        """Set ``started`` once the server listens."""
         await super().startup(sockets)
         if self._started_event is not None:
             self._started_event.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Signals belong to whoever owns the loop."""
+        """Capture none: signals belong to the owner of the loop."""
         yield
 
 

@@ -1,4 +1,4 @@
-"""Settings of the ingress: keys, limits and times. Frozen; the router's configuration fills them in."""
+"""Settings of the ingress: keys, limits and timeouts. Frozen; the router's configuration fills them in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MoveSettings(BaseModel):
 
 
 class IngressSettings(BaseModel):
-    """What the ingress lets in, and how long it waits for whom."""
+    """What the ingress admits, and its timeouts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

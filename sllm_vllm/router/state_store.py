@@ -1,7 +1,7 @@
-"""What must outlive a router: a few small values by name, in a file or in somebody's store. One interface, by URL.
+"""What must outlive a router: a few small named values, in a file or in an external store chosen by URL.
 
-Values are bytes of some kilobytes; there are as many as models that were deployed by hand, and one of estimates.
-Nothing here is on a request's way.
+Values are bytes, some kilobytes each: one for each model that was deployed by hand, and one for the estimates. No
+request waits for anything here.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ from sllm_vllm.plain_file import open_plain
 VALUE_NBYTES_MAX = 16 << 20
 TIMEOUT_S = 10.0
 CONNECTIONS_MAX = 8
-"""To a server, at once; whoever comes later waits."""
+"""Concurrent connections to a server; further calls wait."""
 PREFIX = "sllm/"
-"""Of every name, in stores that belong to others, too."""
+"""Prefix of every name in stores that are shared with others."""
 
 
 class StateError(Exception):
-    """The store does not answer, or does not do it; nothing was changed. One line."""
+    """The store does not answer, or refuses; nothing was changed. The message is one line."""
 
 
 class StateBusy(StateError):
-    """Another process uses it: try again."""
+    """Another process uses the store: retry."""
 
 
 class StateFull(StateError):
-    """There is no room for it: free some, and try again."""
+    """The store has no room for a value: free some, and retry."""
 
 
 class StateDamaged(StateError):
-    """What is there is not what a router has written."""
+    """The store's contents are not what a router has written."""
 
 
 class StateStore(Protocol):
-    """Values by name. Every call raises ``StateError`` if it can't be done."""
+    """Values by name. Every method raises ``StateError`` if it fails."""
 
     async def get(self, name: str) -> bytes | None:
-        """A value; None if there is none."""
+        """The value of a name; None if there is none."""
         ...
 
     async def put(self, name: str, value: bytes) -> None:
-        """Set it; it is safe when this returns, as far as the store keeps anything safe."""
+        """Set a value. When this returns it is as durable as the store makes it."""
         ...
 
     async def delete(self, name: str) -> None:
-        """Forget it; harmless if there is none."""
+        """Delete a value, if there is one."""
         ...
 
     async def items(self, prefix: str) -> dict[str, bytes]:
-        """All whose names begin so."""
+        """All values whose names begin with ``prefix``, by name."""
         ...
 
     async def close(self) -> None:
-        """Let go of what it uses."""
+        """Close connections to the store."""
         ...
 
 
 class SqliteStore:
-    """A file, readable by this user alone. It may be on the disk of one machine, not on a network's."""
+    """A file, readable by this user alone. It must be on a local disk, not on a network file system."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -110,7 +110,7 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        os.close(open_plain(self._path, os.O_RDWR | os.O_CREAT))  # SQLite would wait for a FIFO's other end
+        os.close(open_plain(self._path, os.O_RDWR | os.O_CREAT))  # refuse a FIFO, on which SQLite would block
         with contextlib.closing(sqlite3.connect(self._path, timeout=TIMEOUT_S)) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
@@ -118,7 +118,7 @@ class SqliteStore:
 
 
 def _told_by_sqlite(path: Path, error: sqlite3.Error) -> StateError:
-    """SQLite's error, told apart by what has to be done (https://sqlite.org/rescode.html)."""
+    """SQLite's error as one of ours, by what has to be done about it (https://sqlite.org/rescode.html)."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
         return StateBusy(
@@ -133,7 +133,7 @@ def _told_by_sqlite(path: Path, error: sqlite3.Error) -> StateError:
 
 
 class RedisStore:
-    """A Redis server, by its own client."""
+    """A Redis server, through the ``redis`` package."""
 
     def __init__(self, url: str) -> None:
         try:
@@ -190,7 +190,7 @@ class RedisStore:
 
 
 class EtcdStore:
-    """An etcd server, through the JSON gateway of its third version; ``etcds:`` is one behind TLS."""
+    """An etcd server, through the JSON gateway of its v3 API; ``etcds:`` uses TLS."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -234,7 +234,7 @@ class EtcdStore:
             await self._authenticate(self._user)
         try:
             return await self._post(f"kv/{what}", body)
-        except _Unauthenticated:  # a token lives for minutes
+        except _Unauthenticated:  # tokens expire after minutes
             await self._authenticate(self._user)
             return await self._post(f"kv/{what}", body)
 
@@ -262,14 +262,14 @@ class EtcdStore:
 
 
 class _Unauthenticated(StateError):
-    """The user is not known, or the token is too old."""
+    """The user is unknown, or the token has expired."""
 
 
 def open_state_store(url: str) -> StateStore:
-    """The store that a URL names, but for ``ray:``, which `ray_state.py` knows. Nothing is asked of it yet.
+    """The store that a URL names, except ``ray:``, which ``ray_state.py`` handles. Does not connect to it yet.
 
     Raises:
-        ConfigError: nobody knows such a URL.
+        ConfigError: the URL names no known kind of store.
     """
     scheme, _, rest = url.partition(":")
     if scheme == "sqlite" and rest:

@@ -1,7 +1,7 @@
-"""The tokens of one streamed answer, out of the notes that its engine writes beside it. Pure.
+"""The tokens of one streamed answer, read from the notes that its engine writes beside it. Pure.
 
-``engine/answer_notes.py`` says what notes look like. They are taken out of what the client gets. From them the answer
-can be continued elsewhere when its engine is gone; what was noted is never less than what the client has.
+``engine/answer_notes.py`` describes the notes. They are removed from what the client gets. With them the answer can
+continue at another engine when its own is gone; they always cover at least what the client has.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from sllm_vllm.engine.answer_notes import NOTE
 
 FOLD_NBYTES = 1 << 13
-"""Notes kept as they came; more are read, into four bytes a token."""
+"""Up to this size, notes are kept as they came; then they are parsed into four bytes per token."""
 LOG_NBYTES_MAX = 4 << 20
-"""Of one answer: a million tokens, or some 4,000 with 20 top logprobs each. One with more can't be continued."""
+"""For one answer: a million tokens, or about 4,000 with 20 top logprobs each. A longer one can't be continued."""
 _LINE = re.compile(rb"(?m)^: sllm (.*)\n\n?")
 
 
@@ -25,7 +25,7 @@ _LINE = re.compile(rb"(?m)^: sllm (.*)\n\n?")
 class _Choice:
     tokens: array[int] = field(default_factory=lambda: array("i"))
     logprobs: list[str] | None = None
-    """Of each token, as JSON: as objects they would take six times as much."""
+    """One per token, as JSON: as objects they would take six times as much memory."""
     ending: tuple[Any, Any] = (None, None)
 
     def as_json(self) -> dict[str, Any]:
@@ -39,11 +39,11 @@ class _Choice:
 
 
 class TokenLog:
-    """Of one engine's answer, from its beginning."""
+    """The tokens of one engine's answer, from its beginning."""
 
     def __init__(self) -> None:
         self.has_died = False
-        """The engine said that its core has."""
+        """The engine has reported that its core has died."""
         self._pieces: list[bytes] = []
         self._num_raw = 0
         self._nbytes = 0
@@ -54,18 +54,18 @@ class TokenLog:
 
     @property
     def num_tokens(self) -> int:
-        """Of all choices."""
+        """Number of tokens of all choices together."""
         self._fold()
         return sum(len(choice.tokens) for choice in self._choices.values())
 
     def strip(self, events: bytes) -> bytes:
-        """Whole events without the notes, which are kept."""
+        """Whole events without their notes, which are added to the log."""
         if NOTE not in events:
             return events
         return _LINE.sub(self._take, events)
 
     def resume(self) -> dict[str, Any] | None:
-        """What a target needs, as ``Resume.to_json`` has it; None if nothing can be continued."""
+        """What a target needs to continue, in the form of ``Resume.to_json``; None if the answer can't be continued."""
         self._fold()
         num_tokens = sum(len(choice.tokens) for choice in self._choices.values())
         if self._is_over or not self._digest or not num_tokens:
@@ -80,7 +80,7 @@ class TokenLog:
         }
 
     def goes_on_from(self, owned: dict[str, Any]) -> bool:
-        """Whether this is the log of an answer that began with what was owned: so its engine has heeded it."""
+        """Whether the logged answer began with the tokens in ``owned``, so that its engine has continued from them."""
         self._fold()
         found = [self._choices.get(index) for index in range(len(owned["choices"]))]
         return self._digest == owned["prompt_digest"] and all(

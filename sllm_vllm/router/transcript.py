@@ -1,8 +1,8 @@
-"""What a client has been sent of a stream, and the rest of the same stream out of a target's, which begins anew. Pure.
+"""What a client was sent of a stream, and the rest of that stream, cut from a target's that starts over. Pure.
 
-A target's answer repeats all that was said, in other pieces than the source's. Every text, and every list, of a choice
-only ever grows: so of each the target's first part is dropped, as long as what the client has; whatever is left of an
-event goes on. Both sides' events are those of OpenAI's completions and chats, as vLLM writes them.
+A target's answer repeats everything, split into other pieces than the source's. Every text and every list of a choice
+only grows. So from each of the target's the beginning is dropped, up to the length that the client has; what remains
+of an event is passed on. Events on both sides are those of OpenAI's completions and chats, as vLLM writes them.
 """
 
 from __future__ import annotations
@@ -13,46 +13,48 @@ from collections.abc import Iterator
 from typing import Any
 
 FOLD_NBYTES = 1 << 14
-"""What is kept as it was sent; more is counted and forgotten. Short answers, most of all, are never parsed."""
+"""Up to this size, events are kept as sent; then they are measured and dropped. Short answers are parsed only if they
+continue at another engine.
+"""
 EVENT_END = b"\n\n"
 _SHAPES_MAX = 4
-"""Looked for in a part of a stream: where events differ in more than a text, looking costs more than it saves."""
+"""Shapes tried per part of a stream. If events differ in more than a text, the search costs more than it saves."""
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
-_CREATED = re.compile(rb'"created":\s*(\d{1,12})')  # quotes inside of texts are escaped, so none can look like this
+_CREATED = re.compile(rb'"created":\s*(\d{1,12})')  # quotes inside texts are escaped, so no text can match
 _GROWING = frozenset({"text", "content", "reasoning", "reasoning_content", "refusal", "arguments"})
 _NAMING = frozenset({"index"})
-"""Says which choice or call it is, in each event."""
+"""Members that identify a choice or a call in each event."""
 
 Path = tuple[str | int, ...]
-"""Of a value in a choice; a call of a tool is named by its index."""
+"""Path of a value within a choice; a tool call is identified by its index."""
 
 
 class NotAligned(Exception):
-    """The target's stream is none that goes on; the message says what it is instead."""
+    """The target's stream does not continue the client's; the message says what it does instead."""
 
 
 def split_events(data: bytes) -> tuple[bytes, bytes]:
-    """Whole events, and the beginning of one that is not there yet."""
+    """Split data into whole events and the beginning of the next one."""
     end = data.rfind(EVENT_END)
     return (b"", data) if end < 0 else (data[: end + len(EVENT_END)], data[end + len(EVENT_END) :])
 
 
 class Transcript:
-    """What one client was sent. Whole events alone are noted."""
+    """What one client was sent. Takes only whole events."""
 
     def __init__(self) -> None:
         self.created: bytes | None = None
-        """When its answer was created, as the first engine had it; None as long as nothing was sent."""
+        """The time of creation that the first engine sent; None until it was sent."""
         self._pieces: list[bytes] = []
         self._nbytes = 0
         self._lengths: dict[int, dict[Path, int]] = {}
-        """By choice: how long each text and list is; 1 for what is said once."""
+        """By choice: the length of each text and list, and how often any other value was sent."""
         self._shape: _Shape | None = None
-        """Of the last events that were alike."""
+        """The shape of the latest events that were alike."""
 
     def note(self, events: bytes) -> None:
-        """It is being sent these."""
+        """Record events that are being sent to the client."""
         if self.created is None and (found := _CREATED.search(events)):
             self.created = found[1]
         self._pieces.append(events)
@@ -61,7 +63,7 @@ class Transcript:
             self._fold()
 
     def told(self) -> dict[int, dict[Path, int]]:
-        """Lengths by choice."""
+        """Lengths of what the client was sent, by choice and path."""
         self._fold()
         return {index: dict(lengths) for index, lengths in self._lengths.items()}
 
@@ -89,12 +91,13 @@ class Transcript:
 
 
 class _Shape:
-    """What many events in a row have in common: all but one text of one choice. Those are counted without parsing them,
-    in a third of the time.
+    """What many events in a row have in common: everything but one text of one choice. Such events are counted without
+    parsing them, in a third of the time.
 
     Args:
-        head, tail: what stands before and behind the text, quotes included.
-        steps: by path, what each such event adds, the text aside.
+        head, tail: what precedes and follows the text, quotes included.
+        path: of the text.
+        steps: by path, what each such event adds besides the text.
     """
 
     def __init__(self, head: bytes, tail: bytes, *, index: int, path: Path, steps: dict[Path, int]) -> None:
@@ -109,7 +112,7 @@ class _Shape:
 
     @classmethod
     def of(cls, event: bytes, parsed: dict[str, Any]) -> _Shape | None:
-        """That of an event with one choice and one text; None for any other."""
+        """The shape of an event with one choice and one text; None for any other event."""
         choices = list(_choices(parsed))
         if len(choices) != 1:
             return None
@@ -126,7 +129,7 @@ class _Shape:
         return cls(event[:start], event[end:], index=index, path=texts[0], steps=steps)
 
     def take(self, event: bytes) -> bool:
-        """Count an event, if it has this shape."""
+        """Count an event if it has this shape; returns whether it has."""
         if len(event) < len(self._head) + len(self._tail) or not event.startswith(self._head):
             return False
         if not event.endswith(self._tail):
@@ -137,13 +140,13 @@ class _Shape:
         else:
             try:
                 self._num_chars += len(json.loads(f'"{text.decode()}"'))
-            except ValueError:  # its text ends earlier
+            except ValueError:  # the text ends earlier, so the event has another shape
                 return False
         self._num += 1
         return True
 
     def tell(self, lengths: dict[int, dict[Path, int]]) -> None:
-        """Add what was counted since the last time."""
+        """Add what was counted since the last call to ``lengths``."""
         if not self._num:
             return
         ours = lengths.setdefault(self._index, {})
@@ -156,19 +159,19 @@ class _Shape:
 
 
 class Continuation:
-    """The rest of a stream: what a target sends goes in, what the client lacks comes out.
+    """The rest of a stream: takes what a target sends, and returns what the client lacks.
 
     Args:
-        transcript: what the client has; it must be sent nothing else meanwhile.
+        transcript: what the client has; nothing else may be sent to the client meanwhile.
     """
 
     def __init__(self, transcript: Transcript) -> None:
         self._told = transcript.told()
         self._seen: dict[int, dict[Path, int]] = {}
         self._is_even = not self._told
-        """The target has said all that the client has: its events pass as they are."""
+        """The target has sent all that the client has: further events pass unchanged."""
         self._has_begun = False
-        """Something went on to the client: an error may follow, as it may in any answer."""
+        """Something was passed to the client. From then on an error passes, too, as in any answer."""
         self._rest = b""
         self._created = transcript.created
         self._own_created: bytes | None = None
@@ -176,14 +179,14 @@ class Continuation:
 
     @property
     def is_even(self) -> bool:
-        """Whether the target has said all that the client has."""
+        """Whether the target has sent all that the client has."""
         return self._is_even
 
     def feed(self, data: bytes) -> bytes:
-        """A piece of the target's stream; returns whole events for the client, maybe none.
+        """Take a piece of the target's stream; returns whole events for the client, possibly none.
 
         Raises:
-            NotAligned: it is an error, or ends before it is where the client is.
+            NotAligned: the stream has an error, or ends before it has reached what the client has.
         """
         events, self._rest = split_events(self._rest + data)
         if not events:
@@ -201,7 +204,7 @@ class Continuation:
                 yield cut + EVENT_END
 
     def _cut(self, event: bytes) -> bytes | None:
-        """What of an event the client lacks; None for nothing."""
+        """The part of an event that the client lacks; None if it lacks nothing."""
         parsed = _parsed(event)
         if "error" in parsed:
             raise NotAligned(f"it answers with an error: {_message_of(parsed)}")
@@ -221,7 +224,7 @@ class Continuation:
         return _DATA + json.dumps(parsed, ensure_ascii=False, separators=(",", ":")).encode() if is_new else None
 
     def _dated(self, events: bytes) -> bytes:
-        """With the time that the client was told first."""
+        """The events with the time of creation that the client was sent first."""
         if self._created is None or not events:
             return events
         if self._own_created is None:
@@ -234,7 +237,7 @@ class Continuation:
 
 
 def _parsed(event: bytes) -> dict[str, Any]:
-    """An event's object; empty for anything else."""
+    """The JSON object of an event; empty if it has none."""
     data = event.lstrip(b"\r\n")
     if not data.startswith(_DATA) or data.startswith(_DONE):
         return {}
@@ -264,7 +267,7 @@ def _is_call_list(path: Path, value: object) -> bool:
 
 
 def _leaves(value: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """All that a choice says, by path, but for nulls and what only names."""
+    """All values of a choice with their paths, except nulls and members that only identify."""
     for key, one in value.items():
         here = (*path, key)
         if one is None or key in _NAMING:
@@ -279,7 +282,7 @@ def _leaves(value: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]
 
 
 def _cut_value(value: dict[str, Any], path: Path, *, told: dict[Path, int], seen: dict[Path, int]) -> bool:
-    """Take out what the client has; returns whether anything is left that it has not."""
+    """Remove what the client has, in place; returns whether anything is left that it lacks."""
     is_new = False
     for key, one in list(value.items()):
         here = (*path, key)

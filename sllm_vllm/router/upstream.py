@@ -1,8 +1,8 @@
-"""Connections to engines: one request out, its answer in, as it comes. Lives on the ingress's loop.
+"""Connections to engines: sends a request and streams its answer. Runs on the ingress's loop.
 
-Plain HTTP/1.1 to an address of this cluster, or to a Unix socket of this machine, parsed by httptools (as uvicorn's
-side is). aiohttp's client in its place added 0.2 to 0.7 ms more to the median first byte at 1 and 16 streams, and 25 to
-45 % more processor time.
+Plain HTTP/1.1 to an address in this cluster or to a Unix socket on this machine, parsed by httptools, as in uvicorn.
+With aiohttp's client instead, 0.2 to 0.7 ms more were added to the median time to first byte at 1 and 16 streams, and
+25 to 45 % more processor time.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.socket_url import HOST, socket_of_url
 
 READ_NBYTES = 1 << 16
-"""What is read ahead of a client that is slow."""
+"""How far an answer is read ahead of a slow client."""
 READ_AT_ONCE_NBYTES = 1 << 14
-"""Taken from a connection before others have their turn: hundreds of streams that are behind would hold up the loop."""
+"""Read from a connection before others have their turn; more would block the loop if hundreds of streams lag behind."""
 HEAD_NBYTES_MAX = 1 << 16
 IDLE_MAX = 256
-"""Idle connections kept to one engine."""
+"""Idle connections kept per engine."""
 _URLS_MAX = 1024
 
 CONNECT_AGAIN_S = 0.005
-"""Between attempts at a Unix socket whose engine has not accepted what came before."""
+"""Pause between attempts to connect to a Unix socket whose queue of unaccepted connections is full."""
 
 Address = tuple[str, int] | str
 """Host and port, or the path of a Unix socket."""
 
 
 class EngineFailed(Exception):
-    """The engine can't be reached, or breaks off. The message is fit for a client: it names no address.
+    """The engine can't be reached, or its answer breaks off. Clients may see the message: it names no address.
 
     ``sign``: what that says about the engine.
     """
@@ -50,12 +50,12 @@ class EngineFailed(Exception):
 
 
 class Diverted(Exception):
-    """The answer goes on elsewhere; nothing more is to be read here."""
+    """The answer continues on another connection; nothing more may be read from this one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A request. ``target``: path and query."""
+    """A request to send. ``target``: path and query."""
 
     method: str
     target: str
@@ -64,7 +64,7 @@ class Sent:
 
 
 class Upstream:
-    """A pool of connections. ``close`` ends it."""
+    """A pool of connections to engines. ``close`` ends it."""
 
     def __init__(self, settings: IngressSettings) -> None:
         self._settings = settings
@@ -82,16 +82,16 @@ class Upstream:
     ) -> EngineConnection:
         """Send a request and wait for the head of the answer.
 
-        A connection that was idle may just have been closed by the engine, which says nothing against it: then the
-        request goes out once more, on a new one. ``on_sent`` is told of each.
+        The engine may just have closed an idle connection, which is no failure: then the request is sent once more, on
+        a new connection. ``on_sent`` is called with each connection that the request was sent on.
 
         Raises:
-            EngineFailed: there is none. Diverted: nobody waits for it any more.
+            EngineFailed: no head came. Diverted: the answer continues elsewhere, see ``EngineConnection.divert``.
         """
         return await self._exchange(_address(url), Sent("POST", target, headers, body), on_sent)
 
     async def get(self, url: str, *, target: str, headers: Headers) -> EngineConnection:
-        """The same for a GET."""
+        """Send a GET and wait for the head of the answer, like ``post``."""
         return await self._exchange(_address(url), Sent("GET", target, headers, b""), None)
 
     async def _exchange(
@@ -104,20 +104,20 @@ class Upstream:
             except EngineFailed:
                 if not idle.is_silent:
                     raise
-            sign = FailureSign.BROKE_OFF  # the engine may have got it, and may have ended of it
+            sign = FailureSign.BROKE_OFF  # the engine may have received the request, and may have died of it
         else:
             sign = FailureSign.UNREACHED
         return await (await self._connect(address, sign)).exchange(sent, on_sent)
 
     def close(self) -> None:
-        """Close every idle connection; those in use close when they are given back."""
+        """Close all idle connections; those in use close when they are given back."""
         self._is_closed = True
         for connections in list(self._idle.values()):
             for connection in list(connections):
                 connection.abort()
 
     def give_back(self, connection: EngineConnection) -> None:
-        """Keep it for the next request, if it can have one."""
+        """Keep a connection for the next request, if it can take one."""
         idle = self._idle.setdefault(connection.address, [])
         if self._is_closed or len(idle) >= IDLE_MAX or not connection.rest(self._settings.engine_keep_alive_s):
             connection.abort()
@@ -127,7 +127,7 @@ class Upstream:
             idle.append(connection)
 
     def forget(self, connection: EngineConnection) -> None:
-        """It was closed."""
+        """Remove a connection that was closed."""
         idle = self._idle.get(connection.address, [])
         if connection in idle:
             idle.remove(connection)
@@ -135,7 +135,10 @@ class Upstream:
                 del self._idle[connection.address]
 
     def _take_idle(self, address: Address) -> EngineConnection | None:
-        """One that its engine has not closed, if any: a request sent into a closed one would look swallowed."""
+        """An idle connection that its engine has not closed; None if there is none.
+
+        A request sent on a closed connection would look as if the engine had received it.
+        """
         idle = self._idle.pop(address, [])
         while idle:
             connection = idle.pop()
@@ -162,7 +165,7 @@ class Upstream:
 
 
 class EngineConnection(asyncio.BufferedProtocol):
-    """One connection, and the answer that is read from it. ``close`` after each answer."""
+    """One connection, and the answer that is read from it. Call ``close`` after each answer."""
 
     def __init__(self, pool: Upstream, address: Address) -> None:
         self.address = address
@@ -189,12 +192,12 @@ class EngineConnection(asyncio.BufferedProtocol):
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing at all came back for the last request."""
+        """Whether nothing has come back for the last request."""
         return not self._has_head and self._head_nbytes == 0
 
     @property
     def is_quiet(self) -> bool:
-        """Whether the socket holds nothing unread, not even its end, which the event loop may not have seen yet."""
+        """Whether the socket has nothing unread, not even an EOF that the event loop has not seen yet."""
         if self._transport is None or self._failure:
             return False
         poll = select.poll()
@@ -203,14 +206,14 @@ class EngineConnection(asyncio.BufferedProtocol):
 
     @property
     def is_at_end(self) -> bool:
-        """Whether the whole body was read."""
+        """Whether the whole body has been read."""
         return self._is_complete and not self._pieces
 
     async def exchange(self, sent: Sent, on_sent: Callable[[EngineConnection], None] | None = None) -> EngineConnection:
-        """Send a request and wait for the head of the answer; returns itself.
+        """Send a request and wait for the head of the answer; returns the connection itself.
 
         Raises:
-            EngineFailed: there is none; the connection is closed. Diverted: see ``divert``.
+            EngineFailed: no head came; the connection is closed. Diverted: see ``divert``.
         """
         try:
             self._send(sent)
@@ -241,10 +244,10 @@ class EngineConnection(asyncio.BufferedProtocol):
             self._transport.write(body)
 
     async def read(self) -> bytes:
-        """What there is of the body, at least a byte; empty at its end.
+        """The next bytes of the body; empty at its end.
 
         Raises:
-            EngineFailed: it ended too early. Diverted: see ``divert``.
+            EngineFailed: the body ended too early. Diverted: see ``divert``.
         """
         while not self._is_diverted and (not self._pieces or self._is_waiting_held):
             if self._is_complete:
@@ -260,27 +263,27 @@ class EngineConnection(asyncio.BufferedProtocol):
         return data
 
     def close(self) -> None:
-        """Give the connection back if the whole body was read; else end it, which aborts the request."""
+        """Give the connection back if the whole body was read; else close it, which aborts the request."""
         if self.is_at_end and self._can_stay:
             self._pool.give_back(self)
         else:
             self.abort()
 
     def abort(self) -> None:
-        """End the connection at once."""
+        """Close the connection at once."""
         self._fail("it was closed")
         if self._transport is not None:
             self._transport.abort()
 
     def rest(self, idle_s: float) -> bool:
-        """Close after some time, unless ``wake`` comes before. Whether there is still a connection."""
+        """Close the connection after ``idle_s``, unless ``wake`` is called before. False if it is closed already."""
         if self._failure:
             return False
         self._idle_timer = self._loop.call_later(idle_s, self.abort)
         return True
 
     def wake(self) -> None:
-        """It is needed again."""
+        """Use the connection again: it is no longer idle."""
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
@@ -288,18 +291,20 @@ class EngineConnection(asyncio.BufferedProtocol):
     # ------------------------------------------------------------------------------------------------ live migration
 
     def hold(self) -> bool:
-        """From now on nothing is given to the reader, until ``release`` or ``divert``, or the answer is whole: then it
-        is too late for both. False if it is whole already."""
+        """Give the reader nothing until ``release`` or ``divert`` is called, or until the whole answer has arrived.
+
+        After that it is too late for either. False if the answer has arrived already.
+        """
         self._is_held = not self._is_complete
         return self._is_held
 
     def release(self) -> None:
-        """Go on."""
+        """Let the reader continue."""
         self._is_held = False
         self._tell()
 
     def divert(self) -> bool:
-        """Have the reader, who waits or will, get ``Diverted``; False if it has gone on: the answer is whole."""
+        """Raise ``Diverted`` in the reader, now or at its next read. False if the whole answer has arrived already."""
         if not self._is_held or self._is_complete:
             return False
         self._is_diverted = True
@@ -308,11 +313,11 @@ class EngineConnection(asyncio.BufferedProtocol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the whole answer has come, read or not."""
+        """Whether the whole answer has arrived, read or not."""
         return self._is_complete
 
     def peek(self) -> bytes:
-        """What has come of the body and was not read."""
+        """What has arrived of the body and has not been read."""
         return b"".join(self._pieces)
 
     @property
@@ -345,19 +350,19 @@ class EngineConnection(asyncio.BufferedProtocol):
     # ------------------------------------------------------------------------------------------ asyncio's calls
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """As asyncio has it."""
+        """Called by asyncio, see ``asyncio.BufferedProtocol``."""
         self._transport = transport
 
     def get_buffer(self, sizehint: int) -> bytearray:
-        """As asyncio has it."""
+        """Called by asyncio, see ``asyncio.BufferedProtocol``."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """As asyncio has it."""
+        """Called by asyncio, see ``asyncio.BufferedProtocol``."""
         self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        """Parse; anything but an answer to what was asked ends the connection."""
+        """Parse what has arrived; anything but an answer to the last request closes the connection."""
         if self._is_complete:
             self.abort()
             return
@@ -379,7 +384,7 @@ class EngineConnection(asyncio.BufferedProtocol):
             self._tell()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """An answer without a length ends so; any other was cut."""
+        """End the answer: one without a length is complete now, any other was cut off."""
         if self._has_head and not self._is_complete and not self._is_framed() and exc is None:
             self._is_complete = True
         self._fail("it broke off")
@@ -390,18 +395,18 @@ class EngineConnection(asyncio.BufferedProtocol):
     # ---------------------------------------------------------------------------------------- httptools's calls
 
     def on_message_begin(self) -> None:
-        """An answer begins; a second one was not asked for, and nothing of it is read."""
+        """Begin an answer. A second one was not asked for, and is ignored."""
         if self._is_complete:
             self._is_surplus = True
             self._can_stay = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; trailers are dropped."""
+        """Keep a header; trailers are dropped."""
         if not self._has_head and not self._is_surplus:
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        """The head is there, unless it is an interim one."""
+        """Complete the head, unless it is that of an interim answer (1xx)."""
         if self._is_surplus:
             return
         status = self._parser.get_status_code()
@@ -413,13 +418,13 @@ class EngineConnection(asyncio.BufferedProtocol):
         self._can_stay = self._parser.should_keep_alive()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Keep a piece of the body."""
         if not self._is_surplus:
             self._pieces.append(body)
             self._nbytes += len(body)
 
     def on_message_complete(self) -> None:
-        """The end of the body."""
+        """Note the end of the body."""
         self._is_complete = self._has_head
 
 
@@ -433,10 +438,10 @@ def _address(url: str) -> Address:
 
 
 async def _connected(path: str) -> socket.socket:
-    """A connection to a Unix socket. While its queue is full Linux refuses at once, where TCP would wait.
+    """Connect to a Unix socket. Retries while its queue is full: Linux refuses at once then, where TCP would wait.
 
     Raises:
-        OSError: no one listens there.
+        OSError: nothing listens there.
     """
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:

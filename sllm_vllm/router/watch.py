@@ -1,7 +1,7 @@
-"""Ends a request's work when its client leaves or a time is over. Owned by the task of one request.
+"""Ends a request's work when its client leaves or a timeout expires. Owned by the task of one request.
 
-Used like ``asyncio.timeout``: ``async with watch:`` around the work; what is inside is cancelled, and outside stands an
-``Ended`` that says why. While a piece of an answer is on its way to a slow client, only the total time counts.
+Used like ``asyncio.timeout``, with ``async with watch:`` around the work. The work is cancelled, and the block raises
+``Ended``, which says why. While a piece of an answer is being sent to a slow client, only the total timeout counts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 LAST_S = 60.0
-"""What a client gets to take the last piece of an answer."""
+"""How long a client has to take the last piece of an answer."""
 
 Reason = Literal["client_left", "client_slow", "timeout"]
 SLOW = "sllm.client_slow"
-"""Set in a request's scope, by the server, once it has ended the connection of a client that took nothing; then also in
-the message ``http.disconnect``."""
+"""The server sets this in a request's scope when it has ended the connection because the client took nothing;
+``telling_slow`` then sets it in the message ``http.disconnect``, too.
+"""
 
 
 class Ended(Exception):
-    """The work was ended. ``problem``: which time was over, or that the client left."""
+    """The work was ended. ``problem``: which timeout expired, or that the client left."""
 
     def __init__(self, reason: Reason, problem: str) -> None:
         super().__init__(problem)
@@ -34,7 +35,7 @@ class Ended(Exception):
 
 
 def telling_slow(scope: Message, receive: Receive) -> Receive:
-    """The same, whose last message says whether the connection was ended because its client took nothing."""
+    """Wrap ``receive``: its last message says whether the connection was ended because the client took nothing."""
 
     async def told() -> Message:
         message = await receive()
@@ -44,7 +45,7 @@ def telling_slow(scope: Message, receive: Receive) -> Receive:
 
 
 async def send_last(send: Send, *messages: Message) -> None:
-    """Send what no watch is kept over. What the client does not take stays unsent, and the connection is closed."""
+    """Send messages outside of a watch. What the client does not take in ``LAST_S`` is dropped with the connection."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_S):
             for message in messages:
@@ -52,7 +53,7 @@ async def send_last(send: Send, *messages: Message) -> None:
 
 
 class Watch:
-    """The client's connection and the clock of one request. ``reason`` is None as long as nothing ended it."""
+    """Watches one request's client and timeouts. ``reason`` is None until one of them has ended the work."""
 
     def __init__(self, receive: Receive, total_s: float) -> None:
         self.reason: Reason | None = None
@@ -79,7 +80,7 @@ class Watch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Nothing here may wait: from the first line on, nobody else can cancel this task on the watch's behalf.
+        # No await in this method: without one, ``_end`` can't run and cancel this task between these lines.
         self._listener.cancel()
         self._total.cancel()
         if self._step is not None:
@@ -90,7 +91,7 @@ class Watch:
             raise Ended(self.reason, self._problem) from error
 
     def begin_step(self, step_s: float | None, problem: str) -> None:
-        """From now on a step may take so long; None: as long as the whole may."""
+        """Begin a step that may take ``step_s``; None: only the total timeout counts."""
         if self._step is not None:
             self._step.cancel()
             self._step = None
@@ -101,15 +102,15 @@ class Watch:
             self._step = self._loop.call_later(step_s, self._check)
 
     def resume(self) -> None:
-        """A step begins, of the same kind as the last."""
+        """Begin another step of the same kind."""
         self._since_s = self._loop.time()
 
     def pause(self) -> None:
-        """The step is over; the time until ``resume`` is nobody's."""
+        """End the step; the time until ``resume`` does not count."""
         self._since_s = None
 
     def _check(self) -> None:
-        # One timer that looks again later is cheaper than a new one for each piece of an answer.
+        # One timer that checks again later is cheaper than a new timer for each piece of an answer.
         assert self._step_s is not None
         now_s = self._loop.time()
         end_s = (now_s if self._since_s is None else self._since_s) + self._step_s

@@ -1,4 +1,4 @@
-"""How large a model's weights are before there is a checkpoint of it: its source's own files. Blocking: for threads."""
+"""The size of a model's weights before it has a checkpoint, from its source files. Blocking: call it in a thread."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _KINDS = ("*.safetensors", "*.bin", "*.pt")
-"""vLLM reads the first of these kinds that there is."""
+"""vLLM reads only the first of these kinds that exists."""
 _CONSOLIDATED = "consolidated"
-"""Some sources hold the same weights twice, as files that begin so and as files that do not."""
+"""Some sources hold the same weights twice: in files with this prefix and in files without it."""
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
 
 
 def weights_nbytes(source: Path) -> int:
-    """Bytes of the weight files in a directory; 0 if it is none, can't be read, or holds none."""
-    if not os.path.isdir(source):  # a name of the Hub: three searches less; a path that is too long is none either
+    """Bytes of the weight files in a directory; 0 if it is not a directory, can't be read, or holds none."""
+    if not os.path.isdir(source):  # a Hub name, which saves three searches; also False if the path is too long
         return 0
     for kind in _KINDS:
         try:
