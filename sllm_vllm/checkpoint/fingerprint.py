@@ -31,7 +31,7 @@ READ_ASIDE = ("mask_embedding.pt",)
 _DEPTH_MAX = 8
 _LINKS_MAX = 40
 _SEGMENT_NBYTES = 256 * MIB
-"""Files are hashed in segments of this size, in parallel; a file's digest is the digest of its segments' digests."""
+"""With xxh3, files are hashed in segments of this size, in parallel, and then the segments' digests are hashed."""
 _BUFFER_NBYTES = 4 * MIB
 _SAMPLE_NBYTES = 4096
 _NUM_SAMPLES = 4

@@ -27,7 +27,7 @@ class Unused:
 
 
 def find_unused(repository: CheckpointRepository, *, vllm_version: str | None) -> list[Unused]:
-    """Return the readable checkpoints that match no model on this machine, or not the installed vLLM.
+    """Return the readable checkpoints that can't be used with any model on this machine and the installed vLLM.
 
     Args:
         vllm_version: the installed version; None if vLLM is not installed, in which case versions are not compared.

@@ -87,7 +87,7 @@ class HttpSource:
         Raises:
             RemoteError: the file is missing, access is refused, or the answer is not valid.
         """
-        headers = {"Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}  # ranges and sizes must be those of the stored bytes
         if bounds is not None:
             headers["Range"] = f"bytes={bounds[0]}-{bounds[1] - 1}"
         url = f"{self._url}/{key}" if self._sign is None else await asyncio.to_thread(self._sign, key)

@@ -161,7 +161,7 @@ class FailLease:
 
 @dataclass(frozen=True, slots=True)
 class DropSpan:
-    """A slot was freed. For counters only; the shell does nothing."""
+    """A slot was freed. For counters only; ``Store`` does nothing."""
 
     partition: str
     span: int
