@@ -24,7 +24,7 @@ _HOP_BY_HOP = frozenset(
 )
 _KEPT_FROM_ENGINES = _HOP_BY_HOP | {
     b"authorization",
-    b"content-length",  # set anew, to the length of the body that was read
+    b"content-length",  # set from the body that was read instead
     b"cookie",
     b"expect",
     b"host",

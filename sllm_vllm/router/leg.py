@@ -234,7 +234,7 @@ class Leg:
         self._next = None
         return engine
 
-    # ---------------------------------------------------------------------------------------------- what moves it
+    # ------------------------------------------------------------------------------------------------------ moving
 
     def follow(self, start: Callable[[Leg, MoveOrder], asyncio.Task[None]]) -> None:
         """Accept orders to move; ``start`` begins to carry one out."""

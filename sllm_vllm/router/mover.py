@@ -49,7 +49,7 @@ _RESUME = "resume"
 
 
 class Mover:
-    """Carries out one order for one request. ``run`` is its task; cancelling that leaves nothing at the target."""
+    """Carries out one order for one request. ``run`` is a task; cancelling it leaves nothing at the target."""
 
     def __init__(self, leg: Leg, order: MoveOrder, gate: Gate, *, upstream: Upstream, settings: MoveSettings) -> None:
         self._leg = leg
@@ -241,7 +241,7 @@ class Mover:
         )
         self._gate.moved(source, self._order, report)
 
-    # ------------------------------------------------------------------------------------------------------ its end
+    # ------------------------------------------------------------------------------------------------------ the end
 
     def _fail(self, reason: str, *, is_lasting: bool) -> None:
         self._leg.release()

@@ -26,7 +26,7 @@ PAUSE_S = 0.1
 WARM_S = 60.0
 """How long one call waits for a warm parent before the node is asked again."""
 PREFETCH_IN_VAIN_MAX = 8
-"""A prefetch is no longer followed after so many looks without progress, about ten seconds."""
+"""A prefetch is no longer followed after this many looks without progress, about ten seconds."""
 _PREFETCH_PAUSE_S = 0.1
 _PREFETCH_PAUSE_S_MAX = 2.0
 
@@ -104,7 +104,7 @@ class NodeWatch:
         else:
             if is_warm and self.report is not None and self.report.warm.pid is None:
                 self.refresh()
-        await asyncio.sleep(REPORT_S)  # a parent that is ready, or never will be, is asked for again and again
+        await asyncio.sleep(REPORT_S)  # ``wait_warm`` is called again, even if the parent is warm or never will be
 
     def what_is_known(self, model: ModelConfig) -> tuple[Mapping[str, Tier], int]:
         """The tiers of a model's weights by node, and their bytes, from the last report; empty and 0 if unknown."""

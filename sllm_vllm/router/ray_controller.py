@@ -131,7 +131,7 @@ class RayController:
         await self._admin(scope, receive, send)
         return sent[0]["status"], sent[0]["headers"], b"".join(one.get("body", b"") for one in sent[1:])
 
-    # ------------------------------------------------------------------------------------------------------- its life
+    # ------------------------------------------------------------------------------------------------------ lifecycle
 
     async def _service(self) -> GateService:
         if self._starting is None or (self._starting.done() and self._starting.exception() is not None):

@@ -24,12 +24,12 @@ NOTES_MAX = 4096
 
 
 class ControllerGone(Exception):
-    """The controller does not answer, or died while answering. A new one takes its place without the caller's help."""
+    """The controller does not answer, or died while answering. It is restarted automatically; then ``enter`` again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A request that an ingress streams from a replica. ``is_followed``: it takes orders to move."""
+    """A request that an ingress streams from a replica. ``is_followed``: it accepts orders to move."""
 
     facts: RequestFacts
     ticket: Ticket

@@ -168,7 +168,7 @@ class RemoteGate:
                 welcome = await self._link.enter(self.name, tuple(self._held.values()))
                 self._version = welcome.version
                 self._on_settings(welcome.settings)
-                # Other notes are out of date: what was held when entering says all that they would.
+                # Drop all other notes: ``enter`` has just said which requests are held and on which replicas.
                 left = [note for note in self._notes if isinstance(note, Left)]
                 self._notes.clear()
                 self._has_entered.set()
