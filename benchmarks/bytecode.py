@@ -1,7 +1,8 @@
-"""Python's compiled bytecode for the processes that a benchmark starts, so that the first is no slower than the rest.
+"""Compiled bytecode for the processes that a benchmark starts, so that the first start is no slower than the others.
 
-Most of a start of vLLM is Python's imports. Where an installation has no compiled bytecode and the environment forbids
-Python to write it, every process compiles half a million lines anew. Then ours keep it in a directory of their own.
+Most of a vLLM start is Python imports. Where an installation has no compiled bytecode and the environment forbids
+Python to write it, every process would compile half a million lines anew. In that case the benchmark's processes keep
+their bytecode in a directory of their own.
 """
 
 from __future__ import annotations
@@ -19,23 +20,25 @@ WARM_UP = (
     "from vllm.platforms import current_platform;"
     "__import__('vllm.v1.worker.cpu_worker' if current_platform.is_cpu() else 'vllm.v1.worker.gpu_worker')"
 )
-"""What the processes of a server import, near enough."""
+"""Approximately what the processes of a server import."""
 
 
 def environment_of(workspace: Workspace) -> dict[str, str]:
-    """Variables of every process that a benchmark starts: its temporary directory, and its bytecode."""
+    """Environment variables for every process that a benchmark starts: its directories for temporary files and
+    bytecode.
+    """
     return {"TMPDIR": str(workspace.tmp), **bytecode_environment(workspace.cache)}
 
 
 def bytecode_environment(cache: Path) -> dict[str, str]:
-    """Variables for child processes; none where Python's own place for bytecode can be used."""
+    """Environment variables for child processes; empty if Python's usual bytecode location works."""
     if not sys.dont_write_bytecode or all(map(_is_compiled, ("vllm", "torch"))):
         return {}
     return {"PYTHONPYCACHEPREFIX": str(cache / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def warm_up(environment: dict[str, str]) -> None:
-    """Import vLLM once: its bytecode is compiled then, and its libraries are in the page cache.
+    """Import vLLM once, so that its bytecode is compiled and its libraries are in the page cache.
 
     Raises:
         CalledProcessError: vLLM can't be imported; ``output`` says why.

@@ -1,4 +1,4 @@
-"""Random models that are made once and kept. A half-written one is never found: it takes its name when it is whole."""
+"""Random models that are made once and kept. A model gets its final name when complete, so no partial one is found."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from benchmarks.supervise import ROOT, Workspace
 from sllm_vllm.config import child_environment
 
 SIZES = ("tiny", "0.5GB", "1.2GB", "2GB")
-"""Those of ``random_models.py``, which this does not import: it takes seconds."""
+"""The sizes that ``random_models.py`` knows; not imported from there, because that import takes seconds."""
 
 
 def model_path(cache: Path, size: str) -> Path:
-    """Where the model of a size is kept."""
+    """Path of the cached model of a size."""
     return cache / f"llama-{size}"
 
 
 def ensure_model(workspace: Workspace, size: str) -> Path:
-    """The directory of a Llama with seeded random weights, made if it is not there yet.
+    """Return the directory of a Llama with seeded random weights; make it if it does not exist yet.
 
     Raises:
-        CalledProcessError: it could not be made; ``output`` says why.
+        CalledProcessError: the model could not be made; ``output`` says why.
     """
     path = model_path(workspace.cache, size)
     if not path.exists():

@@ -1,7 +1,7 @@
-"""Has a virtual machine's host back the guest's free memory, so that a load does not wait for it. Linux only.
+"""Makes a virtual machine's host back the guest's free memory, so that a load does not wait for it. Linux only.
 
 A host may take free pages back within seconds (virtio's free page reporting). The first touch of such a page costs ten
-times what it costs on a machine of one's own, and how many of them a load meets is chance: whatever ran before decides.
+times what it costs on a physical machine. How many such pages a load touches is chance: it depends on what ran before.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Self
 from sllm_vllm.units import KIB
 
 FREE_SHARE_MAX = 0.8
-"""More would push files out of the page cache."""
+"""Largest share of the free memory to claim; more would push files out of the page cache."""
 CLAIMED_MODELS = 2.5
-"""How many times a model's size a load may touch, and a little more."""
+"""Memory to claim, as a multiple of the model's size: what a load may touch, and a little more."""
 
 _HOLD = """
 import mmap, sys
@@ -31,7 +31,7 @@ sys.stdin.read()
 
 
 class ClaimedMemory:
-    """Memory for a load of a model, held by another process. Once released, it is free at once and its host has it.
+    """Memory for one load, held by another process. When released, it is free at once and still backed by the host.
 
     Args:
         model_nbytes: size of the model.
@@ -46,14 +46,14 @@ class ClaimedMemory:
             command = [sys.executable, "-S", "-c", _HOLD, str(self.nbytes)]
             self._holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             assert self._holder.stdout is not None
-            self._holder.stdout.readline()  # empty if the system had none to give: then there is nothing to hold
+            self._holder.stdout.readline()  # empty if the process failed for lack of memory: then nothing is held
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.release()
 
     def release(self) -> None:
-        """Free it. Safe to call twice."""
+        """Free the memory. Safe to call twice."""
         if self._holder is not None:
             self._holder.communicate()
             self._holder = None

@@ -1,10 +1,11 @@
-"""How long a user waits for a model that nobody runs: from the order to healthy, and to the first token.
+"""How long a user waits for a model that is not running: from the order to healthy, and to the first token.
 
-Three ways take turns: *stock*, ``vllm serve`` with vLLM's own loader; *cold*, an engine of our node agent, started by
-exec; *warm*, one that the agent's warm parent has forked. The tiers say where the weights are: *disk warm* in the page
-cache, *disk cold* out of it, *store* in the memory of the store's daemon (ours alone). All three get the same
-arguments, the same environment and the whole machine, and are asked the same questions; their answers must be the same
-token ids. Memory is left as it is. Exits with 1 if a token differs, a start fails, or something grows in ``--cycles``.
+Three ways are measured in turn: *stock*, ``vllm serve`` with vLLM's own loader; *cold*, an engine that our node agent
+starts with exec; *warm*, an engine that the agent's warm parent forks. A tier says where the weights are: *disk warm*,
+in the page cache; *disk cold*, on disk and not in the page cache; *store*, in the memory of the store's daemon (cold
+and warm only). All ways get the same arguments, the same environment and the whole machine, and are asked the same
+questions; their answers must have the same token ids. Free memory is not claimed beforehand. Exits with 1 if a token
+differs, a start fails, or something grows during ``--cycles``.
 
     python -m benchmarks.cold_start --json FILE --png FILE
     python -m benchmarks.cold_start --no-starts --memory --cycles 50
@@ -57,17 +58,17 @@ from sllm_vllm.config import child_environment, replace_environment
 from sllm_vllm.errors import SllmError
 
 FAILURES = (EngineFailed, ServerFailed, DaemonFailed, PageCacheRefused, SllmError, OSError)
-"""What ends a run; what was measured before is told."""
+"""Errors that end a run; what was measured before is still reported."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-"""Of all engines, beside what they inherit."""
+"""Set for every engine, in addition to what it inherits."""
 TOLD_VARIABLES = ("OMP_", "KMP_", "GOMP_", "HF_HUB_", "VLLM_")
-"""How variables begin that are told of a run."""
+"""Prefixes of the environment variables that the results list."""
 WIDTH_MIN = 150
 
 
 @dataclass
 class Outcome:
-    """What a run has found, as far as it has come."""
+    """The results of a run so far."""
 
     runs: ColdStarts | None = None
     cycles: list[Cycle] = field(default_factory=list)
@@ -75,14 +76,14 @@ class Outcome:
     failure: str = ""
 
     def verdicts(self) -> list[Verdict]:
-        """Of everything that was measured."""
+        """The verdicts on everything that was measured."""
         starts = self.runs.starts if self.runs is not None else []
         found = verdicts_of(starts) if starts else []
         return [*found, cycles_verdict(self.cycles)] if self.cycles else found
 
     @property
     def status(self) -> int:
-        """1 if something did not work; slow is not a failure."""
+        """The exit status: 1 if something did not work; a slow start is not a failure."""
         starts = self.runs.starts if self.runs is not None else []
         is_well = not self.failure and (not starts or tokens_verdict(starts).is_met)
         return 0 if is_well and (not self.cycles or cycles_verdict(self.cycles).is_met) else 1
@@ -128,7 +129,7 @@ def _add_choice(parser: argparse.ArgumentParser, name: str, default: Sequence[st
 
 
 def _problem(arguments: argparse.Namespace) -> str:
-    """What is wrong with the arguments; empty if nothing."""
+    """What is wrong with the arguments; empty if they are valid."""
     if arguments.draw is not None and arguments.png is None:
         return "--draw: --png says where to"
     if min(arguments.rounds, arguments.rounds_large) < 1 or arguments.cycles < 0:
@@ -139,7 +140,7 @@ def _problem(arguments: argparse.Namespace) -> str:
 
 
 def run_bench(workspace: Workspace, arguments: argparse.Namespace) -> int:
-    """The benchmark in its workspace. Returns the exit status."""
+    """Run the benchmark in its workspace and return the exit status."""
     console = Console(soft_wrap=True)
     progress, outcome = Progress(console), Outcome()
     _take_environment(workspace)
@@ -161,11 +162,11 @@ def run_bench(workspace: Workspace, arguments: argparse.Namespace) -> int:
 
 
 def _take_environment(workspace: Workspace) -> None:
-    """Make the engines' environment this process's own: what is set in an order only would make a start cold.
+    """Set the engines' environment in this process: variables given only in an order would make the start cold.
 
-    On the CPU vLLM by itself keeps a processor free and binds threads to the others, and our agent does not: here none
-    does. Where Python must not write bytecode, an installation often has it in part, and each start would compile the
-    rest.
+    On the CPU, vLLM by default keeps one processor free and binds its threads to the others; our agent does not. Here
+    neither way does. Where Python must not write bytecode, an installation is often compiled only in part, and each
+    start would compile the rest; so bytecode goes to a directory in the cache.
     """
     ours = {**environment_of(workspace), **ENVIRONMENT}
     if not has_cuda():
@@ -185,7 +186,7 @@ async def _measure(
     models: dict[tuple[str, str], Path],
     outcome: Outcome,
 ) -> None:
-    """All parts that were asked for, into ``outcome``."""
+    """Measure all parts that the arguments ask for, into ``outcome``."""
     progress.say("starting two agents; the first one's warm parent imports")
     async with (
         running_agent(workspace, "warm", warm=True) as warm,
@@ -212,7 +213,7 @@ async def _measure(
 
 
 def cases_of(arguments: argparse.Namespace) -> list[Case]:
-    """What is started, the case that matters most first."""
+    """The cases to start, in order; the most important comes first."""
     return [
         Case(architecture, size, tier)
         for size in arguments.sizes
@@ -256,7 +257,7 @@ def _draw(lines: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Non
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """The machine and the settings of the measurement, for a line of JSON."""
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "kind": "machine",

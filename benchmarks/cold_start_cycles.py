@@ -1,4 +1,6 @@
-"""Whether anything grows from start to start: many engines in a row on one warm agent, and what is left after each."""
+"""Checks that nothing grows from start to start: starts many engines in a row on one warm agent and counts what is
+left.
+"""
 
 from __future__ import annotations
 
@@ -28,33 +30,33 @@ from sllm_vllm.node.sessions import living_members
 from sllm_vllm.units import MIB
 
 SETTLED_CYCLE = 5
-"""Growth is counted from here on; in a shorter run from the first cycle."""
+"""Growth is counted from this cycle on; in a shorter run, from the first."""
 SHOWN_CYCLES = (1, 5, 10, 25, 50)
 MEMORY_GROWTH_MAX = 0.02
 SETTLE_S_MAX = 2.0
-"""How long something may take to be closed or reaped after an engine has ended."""
+"""How long descriptors, processes and the like may take to be closed or reaped after an engine has ended."""
 NUM_THREADS = 8
-"""Of this process's pool: all are started beforehand, so that none looks like growth."""
+"""Threads of this process's pool. All are started beforehand, so that none is counted as growth."""
 _POLL_S = 0.05
 _LISTENS = "0A"
 _LOOPBACK = ("0100007F", "00000000000000000000000001000000")
-"""127.0.0.1 and ::1, as the kernel's tables have them."""
+"""127.0.0.1 and ::1, as written in ``/proc/net/tcp`` and ``tcp6``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cycle:
-    """What is there after an engine has ended. Counts should not grow, and memory hardly."""
+    """What remains after an engine has ended. Counts must not grow; memory may grow by ``MEMORY_GROWTH_MAX``."""
 
     number: int
     left_processes: int
-    """Of the engine's session."""
+    """Living processes of the engine's session."""
     threads: int
     descriptors: int
     parent_threads: int
     parent_descriptors: int
     shm_entries: int
     listening_ports: int
-    """On loopback, of this process and all that descend from it."""
+    """On loopback, of this process and all its descendants."""
     parent_pss_nbytes: int
     parent_rss_nbytes: int
 
@@ -73,10 +75,10 @@ MEMORIES = ("parent_pss_nbytes", "parent_rss_nbytes")
 async def run_cycles(
     agent: NodeAgent, models: Sequence[Path], *, num_cycles: int, workspace: Workspace, progress: Progress
 ) -> list[Cycle]:
-    """Start and stop so many engines, models in turn, each answering one question.
+    """Start and stop ``num_cycles`` engines, models in turn; each answers one question.
 
     Raises:
-        EngineFailed, ServerFailed: one did not start or answer, or was not forked.
+        EngineFailed, ServerFailed: an engine did not start or answer, or was not forked.
     """
     asyncio.get_running_loop().set_default_executor(_full_pool())
     parent = await wait_warm(agent)
@@ -96,7 +98,7 @@ async def run_cycles(
 
 
 def growth_of(cycles: Sequence[Cycle]) -> list[str]:
-    """What is larger at the end than at ``SETTLED_CYCLE``, in words; also every process that an engine has left."""
+    """What is larger at the end than at ``SETTLED_CYCLE``, in words; also lists the processes that engines left."""
     if not cycles:
         return []
     first, last = settled(cycles), cycles[-1]
@@ -105,7 +107,7 @@ def growth_of(cycles: Sequence[Cycle]) -> list[str]:
 
 
 def grown(first: Cycle, last: Cycle) -> list[str]:
-    """Figures that are larger in the second, memory by more than its share; in words."""
+    """The figures that are larger in ``last`` than in ``first`` (memory: by more than the allowed share), in words."""
     found = []
     for name in (*COUNTS, *MEMORIES):
         before, after = getattr(first, name), getattr(last, name)
@@ -120,14 +122,14 @@ def settled(cycles: Sequence[Cycle]) -> Cycle:
 
 
 def cycles_verdict(cycles: Sequence[Cycle]) -> Verdict:
-    """Whether nothing has grown."""
+    """The verdict: whether nothing has grown."""
     growth = growth_of(cycles)
     figures = "; ".join(growth) if growth else f"cycles {settled(cycles).number} to {cycles[-1].number}"
     return Verdict(f"nothing grows in {len(cycles)} starts and stops", not growth, figures)
 
 
 def cycles_table_of(cycles: Sequence[Cycle]) -> Table:
-    """Some of the cycles, for a person."""
+    """Some of the cycles, as a table to print."""
     table = Table(title="after each cycle", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("cycle", *(name.replace("_", "\n") for name in COUNTS), "parent\nPSS MiB", "parent\nRSS MiB"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -139,7 +141,7 @@ def cycles_table_of(cycles: Sequence[Cycle]) -> Table:
 
 
 async def _settled(number: int, session: int, parent: int, *, before: Sequence[Cycle]) -> Cycle:
-    """Measure; again if something seems to have grown, as it may be on its way out."""
+    """Measure after a cycle; while something seems to have grown, measure again, as it may still be closing."""
     deadline_s = time.monotonic() + SETTLE_S_MAX
     while True:
         cycle = await asyncio.to_thread(_measure, number, session, parent)
@@ -170,7 +172,7 @@ def _num_entries(pid: int, folder: str) -> int:
 
 
 def _num_listening(root: int) -> int:
-    """Listening sockets on loopback of a process and its descendants; one that several share counts once."""
+    """Number of listening loopback sockets of a process and its descendants; a shared socket counts once."""
     inodes: set[str] = set()
     for pid in _tree(root):
         with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):
@@ -181,7 +183,7 @@ def _num_listening(root: int) -> int:
 
 
 def _listening_inodes() -> list[str]:
-    """Of every process of the machine, on loopback."""
+    """Inodes of the listening loopback sockets of all processes on the machine."""
     found = []
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError):
@@ -193,7 +195,7 @@ def _listening_inodes() -> list[str]:
 
 
 def _tree(root: int) -> set[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -207,7 +209,7 @@ def _tree(root: int) -> set[int]:
 
 
 def _full_pool() -> ThreadPoolExecutor:
-    """A pool whose threads all run already."""
+    """A thread pool whose threads are all running already."""
     pool = ThreadPoolExecutor(NUM_THREADS)
     barrier = threading.Barrier(NUM_THREADS)
     for _ in range(NUM_THREADS):

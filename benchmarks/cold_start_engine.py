@@ -1,7 +1,7 @@
-"""One engine for the cold-start benchmark, stock or ours: ordered, waited for until it is healthy, ended, gone.
+"""One engine of the cold-start benchmark, stock or ours: starts it, waits until it is healthy, ends it completely.
 
-Times are this process's ``time.monotonic``. Everything runs on one event loop in the main thread, which is the agents',
-too: the kernel ends their cold engines when the thread that started them ends.
+Times are this process's ``time.monotonic``. Everything runs on one event loop in the main thread, which the agents
+share: the kernel ends an agent's cold engines when the thread that started them ends.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sllm_vllm.node.sessions import end_session, reap_adopted
 
 KV_CACHE_NBYTES = 1 << 28
 ENGINE_ARGUMENTS = ("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(KV_CACHE_NBYTES))
-"""Of all ways alike."""
+"""The same for all ways."""
 OVERRULING = ("VLLM_CPU_KVCACHE_SPACE",)
-"""Variables that count more than these arguments: no engine gets them."""
+"""Environment variables that override these arguments; no engine gets them."""
 WARM_TIMEOUT_S = 180.0
 GONE_TIMEOUT_S = 30.0
 _HEALTH_ANSWER_S = 5.0
@@ -39,30 +39,30 @@ _POLL_S = 0.05
 
 
 class EngineFailed(Exception):
-    """An engine did not start or end as it should. The message is for a person."""
+    """An engine did not start or end as it should. The message is written for the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """An engine that is healthy now."""
+    """A healthy engine."""
 
     port: int
     api_key: str
     pid: int
-    """Leads a session, in which all its processes are."""
+    """Leader of the session that contains all of the engine's processes."""
     order_s: float
     healthy_s: float
-    """Since the order."""
+    """Seconds since the order."""
     phases: Mapping[str, float]
     load: Mapping[str, str]
     is_warm: bool | None
 
 
 class LogFollower:
-    """Feeds the phases of a start from a log file that grows.
+    """Follows a growing log file and derives the phases of a start from it.
 
     Args:
-        start_s: when the process was started; the phases' zero.
+        start_s: when the process was started; time zero of the phases.
     """
 
     def __init__(self, log: Path, start_s: float) -> None:
@@ -73,20 +73,20 @@ class LogFollower:
         self.phases.process_started(self._at_s())
 
     def read(self) -> None:
-        """Take the lines that have come."""
+        """Process the lines written since the last call."""
         *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
         for line in lines:
             for part in line.decode(errors="replace").split("\r"):
                 self.phases.note(part, self._at_s())
 
     async def run(self) -> None:
-        """Take lines as they come, for ever."""
+        """Process lines as they are written, until cancelled."""
         while True:
             self.read()
             await asyncio.sleep(EAGER_S)
 
     def finish(self, healthy_s: float) -> dict[str, float]:
-        """Its seconds by phase, once it is healthy."""
+        """Close the log and return the seconds by phase; call it once the engine is healthy."""
         self.read()
         self._file.close()
         self.phases.became_ready(healthy_s)
@@ -98,7 +98,7 @@ class LogFollower:
 
 @contextlib.asynccontextmanager
 async def running_agent(workspace: Workspace, name: str, *, warm: bool, slots: int = 1) -> AsyncIterator[NodeAgent]:
-    """A node agent in this process."""
+    """Run a node agent in this process."""
     config = NodeConfig(
         node_dir=workspace.tmp / name,
         store_dir=store_dir_of(workspace),
@@ -115,20 +115,20 @@ async def running_agent(workspace: Workspace, name: str, *, warm: bool, slots: i
 
 
 def store_dir_of(workspace: Workspace) -> Path:
-    """Where ours keeps its checkpoints."""
+    """Directory in which our loader keeps its checkpoints."""
     return workspace.run / "store"
 
 
 def store_socket_of(workspace: Workspace) -> Path:
-    """Where the store's daemon listens, when there is one."""
+    """Socket of the store's daemon, when one runs."""
     return workspace.tmp / "store.socket"
 
 
 async def wait_warm(agent: NodeAgent) -> int:
-    """Return when the agent's warm parent is ready to fork; its process.
+    """Wait until the agent's warm parent is ready to fork; return its process id.
 
     Raises:
-        EngineFailed: it takes too long.
+        EngineFailed: it was not ready after ``WARM_TIMEOUT_S``.
     """
     deadline_s = time.monotonic() + WARM_TIMEOUT_S
     while time.monotonic() < deadline_s:
@@ -141,10 +141,10 @@ async def wait_warm(agent: NodeAgent) -> int:
 
 @contextlib.asynccontextmanager
 async def stock_engine(model: Path, workspace: Workspace) -> AsyncIterator[Ready]:
-    """``vllm serve``, with vLLM's own loader. It and all its processes are gone afterwards.
+    """Run ``vllm serve`` with vLLM's own loader. All its processes are gone when the context ends.
 
     Raises:
-        EngineFailed: it ended, or did not become healthy in time.
+        EngineFailed: the engine ended, or did not become healthy in time.
     """
     log = workspace.run / "vllm.log"
     server = VllmServer(
@@ -174,7 +174,7 @@ async def stock_engine(model: Path, workspace: Workspace) -> AsyncIterator[Ready
 
 
 async def _wait_healthy(server: VllmServer, follower: LogFollower, order_s: float) -> float:
-    """Seconds from the order to the first yes; the log is followed meanwhile."""
+    """Wait until the server is healthy, following its log meanwhile; return the seconds since the order."""
     following = asyncio.get_running_loop().create_task(follower.run())
     try:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
@@ -190,7 +190,7 @@ async def _wait_healthy(server: VllmServer, follower: LogFollower, order_s: floa
 
 
 async def _stop_stock(pid: int, stack: contextlib.ExitStack) -> None:
-    """Stop it as its context does, and reap what this process adopts meanwhile: an agent has made it a subreaper."""
+    """Close the server's context; reap what this process adopts meanwhile, as an agent has made it a subreaper."""
     stopping = asyncio.get_running_loop().create_task(asyncio.to_thread(stack.close))
     while not stopping.done():
         reap_adopted({pid})
@@ -201,10 +201,10 @@ async def _stop_stock(pid: int, stack: contextlib.ExitStack) -> None:
 
 @contextlib.asynccontextmanager
 async def our_engine(agent: NodeAgent, model: Path, workspace: Workspace) -> AsyncIterator[Ready]:
-    """An engine of the agent's. It and all its processes are gone afterwards.
+    """Run an engine of the agent. All its processes are gone when the context ends.
 
     Raises:
-        EngineFailed: it did not become ready.
+        EngineFailed: the engine did not become ready.
     """
     order = ReplicaOrder(model=str(model), arguments=(*ENGINE_ARGUMENTS, "--served-model-name", MODEL_NAME))
     order_s = time.monotonic()
@@ -247,17 +247,17 @@ def _failure(report: ReplicaReport, workspace: Workspace) -> str:
 
 
 async def _wait_gone(session: int) -> None:
-    """Return when nothing of an engine runs.
+    """Wait until no process of the engine's session is left.
 
     Raises:
-        EngineFailed: something does, and can't be ended.
+        EngineFailed: some processes did not end.
     """
     if not await end_session(session, timeout_s=GONE_TIMEOUT_S):
         raise EngineFailed(f"processes of session {session} do not end")
 
 
 def session_cpu_s(leader: int) -> float:
-    """Seconds of processor that a session's processes, and those of them that were reaped, have had."""
+    """Processor seconds used by a session's living processes and by the children that they have reaped."""
     ticks = 0
     for process in all_processes():
         if process.session == leader:

@@ -1,6 +1,6 @@
-"""What engines take of the memory: proportional set sizes of a warm parent, its engines, a cold engine and a stock one.
+"""How much memory engines take: proportional set sizes of a warm parent, its engines, a cold engine and a stock engine.
 
-Cold and stock engines are measured when no warm parent runs, which would share libraries with them.
+Cold and stock engines are measured while no warm parent runs, because it would share libraries with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sllm_vllm.units import MIB
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What was there at one moment, in bytes: the warm parent (None if there is none), and each engine's session."""
+    """Memory at one moment, in bytes: of the warm parent (None if there is none) and of each engine's session."""
 
     model: str
     what: str
@@ -33,7 +33,7 @@ class Memory:
 
     @property
     def sum_nbytes(self) -> int:
-        """Of all of them."""
+        """Bytes of the parent and all engines together."""
         return (self.parent_nbytes or 0) + sum(self.engines_nbytes)
 
     def as_json(self) -> dict[str, Any]:
@@ -49,7 +49,9 @@ class Memory:
 
 
 async def measure_memory(workspace: Workspace, model: Path) -> list[Memory]:
-    """Start everything in turn; each engine has answered before it is measured. The checkpoint is written if need be.
+    """Start and measure each kind of engine in turn; each answers a question before it is measured.
+
+    The first engine writes the checkpoint if there is none.
 
     Raises:
         EngineFailed, ServerFailed: an engine did not start or answer.
@@ -90,7 +92,7 @@ def _check_forked(ready: Ready) -> None:
 
 
 def memory_table_of(found: Sequence[Memory]) -> Table:
-    """For a person, in MiB."""
+    """The results in MiB, as a table to print."""
     title = "proportional set sizes, MiB"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("model", "what"):

@@ -1,4 +1,4 @@
-"""Random models of several architectures for the cold-start benchmark, made once and kept. See ``cached_model.py``."""
+"""Random models of several architectures for the cold-start benchmark, made once and kept; see ``cached_model.py``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.supervise import ROOT, Workspace
 from sllm_vllm.config import child_environment
 
 ARCHITECTURES = ("llama", "opt", "qwen2", "qwen3", "gemma3", "gpt2")
-"""Those of ``random_models.py`` that generate, which this does not import: it takes seconds."""
+"""The generating architectures of ``random_models.py``; not imported from there, because that import takes seconds."""
 
 
 def ensure_architecture(workspace: Workspace, architecture: str, size: str) -> Path:
-    """The directory of a model with seeded random weights, made if it is not there yet.
+    """Return the directory of a model with seeded random weights; make it if it does not exist yet.
 
     Raises:
-        CalledProcessError: it could not be made; ``output`` says why.
+        CalledProcessError: the model could not be made; ``output`` says why.
     """
     if architecture == "llama":
         return ensure_model(workspace, size)

@@ -1,4 +1,4 @@
-"""The cold-start benchmark as a picture: a bar for each case and way, stacked by phase. Draws lines of JSON alone."""
+"""Draws the cold-start benchmark: one bar for each case and way, stacked by phase. Needs only the lines of JSON."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cold_start_report import FIRST_TOKEN, PHASE_NAMES, REST
 
-if TYPE_CHECKING:  # matplotlib is imported when something is drawn
+if TYPE_CHECKING:  # matplotlib is imported only when something is drawn
     from matplotlib.axes import Axes
 
 WIDTH_IN = 9.0
 BAR_IN = 0.27
 FRAME_IN = 1.9
-"""Of the height, for title, axis and legend."""
+"""Height of title, axis and legend together."""
 DPI = 200
 NAMES_AT = -0.075
-"""Where cases are named, left of the ways: a share of the axes' width."""
+"""Position of the cases' names, left of the ways' names, as a fraction of the axes' width."""
 SHARE_MIN = 0.01
-"""A phase that is less than this share of every bar is drawn with what is not accounted for."""
+"""A phase below this share of every bar is drawn as part of "not accounted for"."""
 COLORS = {
     "process": "#8c8c8c",
     "parent": "#dddddd",
@@ -39,16 +39,16 @@ COLORS = {
 }
 
 Bar = tuple[str, Mapping[str, float], float]
-"""Its name, seconds by phase, and the median to the first token."""
+"""Name, seconds by phase, and the median time to the first token."""
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of JSON of an earlier run."""
+    """Read the lines of JSON of an earlier run."""
     return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
 
 
 def groups_of(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Bar]]]:
-    """A group of bars for each row, in its order."""
+    """A group of bars for each row, in the order of the rows."""
     groups: list[tuple[str, list[Bar]]] = []
     for line in lines:
         if line["kind"] == "row":
@@ -60,7 +60,7 @@ def groups_of(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Bar]]]
 
 
 def merged(bars: Sequence[Bar]) -> list[Bar]:
-    """The bars without phases that are small in each of them; their seconds go to what is not accounted for."""
+    """The bars without phases that are small in every bar; those seconds are added to "not accounted for"."""
     kept = {
         name
         for _, phases, _ in bars
@@ -76,7 +76,7 @@ def merged(bars: Sequence[Bar]) -> list[Bar]:
 
 
 def title_of(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What was measured on what."""
+    """What was measured, and on which machine."""
     machine = next((line for line in lines if line["kind"] == "machine"), None)
     what = "From the order to the first token, medians"
     if machine is None:
@@ -85,7 +85,7 @@ def title_of(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write the picture as PNG; its background is white, whatever surrounds it. ``lines`` must have a row."""
+    """Write the picture as PNG, on a white background whatever surrounds it. ``lines`` must contain a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -131,7 +131,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _places(sizes: Sequence[int]) -> list[float]:
-    """Where bars are, from the top, with a gap between groups."""
+    """Positions of the bars, from the top, with a gap between groups."""
     places, at = [], 0.0
     for size in sizes:
         places += [at + position for position in range(size)]

@@ -1,4 +1,4 @@
-"""From single starts to what is said of them: rows, phases, acceptance, lines of JSON. Pure but for drawing tables."""
+"""Turns single starts into results: rows, phases, verdicts, lines of JSON. Pure, except for building tables."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Tier = Literal["disk warm", "disk cold", "store"]
 WAYS: tuple[Way, ...] = ("stock", "cold", "warm")
 TIERS: tuple[Tier, ...] = ("disk warm", "disk cold", "store")
 SMALL = "tiny"
-"""The size that acceptance is about."""
+"""The size that the acceptance criteria apply to."""
 WARM_FIRST_TOKEN_S_MAX = 1.5
 STOCK_OVER_WARM_MIN = 12.0
 TENTHS_FROM_S = 10.0
-"""From here on a table shows tenths of a second."""
+"""From this value on, a table shows tenths of a second instead of hundredths."""
 REST, FIRST_TOKEN = "rest", "first_token"
-"""What follows the phases of a start: what no line of its log accounts for; from healthy to the first token."""
+"""Added to the phases of a start: time that no line of its log accounts for; time from healthy to the first token."""
 PHASE_NAMES = {phase.name.lower(): phase.value for phase in Phase if phase is not Phase.READY}
 PHASE_NAMES |= {REST: "not accounted for", FIRST_TOKEN: "first token"}
-"""In words, in their order."""
+"""Phases in words, in their order."""
 
 Tokens = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-"""Token ids of every question and its answer."""
+"""Token ids of every question and of its answer."""
 
 
 class Case(NamedTuple):
-    """What is started."""
+    """A combination to start: architecture, size and tier."""
 
     architecture: str
     size: str
@@ -44,13 +44,13 @@ class Case(NamedTuple):
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """The case in words."""
         return f"{self.architecture} {self.size}, {self.tier}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One start. Seconds since its order; those of its phases add up to ``first_token_s``."""
+    """One start. Times are seconds since its order; the phases add up to ``first_token_s``."""
 
     case: Case
     way: Way
@@ -59,13 +59,13 @@ class Start:
     first_token_s: float
     phases: Mapping[str, float]
     disturbance: float
-    """Share of the processors that neither the engine nor this benchmark had, from the order to the first token."""
+    """Share of processor time used neither by the engine nor by this benchmark, from the order to the first token."""
     tokens: Tokens
     load: Mapping[str, str]
-    """The report of our loader; empty for vLLM's."""
+    """What our loader reported; empty for vLLM's loader."""
 
     def as_json(self) -> dict[str, Any]:
-        """For a line of JSON; of the tokens a digest."""
+        """For a line of JSON; tokens are given as a digest."""
         return {
             "kind": "start",
             **self.case._asdict(),
@@ -76,13 +76,14 @@ class Start:
             "disturbance": round(self.disturbance, 4),
             "tokens": hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()[:16],
             "phases": _rounded(self.phases),
-            "load": {name: said.rpartition("/")[2] for name, said in self.load.items()},  # a path is this machine's
+            # Of a path only the last part: the rest is specific to this machine.
+            "load": {name: said.rpartition("/")[2] for name, said in self.load.items()},
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Seconds over all rounds."""
+    """Minimum, median and maximum seconds over all rounds."""
 
     min_s: float
     median_s: float
@@ -95,26 +96,26 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One way in one case, over all rounds. ``phases`` are medians, each of its own."""
+    """One way in one case, over all rounds. ``phases`` holds the median of each phase on its own."""
 
     rounds: int
     healthy: Spread
     first_token: Spread
     phases: Mapping[str, float]
     disturbance: float
-    """In the worst round."""
+    """Disturbance in the worst round."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case, by way."""
+    """One case, with a cell for each way."""
 
     case: Case
     cells: Mapping[Way, Cell]
 
     @property
     def ratio(self) -> float | None:
-        """First tokens: stock's median over that of the warm start; None where one of them was not measured."""
+        """Time to the first token: stock's median over that of warm; None if one of them was not measured."""
         if "stock" not in self.cells or "warm" not in self.cells:
             return None
         return self.cells["stock"].first_token.median_s / self.cells["warm"].first_token.median_s
@@ -136,10 +137,10 @@ class Row:
 
 
 def phases_of(told: Mapping[str, float], healthy_s: float, first_token_s: float) -> dict[str, float]:
-    """The whole time to the first token by phase: what was told of the start, what is missing in it, the first token.
+    """Split the time to the first token into the reported phases, unaccounted time, and the wait for the first token.
 
     Args:
-        told: seconds by phase, as a ``StartReport`` has them.
+        told: seconds by phase, as in a ``StartReport``.
     """
     phases = {name: seconds for name, seconds in told.items() if name in PHASE_NAMES}
     phases[REST] = max(0.0, healthy_s - sum(phases.values()))
@@ -148,13 +149,13 @@ def phases_of(told: Mapping[str, float], healthy_s: float, first_token_s: float)
 
 
 def ways_in_turn(ways: Sequence[Way], number: int) -> list[Way]:
-    """The ways in the order of a round, counted from 1: each is the first in turn."""
+    """The order of the ways in a round (counted from 1): rotated, so that each comes first in turn."""
     begin = (number - 1) % len(ways)
     return [*ways[begin:], *ways[:begin]]
 
 
 def rows_of(starts: Iterable[Start]) -> list[Row]:
-    """A row for each case, in the order of the first starts."""
+    """A row for each case, in the order of their first starts."""
     found: dict[Case, dict[Way, list[Start]]] = {}
     for start in starts:
         found.setdefault(start.case, {}).setdefault(start.way, []).append(start)
@@ -162,7 +163,7 @@ def rows_of(starts: Iterable[Start]) -> list[Row]:
 
 
 def verdicts_of(starts: Sequence[Start]) -> list[Verdict]:
-    """What acceptance asks, as far as it was measured; the tokens' comes last."""
+    """Verdicts on the acceptance criteria that were measured; the verdict on tokens comes last."""
     verdicts = []
     for row in rows_of(starts):
         if row.case.size == SMALL and (warm := row.cells.get("warm")) is not None:
@@ -173,7 +174,7 @@ def verdicts_of(starts: Sequence[Start]) -> list[Verdict]:
 
 
 def tokens_verdict(starts: Sequence[Start]) -> Verdict:
-    """Whether every start of a model answered alike, in all tiers."""
+    """The verdict on whether all starts of a model gave the same answers, in all tiers."""
     first: dict[tuple[str, str], Start] = {}
     differing = []
     for start in starts:
@@ -186,7 +187,7 @@ def tokens_verdict(starts: Sequence[Start]) -> Verdict:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """Seconds to healthy and to the first token, for a person."""
+    """Seconds to healthy and to the first token, as a table to print."""
     table = Table(
         title="seconds from the order: median [min–max]", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
@@ -209,7 +210,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def phases_table_of(rows: Sequence[Row]) -> Table:
-    """What the time went to, for a person."""
+    """Seconds by phase, as a table to print."""
     names = [name for name in PHASE_NAMES if any(name in cell.phases for row in rows for cell in row.cells.values())]
     table = Table(title="seconds by phase, medians", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("case", "way"):

@@ -1,4 +1,4 @@
-"""Starts engines in all ways, case by case and round by round, and takes the times. Owns the checkpoints."""
+"""Starts engines in all ways, case by case and round by round, and times them. Owns the checkpoints."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from sllm_vllm.units import MIB, round_up
 
 PUBLISH_TIMEOUT_S = 180.0
 SPARE_NBYTES = 256 * MIB
-"""Of the store's memory, beyond the checkpoint."""
+"""Memory of the store beyond the checkpoint's size."""
 _POLL_S = 0.05
 
 
 @dataclass(kw_only=True)
 class ColdStarts:
-    """All starts of a run. Lives on the agents' loop.
+    """All starts of a run. Must be used on the agents' event loop.
 
     Args:
         models: directory of each (architecture, size).
-        warm: also converts the models.
+        warm: agent with a warm parent; it also converts the models.
     """
 
     workspace: Workspace
@@ -59,7 +59,7 @@ class ColdStarts:
     _checkpoints: dict[Path, Checkpoint] = field(default_factory=dict)
 
     async def run(self, case: Case, ways: Sequence[Way], *, rounds: int) -> None:
-        """Start a case so many times in each way; the order changes with the round.
+        """Start a case ``rounds`` times in each way; the order of the ways changes with the round.
 
         Raises:
             EngineFailed, ServerFailed, DaemonFailed, PageCacheRefused: a start did not do what it should.
@@ -73,7 +73,7 @@ class ColdStarts:
                     self._say(self.starts[-1], rounds)
 
     async def checkpoint(self, architecture: str, size: str) -> Checkpoint:
-        """The model's checkpoint: written by a first start and held against its checksums by a second, both untimed."""
+        """The model's checkpoint: a first start writes it, a second verifies its checksums; neither is timed."""
         model = self.models[architecture, size]
         if model not in self._checkpoints:
             self.progress.say(f"{architecture} {size}: converting")
@@ -157,7 +157,7 @@ class ColdStarts:
 
 @dataclass(frozen=True, slots=True)
 class _TierOf:
-    """Brings a case's weights to where they should be before a start."""
+    """Brings a case's weights to their tier before a start."""
 
     tier: Tier
     files: Sequence[Path]
@@ -165,7 +165,7 @@ class _TierOf:
     checkpoint: str = ""
 
     async def prepare(self) -> None:
-        """Make it so; what is so already takes no time."""
+        """Bring the weights to the tier; this takes no time if they are there already."""
         page_tier: page_cache.Tier = "cold" if self.tier == "disk cold" else "warm"
         await asyncio.to_thread(page_cache.prepare, self.files, page_tier)
         if self.daemon is not None:
@@ -173,12 +173,12 @@ class _TierOf:
 
 
 def files_of(*directories: Path) -> list[Path]:
-    """Every file in them."""
+    """All files in the directories, recursively."""
     return sorted(path for directory in directories for path in directory.rglob("*") if path.is_file())
 
 
 def _check(ready: Ready, way: Way, tier: Tier) -> None:
-    """Make sure that a start was what it is counted as."""
+    """Check that a start was of the kind it is counted as."""
     if way == "stock":
         return
     if ready.is_warm != (way == "warm"):

@@ -1,8 +1,9 @@
-"""What this project is good for, in two minutes: the stock engine and ours, side by side on this machine.
+"""Shows what this project does, in two minutes: the stock engine and ours, side by side on this machine.
 
-Starts ``vllm serve`` on a random Llama three times: stock, with ``--load-format sllm`` for the first time (which
-converts), and again (which loads). Asks each the same questions over HTTP and compares the token ids. Prints one table.
-Exits with 1 if a token differs, if the third start did not load from the checkpoint, or if a server failed.
+Starts ``vllm serve`` on a random Llama three times: stock; with ``--load-format sllm`` for the first time, which
+converts the model; and with it again, which loads the checkpoint. Asks each engine the same questions over HTTP and
+compares the token ids. Prints one table. Exits with 1 if a token differs, if the third start did not load from the
+checkpoint, or if a server failed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Start:
 
 
 class DemoFailed(Exception):
-    """The demo shows something else than it promises. The message is for a person."""
+    """The demo did not show what it promises. The message is written for the user."""
 
 
 def main() -> int:
@@ -75,7 +76,7 @@ def main() -> int:
 
 
 def run_demo(workspace: Workspace, size: str) -> int:
-    """The demo in its workspace. Returns the exit status."""
+    """Run the demo in its workspace and return the exit status."""
     console = Console()
     progress = Progress(console)
     try:
@@ -94,7 +95,7 @@ def start_all(workspace: Workspace, size: str, progress: Progress) -> Iterator[S
     """Start the engine in each of the three ways.
 
     Raises:
-        DemoFailed: the model can't be made, or a server failed; its log is kept in the cache.
+        DemoFailed: the model could not be made, or a server failed; its log is kept in the cache.
     """
     verb = "using" if model_path(workspace.cache, size).exists() else "making"
     try:
@@ -116,10 +117,10 @@ def start_all(workspace: Workspace, size: str, progress: Progress) -> Iterator[S
 
 
 def start_once(workspace: Workspace, model: Path, name: str, *, arguments: Sequence[str], progress: Progress) -> Start:
-    """Start the engine, ask it everything, stop it.
+    """Start the engine, ask it all questions, stop it.
 
     Raises:
-        DemoFailed: the server did.
+        DemoFailed: the server failed.
     """
     files = weight_files(model)
     nbytes = sum(file.stat().st_size for file in files)
@@ -153,17 +154,17 @@ def start_once(workspace: Workspace, model: Path, name: str, *, arguments: Seque
 
 
 def questions() -> Iterator[dict[str, Any]]:
-    """What every start is asked, one after the other, so that no batch depends on timing."""
+    """The questions for every start, asked one after the other, so that no batch depends on timing."""
     for prompt in PROMPTS:
         for sampling in SAMPLINGS:
             yield {"prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **sampling}
 
 
 def outcome_of(report: Path, is_ours: bool, progress: Progress) -> str:
-    """What our loader says it did. Behind a conversion, waits until the checkpoint is published.
+    """The outcome that our loader reported. After a conversion, waits until the checkpoint is published.
 
     Raises:
-        ServerFailed: there is no report, or the checkpoint is not published in time.
+        ServerFailed: there is no report, or the checkpoint was not published in time.
     """
     if not is_ours:
         return "stock"
@@ -183,7 +184,7 @@ def outcome_of(report: Path, is_ours: bool, progress: Progress) -> str:
 
 
 def problems_of(starts: Sequence[Start]) -> list[str]:
-    """Everything that is not as promised; empty if all is."""
+    """Everything that is not as promised, in words; empty if all is well."""
     different = (start for start in starts if not identical(starts[0], start))
     problems = [f"{start.name}: {difference_of(starts[0], start)}" for start in different]
     found, wanted = [start.outcome for start in starts], ["stock", "converted", "loaded"]
@@ -193,12 +194,12 @@ def problems_of(starts: Sequence[Start]) -> list[str]:
 
 
 def identical(reference: Start, start: Start) -> bool:
-    """Whether every token is the same, and there are tokens at all."""
+    """Whether all tokens are the same, and every answer has some."""
     return start.tokens == reference.tokens and all(answer for _, answer in start.tokens)
 
 
 def difference_of(reference: Start, start: Start) -> str:
-    """The first answer that differs."""
+    """The first answer that differs, in words."""
     for number, (wanted, found) in enumerate(zip(reference.tokens, start.tokens, strict=True)):
         if wanted != found or not found[1]:
             return f"answer {number} is {list(found[1])}, the stock engine's is {list(wanted[1])}"
@@ -206,7 +207,7 @@ def difference_of(reference: Start, start: Start) -> str:
 
 
 def table_of(starts: Sequence[Start]) -> Table:
-    """The table that the demo is about."""
+    """The table that the demo prints."""
     nbytes = starts[0].nbytes
     caption = (
         f"{format_nbytes(nbytes)} of weights, source and checkpoint both in the page cache; {os.cpu_count()} CPUs; "

@@ -1,6 +1,6 @@
-"""What the machine can do at best: reading a file past the page cache, copying memory, copying to a GPU. Measured.
+"""Measures what the machine can do at best: read a file with O_DIRECT, copy in memory, copy to a GPU.
 
-Every figure is the best of a few attempts, as a limit is.
+Copy rates are the best of a few attempts, as they are limits.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits of one moment; seconds are for the whole file."""
+    """The limits at one moment; seconds are for the whole file."""
 
     nbytes: int
     read_s: dict[int, float]
     """Number of threads → seconds of an O_DIRECT read of the file."""
     copy_bps: float
-    """One thread, memory to memory."""
+    """From memory to memory, with one thread."""
     device_copy_bps: float | None = None
-    """Page-locked memory to the GPU."""
+    """From page-locked memory to the GPU."""
 
     @property
     def best_read_s(self) -> float:
-        """With the number of threads that suits the device best."""
+        """Seconds to read the file with the number of threads that suits the device best."""
         return min(self.read_s.values())
 
     @property
@@ -47,7 +47,7 @@ class Limits:
 
 
 def measure_limits(file: Path, *, with_cuda: bool) -> Limits:
-    """Measure once; the file's pages in the cache stay as they are."""
+    """Measure once. Leaves the file's pages in the page cache as they are."""
     return Limits(
         nbytes=file.stat().st_size,
         read_s={count: read_direct_s(file, count) for count in READ_THREADS},
@@ -57,10 +57,10 @@ def measure_limits(file: Path, *, with_cuda: bool) -> Limits:
 
 
 def read_direct_s(file: Path, num_threads: int) -> float:
-    """Seconds to read a whole file with O_DIRECT, 16 MiB at a time, each thread taking the next piece.
+    """Seconds to read a whole file with O_DIRECT, in pieces of 16 MiB; each thread takes the next piece.
 
     Raises:
-        OSError: the file system has no O_DIRECT, or the device failed.
+        OSError: the file system does not support O_DIRECT, or the device failed.
     """
     nbytes = file.stat().st_size
     offsets = iter(range(0, nbytes, READ_NBYTES))
@@ -99,7 +99,7 @@ def read_direct_s(file: Path, num_threads: int) -> float:
 
 
 def _touched(nbytes: int) -> mmap.mmap:
-    """Page-aligned memory whose pages are there already."""
+    """Page-aligned memory whose pages are already allocated."""
     buffer = mmap.mmap(-1, nbytes)
     buffer.write(bytes(nbytes))
     return buffer

@@ -1,7 +1,7 @@
-"""What the plugin's hint is worth: real ``vllm serve`` of a cold checkpoint, with the hint to the daemon and without.
+"""What the plugin's hint to the daemon saves: real ``vllm serve`` of a cold checkpoint, with and without the hint.
 
-With the hint the daemon reads the checkpoint while vLLM is still importing itself. Both ways take turns, and nothing of
-the checkpoint is in the page cache; what counts is what the engine's load sees of the disk.
+With the hint, the daemon reads the checkpoint while vLLM is still being imported. The two ways take turns, with nothing
+of the checkpoint in the page cache. The figure that matters is how long the engine's load waits for the disk.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class Start:
 
     hint: Hint
     wait_s: float
-    """How long the load stood still for bytes."""
+    """How long the load waited for bytes."""
     total_s: float
     """The whole of ``load_model``."""
     weights_s: float
     healthy_s: float
-    """From the start of the process until ``/health`` says yes."""
+    """From the start of the process until ``/health`` reports healthy."""
     resident_before: bool
-    """Whether the daemon had read all of it when the load began: it read nothing any more."""
+    """Whether the daemon had read the whole checkpoint when the load began, so that nothing was left to read."""
 
 
 def run_starts(setting: StoreSetting, model: Path) -> list[Start]:
-    """Convert once, then start the engine, round by round."""
+    """Convert the model once, then start the engine round by round."""
     store_dir = setting.scratch / FOLDER
     setting.say("converting the model")
     loader = vllm_loaders(setting.scratch)[0]
@@ -106,7 +106,7 @@ def _start(setting: StoreSetting, daemon: StoreDaemon, model: Path, *, checkpoin
 
 
 def _is_resident(daemon: StoreDaemon, checkpoint: Checkpoint) -> bool:
-    """Whether all of it is in the pool now."""
+    """Whether the whole checkpoint is in the pool now."""
     rows = [row for row in daemon.status()["checkpoints"] if row["name"] == checkpoint.path.name]
     return any(row["resident_nbytes"] >= checkpoint.partition(0).record.data_nbytes for row in rows)
 
@@ -116,7 +116,7 @@ def _num_hints(daemon: StoreDaemon) -> int:
 
 
 def summary_of(starts: Sequence[Start]) -> list[dict[str, Any]]:
-    """A line for each way, with its starts."""
+    """A line of JSON for each way, with its starts."""
     by_hint: dict[Hint, list[Start]] = defaultdict(list)
     for start in starts:
         by_hint[start.hint].append(start)

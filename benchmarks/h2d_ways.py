@@ -1,7 +1,8 @@
-"""Ways from the store's pool to a CUDA device, beside a copy out of page-locked memory. Needs a GPU and torch alone.
+"""Compares ways from the store's pool to a CUDA device with a copy from page-locked memory. Needs a GPU and torch only.
 
-``ring``: through a ring of page-locked buffers. ``register``: slots are page-locked as they come. ``ipc``: another
-process, which had the pool page-locked before, copies into this one's memory. ``loading.py --no-vllm`` runs it, too.
+``ring``: through a ring of page-locked buffers. ``register``: slots are page-locked as they arrive. ``ipc``: another
+process, which has page-locked the pool beforehand, copies into this process's memory. ``loading.py --no-vllm`` runs
+this comparison, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ H2D_GOAL = 0.90
 
 
 def compare_ways(setting: StoreSetting, ways: Sequence[str]) -> list[dict[str, Any]]:
-    """Load a resident checkpoint to the first device by each way, round by round. JSON lines."""
+    """Load a resident checkpoint to the first device by each way, round by round; return the lines of JSON."""
     checkpoint = setting.checkpoint("store", "resident")
     found: dict[str, list[float]] = defaultdict(list)
     limit_s: list[float] = []

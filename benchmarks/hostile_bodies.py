@@ -1,9 +1,10 @@
-"""How long `/health` waits, and what memory the router holds, beside bodies that are costly to read.
+"""How long `/health` waits, and how much memory the router uses, while it receives bodies that are costly to parse.
 
-A real router over engines that never become ready, so that every body that is let in is held. Each body is sent alone,
-while another connection asks for `/health` again and again: the longest wait is noted, beside the longest with no body
-at all. Then as many bodies as the limit of all together allows, and twice that, are held at once. Exits with 1 if
-`/health` waited longer than `--wait-max`, if memory exceeded 1.2 times the limit, or if 20 % of it stayed.
+Runs a real router over engines that never become ready, so that every accepted body is held. Each body is sent alone,
+while another connection asks for `/health` again and again; the longest wait is recorded, and also the longest wait
+with no body at all. Then twice as many bodies as the limit on their total size allows are sent at once. Exits with 1 if
+`/health` waited longer than `--wait-max`, if memory grew by more than 1.2 times the limit, or if more than 20 % of the
+limit was still in use after the clients had left.
 
     python -m benchmarks.hostile_bodies --json FILE
 """
@@ -52,7 +53,7 @@ while True:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A body, how it was answered (0: it was let in and held), and the longest wait of `/health` beside it."""
+    """One body: the status of its answer (0 if accepted and held) and the longest wait of `/health` meanwhile."""
 
     body: str
     nbytes: int
@@ -62,7 +63,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident bytes above those before: with as many bodies held as are let in, and once all have left."""
+    """Growth of resident memory, in bytes: with as many bodies held as allowed, and after all clients have left."""
 
     limit_nbytes: int
     num_held: int
@@ -71,7 +72,7 @@ class Memory:
 
 
 def hostile_bodies(nbytes: int) -> Iterator[tuple[str, bytes]]:
-    """Valid JSON, or nearly, of about a size, and a form: what costs a parser most."""
+    """Valid or nearly valid JSON bodies of about ``nbytes``, with names: the shapes that cost a parser most."""
 
     def filled(unit: bytes, *, end: bytes = b"0]}") -> bytes:
         begin = b'{"model":"hangs","prompt":['
@@ -94,7 +95,7 @@ def hostile_bodies(nbytes: int) -> Iterator[tuple[str, bytes]]:
 
 
 async def measure_waits(router: RouterUnderTest, nbytes: int, *, tries: int = 1) -> list[Wait]:
-    """Each body alone; of several tries the best, for a machine that others load."""
+    """Measure with each body alone. With several tries the best counts, for machines that run other work, too."""
     async with asked_for_health(router) as longest:
         await asyncio.sleep(QUIET_S)
         waits = [Wait("none", 0, 0, await longest())]
@@ -109,7 +110,9 @@ async def measure_waits(router: RouterUnderTest, nbytes: int, *, tries: int = 1)
 
 @contextlib.asynccontextmanager
 async def asked_for_health(router: RouterUnderTest) -> AsyncIterator[Callable[[], Awaitable[float]]]:
-    """A process of its own asks for `/health` until the block ends; gives the longest wait since it was last called."""
+    """Ask for `/health` from another process until the block ends; yields a function for the longest wait since its
+    last call.
+    """
     host, port = router.address
     command = (sys.executable, "-c", _ASKER, host, str(port))
     pipe = asyncio.subprocess.PIPE
@@ -130,7 +133,7 @@ async def asked_for_health(router: RouterUnderTest) -> AsyncIterator[Callable[[]
 
 
 async def send_body(router: RouterUnderTest, body: bytes) -> int:
-    """Its status, or 0 once it waits for a replica; then its client leaves."""
+    """Send a body, then disconnect; return the answer's status, or 0 if the request was waiting for a replica."""
     reader, writer = await open_with(router, body)
     answer = asyncio.create_task(reader.readline())
     await asyncio.to_thread(wait_until, lambda: answer.done() or num_waiting(router), "an answer")
@@ -142,7 +145,7 @@ async def send_body(router: RouterUnderTest, body: bytes) -> int:
 
 
 async def open_with(router: RouterUnderTest, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection that has sent a request; what the router refuses to read stays unsent."""
+    """Open a connection and send a request; what the router refuses to read stays unsent."""
     reader, writer = await asyncio.open_connection(*router.address)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     writer.write(head % len(body))
@@ -154,13 +157,13 @@ async def open_with(router: RouterUnderTest, body: bytes) -> tuple[asyncio.Strea
 
 
 def num_waiting(router: RouterUnderTest) -> int:
-    """Requests that the router holds."""
+    """Number of requests that the router holds."""
     waiting: int = router.admin(f"models/{MODEL}").body["waiting"]
     return waiting
 
 
 async def measure_memory(router: RouterUnderTest, nbytes: int, limit_nbytes: int) -> Memory:
-    """Twice as many bodies at once as are let in."""
+    """Send twice as many bodies at once as the limit allows, and measure the router's memory."""
     body = b'{"model":"hangs","prompt":"' + b"a" * (nbytes - 32) + b'"}'
     before = router.memory_nbytes()
     router.forget_peak()
@@ -192,7 +195,7 @@ def main() -> int:
 
 
 def run_benchmark(workspace: Workspace, given: argparse.Namespace) -> int:
-    """The benchmark in its workspace. Returns the exit status."""
+    """Run the benchmark in its workspace and return the exit status."""
     console = Console()
     nbytes, limit_nbytes = given.body * MIB, given.limit * MIB
     server = {"port": 0, "body_bytes": nbytes, "bodies_bytes": limit_nbytes}
@@ -218,7 +221,7 @@ def run_benchmark(workspace: Workspace, given: argparse.Namespace) -> int:
 
 
 def table_of(waits: list[Wait]) -> Table:
-    """For a person."""
+    """The waits, as a table to print."""
     table = Table("body", "MiB", "answer", "longest wait of /health, ms")
     for one in waits:
         shown = str(one.status) if one.status else "held"

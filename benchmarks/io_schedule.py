@@ -1,8 +1,8 @@
-"""What the store's I/O schedule is worth: a cold load beside a big fill and a write-behind, with and without it.
+"""What the store's I/O schedule saves: a cold load beside a large fill and a write-behind, with and without it.
 
-Three cases take turns: *alone*; *paused* (``pause_fills``: fills and writes wait while an engine waits, the default);
-*unpaused*. The fill is a prefetch of another cold checkpoint, twice as large, the write-behind a checkpoint that a
-remote gave. Both run when the load's clock starts.
+Three cases take turns: *alone*; *paused* (``pause_fills``, the default: fills and writes wait while an engine waits);
+*unpaused*. The fill is a prefetch of another cold checkpoint, twice as large; the write-behind writes a checkpoint that
+came from a remote. Both are under way when the load's clock starts.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from sllm_vllm.checkpoint.reader import Checkpoint
 Case = Literal["alone", "paused", "unpaused"]
 CASES: tuple[Case, ...] = ("alone", "paused", "unpaused")
 NUM_LAYERS = 6
-"""0.60 GB for the load and the write-behind; the fill has twice that."""
+"""0.60 GB each for the load and the write-behind; the fill is twice that."""
 HEAD_START_S = 0.1
-"""Of the fill and the write-behind, before the load."""
+"""How long before the load the fill and the write-behind start."""
 READY_TIMEOUT_S = 120.0
 _POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The checkpoints of one store: two cold ones on its disk, one that only its remote has."""
+    """The checkpoints of one store: two cold ones on its disk, and one that only its remote has."""
 
     loaded: Checkpoint
     filled: Checkpoint
@@ -48,13 +48,13 @@ class Files:
 
     @property
     def nbytes(self) -> int:
-        """Of all of them."""
+        """Bytes of all three together."""
         return sum(data_nbytes(each) for each in (self.loaded, self.filled, self.written))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One case, once. Seconds from the load's order, or the fill's."""
+    """One measurement of one case: the seconds that each operation took."""
 
     case: Case
     load_s: float
@@ -63,7 +63,7 @@ class Sample:
 
 
 def run_cases(setting: StoreSetting) -> list[Sample]:
-    """All rounds. One daemon pauses, the other does not; each has a store of its own with the same files."""
+    """Run all rounds. One daemon pauses fills, the other does not; each has its own store with the same files."""
     files = _write_files(setting)
     _link_store(setting.scratch / "pausing", setting.scratch / "not-pausing")
     samples = []
@@ -105,7 +105,7 @@ def _run_case(setting: StoreSetting, daemon: StoreDaemon, files: Files, *, case:
     for path in (gate, gate.with_suffix(".ready")):
         path.unlink(missing_ok=True)
     if case != "alone":
-        daemon.prefetch_s(files.written.path.name)  # to the pool; it is written to disk when somebody leases it
+        daemon.prefetch_s(files.written.path.name)  # into the pool; a lease makes the daemon write it to disk
     job = load_job(store_dir / loaded, store_dir).model_copy(
         update={"gate": gate, "claims_memory": setting.claims_memory}
     )
@@ -130,7 +130,9 @@ def _run_case(setting: StoreSetting, daemon: StoreDaemon, files: Files, *, case:
 
 
 def _write_behind_s(daemon: StoreDaemon, checkpoint: Checkpoint) -> float:
-    """Take a resident checkpoint as an engine would, which has it written to disk; returns when it is."""
+    """Lease a resident checkpoint as an engine would, so that the daemon writes it to disk; returns the seconds until
+    then.
+    """
     name, start = checkpoint.path.name, time.perf_counter()
     num_written = daemon.log.read_text().count("event=written_behind")
     with daemon.client() as client:
@@ -156,7 +158,7 @@ def _wait_for(path: Path, poll: Callable[[], int | None]) -> None:
 
 
 def summary_of(samples: list[Sample]) -> list[dict[str, Any]]:
-    """A line a case, and one of what the schedule is worth."""
+    """A line of JSON for each case, and one with the ratios between them."""
     by_case: dict[Case, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_case[sample.case].append(sample)

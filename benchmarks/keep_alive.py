@@ -1,9 +1,9 @@
-"""The router's keep-alive beside fixed ones: cold starts and idle seconds on drawn patterns and on traces.
+"""The router's keep-alive compared with fixed ones: cold starts and idle seconds, on generated patterns and on traces.
 
     python -m benchmarks.keep_alive [--startup 20] [--trace FILE.csv …]
 
-A trace has the columns of the Azure LLM inference traces; its requests are spread over twelve models and stretched
-twentyfold, so that models have pauses.
+A trace has the columns of the Azure LLM inference traces. Its requests are spread over twelve models and stretched
+twentyfold in time, so that models have pauses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MODELS = [f"m{number}" for number in range(12)]
 STRETCH = 20.0
 ROWS_MAX = 100_000
 PATIENT_WORTH = 43.0
-"""What idling is worth where ten minutes are to be beaten."""
+"""``idle_worth`` of the variant that is to beat a fixed keep-alive of ten minutes."""
 
 
 def trace_arrivals(path: Path, seed: int) -> list[list[float]]:
-    """By model."""
+    """Times of arrival in a trace, one list for each model."""
     found: dict[str, list[float]] = defaultdict(list)
     for request in read_trace(path, MODELS, ROWS_MAX, seed=seed, exponent=1.5):
         found[request.model].append(request.at_s * STRETCH)
@@ -36,7 +36,7 @@ def trace_arrivals(path: Path, seed: int) -> list[list[float]]:
 
 
 def measure(arrivals: list[list[float]], startup_s: float) -> dict[str, Cost]:
-    """All rules on the same arrivals."""
+    """The cost of every rule on the same arrivals."""
     patient = replace(DEFAULT_LIMITS, idle_worth=PATIENT_WORTH)
     rules: dict[str, Cost] = {}
     for name, fixed_s, limits in (
@@ -51,7 +51,7 @@ def measure(arrivals: list[list[float]], startup_s: float) -> dict[str, Cost]:
 
 
 def main() -> None:
-    """Print a JSON object a line."""
+    """Print one JSON object per line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--startup", type=float, default=20.0, help="seconds that a start takes")
     parser.add_argument("--trace", type=Path, action="append", default=[], help="csv file of arrivals")

@@ -1,4 +1,4 @@
-"""A load whose bytes another process copies to the device: put together here, as the loader does not do it yet."""
+"""A load whose bytes another process copies to the device. Assembled here, as the loader does not do it yet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def load_by_ipc(
     """Fill a module on ``device`` from the store, as ``load_module`` does.
 
     Raises:
-        StoreError: no daemon, or no copier. CheckpointError: see ``start_load``.
+        StoreError: there is no daemon or no copier.
+        CheckpointError: see ``start_load``.
     """
     start, counter = time.perf_counter(), HopCounter(None)
     plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)

@@ -1,4 +1,4 @@
-"""The ways to load a model that are compared: ours, and every format of stock vLLM that a machine may have."""
+"""The loaders that are compared: ours, and every format of stock vLLM that a machine may have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PLAIN_REFERENCE = "safetensors load_file"
 
 
 def vllm_loaders(scratch: Path) -> list[Loader]:
-    """Every loader, ours first. ``scratch`` gets the checkpoints of those that need one of their own."""
+    """Every loader, ours first. Loaders that need a checkpoint of their own write it to ``scratch``."""
     tensors = scratch / "tensorizer" / "model.tensors"
     return [
         Loader(name=OURS, load_format="sllm", extra_config={"store_dir": str(scratch / "store"), "store": False}),
@@ -36,7 +36,7 @@ def vllm_loaders(scratch: Path) -> list[Loader]:
 
 
 def plain_loaders(scratch: Path) -> list[Loader]:
-    """Those that need no vLLM."""
+    """The loaders that work without vLLM."""
     return [
         Loader(
             name=OURS,
@@ -50,13 +50,13 @@ def plain_loaders(scratch: Path) -> list[Loader]:
 
 
 def resident_loader(scratch: Path) -> Loader:
-    """Ours, from the daemon's memory."""
+    """Our loader, reading from the daemon's memory."""
     extra_config = {"store_dir": str(scratch / "store")}
     return Loader(name=OURS_RESIDENT, load_format="sllm", extra_config=extra_config, needs_store=True)
 
 
 def missing(loader: Loader, *, has_cuda: bool) -> str:
-    """Why a loader can't run on this machine, as far as can be told without trying; empty if it may."""
+    """Why a loader can't run on this machine, as far as known without trying; empty if it may run."""
     if loader.needs_cuda and not has_cuda:
         return "needs CUDA"
     if loader.needs_module is not None and importlib.util.find_spec(loader.needs_module) is None:

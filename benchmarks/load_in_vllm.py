@@ -1,4 +1,4 @@
-"""Loads inside vLLM, as a worker does: the whole of the loader's ``load_model``, with its parts. Imports vLLM."""
+"""Loads inside vLLM, as a worker does: times the loader's whole ``load_model`` and its parts. Imports vLLM."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Parts:
 
 
 def measure(job: Job) -> Measurement:
-    """Load once and tell how long it took."""
+    """Load once and measure it."""
     config = engine_config(_fill(job))
     join_model_parallel(config)
-    get_model_architecture(config.model_config)  # imports the model's class, as a worker has long done
+    get_model_architecture(config.model_config)  # imports the model's class, which a worker does well before
     loader = get_model_loader(config.load_config)
     residency = ready_machine(job)
     with set_current_vllm_config(config), _timed(loader) as parts:
@@ -50,7 +50,7 @@ def measure(job: Job) -> Measurement:
         model = loader.load_model(vllm_config=config, model_config=config.model_config)
         _synchronize()
         seconds, disturbance = time.perf_counter() - start, others.share()
-    del model  # not before: taking it apart is no part of the load
+    del model  # only now: freeing the model is not part of the load
     found = Measurement(
         seconds=seconds,
         construct_s=parts.construct_s,
@@ -70,12 +70,12 @@ def measure(job: Job) -> Measurement:
 
 
 def digest(job: Job) -> str:
-    """Digest of the module's tensors before post-processing, which on the CPU destroys them."""
+    """Digest of the module's tensors before post-processing, which destroys them on the CPU."""
     return digest_module(module_after_load_weights(_fill(job)))
 
 
 def prepare(job: Job) -> None:
-    """Write what a loader reads, where that is not the Hugging Face checkpoint."""
+    """Write the files that a loader reads, if it does not read the Hugging Face checkpoint."""
     assert job.target is not None
     module = load_model(Fill(job.model))
     job.target.mkdir()
@@ -91,7 +91,7 @@ def prepare(job: Job) -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """What vLLM sets for its CPU worker: its OpenMP threads, and so its main thread, are pinned."""
+    """The environment that vLLM sets for its CPU worker: it pins OpenMP's threads, and with them the main thread."""
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     parallel = SimpleNamespace(local_world_size=1, data_parallel_rank_local=None, _api_process_count=1)
@@ -108,7 +108,7 @@ def _fill(job: Job) -> Fill:
 
 @contextlib.contextmanager
 def _timed(loader: BaseModelLoader) -> Iterator[Parts]:
-    """Time the three steps of ``BaseModelLoader.load_model``. Ours has its own, and reports them."""
+    """Time the three steps of ``BaseModelLoader.load_model``. Our loader has its own steps and reports their times."""
     parts = Parts()
 
     def timed(part: str, function: Callable[P, R]) -> Callable[P, R]:
@@ -139,7 +139,7 @@ def _synchronize() -> None:
 
 
 def _tensorize(module: nn.Module, path: str) -> None:
-    """Serialise as vLLM's ``serialize_vllm_model`` does, without fetching files from a hub."""
+    """Serialise as vLLM's ``serialize_vllm_model`` does, but without fetching files from a hub."""
     from tensorizer import TensorSerializer
 
     marker = nn.Parameter(torch.tensor((1,), device="meta"), requires_grad=False)

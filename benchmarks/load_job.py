@@ -1,7 +1,7 @@
-"""What the benchmark asks of a child process, and what comes back. Imports neither torch nor vLLM.
+"""What the benchmark asks of a child process, and what the child answers. Imports neither torch nor vLLM.
 
-Every measurement has a process of its own: in one that has loaded before, the allocator hands out memory whose pages
-are there already, and a loader that copies looks faster than it is in a real start.
+Every measurement has its own process. In a process that has loaded before, the allocator hands out memory whose pages
+are already there, and a loader that copies looks faster than in a real start.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sllm_vllm.config import child_environment
 CHILD_TIMEOUT_S = 600.0
 OURS = "sllm"
 OURS_RESIDENT = "sllm store"
-"""Ours, with a daemon that has the checkpoint in memory."""
+"""Our loader, with a daemon that has the checkpoint in memory."""
 REFERENCE = "auto lazy"
-"""The stock loader as it comes: what the others are compared with."""
+"""The stock loader with its defaults; the others are compared with it."""
 
 Action = Literal["measure", "digest", "prepare", "worker_environment"]
 
 
 class Loader(BaseModel):
-    """A way to load a model, as vLLM is told it."""
+    """A way to load a model, in terms of vLLM's arguments."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,13 +40,13 @@ class Loader(BaseModel):
     needs_module: str | None = None
     """A package that must be installed."""
     needs_store: bool = False
-    """A daemon runs on the store, with the checkpoint resident."""
+    """Whether it needs a daemon with the checkpoint resident."""
     is_prepared: bool = False
-    """It reads files of its own, which have to be written first."""
+    """Whether it reads its own files, which have to be written first."""
 
 
 class Job(BaseModel):
-    """One task of one child."""
+    """One task for one child process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,18 +55,18 @@ class Job(BaseModel):
     model: Path
     tier: Tier = "warm"
     files: list[Path] = []
-    """What the loader reads, brought into ``tier`` just before the clock starts."""
+    """The files that the loader reads; brought into ``tier`` just before the clock starts."""
     claims_memory: bool = True
-    """Whether free memory is made ready first, see ``claimed_memory.py``."""
+    """Whether to make free memory ready first; see ``claimed_memory.py``."""
     target: Path | None = None
     """Where ``prepare`` writes."""
     plain: bool = False
-    """A module of plain parameters, without vLLM."""
+    """Whether to load a module of plain parameters, without vLLM."""
     device: str = "cpu"
 
 
 class Measurement(BaseModel):
-    """One load. The parts add up to ``seconds``; where work overlaps, only what the load stood still for counts."""
+    """One load. The parts add up to ``seconds``; where work overlaps, only the time that the load waited counts."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -74,28 +74,28 @@ class Measurement(BaseModel):
     """The whole of ``load_model``."""
     construct_s: float = 0.0
     weights_s: float = 0.0
-    """The stock loaders' ``load_weights``; of ours, the part that post-processing did not hide."""
+    """For stock loaders, ``load_weights``; for ours, the part that post-processing did not hide."""
     process_s: float = 0.0
     weights_wall_s: float = 0.0
     """From the first read to the last parameter filled."""
     outcome: str = ""
     source: str = ""
-    """Of ours: where the bytes came from, ``store`` or ``disk``."""
+    """For our loader, where the bytes came from: ``store`` or ``disk``."""
     residency: float
     """Share of the files in the page cache when the clock started."""
     peak_nbytes: int | None = None
     """Largest resident memory during the load, less what was resident before."""
     disturbance: float = 0.0
-    """Share of the processors that other processes took meanwhile."""
+    """Share of the processors that other processes used meanwhile."""
 
     @property
     def rest_s(self) -> float:
-        """Garbage collection, looking up the checkpoint, and what else there is."""
+        """Everything else: garbage collection, looking up the checkpoint, and so on."""
         return self.seconds - self.construct_s - self.weights_s - self.process_s
 
 
 class Answer(BaseModel):
-    """What a child leaves behind, depending on the action."""
+    """What a child returns, depending on the action."""
 
     measurement: Measurement | None = None
     digest: str = ""
@@ -103,14 +103,14 @@ class Answer(BaseModel):
 
 
 class ChildFailed(Exception):
-    """A child raised, died or took too long. ``str()`` is one line."""
+    """A child raised, died or took too long. ``str()`` gives one line."""
 
 
 def run_child(job: Job, scratch: Path, environment: dict[str, str]) -> Answer:
     """Do a job in a new process.
 
     Raises:
-        ChildFailed: it did not come to its end.
+        ChildFailed: the child did not finish.
     """
     answer, log = scratch / "answer.json", scratch / f"{job.loader.name.replace(' ', '-')}.log"
     answer.unlink(missing_ok=True)

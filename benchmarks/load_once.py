@@ -1,4 +1,4 @@
-"""The child of the load benchmark: one job, then it ends. `loading.py` starts it; see `load_job.py`."""
+"""The child process of the load benchmark: does one job, then ends. `loading.py` starts it; see `load_job.py`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks.load_job import Answer, Job
 
 
 def main() -> None:
-    """Command line: a job as JSON, and the file that gets the answer."""
+    """Command line: a job as JSON, and the file for the answer."""
     job = Job.model_validate_json(sys.argv[1])
     Path(sys.argv[2]).write_text(do(job).model_dump_json())
 
 
 def do(job: Job) -> Answer:
-    """Do a job in this process, which must be a new one."""
+    """Do a job in this process, which must not have done one before."""
     if job.plain:
         from benchmarks import load_plain as way
     else:

@@ -1,6 +1,6 @@
-"""Loads without vLLM: a module of plain parameters, filled by our loader or by safetensors. Needs torch alone.
+"""Loads without vLLM: fills a module of plain parameters with our loader or with safetensors. Needs torch, not vLLM.
 
-The parameters are allocated already, as an engine's are. On a GPU both ways fill them where they are; on the CPU ours
+The parameters are allocated beforehand, as an engine's are. On a GPU both ways fill them in place; on the CPU ours
 rebinds them to the memory that it read into.
 """
 
@@ -31,7 +31,7 @@ from sllm_vllm.loader.save import save_state
 
 
 def measure(job: Job) -> Measurement:
-    """Fill a module once and tell how long it took."""
+    """Fill a module once and measure it."""
     module = empty_module(weight_files(job.model), torch.device(job.device))
     fill = _fill_of(job)
     residency = ready_machine(job)
@@ -70,7 +70,7 @@ def prepare(job: Job) -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """Nothing: no worker of vLLM is imitated."""
+    """Empty: no vLLM worker is imitated."""
     return {}
 
 

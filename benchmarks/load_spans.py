@@ -1,7 +1,7 @@
-"""How long vLLM's model runner took to load, told by vLLM's own tracing: one definition for every load format.
+"""How long vLLM's model runner took to load, from vLLM's own tracing: one definition for every load format.
 
-vLLM opens a span around the whole of its runner's ``load_model`` and sends it wherever OpenTelemetry's environment
-variables point. Here that is a small receiver of ours. A runner without such a span logs the same duration instead.
+vLLM opens a span around its runner's whole ``load_model`` and exports it to the address in OpenTelemetry's environment
+variables. Here that is a small receiver. A runner without such a span logs the same duration instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NANOSECOND = 1e-9
 
 
 class SpanReceiver:
-    """Receives spans over HTTP on a free port of this machine, while its context lasts."""
+    """Receives spans over HTTP on a free port of this machine, as long as its context is open."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -32,7 +32,7 @@ class SpanReceiver:
         self._thread = threading.Thread(target=self._server.serve_forever, name="spans", daemon=True)
 
     def environment(self) -> dict[str, str]:
-        """Variables that make a vLLM process send its spans here, and soon."""
+        """Environment variables that make a vLLM process export its spans here, without much delay."""
         return {
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}/v1/traces",
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
@@ -40,13 +40,13 @@ class SpanReceiver:
         }
 
     def wait_for(self, prefix: str, timeout_s: float) -> float | None:
-        """Seconds of the first span whose name starts with ``prefix``; None if none comes in time."""
+        """Duration in seconds of the first span whose name starts with ``prefix``; None if none arrives in time."""
         with self._changed:
             self._changed.wait_for(lambda: self._find(prefix) is not None, timeout_s)
             return self._find(prefix)
 
     def receive(self, body: bytes) -> None:
-        """Take in one export request."""
+        """Process one export request."""
         request = ExportTraceServiceRequest.FromString(body)
         with self._changed:
             for resource in request.resource_spans:
@@ -79,12 +79,12 @@ class SpanReceiver:
                 self.end_headers()
 
             def log_message(self, format: str, *args: object) -> None:
-                """Nothing: the request is not news."""
+                """Log nothing."""
 
         return Handler
 
 
 def logged_load_s(log: str) -> float | None:
-    """Seconds of the runner's ``load_model`` as vLLM logs them, where it does."""
+    """Seconds of the runner's ``load_model`` as logged by vLLM; None if it logged none."""
     found = _LOGGED.findall(log)
     return float(found[-1]) if found else None

@@ -1,14 +1,14 @@
-"""Load time of our loader beside every stock format of vLLM and the limits of the machine, in one run.
+"""Compares the load time of our loader with every stock format of vLLM and with the limits of the machine, in one run.
 
-Each measurement is the whole of vLLM's ``load_model`` in a process of its own, pinned as vLLM pins its CPU worker.
-Loaders take turns, round by round, so that what disturbs the machine disturbs all alike. *Warm* means that the files
-are in the page cache when the clock starts, *cold* that they are not; a virtual machine's host may still have them.
-Free memory is claimed from such a host beforehand, unless ``--memory-as-is`` is given. All loaders must fill the module
-with the same bits, or the run fails.
+Each measurement is the whole of vLLM's ``load_model``, in its own process, pinned as vLLM pins its CPU worker. Loaders
+take turns, round by round, so that disturbances of the machine affect all alike. *Warm* means that the files are in the
+page cache when the clock starts, *cold* that they are not; a virtual machine's host may still have them cached. Free
+memory is claimed from such a host beforehand, unless ``--memory-as-is`` is given. All loaders must fill the module with
+the same bits, or the run fails.
 
-On a machine without vLLM, ``python -m benchmarks.loading --no-vllm`` compares the filling of a plain module with
-safetensors' ``load_file``, and on a CUDA device the ways from the store's memory to it. At the end each hop of the
-store is measured beside its own limit (``store_shares.py``), unless ``--store row`` or ``no`` is given.
+On a machine without vLLM, ``python -m benchmarks.loading --no-vllm`` fills a plain module and compares our loader with
+safetensors' ``load_file``; on a CUDA device it also compares the ways from the store's memory to the device. At the end
+each hop of the store is compared with its own limit (``store_shares.py``), unless ``--store row`` or ``no`` is given.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ VLLM_ENVIRONMENT = {
 
 
 class BenchFailed(Exception):
-    """The run can't go on, or the loaders disagree. The message is for a person."""
+    """The run can't continue, or the loaders disagree. The message is written for the user."""
 
 
 @dataclass(slots=True)
 class Bench:
-    """One run: what takes part, and what was measured so far."""
+    """One run: its loaders, and what was measured so far."""
 
     workspace: Workspace
     progress: Progress
@@ -85,10 +85,10 @@ class Bench:
     samples: dict[tuple[str, Tier], list[Measurement]] = field(default_factory=dict)
     limits: list[Limits] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
-    """Of JSON, that others than the rounds add."""
+    """Lines of JSON from outside the rounds: those of the store's hops and the ways to the device."""
 
     def run(self, rounds: int) -> None:
-        """Everything, in order.
+        """Prepare the loaders, compare their digests, then measure all rounds.
 
         Raises:
             BenchFailed: our loader or the reference failed, or the loaders disagree.
@@ -103,7 +103,7 @@ class Bench:
                 self._round(number, rounds)
 
     def run_store(self, *, rounds: int, ways: Sequence[str]) -> None:
-        """Each hop of the store beside its limit; on a CUDA device, the ways to it, too."""
+        """Compare each hop of the store with its limit; on a CUDA device, also the ways to it."""
         setting = setting_in(self.workspace, rounds=rounds, claims_memory=self.claims_memory)
         for share in run_shares(setting):
             self.progress.say(share.line())
@@ -115,7 +115,7 @@ class Bench:
                 self.progress.say(f"ways to the device: not measured: {error}")
 
     def _set_environment(self) -> None:
-        """As a worker of vLLM gets it."""
+        """Set the environment that a vLLM worker would get."""
         self.environment = environment_of(self.workspace)
         if self.is_plain:
             return
@@ -137,7 +137,7 @@ class Bench:
                 raise BenchFailed(f"{needed} must take part: {self.unavailable.get(needed, 'it was left out')}")
 
     def _convert(self) -> None:
-        """Write the checkpoints that loaders need: ours, by its own first start."""
+        """Write the checkpoints that loaders need; our loader writes its own in its first start."""
         for loader in list(self.loaders):
             if not loader.is_prepared and loader.name != OURS:
                 continue
@@ -152,7 +152,7 @@ class Bench:
                 raise BenchFailed(f"{loader.name}: the first start {found.outcome}, it did not convert")
 
     def _make_resident(self, stack: contextlib.ExitStack) -> None:
-        """Start a daemon that has our checkpoint in memory, until the stack's end."""
+        """Start a daemon that has our checkpoint in memory; it runs until the stack closes."""
         for loader in [loader for loader in self.loaders if loader.needs_store]:
             setting = StoreSetting(
                 scratch=self.workspace.run, environment=environment_of(self.workspace), rounds=0, say=self.progress.say
@@ -166,7 +166,7 @@ class Bench:
                 self._drop(loader, str(error))
 
     def _compare_digests(self) -> None:
-        """Every loader fills the module once, with nothing measured. Ours verifies its checksums on this occasion."""
+        """Compare what every loader fills the module with; nothing is timed. Our loader verifies its checksums here."""
         digests: dict[str, str] = {}
         for loader in list(self.loaders):
             try:
@@ -215,7 +215,7 @@ class Bench:
         )
 
     def _files(self, loader: Loader) -> list[Path]:
-        """What a loader reads. Ours looks at samples of the source, too."""
+        """The files that a loader reads. Our loader also reads samples of the source."""
         source = weight_files(self.model)
         if loader.load_format == "sllm":
             return [*source, self._partition()]
@@ -228,7 +228,7 @@ class Bench:
         return next((self.workspace.run / "store").glob(f"*/{PARTITION_DIR}/*"))
 
     def _drop(self, loader: Loader, reason: str) -> None:
-        """Go on without a loader, unless the run makes no sense without it."""
+        """Continue without a loader, unless the run makes no sense without it."""
         self.loaders.remove(loader)
         self.unavailable[loader.name] = reason
         self.progress.say(f"{loader.name}: not available: {reason}")
@@ -267,7 +267,7 @@ def main() -> int:
 
 
 def run_bench(workspace: Workspace, arguments: argparse.Namespace) -> int:
-    """The benchmark in its workspace. Returns the exit status: 1 if it could not be done, whatever the verdicts."""
+    """Run the benchmark in its workspace; return 1 if it could not be done, else 0, whatever the verdicts."""
     console = Console(soft_wrap=True)
     bench = Bench(
         workspace=workspace,
@@ -295,7 +295,7 @@ def run_bench(workspace: Workspace, arguments: argparse.Namespace) -> int:
 
 
 def model_of(bench: Bench, arguments: argparse.Namespace) -> Path:
-    """The model to load, made if need be."""
+    """The model to load; made if necessary."""
     if arguments.model is not None:
         return Path(arguments.model).resolve()
     if bench.is_plain:
@@ -308,10 +308,10 @@ def model_of(bench: Bench, arguments: argparse.Namespace) -> Path:
 
 
 def chosen(loaders: Sequence[Loader], names: Sequence[str], reference: str) -> list[Loader]:
-    """The named loaders, ours, and the one that they are compared with.
+    """The named loaders, our own, and the reference.
 
     Raises:
-        BenchFailed: there is none of a name.
+        BenchFailed: a name is unknown.
     """
     known = {loader.name for loader in loaders}
     if unknown := [name for name in names if name.strip() not in known]:
@@ -348,7 +348,7 @@ def tell(bench: Bench, console: Console, file: Path | None) -> None:
 
 
 def machine(bench: Bench) -> dict[str, Any]:
-    """What it was measured on."""
+    """The machine and the settings of the measurement, for a line of JSON."""
     return {
         "kind": "machine",
         "cpus": os.cpu_count(),
@@ -365,7 +365,7 @@ def machine(bench: Bench) -> dict[str, Any]:
 
 
 def installed(name: str) -> str | None:
-    """Version of an installed package."""
+    """Version of an installed package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -373,7 +373,7 @@ def installed(name: str) -> str | None:
 
 
 def has_cuda() -> bool:
-    """Whether there is an NVIDIA device; asked without importing torch, which would start threads."""
+    """Whether there is an NVIDIA device. Does not import torch, which would start threads."""
     return Path("/proc/driver/nvidia/version").exists()
 
 

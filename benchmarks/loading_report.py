@@ -1,4 +1,4 @@
-"""From measurements to what is said of them: rows, shares of a limit, acceptance. Pure but for drawing the table."""
+"""Turns measurements into results: rows, shares of a limit, verdicts. Pure, except for building the table."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ COLUMNS = (
     *("rate", "of limit", "x stock", "peak", "noise"),
 )
 WARM_SHARE_SAVED = 0.9
-"""Of the stock loader's weights, how much ours must save when the page cache is warm."""
+"""With a warm page cache, the share of the stock loader's weights time that ours must save."""
 COLD_OVER_LIMIT_MAX = 1.1
 PEAK_OVER_MODEL_MAX = 256 * MIB
 RESIDENT_OVER_PROCESS_MAX = 1.1
 
 Samples = Mapping[tuple[str, Tier], Sequence[Measurement]]
-"""(loader, tier) → what was measured, a round each."""
+"""(loader, tier) → one measurement per round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One loader in one tier, over all rounds. Seconds of parts are medians, each of its own."""
+    """One loader in one tier, over all rounds. Each part's seconds are its own median."""
 
     loader: str
     tier: Tier
@@ -49,27 +49,27 @@ class Row:
     peak_nbytes: int | None
     residency: float
     disturbance: float
-    """Share of the processors that others took, in the worst round."""
+    """Share of the processors that others used, in the worst round."""
     reference_s: float
     """The stock loader's median in the same tier of the same run."""
 
     @property
     def bps(self) -> float:
-        """Bytes of the model over the whole of ``load_model``."""
+        """Bytes per second: the model's size over the time of the whole ``load_model``."""
         return self.nbytes / self.median_s
 
     @property
     def limit_share(self) -> float:
-        """1 would be as fast as the machine allows."""
+        """The machine's limit over the measured time; 1 would be as fast as the machine allows."""
         return self.limit_s / self.median_s
 
     @property
     def ratio(self) -> float:
-        """Seconds over the stock loader's."""
+        """Measured time over the stock loader's."""
         return self.median_s / self.reference_s
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for a line of JSON."""
+        """All figures, for a line of JSON."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         numbers = {"bps": self.bps, "limit_share": self.limit_share, "ratio": self.ratio}
         return {"kind": "row", **_rounded({**fields, **numbers})}
@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One line of acceptance."""
+    """The verdict on one acceptance criterion."""
 
     name: str
     is_met: bool
@@ -119,18 +119,18 @@ def rows_of(samples: Samples, limits: Sequence[Limits], *, reference: str) -> li
 
 
 def limit_of(samples: Samples, limits: Sequence[Limits], *, tier: Tier, reference: str) -> float:
-    """What the machine needs at least: to bring the bytes here, or to post-process them, whichever takes longer."""
+    """The least time the machine needs: to read or copy the bytes, or to post-process them, whichever takes longer."""
     bring_s = statistics.median(limit.best_read_s if tier == "cold" else limit.copy_s for limit in limits)
     return max(bring_s, process_alone_s(samples, tier=tier, reference=reference))
 
 
 def process_alone_s(samples: Samples, *, tier: Tier, reference: str) -> float:
-    """Post-processing with nothing beside it: the stock loader's, whose weights are all there when it begins."""
+    """Seconds of post-processing alone, from the stock loader, which begins it when all weights are loaded."""
     return _median(samples[reference, tier], lambda m: m.process_s)
 
 
 def verdicts_of(rows: Sequence[Row], *, read_s: float, process_s: float, reference: str) -> list[Verdict]:
-    """The acceptance of our loader, inside vLLM."""
+    """The verdicts on our loader's acceptance criteria, inside vLLM."""
     by_key = {(row.loader, row.tier): row for row in rows}
     warm, cold = by_key[OURS, "warm"], by_key[OURS, "cold"]
     stock = by_key[reference, "warm"]
@@ -175,7 +175,7 @@ def _peak_verdict(*rows: Row) -> Verdict:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The rows for a person."""
+    """The rows, as a table to print."""
     table = Table(title="load_model", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("loader", no_wrap=True)
     table.add_column("tier", no_wrap=True)

@@ -1,10 +1,10 @@
-"""What ten thousand models cost: the router's start, and its longest pauses while they are reloaded and listed.
+"""What ten thousand models cost: the router's start, and its longest pauses while models are reloaded and listed.
 
-A real router over a fake engine. One process streams from that engine, another asks for `/health` every 10 ms, while
-the configuration's file is read again with 10 % of its models changed, and operators and clients ask for lists. Two
-figures are given for every pause: seconds, and the router's own processor seconds meanwhile, which other load on this
-machine hardly changes. Exits with 1 if the start took more processor time than `--start-max`, beyond a start without
-models, or if a pause, in processor time and the best of `--rounds`, was longer than `--pause-max`.
+Runs a real router over a fake engine. One process streams from that engine, another asks for `/health` every 10 ms,
+while the configuration file is reloaded with 10 % of its models changed, and operators and clients ask for lists. Each
+pause is given twice: in seconds, and in processor seconds that the router used during it, which other load on this
+machine hardly changes. Exits with 1 if the start took more than `--start-max` processor seconds beyond a start without
+models, or if a pause, in processor time and in the best of `--rounds`, was longer than `--pause-max`.
 
     python -m benchmarks.many_models --json FILE
 """
@@ -35,10 +35,10 @@ from tests.waiting import wait_until
 
 STREAMED = "fine"
 NUM_GONE = 10
-"""Models that a reload removes, and adds."""
+"""Number of models that a reload removes, and of models that it adds."""
 QUIET_S = 6.0
 ANSWER_S_MAX = 300.0
-"""Of a reload on a machine that others load."""
+"""Longest wait for an answer; long enough for a reload on a machine that runs other work."""
 _WATCH = """
 import json, select, socket, sys, time
 host, port, pid, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -83,8 +83,10 @@ while True:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The longest waits while something was asked: of `/health` and between events of a stream, in seconds and in
-    processor seconds of the router."""
+    """The longest waits of `/health` and between events of a stream during one operation.
+
+    Each in seconds and in processor seconds that the router used meanwhile.
+    """
 
     name: str
     took_s: float
@@ -100,7 +102,7 @@ class Phase:
 
 
 class _Watcher:
-    """A process that waits for the router again and again."""
+    """A process that waits for the router's answers or events again and again."""
 
     def __init__(self, router: RouterUnderTest, kind: str) -> None:
         host, port = router.address
@@ -108,7 +110,7 @@ class _Watcher:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def longest(self) -> tuple[float, float]:
-        """Seconds, and processor seconds of the router, since it was last called."""
+        """The longest wait since the previous call: in seconds, and in processor seconds of the router."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\n")
@@ -117,14 +119,14 @@ class _Watcher:
         return waited_s, busy_s
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.kill()
         self._process.communicate()
 
 
 @contextlib.contextmanager
 def watched(router: RouterUnderTest) -> Iterator[Callable[[str, Callable[[], object]], Phase]]:
-    """Gives a function that does something and says how long the router paused meanwhile."""
+    """Watch a router; yields a function that runs an operation and returns how long the router paused meanwhile."""
     wait_until(lambda: router.get("/ready").status == 200, "the router to be ready")
     assert router.post(STREAMED).status == 200
     router.answer_s_max = ANSWER_S_MAX
@@ -146,9 +148,9 @@ def watched(router: RouterUnderTest) -> Iterator[Callable[[str, Callable[[], obj
 
 
 def write_models(directory: Path, num_models: int, *, version: int = 0, max_len: int = 512) -> None:
-    """A configuration, in YAML as a person has it; from one version to the next 10 % of the models change.
+    """Write a configuration, in YAML as people write it; from one version to the next 10 % of the models change.
 
-    Where ``max_len`` changes, all do.
+    If ``max_len`` changes, all models change.
     """
     first = version * NUM_GONE
     lines = [
@@ -167,12 +169,12 @@ def write_models(directory: Path, num_models: int, *, version: int = 0, max_len:
 
 
 def busy_s(router: RouterUnderTest) -> float:
-    """Processor seconds of the router so far, all of its threads."""
+    """Processor seconds that the router has used so far, in all its threads."""
     return time.clock_gettime(~router.process.pid << 3 | 2)
 
 
 def start_busy_s(directory: Path, num_models: int) -> float:
-    """Processor seconds of a start, until it is ready; children are not counted."""
+    """Processor seconds of a start until the router is ready; child processes are not counted."""
     write_models(directory, num_models)
     with running_router(directory) as router:
         wait_until(lambda: router.get("/ready").status == 200, "the router to be ready")
@@ -180,7 +182,7 @@ def start_busy_s(directory: Path, num_models: int) -> float:
 
 
 def measure_phases(directory: Path, num_models: int, rounds: int) -> list[list[Phase]]:
-    """The phases of each round, on one router."""
+    """The phases of each round, all measured on one router."""
     write_models(directory, num_models)
     with running_router(directory) as router, watched(router) as during:
         works = works_of(router, num_models)
@@ -190,7 +192,7 @@ def measure_phases(directory: Path, num_models: int, rounds: int) -> list[list[P
 
 
 def works_of(router: RouterUnderTest, num_models: int) -> dict[str, Callable[[int], None]]:
-    """What is asked of a router, by name; each is called with the number of the round, from 1."""
+    """The operations to measure, by name; each is called with the number of the round, counted from 1."""
     directory = router.directory
 
     def reload(**fields: int) -> None:
@@ -216,12 +218,12 @@ def works_of(router: RouterUnderTest, num_models: int) -> dict[str, Callable[[in
 
 
 def require_done(status: int) -> None:
-    """Of an answer."""
+    """Check that an answer's status means success."""
     assert status in {200, 201}, status
 
 
 def fetch_metrics(router: RouterUnderTest) -> None:
-    """What Prometheus reads; it is no JSON."""
+    """Fetch what Prometheus reads. Not by ``router.get``, as it is not JSON."""
     key = (router.directory / "node" / "admin.key").read_text().strip()
     request = urllib.request.Request(f"{router.url}/metrics", headers={"Authorization": f"Bearer {key}"})
     with urllib.request.urlopen(request, timeout=ANSWER_S_MAX) as answer:
@@ -229,7 +231,7 @@ def fetch_metrics(router: RouterUnderTest) -> None:
 
 
 def best_of(rounds: list[list[Phase]]) -> list[Phase]:
-    """Of each phase the round with the shortest pause."""
+    """For each phase, the round with the shortest pause."""
     return [min(phases, key=lambda phase: phase.busy_s) for phases in zip(*rounds, strict=True)]
 
 
@@ -250,7 +252,7 @@ def main() -> int:
 
 
 def run_benchmark(workspace: Workspace, given: argparse.Namespace) -> int:
-    """The benchmark in its workspace. Returns the exit status."""
+    """Run the benchmark in its workspace and return the exit status."""
     console = Console()
     with Progress(console).step(f"{given.models} models"):
         empty_s = min(start_busy_s(workspace.tmp, 0) for _ in range(given.rounds))
@@ -268,7 +270,7 @@ def run_benchmark(workspace: Workspace, given: argparse.Namespace) -> int:
 
 
 def table_of(phases: list[Phase]) -> Table:
-    """For a person."""
+    """The phases, as a table to print."""
     table = Table("during", "took, s", "/health, ms", "busy, ms", "stream, ms", "busy, ms")
     for one in phases:
         waits = (one.health_s, one.health_busy_s, one.stream_s, one.stream_busy_s)

@@ -1,17 +1,18 @@
-"""What a client notices of a live migration, and what it costs those beside it: two real engines, a model of 1.2 GB.
+"""What a client notices of a live migration, and what it costs other requests: two real engines, a model of 1.2 GB.
 
-A request streams on one of two replicas; after some tokens it is ordered to the other one. Ways in turn, each request
-with a prompt of its own, so that no cache knows it:
+A request streams on one of two replicas; after some tokens it is ordered to move to the other. The ways take turns;
+each request has a prompt of its own, so that no prefix cache contains it:
 
 * *rounds*: as the router does it: the target catches up before the switch;
 * *no rounds*: the target computes everything at the switch;
-* *restart*: what preempting costs: until a new request with such a prompt has as many tokens again.
+* *restart*: the cost of preempting instead: the time until a new request with a prompt of the same length has produced
+  the same number of tokens.
 
-The gap is the pause between two events of the stream at the switch; beside it stands the longest of all pauses after
-the order, which a machine that is busy with the rounds may make, too. The distance of two events is the median of all.
-A first move, in which the target's kernels are made, does not count. Beside a move of a prompt that is not too long
-another request streams on the target: its longest pause is what the rounds cost it, with prefills of 2,048 tokens at
-once and of 256. Every moved stream must have all its tokens, once. Exits with 1 if a request fails.
+The gap is the pause between two events of the stream at the switch. Next to it stands the longest of all pauses after
+the order, as a machine that is busy with the rounds may cause pauses, too. The time between events is the median of the
+stream. The first move does not count: in it the target's kernels are compiled. During moves of prompts that are not too
+long, another request streams on the target: its longest pause is what the rounds cost it, with prefills of 2,048 tokens
+at once and of 256. Every moved stream must have all its tokens, each once. Exits with 1 if a request fails.
 
     python -m benchmarks.migration --json FILE
 """
@@ -47,11 +48,11 @@ PROMPTS = (100, 1000, 4000)
 ROUNDS = {100: 5, 1000: 3, 4000: 1}
 TOKENS, MOVE_AT = 120, 20
 PROMPT_SHARE = 8
-"""A token more for so many of the prompt, so that the answer does not end before the target has caught up."""
+"""The answer gets one token more per this many prompt tokens, so that it lasts until the target has caught up."""
 BESIDE_MAX, OTHERS_TOKENS_MAX = 1000, 4000
-"""Of prompts that move beside another stream; it takes minutes for longer ones."""
+"""Limits beside another stream: tokens of the moved prompt (longer ones take minutes), and of that stream."""
 TRIES_MAX = 5
-"""Of a move whose request ends first: engines that share processors stall now and then, moved or not."""
+"""Tries of a move whose request ends first: engines that share processors stall now and then, moved or not."""
 ANSWER_S_MAX = 900.0
 GAP_TIMES_MAX = 3.0
 SHARE_MAX = 0.1
@@ -73,7 +74,7 @@ _VOCABULARY = range(300, 8000)
 
 @dataclass
 class Streamed:
-    """One stream: when each event with text came, in seconds of the clock."""
+    """One stream: its tokens, and the time of each event with text, by ``time.monotonic``."""
 
     at_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -81,40 +82,40 @@ class Streamed:
 
     @property
     def num_tokens(self) -> int:
-        """Those that have come."""
+        """Number of tokens received so far."""
         return len(self.token_ids)
 
     def gaps_s(self, since_s: float = 0.0, until_s: float = float("inf")) -> list[float]:
-        """Pauses between two events that end in this time."""
+        """The pauses between events that end within this period."""
         pairs = zip(self.at_s, self.at_s[1:], strict=False)
         return [after - before for before, after in pairs if since_s <= after <= until_s]
 
     def gap_at_s(self, at_s: float) -> float:
-        """The pause in which that moment lies."""
+        """The pause that contains a moment."""
         pairs = zip(self.at_s, self.at_s[1:], strict=False)
         return next(after - before for before, after in pairs if before <= at_s <= after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One move, or restart. Seconds; ``apart_s``: from one event to the next without a move."""
+    """One move or restart. Times in seconds; ``apart_s``: the median time between events of the stream."""
 
     way: str
     prompt: int
     gap_s: float
     apart_s: float
     longest_s: float = 0.0
-    """Of the pauses after the order."""
+    """The longest pause after the order."""
     move_s: float = 0.0
     num_moved: int = 0
     num_rounds: int = 0
     num_filled: int = 0
     nbytes: int = 0
     held_s: float = 0.0
-    """That the router held the source's stream back at the switch; the rest of the gap comes before and after."""
+    """How long the router held back the source's stream at the switch; the gap also has parts before and after."""
     other_apart_s: float = 0.0
     other_gap_s: float = 0.0
-    """Of the stream that ran on the target: the longest pause while the other one moved."""
+    """Longest pause of the stream that ran on the target, while the other request moved."""
 
 
 def main() -> int:
@@ -131,7 +132,7 @@ def main() -> int:
 
 
 def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
-    """All of it. Returns the exit status."""
+    """Run the whole benchmark and return the exit status."""
     console, samples, status = Console(), list[Sample](), 0
     progress = Progress(console)
     with progress.step("making the model"):
@@ -161,13 +162,13 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
 
 
 def sections_of(migration: dict[str, object]) -> dict[str, Any]:
-    """Two replicas that stay, and how requests move between them."""
+    """A configuration with two replicas that are kept running, and the settings of migrations between them."""
     defaults = {"engine_arguments": ARGUMENTS, "min_replicas": 2, "max_replicas": 2}
     return {"defaults": defaults, "migration": migration, "kv_memory": "1GiB"}
 
 
 class Bench:
-    """One router with two replicas; one request moves at a time."""
+    """One router with two replicas; moves one request at a time."""
 
     def __init__(self, workspace: Workspace, models: dict[str, Path], router: Router) -> None:
         self._workspace = workspace
@@ -176,10 +177,10 @@ class Bench:
         self._chance = random.Random(0)
 
     def wait_movable(self) -> None:
-        """Both replicas are ready, and have tried that they can take over requests.
+        """Wait until both replicas are ready and have passed the check that they can take over requests.
 
         Raises:
-            RouterFailed: they have not, for minutes.
+            RouterFailed: an engine failed, or they were not movable after ``ANSWER_S_MAX``.
         """
         deadline_s = time.monotonic() + ANSWER_S_MAX
         while sum(one["is_movable"] for one in self._router.admin("replicas")["replicas"]) < 2:
@@ -189,12 +190,12 @@ class Bench:
             time.sleep(0.2)
 
     def make_kernels(self, prompt: int) -> None:
-        """Move one such request, whatever that takes."""
+        """Move one request with a prompt of this length, untimed, so that the target compiles its kernels."""
         self._set(SETTINGS["rounds"])
         self._move("first", prompt)
 
     def round_of(self, prompt: int, *, with_other: bool) -> Iterator[Sample]:
-        """Each way once; with the streams beside it if wanted."""
+        """Measure each way once; with ``with_other``, also moves beside another stream."""
         for way, settings in SETTINGS.items():
             self._set(settings)
             yield self._move(way, prompt)
@@ -216,7 +217,7 @@ class Bench:
         raise RouterFailed(f"no request was moved in time\n{self._router.log_tail()}")
 
     def _try_move(self, way: str, prompt: int, *, with_other: bool) -> Sample | None:
-        """None if the request ended first."""
+        """Move one request; None if it ended before it was moved."""
         num_moved_before = len(_MOVED.findall(self._router.log.read_text()))
         num = (TOKENS + prompt // PROMPT_SHARE) * (3 if with_other else 1)
         stream = self._begin(prompt, num)
@@ -279,7 +280,7 @@ class Bench:
             raise RouterFailed(f"{told}\n{self._router.log_tail()}")
 
     def _wait_moved(self, num_before: int, stream: Stream) -> Sequence[str]:
-        """What the router says of the move that was ordered; nothing if the request ends first."""
+        """The fields that the router logs about the ordered move; empty if the request ends first."""
         while stream.is_alive():
             log = self._router.log.read_text()
             if len(found := _MOVED.findall(log)) > num_before:
@@ -290,7 +291,7 @@ class Bench:
 
 
 class Stream(threading.Thread):
-    """A client that reads a stream to its end, or until it is told to stop. Greedy, if ``sampling`` says nothing."""
+    """A client that reads a stream to its end, or until ``stop`` is set. Greedy unless ``sampling`` says otherwise."""
 
     def __init__(self, url: str, prompt: list[int], num_tokens: int, *, name: str = "", **sampling: object) -> None:
         super().__init__(daemon=True)
@@ -303,7 +304,7 @@ class Stream(threading.Thread):
         self._request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
 
     def run(self) -> None:
-        """Note when each event came."""
+        """Read the stream and record the time of each event."""
         self.streamed.begun_s = time.monotonic()
         try:
             with urllib.request.urlopen(self._request, timeout=ANSWER_S_MAX) as answer:
@@ -322,7 +323,7 @@ class Stream(threading.Thread):
 
 
 def verdicts_of(samples: Sequence[Sample], prompt: int) -> list[dict[str, Any]]:
-    """The two goals for one length of prompt."""
+    """The verdicts on the two goals, for one length of prompt."""
     of = {way: [one for one in samples if one.way == way and one.prompt == prompt] for way in SETTINGS}
     if not all(of.values()):
         return []
@@ -338,7 +339,7 @@ def verdicts_of(samples: Sequence[Sample], prompt: int) -> list[dict[str, Any]]:
 
 
 def show(console: Console, samples: Sequence[Sample], verdicts: Sequence[dict[str, Any]]) -> None:
-    """Tables for a person."""
+    """Print tables of the samples, and the verdicts."""
     table = Table(title="what a client notices, medians", title_justify="left", box=None)
     for name in (
         "prompt",

@@ -1,16 +1,17 @@
-"""How often answers of moved requests differ, beside how often those of unmoved ones differ from themselves.
+"""How often answers of moved requests differ, compared with how often those of unmoved requests differ when repeated.
 
-Two real engines. Each prompt is answered once alone; that answer is what the others are held against, token by token:
+Two real engines. Each prompt is first answered once, alone; the other answers are compared with that one, token by
+token:
 
 * *again*: unmoved and alone a second time, its prompt now in the prefix cache;
-* *beside*: unmoved, several at once, so that other rows stand in an engine's batches;
-* *moved*: alone, moved to the other engine on its way;
+* *beside*: unmoved, several at once, so that an engine's batches contain other rows;
+* *moved*: alone, moved to the other engine while it is answered;
 * *moved beside*: several at once, each moved.
 
-In float32 nothing may differ. In bfloat16 sums that are added up in another order round to other numbers, so a token
-whose rival is nearly as likely may lose; how often is the engine's own affair, and what moving adds to it is measured.
-Every second request is greedy, the others draw with a seed. Exits with 1 if a request fails, or a moved one differs in
-float32.
+In float32 nothing may differ. In bfloat16, sums taken in another order round differently, so that a token may lose to
+one that is nearly as likely. How often that happens depends on the engine; this measures what moving adds to it. Every
+second request is greedy, the others are sampled with a seed. Exits with 1 if a request fails, or if a moved one differs
+in float32.
 
     python -m benchmarks.migration_noise --dtype bfloat16 --json FILE
 """
@@ -52,9 +53,10 @@ WAYS = ("again", "beside", "moved", "moved beside")
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One answer beside the first one to its prompt; ``differs_at``: the first token that is another, or None.
+    """One answer compared with the first one to its prompt.
 
-    ``was_moved``: False too where a move was ordered and the answer ended first.
+    ``differs_at``: position of the first different token; None if there is none. ``was_moved``: also False if a move
+    was ordered and the answer ended first.
     """
 
     way: str
@@ -79,7 +81,7 @@ def main() -> int:
 
 
 def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
-    """All of it. Returns the exit status."""
+    """Run the whole benchmark and return the exit status."""
     console, found, status = Console(), list[Compared](), 0
     progress = Progress(console)
     with progress.step("making the model"):
@@ -107,14 +109,14 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
 
 
 def sections_of(dtype: str) -> dict[str, Any]:
-    """Two replicas that stay."""
+    """A configuration with two replicas that are kept running."""
     arguments = {"enforce-eager": True, "max-model-len": 1024, "block-size": 32, "dtype": dtype}
     defaults = {"engine_arguments": arguments, "min_replicas": 2, "max_replicas": 2}
     return {"defaults": defaults, "migration": {"moves_max": 16}}
 
 
 class Asker:
-    """Asks one router all ways."""
+    """Sends the requests of all ways to one router."""
 
     def __init__(self, router: Router, num_tokens: int) -> None:
         self._router = router
@@ -122,10 +124,10 @@ class Asker:
         self._num_asked = 0
 
     def compare(self, prompts: Sequence[int]) -> Iterator[Compared]:
-        """These prompts, all ways.
+        """Compare the answers to these prompts, in all ways.
 
         Raises:
-            RouterFailed: one was not answered, or not to its end.
+            RouterFailed: a request was not answered, or not to its end.
         """
         first = {prompt: self._ask([prompt])[0] for prompt in prompts}
         yield from self._held("again", first, [self._ask([prompt])[0] for prompt in prompts])
@@ -134,7 +136,7 @@ class Asker:
         yield from self._held("moved beside", first, self._ask(prompts, move=True))
 
     def _ask(self, prompts: Sequence[int], *, move: bool = False) -> list[Named]:
-        """All at once; each is ordered to move as soon as it has some tokens."""
+        """Send all prompts at once and wait for the answers; with ``move``, move each once it has some tokens."""
         asked = [self._begin(prompt) for prompt in prompts]
         movers = [threading.Thread(target=self._order, args=(one,), daemon=True) for one in asked if move]
         for mover in movers:
@@ -161,14 +163,14 @@ class Asker:
         return Named(name, prompt, stream)
 
     def _order(self, one: Named) -> None:
-        """To the replica where it is not."""
+        """Order a request to the replica where it is not running."""
         while one.stream.streamed.num_tokens < MOVE_AT:
             if not one.stream.is_alive():
                 return
             time.sleep(0.002)
         for request in self._router.admin("requests")["requests"]:
             if request["id"].startswith(f"{one.name}-"):
-                with contextlib.suppress(urllib.error.HTTPError):  # it has just ended; so it counts as not moved
+                with contextlib.suppress(urllib.error.HTTPError):  # it has just ended and counts as not moved
                     self._router.admin(f"requests/{request['id']}/migrate", method="POST")
 
     def _held(self, way: str, first: dict[int, Named], answers: Iterable[Named]) -> Iterator[Compared]:
@@ -183,7 +185,7 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An answer on its way, or whole."""
+    """A request with its name: an answer under way, or complete."""
 
     name: str
     prompt: int
@@ -191,17 +193,17 @@ class Named:
 
 
 def is_greedy(prompt: int) -> bool:
-    """Every second one."""
+    """Whether the request with this prompt is greedy: every second one is."""
     return prompt % 2 == 0
 
 
 def differs_at(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first place where two answers of a length are not the same."""
+    """The first position at which two answers of equal length differ."""
     return next((at for at, (mine, its) in enumerate(zip(one, other, strict=True)) if mine != its), None)
 
 
 def show(console: Console, found: Sequence[Compared], arguments: argparse.Namespace) -> None:
-    """A table for a person."""
+    """Print the results as a table."""
     title = f"answers that differ from the first one, {arguments.dtype}, {arguments.at_once} at once"
     table = Table(title=title, title_justify="left", box=None)
     for name in ("way", "answers", "differ", "share", "greedy", "seeded", "first at, median"):

@@ -1,4 +1,4 @@
-"""One digest over everything that loading filled, to tell whether two loaders did the same."""
+"""One digest over everything that loading filled, to check whether two loaders gave the same result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sllm_vllm.loader.sink import byte_view
 
 
 def digest_module(module: nn.Module) -> str:
-    """Digest over names, dtypes, shapes and bits of a module's parameters and persistent buffers."""
+    """Digest of the names, dtypes, shapes and bits of a module's parameters and persistent buffers."""
     facts = [f"{name} {_digest_tensor(tensor)}" for name, tensor in sorted(named_state(module).items())]
     return digest("\n".join(facts).encode())
 

@@ -1,8 +1,8 @@
-"""The client of the router's overhead: so many streams at once over raw sockets, each timed and checked.
+"""The client that measures the router's overhead: many streams at once over raw sockets, each timed and checked.
 
 ``python -m benchmarks.overhead_client`` reads a ``Load`` as a line of JSON, connects, prints ``{"at": "ready"}``, waits
-for a line, runs, prints ``{"at": "open"}`` when every stream has its first event, and at last its ``Found``. A process
-of its own, so that what it costs is the same beside any target. Answers are looked at when the load is over.
+for a line, and runs. It prints ``{"at": "open"}`` when every stream has its first event, and its ``Found`` at the end.
+It is a process of its own, so that its cost is the same with any target. Answers are checked after the load has ended.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pydantic import BaseModel
 STREAM_S_MAX = 60.0
 FAULTS_SHOWN_MAX = 5
 SPREAD_S_MAX = 1.0
-"""Over which first streams begin."""
+"""Longest period over which the first streams begin."""
 OPEN_AT_ONCE = 256
-"""So many begin in that time where each place has one stream."""
+"""Where each place has only one stream, this many streams begin per ``SPREAD_S_MAX``."""
 
 
 class Load(BaseModel):
-    """What to ask of whom.
+    """A load: which requests to send, and where. Each of the ``streams`` places runs one stream at a time.
 
-    ``seconds``: streams begin until then; 0: each place has one. ``text``: what each must say; None: only as many
-    tokens as were asked for, by the engine's own count.
+    ``seconds``: how long new streams begin; with 0, each place has one stream. ``text``: what each answer must be;
+    None: only the number of tokens is checked, by the engine's own count.
     """
 
     host: str
@@ -48,7 +48,7 @@ class Load(BaseModel):
 
     @property
     def body(self) -> bytes:
-        """Of each request."""
+        """The body of each request."""
         message = {"role": "user", "content": f"Count. pace_ms={self.pace_ms:g}"}
         asked: dict[str, Any] = {"model": self.model, "messages": [message], "max_tokens": self.chunks, "stream": True}
         if self.text is None:
@@ -57,9 +57,10 @@ class Load(BaseModel):
 
 
 class Found(BaseModel):
-    """What came of a load. ``firsts_ms``: from the request to the first byte of the body. ``chunks``: events with text.
+    """The results of a load. ``firsts_ms``: from sending a request to the first byte of the answer's body. ``chunks``:
+    events with text.
 
-    ``faults``: what was wrong; empty if every stream was right.
+    ``faults``: what was wrong with answers; empty if every stream was right.
     """
 
     at: str = "end"
@@ -72,7 +73,7 @@ class Found(BaseModel):
 
 @dataclass(slots=True)
 class Answer:
-    """One stream as it came."""
+    """One stream as it was received."""
 
     status: int = 0
     first_ms: float = 0.0
@@ -82,7 +83,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What an answer holds."""
+    """What an answer contains."""
 
     text: str
     chunks: int
@@ -91,7 +92,7 @@ class Read:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, one answer at a time."""
+    """One connection; it handles one answer at a time."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -133,7 +134,7 @@ class Connection(asyncio.Protocol):
             self._end(f"not HTTP: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """An answer that is not complete is cut."""
+        """End an incomplete answer with a fault."""
         self._transport = None
         self._end("the connection was closed before the end")
 
@@ -146,7 +147,7 @@ class Connection(asyncio.Protocol):
         self._answer.pieces.append(body)
 
     def on_message_complete(self) -> None:
-        """The end of the answer."""
+        """Complete the answer."""
         self._answer.status = self._parser.get_status_code()
         if not self._parser.should_keep_alive() and self._transport is not None:
             self._transport.close()
@@ -159,7 +160,7 @@ class Connection(asyncio.Protocol):
 
 
 class Client:
-    """A load that runs. Places take turns by themselves: each begins its next stream a little after the last."""
+    """Runs a load. Places are independent: each begins its next stream a random moment after its last one has ended."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -172,11 +173,11 @@ class Client:
         self._request = f"{head}\r\n\r\n".encode() + load.body
 
     async def connect(self) -> list[Connection]:
-        """A connection for each place."""
+        """Open a connection for each place."""
         return [await self._connect() for _ in range(self._load.streams)]
 
     async def run(self, connections: list[Connection]) -> Found:
-        """All of it."""
+        """Run the load and return the results."""
         began_s = time.perf_counter()
         await asyncio.gather(*(self._place(nth, connection) for nth, connection in enumerate(connections)))
         return self._found(time.perf_counter() - began_s)
@@ -187,7 +188,7 @@ class Client:
         return made
 
     async def _place(self, nth: int, connection: Connection) -> None:
-        """Streams one after another. Begins are spread over the length of a stream, else all would come at once."""
+        """Run the streams of one place, one after another. Begins are spread, else all would arrive at once."""
         chance = random.Random(f"{self._load.seed}/{nth}")
         pace_s = self._load.pace_ms / 1000
         spread_s = SPREAD_S_MAX if self._load.seconds else SPREAD_S_MAX * self._load.streams / OPEN_AT_ONCE
@@ -223,14 +224,14 @@ class Client:
         )
 
     def _fault(self, answer: Answer, read: Read) -> str:
-        """What is wrong with an answer; empty if nothing."""
+        """What is wrong with an answer; empty if it is right."""
         if answer.fault or answer.status != 200:
             return f"status {answer.status}: {answer.fault or b''.join(answer.pieces)[:300].decode(errors='replace')}"
         return fault_of(read, self._load)
 
 
 def fault_of(read: Read, load: Load) -> str:
-    """What is wrong with an answer that came whole; empty if nothing."""
+    """What is wrong with a completely received answer; empty if it is right."""
     if not read.is_done:
         return "there is no [DONE]"
     if load.text is None:
@@ -242,7 +243,7 @@ def fault_of(read: Read, load: Load) -> str:
 
 
 def read_events(body: bytes) -> Read:
-    """The events of a stream of a chat's pieces."""
+    """Parse the events of a chat stream."""
     text, chunks, tokens, is_done = "", 0, None, False
     for event in body.split(b"\n\n"):
         data = event.strip().removeprefix(b"data:").strip()
@@ -259,7 +260,7 @@ def read_events(body: bytes) -> Read:
 
 
 async def main() -> None:
-    """As the module says."""
+    """Run the protocol that the module's docstring describes."""
     client = Client(Load.model_validate_json(sys.stdin.readline()))
     connections = await client.connect()
     print(json.dumps({"at": "ready"}), flush=True)

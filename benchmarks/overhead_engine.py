@@ -1,9 +1,10 @@
-"""An engine that costs next to nothing, for the router's overhead: a process with one uvloop, that streams to a pace.
+"""A fake engine for measuring the router's overhead: one process with uvloop that streams at a given pace.
 
-``python benchmarks/overhead_engine.py serve MODEL --host H --port P …``, or ``--uds PATH``; unknown arguments are
-ignored, so a router can start it in place of ``vllm serve``. It asks for no key. A chat's ``max_tokens`` is the number
-of pieces it answers; ``pace_ms=P`` in the last message has them P milliseconds apart, the first one at once. What it
-answers is ``answer_of``, so that every stream can be checked.
+It uses next to no processor time. Run it as ``python benchmarks/overhead_engine.py serve MODEL --host H --port P …``,
+or with ``--uds PATH``. Unknown arguments are ignored, so that a router can start it in place of ``vllm serve``. It
+requires no API key. A chat's ``max_tokens`` is the number of pieces in the answer. ``pace_ms=P`` in the last message
+sends them P milliseconds apart, the first one at once. The answer is ``answer_of``, so that every stream can be
+checked.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _HEAD = (
 
 
 def answer_of(num_chunks: int) -> str:
-    """The text of an answer in so many pieces."""
+    """The text of an answer of ``num_chunks`` pieces."""
     return "".join(_word(number) for number in range(num_chunks))
 
 
@@ -60,7 +61,7 @@ def _end(model: str) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; a request at a time."""
+    """One connection; it handles one request at a time."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -76,7 +77,7 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Whoever asked has left."""
+        """The client has disconnected: stop streaming."""
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()
@@ -90,19 +91,19 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def on_message_begin(self) -> None:
-        """As httptools has it; the next two, too."""
+        """A callback of httptools, as are the next three."""
         self._url = self._body = b""
 
     def on_url(self, url: bytes) -> None:
-        """The target."""
+        """Collect the request's target."""
         self._url += url
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Collect a piece of the body."""
         self._body += body
 
     def on_message_complete(self) -> None:
-        """Answer."""
+        """Answer the request."""
         if self._parser.get_method() == b"GET":
             models = {"object": "list", "data": [{"id": self._model, "object": "model", "max_model_len": 8192}]}
             self._send_plain(models if self._url.startswith(b"/v1/models") else {})
@@ -136,7 +137,7 @@ class Connection(asyncio.Protocol):
         self._schedule(1, num_chunks, began_s=self._loop.time(), pace_s=pace_s)
 
     def _schedule(self, number: int, num_chunks: int, *, began_s: float, pace_s: float) -> None:
-        """By the stream's begin and not by the last piece, so that delays don't add up."""
+        """Schedule a piece relative to the stream's begin, not to the last piece, so that delays don't add up."""
         due_s = began_s + number * pace_s
         self._timer = self._loop.call_at(due_s, self._next, number, num_chunks, began_s, pace_s)
 

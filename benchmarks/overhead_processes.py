@@ -1,4 +1,4 @@
-"""What a tree of processes uses: processor time and memory, by /proc. Linux only."""
+"""Processor time and memory of a tree of processes, read from /proc. Linux only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _IDLE_FIELDS = (3, 4)  # idle, waiting for a device
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A process and all that descends from it, but for some of them and what descends from those."""
+    """A process and its descendants, without the processes in ``without`` and their descendants."""
 
     root: int
     without: Collection[int] = ()
 
     def pids(self) -> list[int]:
-        """Those that are there now."""
+        """The processes that exist now."""
         children: dict[int, list[int]] = {}
         for pid, fields in _all_stats().items():
             children.setdefault(int(fields[1]), []).append(pid)
@@ -34,18 +34,18 @@ class Tree:
         return found
 
     def cpu_s(self) -> float:
-        """Seconds on processors so far, those of children that ended and were waited for included."""
+        """Processor seconds used so far, including those of children that have ended and were waited for."""
         stats = _all_stats()
         ticks = [sum(map(int, stats[pid][11:15])) for pid in self.pids() if pid in stats]
         return sum(ticks) / _TICKS_HZ
 
     def pss_nbytes(self) -> int:
-        """Proportional set sizes together."""
+        """Sum of the proportional set sizes."""
         return sum(pss_nbytes(pid) or 0 for pid in self.pids())
 
 
 class OthersWatch:
-    """How much of the machine others than this process and its descendants use, from its making on."""
+    """Measures, from its construction on, how much of the machine others than this process and its descendants use."""
 
     def __init__(self, elapsed_clock_s: float) -> None:
         self._began_s = elapsed_clock_s
@@ -53,7 +53,7 @@ class OthersWatch:
         self._others_s = _busy_s() - self._own.cpu_s()
 
     def share(self, elapsed_clock_s: float) -> float:
-        """Share of all processors; time that the machine's host withheld counts as others'."""
+        """Share of all processors; includes time that the machine's host withheld."""
         others_s = _busy_s() - self._own.cpu_s() - self._others_s
         return min(max(others_s / ((elapsed_clock_s - self._began_s) * (os.cpu_count() or 1)), 0.0), 1.0)
 
@@ -64,7 +64,7 @@ def _busy_s() -> float:
 
 
 def _all_stats() -> dict[int, list[str]]:
-    """Fields behind the name, of every process: state, parent, …"""
+    """The fields of /proc/PID/stat after the name (state, parent, …), for every process."""
     found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():

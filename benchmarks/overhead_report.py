@@ -1,4 +1,4 @@
-"""What is said of the router's overhead: samples of rounds in, rows, a table, notes and verdicts out. Pure."""
+"""Results of measuring the router's overhead: turns samples of rounds into rows, tables, notes and verdicts. Pure."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from sllm_vllm.units import KIB, MIB
 
 DIRECT, OURS = "direct", "ours"
 OURS_SOCKET = "ours, socket"
-"""Our router with an engine of its own, on a Unix socket."""
+"""Our router with its own engine on a Unix socket."""
 BEHIND_US = ("litellm", "Ray Serve")
-"""Peers that ours has to be ahead of."""
+"""Peers that must not lead our router in any column."""
 ADDED_MS_MAX = 1.5
 OTHERS_MAX = 0.05
-"""Of the machine, that other work may take before figures are called noisy."""
+"""Share of the machine that other work may take before figures are called noisy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One target under one load in one round. ``kind``: ``first`` for the first byte, ``stream`` for the passing on.
-
-    ``chunks_core_s``: chunks passed for each second of processor time; None for direct, or where none was spent.
+    """One target under one load in one round. ``kind``: ``first`` times first bytes, ``stream`` the passing on of
+    chunks.
     """
 
     kind: str
@@ -45,7 +44,7 @@ class Sample:
 
     @property
     def chunks_core_s(self) -> float | None:
-        """Chunks passed for each second of processor time."""
+        """Chunks passed per second of processor time; None for the direct target, or if no time was used."""
         return self.chunks / self.cpu_s if self.cpu_s else None
 
     def as_json(self, backend: str) -> dict[str, Any]:
@@ -70,7 +69,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenMemory:
-    """Memory of a target's processes without streams, and with so many open, in bytes."""
+    """Memory of a target's processes, in bytes: without streams, and with ``streams`` open."""
 
     target: str
     streams: int
@@ -81,7 +80,7 @@ class OpenMemory:
 
     @property
     def per_stream_nbytes(self) -> float:
-        """What a stream takes."""
+        """Memory per open stream."""
         return (self.open_nbytes - self.idle_nbytes) / self.streams
 
     def as_json(self, backend: str) -> dict[str, Any]:
@@ -101,14 +100,14 @@ class OpenMemory:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Over the rounds."""
+    """Median, lowest and highest value over the rounds."""
 
     median: float
     low: float
     high: float
 
     def shown(self, digits: int) -> str:
-        """For a person."""
+        """The spread as text."""
         if self.low == self.high:
             return f"{self.median:,.{digits}f}"
         return f"{self.median:,.{digits}f} ({self.low:,.{digits}f} to {self.high:,.{digits}f})"
@@ -120,7 +119,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One target. ``firsts``: by streams and percentile, ms, added to direct; for direct itself as it is."""
+    """One target. ``firsts``: by streams and percentile, milliseconds added to direct; for direct, its own."""
 
     target: str
     firsts: dict[tuple[int, str], Spread]
@@ -141,7 +140,7 @@ class Row:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of them does not exceed."""
+    """The smallest value that at least this share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
@@ -178,7 +177,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def tables_of(rows: Sequence[Row], missing: dict[str, str], backend: str) -> list[Table]:
-    """For a person: first bytes; then what passing on costs. ``missing``: peers that are not there, and why."""
+    """Tables to print: first bytes; the cost of passing chunks on. ``missing``: peers not measured, and why."""
     keys = list(dict.fromkeys(key for row in rows for key in row.firsts))
     title = f"{backend}: first byte, ms added to direct: median (least to most) of the rounds"
     firsts = _table(title, [f"{streams} {which}" for streams, which in keys])
@@ -214,7 +213,7 @@ def _memory_cells(memory: OpenMemory | None) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One figure of a row that is compared. ``sign``: 1 if less is better, else -1."""
+    """One figure of a row, to compare. ``sign``: 1 if less is better, else -1."""
 
     name: str
     value: float
@@ -222,14 +221,14 @@ class Column:
 
 
 def columns_of(row: Row) -> list[Column]:
-    """Everything that is compared."""
+    """All figures of a row that are compared."""
     found = [Column(f"{streams} {which}", spread.median, 1) for (streams, which), spread in row.firsts.items()]
     found += [Column(f"{count}: chunks/s a core", spread.median, -1) for count, spread in row.chunks_core_s.items()]
     return found if row.memory is None else [*found, Column("KiB a stream", row.memory.per_stream_nbytes / KIB, 1)]
 
 
 def leads_of(row: Row, ours: Row) -> list[str]:
-    """Where a peer is ahead of ours, with both figures."""
+    """The columns in which a peer is ahead of our router, with both figures."""
     mine = {column.name: column for column in columns_of(ours)}
     return [
         f"{theirs.name} ({theirs.value:,.2f}, ours {mine[theirs.name].value:,.2f})"
@@ -239,7 +238,7 @@ def leads_of(row: Row, ours: Row) -> list[str]:
 
 
 def verdicts_of(rows: Sequence[Row], backend: str) -> list[Verdict]:
-    """Acceptance: what ours adds, and that no peer of a kind is ahead anywhere."""
+    """Acceptance verdicts: what our router adds, and that no peer of ``BEHIND_US`` is ahead in any column."""
     by_name = {row.target: row for row in rows}
     if (ours := by_name.get(OURS)) is None:
         return []
@@ -256,7 +255,7 @@ def verdicts_of(rows: Sequence[Row], backend: str) -> list[Verdict]:
 
 
 def notes_of(rows: Sequence[Row], samples: Sequence[Sample], backend: str) -> list[str]:
-    """What else has to be said: where other peers lead, and how quiet the machine was."""
+    """Notes: where other peers lead, and how quiet the machine was."""
     by_name = {row.target: row for row in rows}
     notes = []
     for name, row in by_name.items():

@@ -1,7 +1,7 @@
-"""What somebody who has Ray Serve would put before an engine: a deployment that streams requests through by aiohttp.
+"""What a Ray Serve user would put in front of an engine: a deployment that streams requests through with aiohttp.
 
-``python -P benchmarks/overhead_serve.py BACKEND PORT TMP``, by the Python of an environment that has Ray: a cluster of
-its own in TMP, one HTTP proxy, one replica. Prints ``serving`` and lives until SIGTERM.
+Run it as ``python -P benchmarks/overhead_serve.py BACKEND PORT TMP``, with the Python of an environment that has Ray.
+It starts its own cluster in TMP, with one HTTP proxy and one replica, prints ``serving`` and runs until SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 ONGOING_MAX = 1024
-"""By itself Serve sends five at once to a replica, and streams would wait for each other."""
+"""By default Serve sends a replica five requests at once, and streams would wait for each other."""
 NUM_CPUS = 2
 
 
 class Forward:
-    """Sends a request on, and its answer back as it comes."""
+    """Forwards a request, and streams its answer back."""
 
     def __init__(self, backend: str) -> None:
         self._backend = backend
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, request: Request) -> StreamingResponse:
-        """One request."""
+        """Handle one request."""
         if self._session is None:  # it needs a running loop
             connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
@@ -48,7 +48,7 @@ class Forward:
 
 
 def main(backend: str, port: int, tmp: str) -> None:
-    """Serve until told to stop."""
+    """Serve until SIGTERM or SIGINT."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     ray.init(
         num_cpus=NUM_CPUS,

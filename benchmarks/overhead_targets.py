@@ -1,7 +1,7 @@
-"""What stands between the client and the engine: nothing, our router, or a peer. Each started as its users start it.
+"""The targets between client and engine: nothing, our router, or a peer. Each is started as its users start it.
 
-Owns the peers' table: packages, versions, settings. A peer has an environment of its own in the cache, which is made
-once: a directory that is whole has its final name.
+Owns the table of peers: packages, versions, settings. Each peer has its own environment in the cache, made once and
+marked when complete.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ READY_S_MAX = 600.0
 STOP_S_MAX = 30.0
 INSTALL_S_MAX = 900.0
 LOG_SHOWN = 3000
-"""Characters."""
+"""Characters of a log that a failure shows."""
 ONGOING_MAX = 1024
-"""More streams at once than are measured."""
+"""More than the number of streams that are measured at once."""
 CLIENT_KEY = f"sk-{secrets.token_hex(16)}"
-"""What every client sends in this run. Ours and litellm, which does not start without, let in no other."""
+"""The client key of this run. Our router and litellm, which does not start without a key, accept no other."""
 _POLL_S = 0.1
 _URL = re.compile(r"event=router_serving url=http://[^:\s]+:(\d+)")
 
 
 class TargetFailed(Exception):
-    """It can't be installed or does not get ready. The message is for a person."""
+    """The target could not be installed, or did not become ready. The message is written for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Something that answers. ``tree``: its processes; None for the engine itself."""
+    """A target that answers requests. ``tree``: its processes; None for the engine itself."""
 
     name: str
     port: int
@@ -60,19 +60,19 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The one that all targets have behind them. ``command`` stands in place of ``vllm serve``."""
+    """The engine behind all targets. ``command`` is used in place of ``vllm serve``."""
 
     model: str
     source: str
     command: Sequence[str]
     arguments: dict[str, object] = field(default_factory=dict)
     node: dict[str, object] = field(default_factory=dict)
-    """More of the section of this name in our router's configuration."""
+    """Additional keys for the section ``node`` in our router's configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a peer runs: its environment's programs, a scratch folder, its port, the engine it stands before."""
+    """Where a peer runs: its environment's programs, a scratch directory, its port, and the engine behind it."""
 
     programs: Path
     scratch: Path
@@ -83,7 +83,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """``setting``: what differs from its defaults, and why, in words."""
+    """A peer. ``setting``: what differs from its defaults, and why, in words."""
 
     name: str
     package: str
@@ -94,7 +94,7 @@ class Peer:
 
     @property
     def requirement(self) -> str:
-        """As pip takes it."""
+        """The requirement in pip's syntax."""
         return f"{self.package}=={self.version}"
 
 
@@ -157,14 +157,14 @@ PEERS = (
 
 
 def ensure_peer(workspace: Workspace, peer: Peer) -> Path:
-    """The programs of a peer's environment, made if it is not there yet.
+    """Return the directory of the programs in a peer's environment; make the environment if it does not exist yet.
 
     Raises:
-        TargetFailed: it could not be made.
+        TargetFailed: the environment could not be made.
     """
     home = workspace.cache / "peers" / f"{re.sub('[^a-z0-9]+', '-', peer.name.lower())}-{peer.version}"
     if not (home / "made").exists():
-        shutil.rmtree(home, ignore_errors=True)  # an environment can't be moved, so a mark says that it is whole
+        shutil.rmtree(home, ignore_errors=True)  # can't be moved into place when complete, so a file marks it
         home.parent.mkdir(exist_ok=True)
         _run([sys.executable, "-m", "venv", str(home)], home)
         _run([str(home / "bin" / "pip"), "install", "--quiet", peer.requirement], home)
@@ -188,10 +188,10 @@ def _run(command: Sequence[str], home: Path) -> None:
 
 @contextlib.contextmanager
 def running_peer(workspace: Workspace, peer: Peer, programs: Path, *, backend: str, model: str) -> Iterator[Target]:
-    """A peer before an engine.
+    """Run a peer in front of an engine.
 
     Raises:
-        TargetFailed: it does not get ready.
+        TargetFailed: the peer did not become ready.
     """
     scratch = workspace.tmp / peer.name.split()[0]
     scratch.mkdir(exist_ok=True)
@@ -205,10 +205,11 @@ def running_peer(workspace: Workspace, peer: Peer, programs: Path, *, backend: s
 
 @contextlib.contextmanager
 def running_ours(workspace: Workspace, engine: Engine, *, on_socket: bool = False) -> Iterator[tuple[Target, str]]:
-    """Our router, which starts the engine, on a port or on a Unix socket; and the engine's URL, for everybody else.
+    """Run our router, which starts the engine on a port or a Unix socket. Also yields the engine's URL for other
+    targets.
 
     Raises:
-        TargetFailed: one of them does not get ready.
+        TargetFailed: the router or its engine did not become ready.
     """
     name = "ours-socket" if on_socket else "ours"
     node_dir, log = workspace.tmp / f"node-{name}", workspace.run / f"{name}.log"
@@ -238,7 +239,7 @@ def running_ours(workspace: Workspace, engine: Engine, *, on_socket: bool = Fals
 def _running(
     command: Sequence[str], environment: dict[str, str], *, log: Path, grace_s: float
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, of whose group nothing is left."""
+    """Run a process in its own session; nothing of its process group is left afterwards."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -260,7 +261,7 @@ def _running(
 
 
 def _wait_engine(process: subprocess.Popen[bytes], node: NodeClient, log: Path) -> tuple[int, str]:
-    """Process and URL of the engine, once it is ready."""
+    """Wait until the engine is ready; return its process id and URL."""
     deadline_s = time.monotonic() + READY_S_MAX
     while time.monotonic() < deadline_s and process.poll() is None:
         with contextlib.suppress(NodeError):
@@ -272,7 +273,7 @@ def _wait_engine(process: subprocess.Popen[bytes], node: NodeClient, log: Path) 
 
 
 def _wait_answer(process: subprocess.Popen[bytes], port: int, model: str, *, log: Path) -> None:
-    """Return when a small question is answered."""
+    """Wait until the target answers a small question."""
     asked = {"model": model, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 1}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {CLIENT_KEY}"}
     request = urllib.request.Request(f"http://{HOST}:{port}/v1/chat/completions", json.dumps(asked).encode(), headers)

@@ -1,4 +1,4 @@
-"""What of a file lies in the page cache: asked, and made so. Linux only."""
+"""Reads and changes how much of a file is in the page cache. Linux only."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _READ_NBYTES = 16 * MIB
 
 
 class PageCacheRefused(Exception):
-    """The system does not keep the pages, or does not give them up."""
+    """The system does not keep the pages, or does not drop them."""
 
 
 def residency(paths: Iterable[Path]) -> float:
-    """Which share of the files' bytes is in memory, by ``mincore``."""
+    """Share of the files' bytes that is in memory, according to ``mincore``."""
     pages = [_resident_pages(path) for path in paths]
     total = sum(count for _, count in pages)
     return sum(resident for resident, _ in pages) / total if total else 1.0
 
 
 def prepare(paths: Iterable[Path], tier: Tier) -> float:
-    """Bring the files into memory, or out of it, unless they are there already; returns their residency.
+    """Bring the files into memory (``warm``) or drop them from it (``cold``), if necessary; returns their residency.
 
     Raises:
-        PageCacheRefused: it did not come about in ``ATTEMPTS_MAX`` attempts.
+        PageCacheRefused: ``ATTEMPTS_MAX`` attempts did not succeed.
     """
     files = list(paths)
     for _ in range(ATTEMPTS_MAX + 1):
@@ -56,7 +56,7 @@ def _read(path: Path) -> None:
 
 
 def _drop(path: Path) -> None:
-    """Only clean pages can go, hence the sync."""
+    """Drop a file's pages. Only clean pages can be dropped, hence the fsync."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -66,7 +66,7 @@ def _drop(path: Path) -> None:
 
 
 def _resident_pages(path: Path) -> tuple[int, int]:
-    """Pages of a file in memory, and all of them."""
+    """Number of a file's pages in memory, and of all its pages."""
     nbytes = path.stat().st_size
     count = -(-nbytes // mmap.PAGESIZE)
     if count == 0:

@@ -1,4 +1,4 @@
-"""How much memory something needs at its peak, by the kernel's own high-water mark. Linux only."""
+"""Measures peak memory with the kernel's own high-water mark. Linux only."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from sllm_vllm.units import KIB
 
 
 class PeakMemory:
-    """Measures from its making on. Counts every resident page, those of mapped files too."""
+    """Measures from its construction on. Counts every resident page, including those of mapped files."""
 
     def __init__(self) -> None:
         self._before: int | None = None
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the mark is set to what is resident now
+            Path("/proc/self/clear_refs").write_text("5")  # resets the mark to what is resident now
             self._before = _status("VmRSS")
-        except OSError:  # not ours to write, in some containers
+        except OSError:  # not writable in some containers
             return
 
     def growth(self) -> int | None:
-        """Bytes by which resident memory grew at most; None where the system does not tell."""
+        """Largest growth of resident memory, in bytes; None if the system does not say."""
         return None if self._before is None else max(_status("VmHWM") - self._before, 0)
 
 

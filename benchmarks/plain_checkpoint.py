@@ -1,4 +1,4 @@
-"""Checkpoints of a plain module, written without a model: for measuring the store where there is torch and no vLLM."""
+"""Checkpoints of a plain module, written without a model: for measuring the store with torch, but without vLLM."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
 from sllm_vllm.loader.save import save_state
 
 NUM_LAYERS = 13
-"""1.22 GB in bfloat16."""
+"""Gives 1.22 GB in bfloat16."""
 
 
 def write_plain_checkpoint(
     store_dir: Path, name: str, *, num_layers: int = NUM_LAYERS, chunk_nbytes: int = CHUNK_NBYTES_DEFAULT
 ) -> Checkpoint:
-    """Publish a checkpoint of seeded random bits, unless it is there; ``name`` is its model's, and its seed."""
+    """Publish a checkpoint of seeded random bits, unless it exists. ``name`` is its model's name and gives the seed."""
     layout = Layout(model_class="plain", dtype="bfloat16", device_type="any", vllm_version="none", config_digest="")
     key = CheckpointKey(Source(model=name, fingerprint=name), layout)
     staging = CheckpointRepository(store_dir).stage(key, chunk_nbytes)
@@ -31,7 +31,7 @@ def write_plain_checkpoint(
 
 
 def module_for(partition: RankPartition, device: torch.device) -> nn.Module:
-    """A module with a parameter for each of the partition's tensors, allocated and empty."""
+    """A module with an allocated, uninitialised parameter for each of the partition's tensors."""
     root = nn.Module()
     for record in partition.record.tensors:
         *path, leaf = record.name.split(".")

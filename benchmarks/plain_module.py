@@ -1,4 +1,4 @@
-"""A module of plain parameters, for measuring loaders where there is torch but no vLLM."""
+"""A module of plain parameters, for measuring loaders with torch, but without vLLM."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ HIDDEN = 2048
 INTERMEDIATE = 5504
 VOCAB = 8192
 NUM_LAYERS = 22
-"""A Llama of 2 GB, fused as vLLM fuses it."""
+"""The dimensions of a Llama of 2 GB; its parameters are fused as in vLLM."""
 
 
 def llama_shapes(num_layers: int = NUM_LAYERS) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of its parameters, in execution order."""
+    """Names and shapes of the parameters, in execution order."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for layer in range(num_layers):
         stem = f"model.layers.{layer}"
@@ -32,7 +32,7 @@ def llama_shapes(num_layers: int = NUM_LAYERS) -> dict[str, tuple[int, ...]]:
 
 
 def write_plain_model(directory: Path, *, num_layers: int = NUM_LAYERS, seed: int = 0) -> Path:
-    """Write ``model.safetensors`` with seeded random bits. Returns the directory."""
+    """Write ``model.safetensors`` with seeded random bits; returns the directory."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
@@ -44,7 +44,7 @@ def write_plain_model(directory: Path, *, num_layers: int = NUM_LAYERS, seed: in
 
 
 def empty_module(files: list[Path], device: torch.device) -> nn.Module:
-    """A module with a parameter for each tensor of the safetensors files, allocated and empty."""
+    """A module with an allocated, uninitialised parameter for each tensor of the safetensors files."""
     root = nn.Module()
     for file in files:
         for name, entry in _header(file).items():

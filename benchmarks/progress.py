@@ -1,4 +1,4 @@
-"""Tells what a long program does right now, and for how long: a line a step, and on a terminal a running clock."""
+"""Shows what a long-running program is doing and for how long: a line for each step; on a terminal, a running clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
 class Progress:
-    """One line when a step begins, with the seconds since the start before it."""
+    """Prints a line when a step begins, prefixed with the seconds since the start."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -26,7 +26,7 @@ class Progress:
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:
-        """Say what begins now; a terminal shows a clock until it ends."""
+        """Print what begins now; a terminal shows a clock until the step ends."""
         self.say(text)
         if not self._console.is_terminal:
             yield

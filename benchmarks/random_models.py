@@ -1,12 +1,12 @@
 """Random models of real architectures, as Hugging Face model directories.
 
-Owns: configs, seeded weights under the names real checkpoints use, and a byte-level tokenizer, all made without a
+Owns: configs, seeded weights under the names that real checkpoints use, and a byte-level tokenizer, all made without a
 network. Tests and benchmarks call `write_random_model`; from a shell:
 
     python benchmarks/random_models.py PATH --architecture llama --size tiny --dtype bfloat16 --seed 0
 
-Weights are drawn with variance 1 / fan-in and norms lie near 1, so that layers outweigh the embedding in the residual
-stream: greedy output then wanders through the vocabulary instead of repeating the last token.
+Weights are drawn with variance 1 / fan-in, and norms are near 1, so that layers outweigh the embedding in the residual
+stream. Greedy output then wanders through the vocabulary instead of repeating the last token.
 """
 
 import argparse
@@ -62,7 +62,7 @@ WHISPER_TOKENS = (
     "<|prev|>",
     "<|notimestamps|>",
 )
-# Tokens beside SPECIAL_TOKENS, the vocabulary's last.
+# Special tokens in addition to SPECIAL_TOKENS; the last of the vocabulary.
 MEDIA_TOKENS = {"whisper": WHISPER_TOKENS}
 OUTPUT_LAYERS = ("lm_head.weight", "proj_out.weight")
 SMALL_IF_TIED = frozenset({"embed_tokens", "embed_positions", "wte", "wpe"})
@@ -81,7 +81,7 @@ class Size:
 
 
 SIZES = {
-    # 5 MB as llama in bfloat16; heads of 64, which every CPU attention kernel takes.
+    # 5 MB as llama in bfloat16; heads of 64, which every CPU attention kernel supports.
     "tiny": Size(hidden=256, intermediate=512, num_layers=4, num_heads=4, num_kv_heads=2, vocab=512),
     # 0.47 GB as llama in bfloat16.
     "0.5GB": Size(hidden=2048, intermediate=4096, num_layers=6, num_heads=32, num_kv_heads=8, vocab=4096),
@@ -93,7 +93,7 @@ SIZES = {
 
 
 def _decoder_fields(size: Size) -> dict[str, Any]:
-    """Config fields that llama and its many descendants name alike."""
+    """Config fields that llama and the architectures derived from it name alike."""
     return {
         "vocab_size": size.vocab,
         "hidden_size": size.hidden,
@@ -223,7 +223,7 @@ def _whisper(size: Size) -> transformers.PretrainedConfig:
     )
 
 
-# Architectures that read audio; their directories have a feature extractor too.
+# Architectures that read audio; their directories also contain a feature extractor.
 MEDIA_ARCHITECTURES: dict[str, Callable[[Size], transformers.PretrainedConfig]] = {"whisper": _whisper}
 # Architectures that embed instead of generating.
 POOLING_ARCHITECTURES = frozenset({"bert"})
@@ -234,7 +234,7 @@ TIED_ARCHITECTURES = frozenset({"qwen3", "gemma3", "gpt2", "opt"})
 def write_random_model(
     path: Path, architecture: str, *, size: str = "tiny", dtype: str = "bfloat16", seed: int = 0
 ) -> Path:
-    """Write a model directory (created if need be) and return `path`; the same arguments write the same bytes."""
+    """Write a model directory (created if necessary) and return `path`; the same arguments write the same bytes."""
     path.mkdir(parents=True, exist_ok=True)
     config = (ARCHITECTURES | MEDIA_ARCHITECTURES)[architecture](SIZES[size])
     config.dtype = getattr(torch, dtype)
@@ -257,7 +257,7 @@ def write_random_model(
 
 
 def _empty_model(config: transformers.PretrainedConfig, architecture: str) -> torch.nn.Module:
-    """The model on the meta device."""
+    """Build the model on the meta device."""
     auto_class = {
         **dict.fromkeys(POOLING_ARCHITECTURES, transformers.AutoModel),
         "whisper": transformers.AutoModelForSpeechSeq2Seq,
@@ -268,7 +268,7 @@ def _empty_model(config: transformers.PretrainedConfig, architecture: str) -> to
 
 
 def _checkpoint_shapes(config: transformers.PretrainedConfig, architecture: str) -> dict[str, torch.Size]:
-    """Names and shapes of the checkpoint, read off the model built on the meta device; sets `config.architectures`."""
+    """Names and shapes of the checkpoint's tensors, from the model on the meta device; sets `config.architectures`."""
     model = _empty_model(config, architecture)
     config.architectures = [type(model).__name__]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -285,7 +285,7 @@ def _without_quantization(config: transformers.PretrainedConfig) -> transformers
 
 
 def _unfused(name: str, shape: torch.Size) -> Iterator[tuple[str, torch.Size]]:
-    """Split the fused experts of transformers' modules into one matrix an expert, as checkpoints store them."""
+    """Split the fused experts of transformers' modules into one matrix per expert, as checkpoints store them."""
     stem, _, last = name.rpartition(".")
     if not stem.endswith(".experts"):
         yield name, shape
@@ -302,14 +302,14 @@ def _unfused(name: str, shape: torch.Size) -> Iterator[tuple[str, torch.Size]]:
 def _random_tensors(
     shapes: dict[str, torch.Size], config: transformers.PretrainedConfig, *, seed: int
 ) -> dict[str, torch.Tensor]:
-    # Torch draws on one thread a tensor, and without the GIL.
+    # Torch uses one thread to draw a tensor, and releases the GIL meanwhile.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tensors = pool.map(lambda name: _random_tensor(name, shapes[name], config, seed=seed), shapes)
         return dict(zip(shapes, tensors, strict=True))
 
 
 def _random_tensor(name: str, shape: torch.Size, config: transformers.PretrainedConfig, *, seed: int) -> torch.Tensor:
-    """A tensor that depends on nothing but its name, shape, config and `seed`."""
+    """A random tensor that depends only on its name, shape, config and `seed`."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     tensor = torch.randn(shape, generator=generator, dtype=config.dtype)
@@ -326,7 +326,7 @@ def _random_tensor(name: str, shape: torch.Size, config: transformers.Pretrained
 
 
 def _quantized_w8a8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Replace each projection by int8 rows and one scale a row, as compressed-tensors stores them."""
+    """Replace each projection by int8 rows with one scale per row, as compressed-tensors stores them."""
     quantized: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if not name.endswith("_proj.weight"):
@@ -342,7 +342,7 @@ def _write_tokenizer(path: Path, *, vocab_size: int, more_tokens: Sequence[str])
     """Write a byte-level BPE tokenizer of `vocab_size` tokens, most of them pronounceable syllables.
 
     Args:
-        more_tokens: special ones, the last of the vocabulary.
+        more_tokens: additional special tokens, the last of the vocabulary.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIAL_TOKENS, *alphabet]
@@ -366,7 +366,7 @@ def _write_tokenizer(path: Path, *, vocab_size: int, more_tokens: Sequence[str])
 
 
 def _write_feature_extractor(path: Path) -> None:
-    """Write what turns audio into mel spectrograms, as `save_pretrained` of transformers' processor would."""
+    """Write the config of the feature extractor, which turns audio into mel spectrograms, as transformers saves it."""
     fields = {
         "feature_extractor_type": "WhisperFeatureExtractor",
         "processor_class": "WhisperProcessor",
@@ -378,7 +378,7 @@ def _write_feature_extractor(path: Path) -> None:
 
 
 def _syllable_merges() -> Iterator[tuple[str, str]]:
-    """About 20,000 merges: letter pairs, those after a space, pairs of pairs."""
+    """About 20,000 merges: pairs of letters, those pairs after a space, and pairs of pairs."""
     syllables = [c + v for c in "bcdfghjklmnpqrstvwxyz" for v in "aeiou"]
     yield from ((s[0], s[1]) for s in syllables)
     yield from (("Ġ", s) for s in syllables)

@@ -1,6 +1,6 @@
-"""A Ray cluster of several nodes on this machine with the router as its Serve application, and ways to kill its parts.
+"""A Ray cluster of several nodes on this machine, with the router as its Serve application, and ways to kill its parts.
 
-Every node is a raylet of its own; they share processors, loopback and disk. The head takes no engines.
+Every node is its own raylet; all share processors, loopback and disk. The head node takes no engines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sllm_vllm.router.ray_serve import CONTROLLER, Arguments, build
 ADMIN_KEY = "the-operators-own-key"
 OBJECTS_NBYTES = 80 << 20
 RESOURCE = "sllm"
-"""What nodes have that take engines."""
+"""The Ray resource of nodes that take engines."""
 
 Sections = dict[str, Any]
 C = TypeVar("C", bound="RayCluster")
@@ -38,23 +38,23 @@ C = TypeVar("C", bound="RayCluster")
 
 @dataclass
 class RayCluster:
-    """A cluster, and the application's address once it is deployed. Its folder has all nodes' folders."""
+    """A cluster, and the application's address once it is deployed. ``directory`` contains all nodes' directories."""
 
     directory: Path
     cluster: Cluster
     port: int
     environment: Mapping[str, str]
-    """What nodes' processes get beside this one's variables."""
+    """Environment variables that nodes' processes get in addition to this process's."""
     nodes: dict[str, Any] = field(default_factory=dict)
-    """By name: those that take engines."""
+    """The nodes that take engines, by name."""
 
     @property
     def url(self) -> str:
-        """Of the application."""
+        """URL of the application."""
         return f"http://127.0.0.1:{self.port}"
 
     def add_node(self, name: str, *, num_cpus: int = 2) -> None:
-        """A node that takes engines, one for each of its processors."""
+        """Add a node that takes engines, one for each of its processors."""
         self.nodes[name] = self.cluster.add_node(
             node_name=name,
             num_cpus=num_cpus,
@@ -65,51 +65,51 @@ class RayCluster:
         )
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL to its raylet: the machine is gone."""
+        """Send SIGKILL to a node's raylet, as if the machine were lost."""
         self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
 
     def agent(self, name: str) -> NodeClient:
-        """The agent's own socket."""
+        """A client for the socket of a node's agent."""
         return NodeClient(self.directory / "nodes" / name / "socket")
 
     def kill_agent(self, name: str) -> None:
-        """SIGKILL to the actor's process."""
+        """Send SIGKILL to the process of a node's agent."""
         os.kill(self.agent(name).report().pid, signal.SIGKILL)
 
     def kill_controller(self) -> None:
-        """End the actor's process as a crash does."""
+        """End the controller actor's process as a crash would."""
         actor = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
         ray.kill(actor, no_restart=False)
 
     def ingresses(self) -> list[int]:
-        """Processes of those that live."""
-        actors = ray._private.state.actors().values()  # the public way asks the dashboard
+        """Process ids of the living ingresses."""
+        actors = ray._private.state.actors().values()  # the public API needs the dashboard
         return [one["Pid"] for one in actors if one["State"] == "ALIVE" and "sllm-ingress" in one["Name"]]
 
     def kill_ingress(self) -> None:
-        """SIGKILL to the process of one of them."""
+        """Send SIGKILL to the process of one ingress."""
         os.kill(self.ingresses()[0], signal.SIGKILL)
 
     def living_nodes(self) -> set[str]:
-        """Those that take engines, as Ray sees them."""
+        """Names of the living nodes that take engines, according to Ray."""
         return {one["NodeName"] for one in ray.nodes() if one["Alive"] and RESOURCE in one["Resources"]}
 
     def num_cpus_free(self) -> float:
-        """What Ray would give to others: nothing, while every living node's agent holds its processors."""
+        """Processors that Ray would give to other work: 0 while every living node's agent holds its processors."""
         return float(ray.available_resources().get("CPU", 0.0))
 
     def deploy(self, sections: Sections) -> None:
-        """Write the configuration, and deploy the application, or deploy it otherwise; returns when it is up."""
+        """Write the configuration and deploy the application, or redeploy it; returns when it is up."""
         path = self.directory / "router.yaml"
         path.write_text(json.dumps(sections))  # JSON is YAML
         serve.run(build(Arguments(config=str(path))), name="sllm", route_prefix="/")
 
 
 def sections_of(directory: Path, models: dict[str, dict[str, Any]], **more: dict[str, Any]) -> Sections:
-    """A configuration for such a cluster: everything lies below ``directory``, apart for each node.
+    """A configuration for the cluster; everything is below ``directory``, separate for each node.
 
     Args:
-        models: by name, what the configuration says of each.
+        models: the configuration of each model, by name.
         more: keys of the sections ``server``, ``node``, ``ray`` and ``defaults``, as mappings.
     """
     return {
@@ -127,8 +127,8 @@ def sections_of(directory: Path, models: dict[str, dict[str, Any]], **more: dict
 def ray_cluster(
     kind: type[C], directory: Path, *names: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[C]:
-    """A head that takes no engines, and nodes of these names; Serve listens at the head. Gives a ``kind``."""
-    Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)  # Cluster does not make it where it is to write
+    """Run a head node without engines, and nodes with these names; Serve listens on the head. Yields a ``kind``."""
+    Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)  # Cluster writes there, but does not create it
     with tempfile.TemporaryDirectory(prefix="ray") as temporary:  # sockets' paths have to be short
         cluster = Cluster(
             initialize_head=True,
@@ -154,7 +154,7 @@ def ray_cluster(
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
+    """A port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as one:
         port: int = one.getsockname()[1]
         return port

@@ -1,9 +1,9 @@
-"""Four models on a Ray cluster of three nodes behind Ray Serve, on this machine; its parts are killed under load.
+"""Four models on a Ray cluster of three nodes behind Ray Serve, on this machine; parts of it are killed under load.
 
-Every model is asked with the official ``openai`` client, ended, and asked again: the second start goes to the node that
-has its checkpoint. Then the controller, an ingress, an agent and a node are killed, each while every model streams, and
-the streams' ends are printed. Exits with 1 if an answer is wrong, a stream ends without its end, or a model is not
-served afterwards.
+Each model is asked with the official ``openai`` client, stopped, and asked again: the second start goes to the node
+that has its checkpoint. Then the controller, an ingress, an agent and a node are killed in turn, each while every model
+streams; the demo prints how the streams ended. Exits with 1 if an answer is wrong, if a stream stops early without an
+error, if a second start went to another node, or if a model is not served afterwards.
 
     python -m benchmarks.ray_demo
 """
@@ -41,7 +41,7 @@ _WHOLE = "whole"
 
 
 class DemoFailed(Exception):
-    """Something did not come in time."""
+    """The demo did not get as far as it should in time."""
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def run_demo(workspace: Workspace) -> int:
-    """The demo in its workspace. Returns the exit status."""
+    """Run the demo in its workspace and return the exit status."""
     console = Console()
     progress = Progress(console)
     with progress.step("making models"):
@@ -88,7 +88,7 @@ def _sections(workspace: Workspace, models: dict[str, Path]) -> dict[str, Any]:
 
 
 class Demo:
-    """The acts, over a cluster that is up."""
+    """The parts of the demo, on a running cluster."""
 
     def __init__(self, cluster: RayCluster, console: Console) -> None:
         self._cluster = cluster
@@ -98,12 +98,12 @@ class Demo:
         self._said: dict[str, str] = {}
         self._told: dict[str, str] = {}
         self._begun: set[str] = set()
-        """Models whose streams have their first token."""
+        """Models whose streams have delivered their first token."""
 
     # --------------------------------------------------------------------------------------------------------- acts
 
     def starts(self) -> bool:
-        """Each model twice from nothing. Whether the second start stayed where the first one was."""
+        """Start each model twice; return whether every second start was on the same node as the first."""
         table = Table(title="starts", title_justify="left", box=None)
         for name in ("model", "start", "node", "tier", "expected s", "taken s"):
             table.add_column(name, justify="right" if name.endswith(" s") else "left")
@@ -124,14 +124,14 @@ class Demo:
         return all(first == second for first, second in nodes.values())
 
     def kills(self) -> bool:
-        """Kill one part after the other under load. Whether all ended as it should, and everything is served again."""
+        """Kill one part after the other under load; return whether no stream was wrong and all models work again."""
         self._told = {name: self.stream(name) for name in ARCHITECTURES}
         table = Table(title="killed while every model streams", title_justify="left", box=None)
         for name in ("what", *ARCHITECTURES, "asked", "free"):
             table.add_column(name, no_wrap=True)
         is_well = True
         for what, kill in self._victims():
-            self.wait(self.is_warm, "warm parents")  # or starts would be cold, and slower than the import that goes on
+            self.wait(self.is_warm, "warm parents")  # else starts would be cold, and slower than the running import
             with ThreadPoolExecutor(2 * len(ARCHITECTURES)) as pool:
                 self._begun.clear()
                 streams = {name: pool.submit(self.stream, name) for name in ARCHITECTURES}
@@ -168,19 +168,19 @@ class Demo:
     # ---------------------------------------------------------------------------------------------------- questions
 
     def ask(self, name: str) -> str:
-        """What a model says to the same question; raises ``openai.OpenAIError``."""
+        """Return a model's answer to the question, which is always the same; raises ``openai.OpenAIError``."""
         told = self._client.completions.create(model=name, prompt=QUESTION, max_tokens=NUM_TOKENS, temperature=0)
         return told.choices[0].text
 
     def outcome_of(self, name: str) -> str:
-        """Whether it was answered, in a word."""
+        """How a model answered the question, in one word."""
         try:
             return "ok" if self.ask(name) == self._said[name] else "WRONG"
         except openai.OpenAIError as error:
             return type(error).__name__
 
     def stream(self, name: str) -> str:
-        """A long answer as it comes; an error's name where it ends with one."""
+        """Stream a long answer and return it; if it ends with an error, return the error's name after "!"."""
         parts = []
         try:
             for event in self._client.completions.create(
@@ -198,7 +198,7 @@ class Demo:
         return "".join(parts)
 
     def judged(self, name: str, told: str) -> str:
-        """How a stream ended, in a word."""
+        """How a stream ended, in one word."""
         if told == self._told[name]:
             return _WHOLE
         return {"!APIError": "error", "!RemoteProtocolError": "cut", "!APIConnectionError": "cut"}.get(
@@ -206,12 +206,12 @@ class Demo:
         )
 
     def replicas(self, name: str) -> list[dict[str, Any]]:
-        """Of a model, those that are ready."""
+        """The ready replicas of a model."""
         found = self._admin.get("replicas")["replicas"]
         return [one for one in found if one["model"] == name and one["state"] == "ready"]
 
     def end_all(self) -> None:
-        """Have all replicas end."""
+        """Drain all replicas and wait until they have ended."""
         for name in ARCHITECTURES:
             for replica in self.replicas(name):
                 self._admin.post("replicas", replica["id"], "drain")
@@ -225,20 +225,20 @@ class Demo:
             return False
 
     def is_whole(self) -> bool:
-        """Whether every node that Ray knows has joined, and its agent holds its processors."""
+        """Whether every node that Ray knows has joined, and agents hold all processors."""
         joined = {one["id"] for one in self._admin.get("nodes")["nodes"]}
         is_known = joined == set(self._cluster.nodes) == self._cluster.living_nodes()
         return is_known and self._cluster.num_cpus_free() == 0
 
     def wait(self, is_so: Callable[[], object], what: str) -> None:
-        """Until it is so.
+        """Wait until a condition holds.
 
         Raises:
-            DemoFailed: it never was.
+            DemoFailed: it did not hold within ``WAIT_S_MAX``.
         """
         deadline_s = time.monotonic() + WAIT_S_MAX
         while time.monotonic() < deadline_s:
-            with contextlib.suppress(AdminError):  # the controller starts again
+            with contextlib.suppress(AdminError):  # while the controller restarts
                 if is_so():
                     return
             time.sleep(0.1)

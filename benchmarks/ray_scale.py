@@ -1,13 +1,14 @@
-"""What the one controller of a Ray cluster can do, and what it costs a request: a real local cluster, no engines.
+"""What the single controller of a Ray cluster can handle, and what it adds to a request: a real cluster, no engines.
 
-*Ingresses*: clients that are to the controller what ingress replicas are (the same session, over the same Ray calls),
-1, 2 and 4 of them, each an actor of its own: tickets a second with 32 asked for at once by each, and seconds for one
-when one asks alone, fifty times a second at most. Beside them requests through Serve's proxy, an ingress replica and a
-fake engine, one at a time: the ticket's share of such a request. *Nodes*: 10, 100 and 1,000 that report as agents do,
-through Ray, each with eight slots and twenty checkpoints: the controller's processor time for them alone, and the same
-tickets meanwhile.
+*Ingresses*: 1, 2 and 4 clients that act towards the controller as ingress replicas do (the same session, over the same
+Ray calls), each an actor of its own. Measured are tickets per second with 32 asked for at once by each client, and the
+seconds for one ticket when one client asks alone, at most fifty times a second. For comparison, requests are sent one
+at a time through Serve's proxy, an ingress replica and a fake engine: this gives the ticket's share of such a request.
+*Nodes*: 10, 100 and 1,000 simulated nodes that report through Ray as agents do, each with eight slots and twenty
+checkpoints. Measured are the controller's processor time for reports alone, and the same tickets while nodes report.
 
-Client, controller, proxy and engine share this machine's processors. Exits with 1 if a ticket fails.
+The cluster is local: client, controller, proxy and engine share this machine's processors. Exits with 1 if a ticket
+fails.
 
     python -m benchmarks.ray_scale --json FILE
 """
@@ -48,14 +49,16 @@ AT_ONCE = 32
 LOAD_S, ALONE, IDLE_S = 10.0, 500, 20.0
 GOAL_S = 0.003
 PAUSE_S = 0.02
-"""Between two tickets that are asked for alone: for what is told of the last one."""
+"""Pause between two tickets that are asked for alone, in which the notes about the last one are sent."""
 MODEL = "fine"
 _FREE = {"num_cpus": 0, "max_concurrency": 10_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One setting. Seconds; ``busy``: the controller's processor time a second while nobody asks."""
+    """One setting. Times in seconds; ``busy``: processor seconds per second of the controller while no tickets are
+    asked for.
+    """
 
     kind: str
     num_ingresses: int
@@ -77,7 +80,7 @@ def main() -> int:
 
 
 def measure(workspace: Workspace, json_path: Path | None) -> int:
-    """All of it. Returns the exit status."""
+    """Run the whole benchmark and return the exit status."""
     console = Console()
     progress = Progress(console)
     rows = []
@@ -104,7 +107,7 @@ def measure(workspace: Workspace, json_path: Path | None) -> int:
 
 
 def with_ingresses(cluster: RayCluster, workspace: Workspace, num: int) -> Row:
-    """The application's own controller, with one replica of a fake engine, and so many clients of it."""
+    """Measure the application's own controller, with one replica of a fake engine and ``num`` clients."""
     if num == INGRESSES[0]:
         defaults = {"ongoing_max": 10_000, "target_ongoing": 10_000, "keep_alive": 3600}
         engine = [sys.executable, str(ROOT / "benchmarks" / "overhead_engine.py"), "serve"]
@@ -119,7 +122,7 @@ def with_ingresses(cluster: RayCluster, workspace: Workspace, num: int) -> Row:
 
 
 def _request_s(url: str) -> float:
-    """Of one request through Serve, down to its last byte."""
+    """Seconds of one request through Serve, up to its last byte."""
     body = json.dumps({"model": MODEL, "prompt": "hello", "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     begun_s = time.perf_counter()
@@ -129,14 +132,14 @@ def _request_s(url: str) -> float:
 
 
 class Echo:
-    """Does nothing: what a call to an actor takes by itself."""
+    """Does nothing; measures what a bare call to an actor takes."""
 
     async def call(self) -> None:
         """Return."""
 
 
 def bare_call_s() -> float:
-    """Median seconds of a bare call from actor to actor, as often as tickets are asked for alone."""
+    """Median seconds of a bare call from actor to actor, called at the rate at which single tickets are asked for."""
 
     class Caller:
         async def time(self, echo: Any) -> list[float]:  # noqa: ANN401 - Ray has no types
@@ -154,7 +157,7 @@ def bare_call_s() -> float:
 
 
 class TicketClient:
-    """To the controller an ingress; it asks for tickets and gives them back at once."""
+    """Acts as an ingress towards the controller: asks for tickets and returns them at once."""
 
     def __init__(self, link: ControllerLink) -> None:
         self._link = link
@@ -162,7 +165,7 @@ class TicketClient:
         self._num_asked = 0
 
     async def alone(self, models: Sequence[str], num: int) -> list[float]:
-        """Seconds of so many tickets, one after the other."""
+        """Seconds of each of ``num`` tickets, asked for one after the other."""
         took_s = []
         for _ in range(num):
             took_s.append(await self._ask(random.choice(models)))
@@ -170,7 +173,7 @@ class TicketClient:
         return took_s
 
     async def load(self, models: Sequence[str], seconds: float) -> int:
-        """Tickets in this time, with ``AT_ONCE`` asked for at once."""
+        """Number of tickets received in this time, with ``AT_ONCE`` asked for at once."""
         until_s = time.perf_counter() + seconds
 
         async def keep_asking() -> int:
@@ -200,7 +203,7 @@ def _client(link: ControllerLink) -> Any:  # noqa: ANN401 - Ray has no types
 
 
 def _measured(kind: str, clients: Sequence[Any], models: Sequence[str], *, num_nodes: int) -> Row:
-    """One client alone, then all at once."""
+    """Measure with one client alone, then with all at once."""
     alone_s = sorted(ray.get(clients[0].alone.remote(models, ALONE)))
     num = sum(ray.get([client.load.remote(models, LOAD_S) for client in clients]))
     for client in clients:
@@ -219,14 +222,14 @@ def _measured(kind: str, clients: Sequence[Any], models: Sequence[str], *, num_n
 
 
 def with_nodes(num: int) -> Row:
-    """A controller with so many simulated nodes, a model and a replica on each, and one client."""
+    """Measure a controller with ``num`` simulated nodes, a model and a replica on each, and one client."""
     reporter = ray.remote(Reporter).options(**_FREE).remote()
     controller = ray.remote(SimulatedController).options(**_FREE).remote(reporter, num)
     models = ray.get(controller.start.remote())
     client = _client(SimulatedLink(controller))
     ray.get(client.alone.remote(models, 20))
     before_s = ray.get(controller.processor_s.remote())
-    time.sleep(IDLE_S)  # what is measured is what it does meanwhile
+    time.sleep(IDLE_S)  # the controller's work in this time is what is measured
     busy = (ray.get(controller.processor_s.remote()) - before_s) / IDLE_S
     row = replace(_measured("nodes", [client], models, num_nodes=num), busy=busy)
     for actor in (controller, reporter):
@@ -238,12 +241,12 @@ def with_nodes(num: int) -> Row:
 
 
 def told_of(row: Row) -> str:
-    """A line of it."""
+    """A row, as a line to print."""
     return f"{row.tickets_per_s:,.0f} tickets/s; one alone {row.p50_s * 1e3:.2f} ms, {row.busy:.1%} busy with reports"
 
 
 def show(console: Console, rows: Sequence[Row]) -> None:
-    """A table for a person, and the goal."""
+    """Print the rows as a table, and the verdict on the goal."""
     table = Table(title="tickets of one controller", title_justify="left", box=None)
     for name in ("ingresses", "nodes", "tickets/s", "P50 ms", "P99 ms", "of a request's P50", "busy with reports"):
         table.add_column(name, justify="right")

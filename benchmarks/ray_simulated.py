@@ -1,4 +1,4 @@
-"""A controller with simulated nodes whose reports come through Ray, for ``ray_scale.py``: as real ones, no agents."""
+"""A controller with simulated nodes, without agents, for ``ray_scale.py``. Reports come through Ray, as in reality."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ DONE = Outcome("done", 200, first_byte_s=None, seconds=0.01, prompt_tokens=None,
 
 
 class Reporter:
-    """All simulated agents' half of a report: it comes through Ray, as from an actor on its node."""
+    """The agents' side of reports, for all simulated nodes. An actor, so that reports come through Ray."""
 
     async def report(self, name: str, replicas: tuple[ReplicaReport, ...]) -> NodeReport:
-        """Of one node."""
+        """The report of one node."""
         return NodeReport(
             version="0",
             pid=1,
@@ -55,7 +55,7 @@ def _checkpoint(name: str, number: int) -> CheckpointReport:
 
 
 class SimulatedNode:
-    """A node whose replicas are ready at once, and whose reports come from the reporter."""
+    """A node whose replicas are ready at once, and whose reports come from the ``Reporter``."""
 
     is_here = False
 
@@ -71,7 +71,7 @@ class SimulatedNode:
         return report
 
     async def stop_replica(self, replica_id: str) -> ReplicaReport:
-        """See ``NodeAgent``; nothing here ever stops."""
+        """See ``NodeAgent``; here replicas never stop."""
         return self._replicas[replica_id]
 
     async def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]:
@@ -115,14 +115,16 @@ def _ready(order: ReplicaOrder) -> ReplicaReport:
 
 
 class SimulatedController:
-    """A controller over simulated nodes, as ``RayController`` is over real ones: a ``ControllerLink`` by Ray calls."""
+    """A controller over simulated nodes, as ``RayController`` is over real ones: a ``ControllerLink`` through Ray
+    calls.
+    """
 
     def __init__(self, reporter: Any, num_nodes: int) -> None:  # noqa: ANN401 - Ray has no types
         self._names = [f"n-{number:04}" for number in range(num_nodes)]
         self._reporter = reporter
 
     async def start(self) -> list[str]:
-        """Take all nodes in, with a replica on each. Returns the models."""
+        """Add all nodes, with a replica on each; returns the models."""
         self._controller = Controller(waiting_max=100_000, directory=Path("/tmp"))
         await self._controller.start()
         limits = {"ongoing_max": 10_000, "target_ongoing": 10_000, "keep_alive": 3600.0}
@@ -139,7 +141,7 @@ class SimulatedController:
         return self._names
 
     def processor_s(self) -> float:
-        """Of this process, so far."""
+        """Processor seconds that this process has used so far."""
         return time.process_time()
 
     async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
@@ -165,7 +167,7 @@ class SimulatedController:
 
 
 class SimulatedLink:
-    """To such a controller."""
+    """A ``ControllerLink`` to a ``SimulatedController``."""
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - Ray has no types
         self._actor = actor

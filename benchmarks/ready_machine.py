@@ -1,4 +1,4 @@
-"""The state of the machine's memory that every measurement starts from."""
+"""Sets the state of the machine's memory that every measurement starts from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from benchmarks.page_cache import prepare
 
 
 def ready_machine(job: Job) -> float:
-    """Bring the job's files into their tier and, if it says so, have free memory at hand; returns their residency.
+    """Bring the job's files into their tier and, if asked for, make free memory ready; returns the files' residency.
 
     Raises:
-        PageCacheRefused: the files can't be brought into their tier.
+        PageCacheRefused: the files could not be brought into their tier.
     """
     prepare(job.files, job.tier)
     if job.claims_memory:

@@ -1,8 +1,8 @@
 """Three models behind one address, on two slots: the router with the official ``openai`` client.
 
-Sends completions and chats, plain and as streams, that need every model in turn, so that engines start, leave and start
-again, and prints for each cold start what the router expected and what it took, term by term. Exits with 1 if a request
-fails, or if a model's answers differ between two of its engines.
+Sends completions and chats, plain and streamed, to every model in turn, so that engines start, stop and start again.
+Prints for each cold start the seconds that the router expected and the seconds that it took, term by term. Exits with 1
+if a request fails, or if a model's answers differ between two of its engines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.supervise import CACHE_DEFAULT, Workspace, run_supervised
 
 ARCHITECTURES = ("llama", "opt", "qwen2")
 ORDER = ("llama", "opt", "llama", "qwen2", "opt", "llama", "qwen2", "qwen2", "llama")
-"""Two slots: from the fourth on, most need an engine that had to go."""
+"""There are two slots: from the fourth request on, most need a model whose engine was stopped."""
 QUESTION = "Hello, my name is"
 MESSAGE: ChatCompletionUserMessageParam = {"role": "user", "content": QUESTION}
 NUM_TOKENS = 16
@@ -36,7 +36,7 @@ NUM_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request. ``start``: what the router says about the start it needed; None if there was an engine."""
+    """One request. ``start``: what the router says about the start that it needed; None if an engine was running."""
 
     model: str
     is_chat: bool
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def run_demo(workspace: Workspace, size: str) -> int:
-    """The demo in its workspace. Returns the exit status."""
+    """Run the demo in its workspace and return the exit status."""
     console = Console()
     progress = Progress(console)
     with progress.step("making models"):
@@ -80,7 +80,7 @@ def run_demo(workspace: Workspace, size: str) -> int:
 
 
 def _texts(asked: list[Asked]) -> dict[tuple[str, bool], set[str]]:
-    """What was answered, by model and question."""
+    """The answers, by model and kind of question."""
     texts: dict[tuple[str, bool], set[str]] = {}
     for one in asked:
         texts.setdefault((one.model, one.is_chat), set()).add(one.text)
@@ -135,7 +135,7 @@ def _print_requests(console: Console, asked: list[Asked]) -> None:
 
 
 def _print_starts(console: Console, started: list[Asked]) -> None:
-    """Seconds expected and taken, from the router's decision to the first byte."""
+    """Print the expected and the actual seconds, from the router's decision to the first byte."""
     terms = [entry["term"] for entry in (started[0].start or {"terms": []})["terms"]]
     table = Table(title="cold starts, seconds", title_justify="left", box=None)
     for name in ("model", "tier", "", *terms, "all"):

@@ -1,15 +1,21 @@
-"""What the router adds to an engine, and what peers add before the same engine, in the same run.
+"""The router's overhead in front of an engine, and that of peers in front of the same engine, in the same run.
 
 Targets take turns, round by round, each time in another order: the engine itself (*direct*), our router, PyPI's
-``vllm-router``, the ``litellm`` proxy, and Ray Serve's HTTP proxy with a deployment that streams through. All have one
-engine behind them, which our router has started: a fake one that costs next to nothing, and with ``--real`` vLLM with a
-tiny random model. At 1, 16 and 64 streams at once: time to the first byte of the body, and the part added to direct
-(difference of the same percentile, in the same round); chunks passed for each second of the processor time of a
-target's processes (ours without the engine; Ray Serve with its whole cluster); memory of a stream that is open, as
-growth of their proportional set size. Each peer has an environment of its own in the cache, and one worker. Every
-stream's text is checked. With ``--socket`` our router also runs with an engine of its own on a Unix socket, as it
-starts vLLM, while the one that all share listens on a port. Exits with 1 if one is wrong, or if a target that is there
-failed.
+``vllm-router``, the ``litellm`` proxy, and Ray Serve's HTTP proxy with a deployment that streams through. All have the
+same engine behind them, which our router has started: a fake one that uses next to no processor time, and with
+``--real`` vLLM with a tiny random model. With ``--socket`` our router also runs with its own engine on a Unix socket,
+as it starts vLLM, while the shared engine listens on a port. Each peer has its own environment in the cache, and one
+worker.
+
+Measured at 1, 16 and 64 streams at once:
+
+* the time to the first byte of the body, and the part of it added to direct (difference of the same percentile, in the
+  same round);
+* chunks passed per second of processor time of a target's processes (ours without the engine; Ray Serve with its whole
+  cluster);
+* memory per open stream, as growth of the proportional set size of those processes.
+
+Every stream's text is checked. Exits with 1 if a stream is wrong, or if an available target failed.
 
     python -m benchmarks.router_overhead --json FILE
     python -m benchmarks.router_overhead --peers none --quick
@@ -74,7 +80,7 @@ REAL_MEMORY: dict[str, object] = {"kv_memory": "256MiB"}
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Streams at once, and each one's pieces and their distance."""
+    """Number of streams at once; for each stream, its number of pieces and the time between them."""
 
     streams: int
     chunks: int
@@ -82,18 +88,18 @@ class Shape:
 
 
 FIRST_SHAPES = (Shape(1, 2, 20), Shape(16, 12, 20), Shape(64, 50, 20))
-"""About 50 requests a second each, at 50 pieces a second a stream: what 64 streams of an engine look like."""
+"""Each gives about 50 requests a second, at 50 pieces a second per stream: what 64 streams of an engine look like."""
 STREAM_SHAPES = (Shape(1, 1500, 1), Shape(16, 300, 5), Shape(64, 75, 20))
-"""One stream a place, for a second and a half; up to 3200 pieces a second."""
+"""One stream per place, for a second and a half; up to 3200 pieces a second."""
 OPEN_SHAPE = Shape(256, 4, 3000)
 WARM_SHAPE = Shape(16, 4, 5)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured. ``is_real``: the engine says what it likes, at its own pace, and only first bytes count.
+    """How much to measure. ``is_real``: the engine answers freely, at its own pace, and only first bytes count.
 
-    ``has_socket``: our router with an engine on a Unix socket, too.
+    ``has_socket``: also measure our router with an engine on a Unix socket.
     """
 
     rounds: int
@@ -103,13 +109,13 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        """For a person."""
+        """The engine in words."""
         return "vLLM, tiny model" if self.is_real else "fake engine"
 
 
 @dataclass
 class Outcome:
-    """What a run has found, as far as it has come. ``missing``: peers that are not there, and why."""
+    """The results of a run so far. ``missing``: peers that are not available, and why."""
 
     plan: Plan
     samples: list[Sample] = field(default_factory=list)
@@ -118,19 +124,19 @@ class Outcome:
     failure: str = ""
 
     def rows(self) -> list[Row]:
-        """One for each target."""
+        """A row for each target."""
         names = [DIRECT, OURS, OURS_SOCKET, *NAMES]
         return sorted(rows_of(self.samples, self.memories), key=lambda row: names.index(row.target))
 
     def faults(self) -> list[str]:
-        """Everything that was wrong in an answer."""
+        """Everything that was wrong in answers."""
         told = [(one.target, one.streams, fault) for one in self.samples for fault in one.faults]
         told += [(one.target, one.streams, fault) for one in self.memories for fault in one.faults]
         return [f"{target} at {streams} streams: {fault}" for target, streams, fault in told]
 
 
 class Measuring:
-    """Loads on targets, of one engine."""
+    """Runs loads on targets with the same engine."""
 
     def __init__(self, plan: Plan, environment: dict[str, str], model: str) -> None:
         self._plan = plan
@@ -138,7 +144,7 @@ class Measuring:
         self._model = model
 
     def sample(self, kind: str, target: Target, shape: Shape, *, number: int) -> Sample:
-        """One load of a round."""
+        """Run one load of a round."""
         load = self._load(target, shape, seconds=self._plan.seconds if kind == "first" else 0.0, seed=number)
         watch = OthersWatch(time.perf_counter())
         with self._client(load) as client:
@@ -161,7 +167,7 @@ class Measuring:
         )
 
     def warm_up(self, target: Target) -> None:
-        """Have all parts of it run once.
+        """Use all parts of a target once.
 
         Raises:
             TargetFailed: it answers wrongly.
@@ -171,7 +177,7 @@ class Measuring:
                 raise TargetFailed(f"it answers wrongly: {faults[0]}")
 
     def open_memory(self, target: Target) -> OpenMemory:
-        """What open streams take. First of all loads: later ones find memory that was taken before."""
+        """Measure the memory of open streams. Must be a target's first load: later loads reuse memory taken before."""
         assert target.tree is not None
         load = self._load(target, OPEN_SHAPE, seconds=0.0, seed=0)
         with self._client(load) as client:
@@ -206,7 +212,7 @@ class Measuring:
 
     @contextlib.contextmanager
     def _client(self, load: Load) -> Iterator[subprocess.Popen[str]]:
-        """A client that is connected and waits."""
+        """Run a client that is connected and waits for the signal to start."""
         client = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.overhead_client"],
             cwd=ROOT,
@@ -219,7 +225,7 @@ class Measuring:
             assert client.stdin is not None
             client.stdin.write(f"{load.model_dump_json()}\n")
             client.stdin.flush()
-            _line(client)  # it is connected
+            _line(client)  # the client is connected
             yield client
         finally:
             client.kill()
@@ -247,7 +253,7 @@ def _finish(client: subprocess.Popen[str]) -> Found:
 
 
 def measure(measuring: Measuring, plan: Plan, targets: Sequence[Target], *, outcome: Outcome, say: Progress) -> None:
-    """All loads, into ``outcome``."""
+    """Run all loads, into ``outcome``."""
     for target in targets:
         measuring.warm_up(target)
         if target.tree is not None and not plan.is_real:
@@ -267,7 +273,7 @@ def measure(measuring: Measuring, plan: Plan, targets: Sequence[Target], *, outc
 def run_backend(
     workspace: Workspace, plan: Plan, programs: dict[str, Path], *, outcome: Outcome, say: Progress
 ) -> None:
-    """Start everything before one engine, and our router before another one on a socket if asked for; and measure."""
+    """Start all targets in front of one engine (with ``--socket``, also our router with its own engine) and measure."""
     with contextlib.ExitStack() as stack:
         say.say(f"{plan.backend}: starting our router and its engine")
         engine = _real_engine(workspace) if plan.is_real else _fake_engine()
@@ -303,13 +309,13 @@ def _fake_engine() -> Engine:
 
 
 def _real_engine(workspace: Workspace) -> Engine:
-    """Without the key that the agent gives its engines, and without the guard that asks for it: peers send none."""
+    """Real vLLM without the agent's key for engines and the guard that checks it, as peers send no key."""
     command = (sys.executable, "-c", _UNGUARDED, str(vllm_command()), "serve")
     return Engine(MODEL, str(ensure_model(workspace, "tiny")), command, REAL_ARGUMENTS, REAL_MEMORY)
 
 
 def ensure_peers(workspace: Workspace, chosen: Sequence[Peer], say: Progress) -> tuple[dict[str, Path], dict[str, str]]:
-    """Programs of the peers that can be had; and why the others can't."""
+    """Programs of the peers that could be installed, and why the others could not."""
     programs, missing = {}, {}
     for peer in chosen:
         with say.step(f"{peer.requirement}, in an environment of its own in the cache"):
@@ -344,7 +350,7 @@ def main() -> int:
 
 
 def run_bench(workspace: Workspace, arguments: argparse.Namespace) -> int:
-    """The benchmark in its workspace. Returns the exit status."""
+    """Run the benchmark in its workspace and return the exit status."""
     console = Console(soft_wrap=True)
     say = Progress(console)
     programs, missing = ensure_peers(workspace, arguments.chosen, say)
@@ -374,7 +380,7 @@ def _peers_told(chosen: Sequence[Peer], missing: dict[str, str]) -> list[dict[st
 
 
 def _tell(outcome: Outcome, console: Console) -> list[dict[str, Any]]:
-    """Print what was found; returns its lines of JSON."""
+    """Print the results; returns their lines of JSON."""
     backend, rows = outcome.plan.backend, outcome.rows()
     wide = Console(width=max(console.width, WIDTH_MIN))
     if rows:

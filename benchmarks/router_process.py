@@ -1,4 +1,4 @@
-"""A real router as a child: started, waited for until engines start warm, asked by its admin API, stopped."""
+"""Runs a real router as a child process: starts it, waits until engines start warm, uses its admin API, stops it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from sllm_vllm.config import child_environment
 READY_S_MAX = 600.0
 ANSWER_S_MAX = 600.0
 LOG_SHOWN = 4000
-"""Characters."""
+"""Characters of the log that a failure shows."""
 _URL = re.compile(r"event=router_serving url=(\S+)")
 
 
 class RouterFailed(Exception):
-    """The router did not get ready, or a request failed. The message, for a person, ends with its log."""
+    """The router did not become ready, or a request failed. The message, for the user, ends with the router's log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A router that serves."""
+    """A running router."""
 
     url: str
     key_file: Path
@@ -39,7 +39,7 @@ class Router:
     pid: int
 
     def admin(self, path: str, *, method: str = "GET", body: object = None) -> dict[str, Any]:
-        """What its admin API says."""
+        """Call the admin API and return its answer."""
         headers = {"Authorization": f"Bearer {self.key_file.read_text().strip()}"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/sllm/v1/{path}", data, headers, method=method)
@@ -52,10 +52,10 @@ class Router:
         return {one["model"] for one in self.admin("replicas")["replicas"] if one["state"] == "ready"}
 
     def end_replicas(self, model: str) -> None:
-        """Have a model's replicas end, and wait until they have.
+        """Drain a model's replicas and wait until they have ended.
 
         Raises:
-            RouterFailed: they do not.
+            RouterFailed: they did not end in time.
         """
         deadline_s = time.monotonic() + ANSWER_S_MAX
         while found := [one for one in self.admin("replicas")["replicas"] if one["model"] == model]:
@@ -67,10 +67,10 @@ class Router:
             time.sleep(0.05)
 
     def complete(self, model: str) -> None:
-        """Have a model answer a few tokens.
+        """Request a few tokens from a model.
 
         Raises:
-            RouterFailed: it does not.
+            RouterFailed: it gave no answer.
         """
         body = json.dumps({"model": model, "prompt": "Hello, my name is", "max_tokens": 4, "temperature": 0}).encode()
         request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
@@ -81,16 +81,16 @@ class Router:
             raise RouterFailed(f"{model} gave no answer: {error}\n{self.log_tail()}") from None
 
     def log_tail(self) -> str:
-        """The end of what it said."""
+        """The end of the router's log."""
         return self.log.read_text(errors="replace")[-LOG_SHOWN:]
 
 
 def write_config(
     workspace: Workspace, models: Mapping[str, Path], *, slots: int, kv_memory: str = "256MiB", **sections: object
 ) -> Path:
-    """A configuration over these models, on so many slots; the agent's folder and the checkpoints are the run's.
+    """Write a configuration for these models; the agent's directory and the checkpoints are the run's own.
 
-    ``sections`` stand in place of those that are written by themselves.
+    ``sections`` replace the default sections of the same name.
     """
     config = workspace.tmp / "router.yaml"
     values = {
@@ -109,10 +109,10 @@ def write_config(
 def running_router(
     workspace: Workspace, models: Mapping[str, Path], *, slots: int, kv_memory: str = "256MiB", **sections: object
 ) -> Iterator[Router]:
-    """A router with such a configuration.
+    """Run a router with such a configuration.
 
     Raises:
-        RouterFailed: it does not get ready.
+        RouterFailed: it did not become ready.
     """
     config, node_dir = (
         write_config(workspace, models, slots=slots, kv_memory=kv_memory, **sections),

@@ -1,10 +1,10 @@
 """A thousand clients that stream through one router for a minute: is anything lost or mixed up, does its memory grow?
 
-A real router over one engine that only sends events (``tests/fake_engine.py``). Every stream has a name of its own,
-which stands with a number in each of its events; its client holds what came against what should have. Half of the
-clients keep their connections from stream to stream. First they stream without a pause, so that what the router
-remembers on purpose (its last 20,000 events and actions) is full; from then on its resident memory is noted each
-second. Exits with 1 if an event is lost, twice there, or another's, or if the memory has grown by more than it may.
+Runs a real router over one engine that only sends events (``tests/fake_engine.py``). Every stream has its own name,
+which each of its events contains with a number; the client compares what arrived with what should have. Half of the
+clients keep their connections from stream to stream. At first they stream without pauses, until what the router keeps
+on purpose (its last 20,000 events and actions) is full; from then on its resident memory is recorded every second.
+Exits with 1 if an event is lost, duplicated or from another stream, or if memory grew by more than ``--growth-max``.
 
     python -m benchmarks.router_streams --json FILE
 """
@@ -49,7 +49,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """So many clients for so long. ``warm_up``: streams of each before that, without a pause."""
+    """Number of clients and duration. ``warm_up``: streams of each client before that, without pauses."""
 
     clients: int
     seconds: float
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Tally:
-    """What was seen. ``memory``: the router's resident bytes, a second apart; ``open``: streams at these moments."""
+    """What was observed. ``memory``: the router's resident bytes, every second; ``open``: streams open at that time."""
 
     streams: int = 0
     events: int = 0
@@ -71,7 +71,7 @@ class Tally:
     open: list[int] = field(default_factory=list)
 
     def note(self, problem: str, num_events: int) -> None:
-        """A stream is over; ``problem`` is empty if it was as it should be."""
+        """Count a stream that has ended; ``problem`` is empty if it was right."""
         self.streams += 1
         self.events += num_events
         if problem:
@@ -80,17 +80,17 @@ class Tally:
 
     @property
     def first_nbytes(self) -> float:
-        """Memory of the first fifth of the time, its median."""
+        """Median of the memory in the first fifth of the time."""
         return statistics.median(self.memory[: max(1, len(self.memory) // 5)])
 
     @property
     def last_nbytes(self) -> float:
-        """Memory of the last fifth."""
+        """Median of the memory in the last fifth of the time."""
         return statistics.median(self.memory[-max(1, len(self.memory) // 5) :])
 
     @property
     def growth_mib(self) -> float:
-        """From one to the other."""
+        """Growth from the first fifth to the last, in MiB."""
         return (self.last_nbytes - self.first_nbytes) / MIB
 
 
@@ -114,7 +114,7 @@ def main() -> int:
 
 
 def run_benchmark(workspace: Workspace, plan: Plan, *, growth_max_mib: float, output: Path | None) -> int:
-    """The benchmark in its workspace. Returns the exit status."""
+    """Run the benchmark in its workspace and return the exit status."""
     console = Console()
     _raise_file_limit()
     step = Progress(console).step(f"{plan.clients} clients stream, {plan.seconds:g} s after the warm-up")
@@ -152,7 +152,7 @@ def record_of(tally: Tally, plan: Plan) -> dict[str, Any]:
 
 
 def table_of(record: dict[str, Any]) -> Table:
-    """The same for people."""
+    """The results, as a table to print."""
     table = Table(title="streams through one router", title_justify="left", box=None, show_header=False)
     for name, value in record.items():
         table.add_row(name.replace("_", " "), f"{value:,}")
@@ -163,7 +163,7 @@ def table_of(record: dict[str, Any]) -> Table:
 
 
 async def stream_all(address: Address, router_pid: int, plan: Plan) -> Tally:
-    """Warm up, then stream for the time; every stream that was begun is read to its end."""
+    """Warm up, then stream for the planned time; every stream that has begun is read to its end."""
     tally = Tally()
     clients = [_Client(number, address, plan, tally=tally) for number in range(plan.clients)]
     await asyncio.gather(*(client.warm_up() for client in clients))
@@ -176,7 +176,7 @@ async def stream_all(address: Address, router_pid: int, plan: Plan) -> Tally:
 
 
 class _Client:
-    """One client: streams one after the other. Every second client takes a new connection for each."""
+    """One client: one stream after another. Every second client opens a new connection for each."""
 
     def __init__(self, number: int, address: Address, plan: Plan, *, tally: Tally) -> None:
         self._number = number
@@ -195,7 +195,7 @@ class _Client:
         self._hang_up()
 
     async def _stream(self, pace_s: float) -> None:
-        """One stream, checked. A failure is noted; the next one gets another connection."""
+        """Run and check one stream. A failure is recorded; the next stream gets a new connection."""
         name = f"{self._number}-{secrets.token_hex(8)}"
         self._tally.num_open += 1
         try:
@@ -211,7 +211,7 @@ class _Client:
             self._hang_up()
 
     async def _exchange(self, name: str, pace_s: float) -> bytes:
-        """Ask, and read the whole body."""
+        """Send the request and read the whole body."""
         if self._connection is None:
             self._connection = await asyncio.open_connection(*self._address, limit=BUFFER_NBYTES)
         reader, writer = self._connection
@@ -235,7 +235,7 @@ class _Client:
 
 
 def problem_of(data: bytes, name: str, num_events: int) -> str:
-    """What is wrong with a stream's events; empty if each one is there, once, in its order, and nothing else."""
+    """What is wrong with a stream's events; empty if each is there once, in order, with nothing else."""
     *events, rest = data.decode().split("\n\n")
     if len(events) < 2:
         return f"stream {name}: 0 of {num_events} events, only {data[-200:]!r}"
@@ -258,7 +258,7 @@ async def _sample(pid: int, tally: Tally) -> None:
 
 
 def resident_nbytes(pid: int) -> int:
-    """Of one process; Linux only."""
+    """Resident bytes of a process. Linux only."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("\nVmRSS:")[2].split()[0]) * KIB
 
@@ -268,7 +268,7 @@ def resident_nbytes(pid: int) -> int:
 
 @contextlib.contextmanager
 def running_router(workspace: Workspace, plan: Plan) -> Iterator[tuple[subprocess.Popen[bytes], Address]]:
-    """A router over the fake engine, which may have as many requests at once as there are clients."""
+    """Run a router over the fake engine; its limits allow as many requests at once as there are clients."""
     config, log = workspace.tmp / "router.yaml", workspace.run / "router.log"
     values = {
         "server": {"port": 0, "requests_max": 2 * plan.clients, "connections_max": 2 * plan.clients},
@@ -294,7 +294,7 @@ def running_router(workspace: Workspace, plan: Plan) -> Iterator[tuple[subproces
 
 
 def limits_of(clients: int) -> dict[str, int]:
-    """Of a model that all clients may use at once, on one engine."""
+    """Limits of a model that let all clients use it at once, on one engine."""
     return {"ongoing_max": clients, "target_ongoing": clients, "queue_max": clients, "max_replicas": 1}
 
 
@@ -308,7 +308,7 @@ def _wait_serving(process: subprocess.Popen[bytes], log: Path) -> Address:
 
 
 def _raise_file_limit() -> None:
-    """Here and in the router, which inherits it: each stream has a descriptor here, and two there."""
+    """Raise the limit on open files, which the router inherits: a stream needs one descriptor here and two there."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

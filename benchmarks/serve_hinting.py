@@ -1,6 +1,7 @@
-"""``vllm`` whose plugin hints to the store's daemon, or not: ``python -m benchmarks.serve_hinting yes|no serve …``.
+"""``vllm`` with or without the plugin's hint to the store's daemon.
 
-Both ways start alike, so that nothing but the hint makes a difference.
+Run it as ``python -m benchmarks.serve_hinting yes|no serve …``. Both variants start in the same way, so that only the
+hint makes a difference.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from pathlib import Path
 
 
 def keep_silent(path: Path, model: str, tensor_parallel_size: int | None) -> bool:
-    """Stands in for ``send_hint``."""
+    """Replaces ``send_hint`` and sends nothing."""
     return False
 
 
 def main() -> None:
-    """Command line: takes its own word away, since the plugin guesses the model from ``sys.argv``."""
+    """Command line. Removes its own argument, since the plugin guesses the model from ``sys.argv``."""
     word = sys.argv.pop(1)
     if word not in {"yes", "no"}:
         raise SystemExit("give yes or no first")

@@ -1,4 +1,4 @@
-"""What is said of the store: measurements beside their limits, and whether a goal is met. Pure."""
+"""Results of the store's benchmarks: measurements, their limits, and whether a goal is met. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Rule = Literal["share", "times", "seconds"]
-"""What the goal bounds: the limit's seconds over ours from below, ours over the limit's, or ours, from above."""
+"""What the goal applies to. ``share``: a lower bound on the limit's seconds over ours. ``times``: an upper bound on our
+seconds over the limit's. ``seconds``: an upper bound on our seconds.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One thing that was measured beside its limit, a round each; rounds are compared one by one."""
+    """One measurement and its limit, once per round; each round's measurement is compared with that round's limit."""
 
     name: str
     rule: Rule
@@ -24,7 +26,7 @@ class Share:
 
     @property
     def value(self) -> float:
-        """What the goal is for: the median over the rounds."""
+        """The value that the goal applies to: the median over the rounds."""
         match self.rule:
             case "share":
                 return statistics.median(limit / ours for ours, limit in self._pairs())
@@ -39,7 +41,7 @@ class Share:
         return self.value >= self.goal if self.rule == "share" else self.value <= self.goal
 
     def line(self) -> str:
-        """The verdict for a person."""
+        """The verdict, as a line to print."""
         ours = f"{statistics.median(self.ours_s):.4f} s"
         limit = f" beside {statistics.median(self.limit_s):.4f} s" if self.limit_s else ""
         match self.rule:

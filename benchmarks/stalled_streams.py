@@ -1,10 +1,10 @@
 """What streams whose clients read nothing cost the router, with migration and without: memory of each, and `/health`.
 
-A real router over one real vLLM engine and a tiny model. So many clients ask for a long stream at once and read none of
-it; when their requests stand still or have ended, the router's resident memory is compared with that before, and the
-longest wait of `/health` meanwhile is noted. A stream of the same model that is read to its end comes first, so that
-nothing is counted that is made once. Exits with 1 if a stalled stream costs more than `--times-max` times as much with
-migration, or if `/health` waited longer than `--wait-max`.
+Runs a real router over one real vLLM engine with a tiny model. Many clients at once ask for a long stream and read none
+of it. When their requests stand still or have ended, the router's resident memory is compared with that before; the
+longest wait of `/health` meanwhile is recorded, too. First one stream of the same model is read to its end, so that
+what is allocated only once does not count. Exits with 1 if a stalled stream takes more than `--times-max` times as much
+memory with migration as without, or if `/health` waited longer than `--wait-max`.
 
     python -m benchmarks.stalled_streams --json FILE
 """
@@ -55,7 +55,7 @@ _RESIDENT = re.compile(r"VmRSS:\s+(\d+) kB")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one way: resident bytes a stalled stream, and the longest wait of ``/health``."""
+    """The cost of one way: resident bytes per stalled stream, and the longest wait of ``/health``."""
 
     way: str
     num_streams: int
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def measure(workspace: Workspace, given: argparse.Namespace) -> int:
-    """Both ways. Returns the exit status."""
+    """Measure both ways and return the exit status."""
     console, costs = Console(), list[Cost]()
     progress = Progress(console)
     with progress.step("making the model"):
@@ -108,10 +108,10 @@ def measure(workspace: Workspace, given: argparse.Namespace) -> int:
 
 
 def wait_movable(router: Router) -> None:
-    """Until the engine has shown that its requests can move.
+    """Wait until the engine has shown that its requests can be moved.
 
     Raises:
-        RouterFailed: it has not, for minutes.
+        RouterFailed: it has not after ``WAIT_S_MAX``.
     """
     deadline_s = time.monotonic() + WAIT_S_MAX
     while not all(one["is_movable"] for one in router.admin("replicas")["replicas"]):
@@ -121,7 +121,7 @@ def wait_movable(router: Router) -> None:
 
 
 async def cost_of(way: str, router: Router, num_streams: int) -> Cost:
-    """So many streams that nobody reads, once they stand still."""
+    """Measure ``num_streams`` streams whose clients read nothing, once they stand still."""
     parts = urlsplit(router.url)
     address = (parts.hostname or "", parts.port or 0)
     before = resident_nbytes(router.pid)
@@ -139,7 +139,7 @@ async def cost_of(way: str, router: Router, num_streams: int) -> Cost:
 
 
 async def stalled(address: tuple[str, int]) -> socket.socket:
-    """A client that has asked for a stream, and reads none of it."""
+    """Connect a client that requests a stream and reads none of it."""
     body = json.dumps(
         {"model": MODEL, "prompt": "Hello", "max_tokens": TOKENS, "ignore_eos": True, "stream": True, "temperature": 0}
     ).encode()
@@ -154,7 +154,7 @@ async def stalled(address: tuple[str, int]) -> socket.socket:
 
 
 async def standing_still(router: Router, num_streams: int) -> None:
-    """Until all of them are answered, and the router's memory has not grown for a while."""
+    """Wait until all streams are answered and the router's memory has not grown for ``STANDS_STILL_S``."""
     deadline_s, since_s, last = time.monotonic() + WAIT_S_MAX, time.monotonic(), 0
     while time.monotonic() - since_s < STANDS_STILL_S:
         requests = (await asyncio.to_thread(router.admin, "requests"))["requests"]
@@ -167,7 +167,7 @@ async def standing_still(router: Router, num_streams: int) -> None:
 
 
 async def ask_health(url: str, waits: list[float]) -> None:
-    """Again and again; how long each answer took."""
+    """Ask for `/health` again and again, and append how long each answer took to ``waits``."""
     while True:
         began_s = time.monotonic()
         await asyncio.to_thread(lambda: urllib.request.urlopen(f"{url}/health", timeout=WAIT_S_MAX).read())
@@ -176,7 +176,7 @@ async def ask_health(url: str, waits: list[float]) -> None:
 
 
 def resident_nbytes(pid: int) -> int:
-    """Of a process."""
+    """Resident bytes of a process."""
     found = _RESIDENT.search(Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) * KIB

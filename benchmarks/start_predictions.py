@@ -1,11 +1,12 @@
-"""How well the router predicts what a start will take: real engines, one after the other, each held against its guess.
+"""How well the router predicts how long a start takes: starts real engines, one after the other, and compares.
 
-A real router over four models of three architectures on two slots. A model that has an engine loses it before it is
-asked, so each request starts one, on free slots or in the place of another. After each start its prediction, made
-before it, is compared with what happened, from the decision to the first byte. The first starts of each model teach;
-the others are judged. Prints a table, and whether the median error is at most 10 %, the 95th percentile at most 25 %.
-Beside it stands what the machine's own unsteadiness leaves: the error of one who knew beforehand the median of these
-very starts, by model and by whether another engine had to leave. Exits with 1 if a request fails.
+A real router serves four models of three architectures on two slots. A model's engine, if any, is stopped before the
+model is asked, so each request starts one, in a free slot or in place of another engine. After each start the
+prediction made before it is compared with the actual time, from the decision to the first byte. The first starts of
+each model are for the router to learn from; the others are judged. Prints a table, and whether the median error is at
+most 10 % and the 95th percentile at most 25 %. For comparison it prints the error that remains because the machine
+itself varies: that of predicting, in hindsight, the median of these very starts, by model and by whether another engine
+had to stop. Exits with 1 if a request fails.
 
     python -m benchmarks.start_predictions --json FILE
 """
@@ -37,7 +38,7 @@ P95_MAX = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guess:
-    """One start. ``nth``: of its model, from 1 on; seconds from the decision to the first byte."""
+    """One start. ``nth``: its number among the model's starts, from 1. Seconds from the decision to the first byte."""
 
     model: str
     nth: int
@@ -50,7 +51,7 @@ class Guess:
 
     @property
     def error(self) -> float:
-        """As a share of what it took."""
+        """Error of the prediction, as a share of the actual time."""
         return abs(self.expected_s - self.actual_s) / self.actual_s
 
 
@@ -67,7 +68,7 @@ def main() -> int:
 
 
 def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
-    """All starts. Returns the exit status."""
+    """Run all starts and return the exit status."""
     console = Console()
     progress = Progress(console)
     with progress.step("making models"):
@@ -91,13 +92,13 @@ def measure(workspace: Workspace, arguments: argparse.Namespace) -> int:
 def _take_guesses(
     router: Router, models: list[str], *, arguments: argparse.Namespace, progress: Progress
 ) -> list[Guess]:
-    """Ask models in random order, each as often as the others, until enough starts were judged."""
+    """Ask the models in random order, all equally often, until enough starts have been judged."""
     chance = random.Random(arguments.seed)
     counts = dict.fromkeys(models, 0)
     guesses: list[Guess] = []
     while sum(max(0, count - arguments.teach) for count in counts.values()) < arguments.starts:
         model = min(models, key=lambda name: (counts[name], chance.random()))
-        router.end_replicas(model)  # if it has one; so half of the starts find free slots, the others evict
+        router.end_replicas(model)  # so about half of the starts find a free slot; the others evict
         router.complete(model)
         last = router.admin(f"explain/{model}")["last"]
         if last is None or last["actual_s"] is None:
@@ -139,7 +140,7 @@ def _median_and_p95(errors: list[float]) -> tuple[float, float]:
 
 
 def _errors_in_hindsight(judged: list[Guess]) -> list[float]:
-    """Of the constant that would have fitted best: what no prediction of a repeated start can do much better."""
+    """Errors of the best-fitting constant per model and kind: no prediction of a repeated start can do much better."""
     alike: dict[tuple[str, str], list[float]] = {}
     for guess in judged:
         alike.setdefault((guess.model, guess.kind), []).append(guess.actual_s)

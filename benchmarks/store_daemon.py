@@ -1,4 +1,4 @@
-"""The store's real daemon in a process of its own, for benchmarks: started, asked, stopped."""
+"""Runs the store's real daemon in its own process, for benchmarks: starts it, sends it orders, stops it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ sys.exit(serve(StoreConfig.model_validate_json(sys.argv[1])))
 
 
 class DaemonFailed(Exception):
-    """The daemon did not start, or does not have what it should. The message is for a person."""
+    """The daemon did not start, or does not have what it should. The message is written for the user."""
 
 
 class StoreDaemon:
-    """One daemon; a context manager that starts it, waits until its memory is claimed, and stops it.
+    """One daemon, as a context manager that starts it, waits until its memory is claimed, and stops it.
 
     Args:
-        log: file that gets its output.
-        environment: added to this process's own.
+        log: file for its output.
+        environment: added to this process's environment.
     """
 
     def __init__(self, config: StoreConfig, *, log: Path, environment: Mapping[str, str]) -> None:
@@ -70,16 +70,16 @@ class StoreDaemon:
 
     @property
     def pid(self) -> int:
-        """The daemon's process."""
+        """Process id of the daemon."""
         assert self._process is not None
         return self._process.pid
 
     def client(self) -> StoreClient:
-        """A new connection."""
+        """Open a new connection to the daemon."""
         return StoreClient(self.config.socket_path, timeout_s=20.0)
 
     def status(self) -> dict[str, Any]:
-        """What it tells of itself."""
+        """The daemon's status."""
         with self.client() as client:
             return client.order(Order(order="status"))
 
@@ -99,15 +99,15 @@ class StoreDaemon:
         return seconds
 
     def begin_prefetch(self, checkpoint: str) -> None:
-        """Order it, and don't wait."""
+        """Order a prefetch without waiting for it."""
         with self.client() as client:
             client.order(Order(order="prefetch", checkpoint=checkpoint), timeout_s=ORDER_TIMEOUT_S)
 
     def evict(self, checkpoint: str) -> None:
-        """Drop a checkpoint from the pool, once nobody holds any of it.
+        """Evict a checkpoint from the pool; waits while clients hold parts of it.
 
         Raises:
-            DaemonFailed: somebody goes on holding it.
+            DaemonFailed: it is still held after ``STOP_TIMEOUT_S``.
         """
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
         with self.client() as client:
@@ -117,10 +117,10 @@ class StoreDaemon:
                 time.sleep(_POLL_S)
 
     def wait_idle(self) -> None:
-        """Return when no job of any kind is queued or running, and nobody holds a lease.
+        """Wait until no job of any kind is queued or running, and no client holds a lease.
 
         Raises:
-            DaemonFailed: that did not come.
+            DaemonFailed: the daemon is still busy after ``ORDER_TIMEOUT_S``.
         """
         deadline_s = time.monotonic() + ORDER_TIMEOUT_S
         while time.monotonic() < deadline_s:

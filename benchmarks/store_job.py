@@ -1,6 +1,6 @@
-"""What a benchmark of the store asks of a child process, and what comes back. Imports no torch; see ``store_once``.
+"""What a benchmark of the store asks of a child process, and the answer. Imports no torch; see ``store_once.py``.
 
-Every measurement has a process of its own, so that its memory is as fresh as an engine's.
+Every measurement has its own process, so that its memory is as fresh as an engine's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ JOB_TIMEOUT_S = 300.0
 
 
 class StoreJob(BaseModel):
-    """One task of one child.
+    """One task for one child process.
 
-    ``load``: fill a plain module with a checkpoint. ``memcpy``: copy as many bytes out of the pool into fresh memory.
-    ``download``: fetch a file in ranges and throw it away.
+    ``load``: fill a plain module from a checkpoint. ``memcpy``: copy as many bytes from the pool to fresh memory.
+    ``download``: fetch a file in ranges and discard it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,39 +32,39 @@ class StoreJob(BaseModel):
     checkpoint: Path | None = None
     """A directory with a manifest."""
     config: dict[str, Any] = {}
-    """Of the loader."""
+    """The loader's configuration."""
     device: str = "cpu"
     num_threads: int = 1
-    """Of ``memcpy``, and requests at once of ``download``."""
+    """Threads of ``memcpy``; concurrent requests of ``download``."""
     claims_memory: bool = True
     gate: Path | None = None
-    """Of ``load``: ``<gate>.ready`` is made when all is ready, and the clock starts when ``<gate>`` is there."""
+    """For ``load``: it creates ``<gate>.ready`` when all is prepared, and starts the clock once ``<gate>`` exists."""
     url: str = ""
     path: str = ""
     nbytes: int = 0
     streams: bool = False
-    """``download`` takes answers piece by piece instead of as a whole."""
+    """``download`` reads answers piece by piece instead of as a whole."""
 
 
 class StoreAnswer(BaseModel):
-    """What a child leaves behind."""
+    """What a child returns."""
 
     model_config = ConfigDict(extra="forbid")
 
     seconds: float
     present_s: float = 0.0
-    """Of ``load``: how long the first look at every page took afterwards."""
+    """For ``load``: how long the first access to every page took afterwards."""
     wait_s: float = 0.0
     source: str = ""
     hops: dict[str, Any] = {}
 
 
 class StoreJobFailed(Exception):
-    """A child raised, died or took too long. ``str()`` is one line."""
+    """A child raised, died or took too long. ``str()`` gives one line."""
 
 
 def start_store_job(job: StoreJob, answer: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Begin a job in a new process, whose output goes to a file beside ``answer``."""
+    """Start a job in a new process; its output goes to a log file next to ``answer``."""
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.store_once", job.model_dump_json(), str(answer)]
     with answer.with_suffix(".log").open("wb") as output:
@@ -82,7 +82,7 @@ def end_store_job(process: subprocess.Popen[bytes], answer: Path) -> StoreAnswer
     """Wait for a job's answer.
 
     Raises:
-        StoreJobFailed: it did not come to its end.
+        StoreJobFailed: the job did not finish.
     """
     try:
         status = process.wait(JOB_TIMEOUT_S)
@@ -100,7 +100,7 @@ def run_store_job(job: StoreJob, scratch: Path, environment: Mapping[str, str]) 
     """Do a job in a new process.
 
     Raises:
-        StoreJobFailed: it did not come to its end.
+        StoreJobFailed: the job did not finish.
     """
     answer = scratch / f"store-{job.action}.json"
     return end_store_job(start_store_job(job, answer, environment), answer)

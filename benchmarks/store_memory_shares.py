@@ -1,4 +1,4 @@
-"""From the pool to parameters, by mapping and by copying; from the disk to the pool. Beside the limits."""
+"""Measures the store's pool to parameters, by mapping and by copying, and disk to pool, with the limits of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Seconds = dict[str, list[float]]
 
 
 def memory_shares(setting: StoreSetting) -> list[Share]:
-    """The pool in huge pages, and in 4 KiB pages."""
+    """Measure from the pool to parameters, with the pool in huge pages and in 4 KiB pages."""
     checkpoint = setting.checkpoint("store", "resident")
     shares = []
     for pages, slot_nbytes in (("huge pages", CHUNK_NBYTES_DEFAULT), ("4 KiB pages", SMALL_PAGE_SLOT_NBYTES)):
@@ -94,7 +94,7 @@ def _memory_report(found: Seconds, pages: str) -> list[Share]:
 
 
 def disk_shares(setting: StoreSetting) -> list[Share]:
-    """The daemon's readers as they come, as calibrated, and as many as the deepest read beside them."""
+    """Measure disk to pool, with the default number of readers, the calibrated one, and the deepest raw read's."""
     checkpoint = setting.checkpoint("store", "resident")
     file, state_dir = partition_file(checkpoint), setting.scratch / "store" / ".store"
     setting.say("calibrating the disk")
@@ -107,7 +107,7 @@ def disk_shares(setting: StoreSetting) -> list[Share]:
             with setting.daemon("store", nbytes=data_nbytes(checkpoint), readers=count) as daemon:
                 setting.say(f"round {number} of {setting.rounds}: disk to pool, {count} readers ({name})")
                 jobs: list[int | None] = [*READ_DEPTHS, None]
-                random.Random(f"{number} {name}").shuffle(jobs)  # who reads later may find the file in the host's cache
+                random.Random(f"{number} {name}").shuffle(jobs)  # later reads may find the file in the host's cache
                 for depth in jobs:
                     drop_pages(checkpoint)
                     if depth is None:

@@ -1,4 +1,4 @@
-"""The child of the store's benchmarks: one job, then it ends. See ``store_job.py``."""
+"""The child process of the store's benchmarks: does one job, then ends. See ``store_job.py``."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ GATE_POLL_S = 0.001
 
 
 def main() -> None:
-    """Command line: a job as JSON, and the file that gets the answer."""
+    """Command line: a job as JSON, and the file for the answer."""
     job = StoreJob.model_validate_json(sys.argv[1])
     Path(sys.argv[2]).write_text(do(job).model_dump_json())
 
 
 def do(job: StoreJob) -> StoreAnswer:
-    """Do a job in this process, which must be a new one."""
+    """Do a job in this process, which must not have done one before."""
     match job.action:
         case "load":
             return _load(job)
@@ -54,7 +54,7 @@ def _load(job: StoreJob) -> StoreAnswer:
     partition = open_checkpoint(job.checkpoint).partition(0)
     module = module_for(partition, torch.device(job.device))
     extra = dict(job.config)
-    by_ipc = extra.get("h2d") == "ipc"  # a way that is no loader's yet
+    by_ipc = extra.get("h2d") == "ipc"  # the loader does not support this way yet
     config = LoaderConfig.from_extra_config({name: extra[name] for name in extra if not (by_ipc and name == "h2d")})
     with contextlib.ExitStack() as stack:
         copier = stack.enter_context(_copier(config, job)) if by_ipc else None
@@ -80,7 +80,7 @@ def _load(job: StoreJob) -> StoreAnswer:
 
 
 def _copier(config: LoaderConfig, job: StoreJob) -> CopierProcess:
-    """It was there long before the load, as the daemon would be."""
+    """A copier that runs before the load, as the daemon would."""
     return CopierProcess(default_store_socket(config.store_dir), torch.device(job.device))
 
 
@@ -92,7 +92,7 @@ def _look_at_every_page(module: nn.Module) -> None:
 
 
 def _memcpy(job: StoreJob) -> StoreAnswer:
-    """Out of the pool, whose pages are present, into memory that is as fresh as a load's."""
+    """Copy from the pool, whose pages are present, to memory that is as fresh as a load's."""
     nbytes = job.nbytes
     config = LoaderConfig.from_extra_config(job.config)
     with StoreClient(default_store_socket(config.store_dir)) as client:
@@ -118,7 +118,7 @@ def _memcpy(job: StoreJob) -> StoreAnswer:
 
 
 def _download(job: StoreJob) -> StoreAnswer:
-    """With obstore itself, as many ranges at once as the daemon asks for."""
+    """Download with obstore itself, with as many ranges at once as the daemon requests."""
     import obstore
     from obstore.store import from_url
 
@@ -148,7 +148,7 @@ def _download(job: StoreJob) -> StoreAnswer:
 
 def _claim_memory(job: StoreJob, nbytes: int) -> None:
     if job.claims_memory:
-        with ClaimedMemory(nbytes // 2):  # it claims a multiple; none of these jobs touches its bytes twice
+        with ClaimedMemory(nbytes // 2):  # half, as it claims a multiple and these jobs touch their bytes only once
             pass
 
 
@@ -167,4 +167,4 @@ def _synchronize(job: StoreJob) -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # what is mapped goes with the process, unhurriedly otherwise
+    os._exit(0)  # the kernel unmaps everything; a regular exit would take longer

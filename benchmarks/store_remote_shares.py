@@ -1,6 +1,6 @@
-"""From a remote to the pool beside a plain download, and cut through to parameters. Needs obstore, nginx, moto.
+"""Measures remote to pool against a plain download, and cut-through to parameters. Needs obstore, nginx, moto.
 
-What is served lies on loopback: the limit is a download by obstore itself, with as many requests at once.
+The servers run on loopback; the limit is a download with obstore itself, with as many concurrent requests.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from tests.servers import BUCKET, S3, nginx_server, s3_server
 REMOTE_GOAL = 0.90
 CUT_THROUGH_GOAL = 1.15
 S3_LAYERS_MAX = 2
-"""0.24 GB: moto reads an object whole for each range of it."""
+"""0.24 GB, because moto reads a whole object for each range of it."""
 DOWNLOADS = 8
-"""Requests at once: the daemon's default."""
+"""Concurrent requests; the daemon's default."""
 SLOW_RATE = "8m"
-"""nginx's limit for one request. It lets a second's worth through at once: a chunk of 16 MiB takes one second, and
-eight at once are 134 MB/s, which no disk or memory copy here comes near."""
+"""nginx's rate limit for one request. nginx sends a second's worth at once, so a chunk of 16 MiB takes one second, and
+eight at once give 134 MB/s: much less than any disk or memory copy here.
+"""
 WRITTEN_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A served checkpoint, as the daemon and as a plain download see it."""
+    """A checkpoint on a server, as the daemon and a plain download address it."""
 
     name: str
     url: str
@@ -42,7 +43,7 @@ class Remote:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def download_job(self, *, streams: bool) -> StoreJob:
-        """Fetch all of its data and throw it away."""
+        """A job that fetches all of the checkpoint's data and discards it."""
         file = partition_file(self.checkpoint)
         return StoreJob(
             action="download",
@@ -55,7 +56,7 @@ class Remote:
 
 
 def s3_shares(setting: StoreSetting) -> list[Share]:
-    """An S3 server that checks signatures; it is Python, and slow."""
+    """Measure with an S3 server that checks signatures; it is written in Python, and slow."""
     small = dataclasses.replace(setting, num_layers=min(setting.num_layers, S3_LAYERS_MAX))
     checkpoint = small.checkpoint("remote", "far-small")
     with s3_server() as server:
@@ -66,7 +67,7 @@ def s3_shares(setting: StoreSetting) -> list[Share]:
 
 
 def http_shares(setting: StoreSetting) -> list[Share]:
-    """nginx as it is: faster than most networks."""
+    """Measure with nginx without a limit, which is faster than most networks."""
     _require_nginx()
     checkpoint = setting.checkpoint("remote", "far")
     with nginx_server(setting.scratch / "remote") as server:
@@ -74,7 +75,7 @@ def http_shares(setting: StoreSetting) -> list[Share]:
 
 
 def slow_http_shares(setting: StoreSetting) -> list[Share]:
-    """nginx that is slower than anything behind it. A round takes half a minute: two are enough."""
+    """Measure with nginx limited to less than anything behind it. A round takes half a minute; two are enough."""
     _require_nginx()
     checkpoint = setting.checkpoint("remote", "far")
     with nginx_server(setting.scratch / "remote", f"limit_rate {SLOW_RATE};") as server:
@@ -83,7 +84,7 @@ def slow_http_shares(setting: StoreSetting) -> list[Share]:
 
 
 def _measure(setting: StoreSetting, remote: Remote, *, to_pool: bool) -> list[Share]:
-    """Rounds of: the plain download in two ways, to the pool, to parameters."""
+    """Measure in rounds: the plain download in one or two ways, to the pool if ``to_pool``, and to parameters."""
     pool_s: list[float] = []
     load: list[StoreAnswer] = []
     whole_s: list[float] = []
@@ -134,7 +135,7 @@ def _daemon(setting: StoreSetting, remote: Remote) -> Iterator[StoreDaemon]:
 
 
 def _cut_through(setting: StoreSetting, remote: Remote) -> StoreAnswer:
-    """Load what only the remote has. It is written to disk behind the load, and removed again."""
+    """Load a checkpoint that only the remote has. The daemon then writes it to disk, where it is removed again."""
     name = remote.checkpoint.path.name
     with _daemon(setting, remote) as daemon:
         with daemon.client() as client:

@@ -1,4 +1,4 @@
-"""What the store's benchmarks have in common: where they write, their checkpoints, daemons and children."""
+"""What the store's benchmarks share: directories, checkpoints, daemons and child processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sllm_vllm.units import MIB, round_up
 Setting = int | bool | tuple[str, ...]
 """A value of ``StoreConfig``."""
 SPARE_NBYTES = 512 * MIB
-"""Of the pool, beyond the checkpoint."""
+"""Memory of the pool beyond the checkpoint's size."""
 SMALL_PAGE_SLOT_NBYTES = CHUNK_NBYTES_DEFAULT + 4096
-"""No multiple of a huge page, which makes the daemon take 4 KiB pages."""
+"""Not a multiple of a huge page, which makes the daemon use 4 KiB pages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSetting:
-    """One run. ``scratch`` is a directory on the disk that is measured."""
+    """The setting of one run. ``scratch`` is a directory on the disk that is measured."""
 
     scratch: Path
     environment: Mapping[str, str]
@@ -36,14 +36,14 @@ class StoreSetting:
     claims_memory: bool = True
 
     def checkpoint(self, folder: str, name: str) -> Checkpoint:
-        """A checkpoint in ``scratch/folder``, written if need be."""
+        """A checkpoint in ``scratch/folder``; written if it does not exist."""
         self.say(f"writing a checkpoint: {folder}/{name}")
         return write_plain_checkpoint(self.scratch / folder, name, num_layers=self.num_layers)
 
     def daemon(
         self, folder: str, *, nbytes: int, environment: Mapping[str, str] | None = None, **settings: Setting
     ) -> StoreDaemon:
-        """A daemon of ``scratch/folder`` with room for ``nbytes``."""
+        """A daemon for ``scratch/folder``, with room for ``nbytes`` in its pool."""
         fields = {"store_dir": self.scratch / folder, "slot_bytes": CHUNK_NBYTES_DEFAULT, **settings}
         config = StoreConfig.model_validate(fields)
         memory_nbytes = round_up(nbytes + SPARE_NBYTES, config.slot_bytes)
@@ -53,33 +53,33 @@ class StoreSetting:
         return StoreDaemon(config, log=log, environment={**self.environment, **(environment or {})})
 
     def run_job(self, job: StoreJob, environment: Mapping[str, str] | None = None) -> StoreAnswer:
-        """Do a job in a process of its own."""
+        """Do a job in its own process."""
         job = job.model_copy(update={"claims_memory": self.claims_memory})
         return run_store_job(job, self.scratch, {**self.environment, **(environment or {})})
 
 
 def load_job(checkpoint: Path, store_dir: Path, **config: str) -> StoreJob:
-    """Fill a module with a checkpoint. ``config``: settings of the loader."""
+    """A job that fills a module from a checkpoint. ``config``: settings of the loader."""
     return StoreJob(action="load", checkpoint=checkpoint, config={"store_dir": str(store_dir), **config})
 
 
 def drop_pages(checkpoint: Checkpoint) -> None:
-    """Bring a checkpoint's data out of the page cache."""
+    """Drop a checkpoint's data from the page cache."""
     page_cache.prepare([partition_file(checkpoint)], "cold")
 
 
 def partition_file(checkpoint: Checkpoint) -> Path:
-    """The one data file."""
+    """The checkpoint's only data file."""
     return checkpoint.partition(0).path
 
 
 def data_nbytes(checkpoint: Checkpoint) -> int:
-    """Bytes of its tensors."""
+    """Bytes of the checkpoint's tensors."""
     return checkpoint.partition(0).record.data_nbytes
 
 
 def forget_on_disk(store_dir: Path, name: str) -> None:
-    """Remove what a write-behind left of a checkpoint, if it did."""
+    """Remove what a write-behind wrote of a checkpoint, if anything."""
     repository = CheckpointRepository(store_dir)
     if (store_dir / name).exists():
         repository.remove(name)

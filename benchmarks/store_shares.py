@@ -1,7 +1,7 @@
-"""Each hop of the store beside the machine's own limit for it, in one run: what share of it is reached.
+"""Measures each hop of the store against the machine's own limit for it, in one run.
 
-Plain modules, real daemon, real files, real servers on loopback; needs no vLLM. ``loading.py`` runs it at its end.
-Measurements take turns, each in a process of its own.
+Uses plain modules, a real daemon, real files, and real servers on loopback; needs no vLLM. ``loading.py`` runs it at
+its end. Measurements take turns, each in its own process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTS = ("memory", "disk", "s3", "http", "slow-http")
 
 
 def run_shares(setting: StoreSetting, parts: Sequence[str] = PARTS) -> list[Share]:
-    """Measure, part by part. One that can't be (no nginx, no obstore) is left out, and said so."""
+    """Measure part by part. A part that can't be measured (no nginx, no obstore) is reported and left out."""
     shares: list[Share] = []
     for part in parts:
         measure = _measure_of(part)
@@ -50,7 +50,7 @@ def _measure_of(part: str) -> Callable[[StoreSetting], list[Share]]:
 def setting_in(
     workspace: Workspace, *, rounds: int, num_layers: int = NUM_LAYERS, claims_memory: bool = True
 ) -> StoreSetting:
-    """Inside a benchmark's workspace, with a line and the seconds since now for each step."""
+    """A setting in a benchmark's workspace; its ``say`` prints a line with the seconds since now."""
     scratch, start_s = workspace.run / "shares", time.monotonic()
     scratch.mkdir()
     return StoreSetting(
@@ -64,7 +64,7 @@ def setting_in(
 
 
 def write_lines(lines: Sequence[object], file: Path | None) -> None:
-    """JSON lines to a file, or to standard output."""
+    """Write lines of JSON to a file, or to standard output."""
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     if file is None:
         print(text, end="")

@@ -1,9 +1,9 @@
 """The store's cache under traffic, on a virtual clock: how long do loads take under each eviction policy?
 
-The real core of the store (``sllm_vllm.store.core``) is driven by events; only devices, clients and time are made up.
-Checkpoints lie behind one of two slow hops, a disk or a remote, each of which reads one span at a time. A request for a
-model that is on no GPU loads it through the cache; afterwards the model stays there for ``keep_alive_s``, and requests
-in that time, or while it loads, load nothing. Same seed, same output.
+Drives the store's real core (``sllm_vllm.store.core``) with events; only devices, clients and time are simulated.
+Checkpoints are behind one of two slow hops, a disk or a remote, each of which reads one span at a time. A request for a
+model that is on no GPU loads it through the cache. The model then stays on the GPU for ``keep_alive_s``; requests in
+that time, or while it loads, cause no load. The same seed gives the same output.
 
     python -m benchmarks.store_sim
     python -m benchmarks.store_sim --trace AzureLLMInferenceTrace_conv.csv
@@ -42,9 +42,9 @@ from sllm_vllm.units import GIB, MIB
 POLICIES = ("cost", "lru")
 HOPS_BPS = {"disk": 2.0e9, "remote": 0.3e9}
 COPY_BPS = 20.0e9
-"""From the pool to a GPU."""
+"""Rate from the pool to a GPU."""
 SPAN_NBYTES = 128 * MIB
-"""Larger than in the store, so that a run takes seconds; policies see only how many spans a checkpoint has."""
+"""Larger than in the store, so that a run takes seconds. Policies only see how many spans a checkpoint has."""
 SIZES_GB = (2.6, 5.5, 13.0, 16.0, 26.0, 30.0)
 ARRIVALS_CV = 8.0
 """Coefficient of variation between arrivals, as in the evaluation of ServerlessLLM (Fu et al., OSDI 2024)."""
@@ -70,7 +70,7 @@ DEFAULTS = Settings(seed=0)
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checkpoint of one partition, and the hop behind which it lies."""
+    """A checkpoint of one partition, and the hop that it is behind."""
 
     spec: PartitionSpec
     hop: str
@@ -78,7 +78,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a policy came to. ``waits_s``: of every request, 0 if the model was on a GPU."""
+    """The results of a policy. ``waits_s``: waiting time of every request; 0 if the model was on a GPU."""
 
     policy: str
     hit_rate: float
@@ -88,7 +88,7 @@ class Result:
 
 @dataclass(slots=True)
 class Load:
-    """A model on its way to a GPU, and the requests that wait for it."""
+    """A model that is loading to a GPU, and the requests that wait for it."""
 
     token: int
     model: Model
@@ -100,7 +100,7 @@ class Load:
 
 @dataclass(slots=True)
 class Hop:
-    """A device that reads one span after the other."""
+    """A device that reads one span at a time."""
 
     bps: float
     queue: deque[StartRead] = field(default_factory=deque)
@@ -130,7 +130,7 @@ class Simulation:
         """Play a trace of (arrival, model number) to its end.
 
         Raises:
-            AssertionError: an invariant of the cache broke, or a load never ended.
+            AssertionError: an invariant of the cache is violated, or a load did not end.
         """
         for arrival_s, number in trace:
             self._at(arrival_s, lambda model=self._models[number]: self._request(model))  # type: ignore[misc]
@@ -199,7 +199,7 @@ class Simulation:
 
 
 def random_models(settings: Settings) -> list[Model]:
-    """Checkpoints of different sizes; popularity says nothing about size or hop."""
+    """Checkpoints of different sizes; size and hop do not depend on popularity."""
     chance = random.Random(f"models {settings.seed}")
     models = []
     for number in range(settings.num_models):
@@ -210,7 +210,7 @@ def random_models(settings: Settings) -> list[Model]:
 
 
 def random_arrivals(settings: Settings) -> Iterator[float]:
-    """Bursts: Gamma-distributed times between arrivals."""
+    """Arrivals in bursts: times between arrivals are Gamma-distributed."""
     chance = random.Random(f"arrivals {settings.seed}")
     shape = 1 / ARRIVALS_CV**2
     now_s = 0.0
@@ -220,28 +220,31 @@ def random_arrivals(settings: Settings) -> Iterator[float]:
 
 
 def traced_arrivals(path: Path, settings: Settings) -> Iterator[float]:
-    """Seconds since the first request of a CSV file with a column TIMESTAMP, in the pattern of its first requests but
-    at the rate of the settings: the original is one service's traffic, too much for a node that loads models."""
+    """Times of arrival from a CSV file with a column TIMESTAMP, in seconds since the first.
+
+    They keep the pattern of the file's first requests, but are stretched to the rate of the settings: the original is
+    the traffic of a whole service, too much for a node that loads models.
+    """
     with path.open(newline="") as file:
         rows = itertools.islice(csv.DictReader(file), settings.num_requests)
-        # Python reads microseconds, the trace has a digit more.
+        # Python parses microseconds; the trace has one digit more.
         stamps = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
     stretch = len(stamps) / settings.rate_hz / max(1e-9, stamps[-1] - stamps[0])
     yield from ((stamp - stamps[0]) * stretch for stamp in stamps)
 
 
 def assigned(arrivals_s: Iterator[float], settings: Settings) -> list[tuple[float, int]]:
-    """A model for each arrival, by Zipf."""
+    """A model for each arrival, with Zipf-distributed popularity."""
     chance = random.Random(f"popularity {settings.seed}")
     weights = [1 / (rank + 1) ** settings.zipf for rank in range(settings.num_models)]
     return [(arrival_s, chance.choices(range(settings.num_models), weights)[0]) for arrival_s in arrivals_s]
 
 
 def simulate(settings: Settings, trace: Path | None = None) -> list[Result]:
-    """The same traffic under each policy.
+    """Simulate the same traffic under each policy.
 
     Raises:
-        AssertionError: an invariant of the cache broke.
+        AssertionError: an invariant of the cache is violated.
     """
     arrivals_s = random_arrivals(settings) if trace is None else traced_arrivals(trace, settings)
     traffic = assigned(arrivals_s, settings)
@@ -250,7 +253,7 @@ def simulate(settings: Settings, trace: Path | None = None) -> list[Result]:
 
 
 def table(results: list[Result]) -> str:
-    """One line a policy."""
+    """The results as text, one line per policy."""
     lines = ["policy  loads  byte hit rate  load time: mean      p50      p99  waiting"]
     for result in results:
         times_s = sorted(result.load_times_s)

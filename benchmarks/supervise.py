@@ -1,13 +1,13 @@
 """Runs a piece of work so that nothing of it is left behind, however it ends.
 
-The work runs in a child process. The parent does nothing but wait, with its signals blocked: for the work's end or for
-SIGINT, SIGTERM or SIGHUP, at whatever moment. Then it ends every process that the work started, orphans too, and
-removes the work's directories. Linux only. Owns: the layout of the cache directory.
+The work runs in a child process. The parent only waits, with its signals blocked, for the work's end or for SIGINT,
+SIGTERM or SIGHUP at any moment. Then it ends every process that the work started, including orphans, and removes the
+work's directories. Linux only. Owns: the layout of the cache directory.
 
 ::
 
-    <cache>/            what may be used again: random models, bytecode
-    <cache>/run-…/      of one run, locked while it lasts; one whose run was killed is removed by the next
+    <cache>/            what later runs may use again: random models, bytecode
+    <cache>/run-…/      of one run, locked while it runs; if the run was killed, the next run removes it
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where a run may write. ``cache`` outlives it, the others do not."""
+    """Directories for a run to write to. ``cache`` is kept after the run, the others are removed."""
 
     cache: Path
     run: Path
-    """Beside the cache, for what is large."""
+    """A directory in the cache, for large files."""
     tmp: Path
-    """A short path in the system's temporary directory, for sockets."""
+    """A directory with a short path in the system's temporary directory, for sockets."""
 
 
 def run_supervised(work: Callable[[Workspace], int], cache: Path) -> int:
-    """Do ``work`` in a child. Returns its status, or 128 + the number of the signal that ended it.
+    """Do ``work`` in a child process; return its status, or 128 + the number of the signal that ended it.
 
-    No thread may run in this process yet.
+    This process must not have started any thread yet.
     """
     blocked = STOP_SIGNALS | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -63,13 +63,13 @@ def run_supervised(work: Callable[[Workspace], int], cache: Path) -> int:
         status = _wait(child)
         _end_all_children()
     if sys.stdout.isatty():
-        print("\x1b[?25h", end="", flush=True)  # a progress bar that was killed leaves the cursor hidden
+        print("\x1b[?25h", end="", flush=True)  # a killed progress bar leaves the cursor hidden
     signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     return status
 
 
 def _work(work: Callable[[Workspace], int], workspace: Workspace) -> NoReturn:
-    """Body of the child: it may be killed at any moment, so it cleans up nothing."""
+    """The child's body. It may be killed at any moment, so it cleans up nothing."""
     os.setsid()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -77,21 +77,21 @@ def _work(work: Callable[[Workspace], int], workspace: Workspace) -> NoReturn:
     status = 1
     try:
         status = work(workspace)
-    except BaseException:  # top of a run loop: told, and turned into a status
+    except BaseException:  # top level: print the error and turn it into a status
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     os._exit(status)
 
 
 def _adopt_orphans() -> None:
-    """Let grandchildren whose parent died become children of this process, so that it can wait for them."""
+    """Make orphaned grandchildren children of this process, so that it can wait for them."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def _wait(child: int) -> int:
-    """Sleep until the child ends or a stop signal comes; other children are reaped on the way."""
+    """Wait until the child ends or a stop signal arrives; reaps other children meanwhile. Returns the exit status."""
     while True:
         number = signal.sigwait(STOP_SIGNALS | {signal.SIGCHLD})
         if number != signal.SIGCHLD:
@@ -105,7 +105,7 @@ def _wait(child: int) -> int:
 
 
 def _end_all_children() -> None:
-    """Return when this process has no descendant left: asked by SIGTERM first, then by SIGKILL."""
+    """End all descendants of this process and wait for them: first with SIGTERM, then with SIGKILL."""
     deadline_s = time.monotonic() + GRACE_S
     asked: set[int] = set()
     while _reap():
@@ -118,7 +118,7 @@ def _end_all_children() -> None:
 
 
 def _reap() -> bool:
-    """Collect every child that has ended; False when there is none left at all."""
+    """Reap every child that has ended; False if no child is left at all."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -132,7 +132,7 @@ def _children() -> list[int]:
 
 
 def _parent(pid: int) -> int | None:
-    """Parent of a process, also of one that has ended and was not collected; None if there is no such process."""
+    """Parent of a process, even if it has ended and was not reaped; None if there is no such process."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -141,7 +141,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _signal_group(pid: int, number: int) -> None:
-    """Signal a child and those of its process group, never our own group."""
+    """Signal a child and its process group, but never our own group."""
     with contextlib.suppress(ProcessLookupError):
         group = os.getpgid(pid)
         if group == os.getpgrp():
@@ -152,7 +152,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 @contextlib.contextmanager
 def _locked_workspace(cache: Path) -> Iterator[Workspace]:
-    """Make the directories of a run, remove them at the end, and those of runs that were killed before."""
+    """Make the directories of a run and remove them at the end; also removes those of runs that were killed."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""A stock ``vllm serve`` as a child: started, waited for, asked, stopped. Owns its process group and its log."""
+"""Runs a stock ``vllm serve`` as a child: starts it, sends requests, stops it. Owns its process group and log."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ REQUEST_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 15.0
 LOG_LINES_SHOWN = 30
 MODEL_NAME = "demo"
-"""What the model is called in requests."""
+"""Name of the model in requests."""
 LOADING_MARK = "Starting to load model"
-"""What vLLM's model runners log before they load."""
+"""What vLLM's model runners log before they load a model."""
 
 _POLL_S = 0.05
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it a start fills nine tenths of the memory with zeros
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default a start fills nine tenths of the memory with zeros
     "VLLM_NO_USAGE_STATS": "1",
 }
 
 
 class ServerFailed(Exception):
-    """The server died, did not become healthy in time, or refused a request. The message is for a person."""
+    """The server died, did not become healthy in time, or refused a request. The message is written for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Token ids of one completion, and when the first of them came (``time.monotonic``)."""
+    """Token ids of one completion, and when the first of them arrived (``time.monotonic``)."""
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -51,26 +51,26 @@ class Completion:
 
 
 def vllm_command() -> Path:
-    """The ``vllm`` beside this Python."""
+    """The ``vllm`` command of this Python's environment."""
     return Path(sys.executable).parent / "vllm"
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 class VllmServer:
-    """One server; a context manager that starts it and leaves no process of its group behind.
+    """One server, as a context manager that starts it and ends all processes of its group.
 
     Args:
-        arguments: of ``vllm serve``, behind the model.
-        environment: added to this process's own.
-        log: file that gets its output.
-        command: starts vLLM's command line; by itself ``vllm``.
-        without: variables that it must not have, though every server here gets them.
+        arguments: arguments of ``vllm serve``, after the model.
+        environment: added to this process's environment.
+        log: file for its output.
+        command: starts vLLM's command line; default ``vllm``.
+        without: variables to remove from its environment, including those that every server here gets.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class VllmServer:
         self._environment = {name: value for name, value in whole.items() if name not in without}
         self._process: subprocess.Popen[bytes] | None = None
         self.start_s = 0.0
-        """When it was started (``time.monotonic``)."""
+        """When the server was started (``time.monotonic``)."""
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:
@@ -127,25 +127,25 @@ class VllmServer:
 
     @property
     def port(self) -> int:
-        """Where it listens, or will."""
+        """The port on which the server listens, or will listen."""
         return self._port
 
     @property
     def pid(self) -> int:
-        """Its first process, which leads a session."""
+        """Process id of its first process, which leads a session."""
         assert self._process is not None
         return self._process.pid
 
     def check_alive(self) -> None:
-        """Make sure that it has not ended.
+        """Check that the server has not ended.
 
         Raises:
-            ServerFailed: it has.
+            ServerFailed: it has ended.
         """
         self._check_alive(0)
 
     def wait_loading(self) -> None:
-        """Return when it is about to load the model, or has done so.
+        """Wait until the server is about to load the model, or has loaded it.
 
         Raises:
             ServerFailed: see ``wait_healthy``.
@@ -153,7 +153,7 @@ class VllmServer:
         self._wait(lambda: LOADING_MARK in self.log.read_text(errors="replace") or self._is_healthy())
 
     def wait_healthy(self) -> None:
-        """Return when ``/health`` says yes.
+        """Wait until ``/health`` reports healthy.
 
         Raises:
             ServerFailed: the process ended before, or it took longer than ``START_TIMEOUT_S``.
@@ -161,10 +161,10 @@ class VllmServer:
         self._wait(self._is_healthy)
 
     def complete(self, question: Mapping[str, Any]) -> Completion:
-        """Ask for one completion, streamed, with token ids.
+        """Request one completion, streamed, with token ids.
 
         Raises:
-            ServerFailed: it refused, broke off, or took longer than ``REQUEST_TIMEOUT_S``.
+            ServerFailed: the server refused, broke off, or took longer than ``REQUEST_TIMEOUT_S``.
         """
         try:
             return stream_completion(self._port, question)
@@ -173,7 +173,7 @@ class VllmServer:
             raise
 
     def log_tail(self) -> str:
-        """The last lines it said."""
+        """The last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
 
     def _wait(self, is_so: Callable[[], bool]) -> None:
@@ -189,7 +189,7 @@ class VllmServer:
         return False
 
     def _check_alive(self, patience_s: float) -> None:
-        """Wait at most so long for the process to end; it should not."""
+        """Wait up to ``patience_s`` and raise if the process has ended by then."""
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(timeout=patience_s)
@@ -197,10 +197,10 @@ class VllmServer:
 
 
 def stream_completion(port: int, question: Mapping[str, Any], *, api_key: str = "") -> Completion:
-    """Ask whatever vLLM listens on a port of this machine for one completion, streamed, with token ids.
+    """Request one completion, streamed, with token ids, from the vLLM server on a port of this machine.
 
     Raises:
-        ServerFailed: it refused, broke off, or took longer than ``REQUEST_TIMEOUT_S``.
+        ServerFailed: the server refused, broke off, or took longer than ``REQUEST_TIMEOUT_S``.
     """
     body = json.dumps({"model": MODEL_NAME, "stream": True, "return_token_ids": True, **question})
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -222,7 +222,7 @@ def stream_completion(port: int, question: Mapping[str, Any], *, api_key: str = 
 def _request(
     port: int, path: str, body: str | None = None, *, headers: Mapping[str, str] | None = None, timeout_s: float
 ) -> http.client.HTTPResponse:
-    """A GET, or a POST if there is a body."""
+    """Send a GET, or a POST if there is a body."""
     connection = http.client.HTTPConnection(HOST, port, timeout=timeout_s)
     method = "GET" if body is None else "POST"
     connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
@@ -230,7 +230,7 @@ def _request(
 
 
 def _choices(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The choices of a stream of server-sent events, which must end with its mark."""
+    """The choices in a stream of server-sent events, which must end with ``[DONE]``."""
     if response.status != http.client.OK:
         raise ValueError(f"status {response.status}: {response.read(500).decode(errors='replace')}")
     for line in response:
@@ -251,7 +251,7 @@ def _signal(group: int, number: int) -> None:
 
 
 def _group_lives(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process of its group is left; orphans that ended are collected by whoever adopted them."""
+    """Whether a process of its group is left. Ended orphans are reaped by the process that adopted them."""
     process.poll()
     try:
         os.killpg(process.pid, 0)

