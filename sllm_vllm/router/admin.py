@@ -1,6 +1,6 @@
-"""The operators' half of the router: an ASGI app for ``/sllm/v1/…`` and ``/metrics``. Owns its routes and its keys.
+"""The router's admin API: an ASGI app for ``/sllm/v1/…`` and ``/metrics``. Owns its routes and its keys.
 
-It is never open: without keys it refuses everything. What it shows is in ``admin_views.py`` and ``collector.py``.
+It is never open: without keys it refuses everything. Its content comes from ``admin_views.py`` and ``collector.py``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 BODY_NBYTES_MAX = MIB
 EVENTS_MAX = 2000
-"""Shown at once: they are read on the loop that requests go through."""
+"""Most events per reply, because they are read on the event loop that serves requests."""
 EVENTS_DEFAULT = 200
 _SETTINGS = IngressSettings(body_nbytes_max=BODY_NBYTES_MAX, bodies_nbytes_max=16 * MIB, body_s_max=30.0)
 _JSON = "application/json"
@@ -54,7 +54,7 @@ _CONFLICT = "conflict"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that may be answered. ``name``: what its path ends with; ``query``: the last value of each key."""
+    """A request that is allowed. ``name``: the variable part of its path; ``query``: the last value of each key."""
 
     name: str
     query: dict[str, str]
@@ -71,7 +71,7 @@ _WHY_NOT_KEPT: dict[type[StateError], tuple[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: a record for JSON, or bytes of another kind."""
+    """An answer: a record to send as JSON, or bytes of content type ``kind``."""
 
     content: views.Record | bytes
     status: int = 200
@@ -82,13 +82,13 @@ Handler = Callable[[Call], Awaitable[Reply]]
 
 
 class AdminApp:
-    """The ASGI app. All calls on the controller's loop.
+    """The ASGI app. All calls run on the controller's loop.
 
     Args:
-        key_digests: SHA-256 of each key that opens it.
-        reload: reads the configuration again and says what changed; raises ConfigError.
-        keep: remembers what is served under a name over a restart, None for nothing; raises StateError.
-        check: refuses a model that this machine can't serve, by ConfigError. Default: none is refused.
+        key_digests: SHA-256 of each admin key.
+        reload: reads the configuration again and returns what changed; raises ConfigError.
+        keep: stores the model served under a name, so that it survives a restart; None removes it; raises StateError.
+        check: raises ConfigError for a model that this machine can't serve. Default: accepts every model.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class AdminApp:
         self._routes = self._all_routes()
 
     def set_keys(self, key_digests: Iterable[str]) -> None:
-        """Only these open it from now on."""
+        """Replace the admin keys."""
         self._keys = Keys(key_digests)
 
     def set_scrape_keys(self, key_digests: Iterable[str]) -> None:
-        """These open ``/metrics``, and nothing else."""
+        """Replace the keys that give access to ``/metrics`` and nothing else."""
         self._scrape_keys = Keys(key_digests)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request, as ASGI has it."""
+        """Answer one ASGI request."""
         if scope["type"] != "http":
             return
         try:
@@ -131,7 +131,7 @@ class AdminApp:
             await _send(send, reply.status, content, headers=[(b"content-type", reply.kind.encode())])
         except ApiError as error:
             await _send_error(send, error)
-        except Ended:  # nobody listens
+        except Ended:  # the client left
             return
         except Exception:  # top of a run loop
             logger.exception("event=admin_failed method=%s path=%r", scope["method"], scope["path"][:NAME_CHARS_MAX])
@@ -142,7 +142,7 @@ class AdminApp:
         may_scrape = scope["path"] == "/metrics" and not self._scrape_keys.is_open
         if may_scrape and key is not None and self._scrape_keys.allow(key):
             return
-        if self._keys.is_open and not may_scrape:  # it has none, and so nobody may
+        if self._keys.is_open and not may_scrape:  # no admin keys are configured, so every request is refused
             message = "No admin key is configured; add one under `keys.admin`."
             raise ApiError(403, message, kind="permission_error", code="admin_disabled").closing()
         if key is None or self._keys.is_open or not self._keys.allow(key):
@@ -167,7 +167,7 @@ class AdminApp:
                 yield match, methods
 
     def _all_routes(self) -> dict[re.Pattern[str], dict[str, Handler]]:
-        """By path. Names may hold anything, slashes too."""
+        """Return the handlers by path and method. Names in paths may hold any character, even slashes."""
         routes: dict[str, dict[str, Handler]] = {
             "/metrics": {"GET": self._metrics},
             "/sllm/v1/models": {"GET": self._models, "POST": self._deploy},
@@ -214,13 +214,13 @@ class AdminApp:
     async def _delete(self, call: Call) -> Reply:
         self._require_model(call.name)
         await self._kept(call.name, None)
-        if call.name in self._controller.models:  # nobody else has deleted it meanwhile
+        if call.name in self._controller.models:  # it was not deleted meanwhile
             self._controller.delete(call.name)
         logger.info("event=deleted model=%r", call.name)
         return Reply({"deleted": call.name})
 
     async def _kept(self, name: str, model: ModelConfig | None) -> None:
-        """First of all: what can't be kept is not done."""
+        """Store the change before it is made, so that a change that can't be stored is not made."""
         try:
             await self._keep(name, model)
         except StateError as error:
@@ -310,10 +310,10 @@ class AdminApp:
 
 
 def read_model(body: bytes) -> ModelConfig:
-    """A model as JSON, with the keys of the configuration's `models`.
+    """Parse a model from JSON with the keys of the configuration's `models`.
 
     Raises:
-        ApiError: 400 with one line that says what is wrong.
+        ApiError: 400; its message is one line that says what is wrong.
     """
     try:
         values = read_json(body.decode())
@@ -328,7 +328,7 @@ def read_model(body: bytes) -> ModelConfig:
 
 
 def _target(body: bytes) -> str | None:
-    """Which replica an order names, as ``{"to": REPLICA}``; None if it names none."""
+    """Return the replica in a body like ``{"to": REPLICA}``; None if it names none."""
     try:
         values = read_json(body.decode()) if body else {}
     except (UnicodeDecodeError, ConfigError):

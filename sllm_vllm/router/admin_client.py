@@ -1,4 +1,4 @@
-"""Asks a running router as an operator does: JSON over HTTP, with a key that no message shows. Blocks."""
+"""Client of a running router's admin API: JSON over HTTP, with a key that no message shows. Blocking."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sllm_vllm.unix_listener import is_trusted, open_channel
 URL_VARIABLE = "SLLM_URL"
 URL_DEFAULT = "http://127.0.0.1:8000"
 ADMIN_KEY_NAME = "admin.key"
-"""In the node's folder: the key that a router makes for its own user."""
+"""File in the node's folder with the key that a router makes for its own user."""
 URL_NAME = "router.url"
-"""In the node's folder: where the router that runs there listens."""
+"""File in the node's folder with the address of the router that runs there."""
 REPLY_NBYTES_MAX = 256 * MIB
 TIMEOUT_S = 60.0
 _KEY_FILE_NBYTES_MAX = 64 * KIB
@@ -36,7 +36,7 @@ _NO_ROUTER = f"start one with `sllm-vllm serve CONFIG`, or say where it is with 
 
 
 class AdminError(SllmError):
-    """The router can't be reached, or refuses. ``code`` is the router's word for why; empty if it said nothing."""
+    """The router can't be reached, or refuses. ``code`` is the router's error code; empty if it gave none."""
 
     def __init__(self, message: str, *, code: str = "") -> None:
         super().__init__(" ".join(message.split()))
@@ -44,12 +44,12 @@ class AdminError(SllmError):
 
 
 def find_url(given: str | None) -> tuple[str, bool]:
-    """The router's address: the given one, that of SLLM_URL, of the router in the node's folder, or the default.
+    """Return the router's address, and whether the user gave it.
 
-    Also whether it was said.
+    It is ``given``, else SLLM_URL, else that of the router recorded in the node's folder, else the default.
 
     Raises:
-        ConfigError: the given one, or that of SLLM_URL, is no such address; or this machine's router has ended.
+        ConfigError: ``given`` or SLLM_URL is not a valid address; or the router recorded on this machine has ended.
     """
     variable = read_variable(URL_VARIABLE) or None
     for place, url in (("--url", given), (URL_VARIABLE, variable)):
@@ -60,7 +60,7 @@ def find_url(given: str | None) -> tuple[str, bool]:
 
 
 def write_url(node_dir: Path, host: str, port: int) -> None:
-    """Note where this process's router listens, for this user's commands on this machine."""
+    """Record where this process's router listens, for this user's commands on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     staging = node_dir / f"{URL_NAME}.{os.getpid()}"
     staging.write_text(f"http://{f'[{host}]' if ':' in host else host}:{port} {os.getpid()}\n", encoding="ascii")
@@ -68,10 +68,10 @@ def write_url(node_dir: Path, host: str, port: int) -> None:
 
 
 def _recorded_url(node_dir: Path) -> str | None:
-    """What the process that has the node's socket now has noted; None if no router has noted anything.
+    """Return the recorded address, if the process that recorded it still owns the node's socket; None if none is there.
 
     Raises:
-        ConfigError: another process has noted it: what listens there now must not be told a key.
+        ConfigError: that process is gone. Whatever listens at the address now must not be sent a key.
     """
     try:
         with (node_dir / URL_NAME).open(encoding="ascii", errors="replace") as file:
@@ -87,13 +87,13 @@ def _recorded_url(node_dir: Path) -> str | None:
 
 
 def read_admin_key(file: Path | None, *, is_elsewhere: bool = False) -> str:
-    """The first key of ``file``; without one that of SLLM_ADMIN_KEY, or of the router's own file.
+    """Return the first key of ``file``; without a file the key of SLLM_ADMIN_KEY, else of the router's own file.
 
     Args:
-        is_elsewhere: the router may be on another machine, so that it need not have a file on this one.
+        is_elsewhere: the router may be on another machine, so its file may be missing on this one.
 
     Raises:
-        ConfigError: there is none, or it is none. The message does not show it.
+        ConfigError: there is no key, or it is not valid. The message does not show it.
     """
     if file is None and (key := (read_variable(KEY_VARIABLE) or "").strip()):
         return _checked(key, KEY_VARIABLE)
@@ -118,13 +118,13 @@ def _checked(key: str, place: str) -> str:
 
 
 class AdminClient:
-    """One router's orders.
+    """Client of one router's admin API.
 
     Args:
-        url: where it listens, as ``http://127.0.0.1:8000``.
+        url: where the router listens, e.g. ``http://127.0.0.1:8000``.
 
     Raises:
-        ConfigError: the URL is none of those.
+        ConfigError: the URL is not valid.
     """
 
     def __init__(self, url: str, key: str) -> None:
@@ -133,15 +133,15 @@ class AdminClient:
         self._key = key
 
     def get(self, *path: str) -> Any:  # noqa: ANN401 - JSON
-        """What stands below ``/sllm/v1/``; parts of the path may hold anything."""
+        """Get the resource at ``path`` below ``/sllm/v1/``; its parts may hold any character."""
         return self._ask("GET", path)
 
     def post(self, *path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
-        """Order something."""
+        """Post to ``path`` below ``/sllm/v1/``, optionally with a JSON body."""
         return self._ask("POST", path, body)
 
     def delete(self, *path: str) -> Any:  # noqa: ANN401 - JSON
-        """Remove something."""
+        """Delete the resource at ``path`` below ``/sllm/v1/``."""
         return self._ask("DELETE", path)
 
     def _ask(self, method: str, path: tuple[str, ...], body: object = None) -> Any:  # noqa: ANN401 - JSON
@@ -183,7 +183,7 @@ class AdminClient:
 
 
 def _split(url: str, place: str = "--url") -> tuple[str, int, str, bool]:
-    """Host, port, beginning of every path, and whether it is TLS."""
+    """Return a URL's host, port, path prefix, and whether it uses TLS."""
     try:
         parts = urlsplit(url)
         port = parts.port

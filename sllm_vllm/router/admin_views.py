@@ -1,6 +1,6 @@
-"""What operators are shown of the router: the controller's state as JSON. Reads alone, on the controller's loop.
+"""The admin API's views: the controller's state as JSON records. Only reads, on the controller's loop.
 
-Nothing here shows an engine's API key, the value of an engine's variable, or a Hub token.
+Nothing here shows an engine's API key, the value of an engine's environment variable, or a Hub token.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ Record = dict[str, Any]
 _SECRET_OPTIONS = ("--hf-token", "--hf_token")
 _HIDDEN = "…"
 ITEMS_SHOWN_MAX = 64
-"""Of a mapping in an event: a node with thousands of models reports them every few seconds."""
+"""Longest mapping shown in an event; a node with thousands of models reports them every few seconds."""
 
 
 def plain(value: object) -> object:
-    """A record of the core as JSON has it: enums by their word, not finite numbers as null, long mappings by length."""
+    """Convert a core record to JSON types.
+
+    Enums become their value (an ``IntEnum`` its name), non-finite numbers null, and long mappings only their length.
+    """
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -49,7 +52,7 @@ def plain(value: object) -> object:
 
 
 def model_views(controller: Controller) -> Iterator[Record]:
-    """All that are deployed; models may change between two of them."""
+    """Yield a view of each deployed model; models may change between two steps."""
     newest = _newest_predictions(controller)
     for name in list(controller.models):
         if name in controller.models:
@@ -57,7 +60,7 @@ def model_views(controller: Controller) -> Iterator[Record]:
 
 
 def model_view(controller: Controller, name: str, newest: Mapping[str, Prediction] | None = None) -> Record:
-    """One that is deployed. ``newest``: the last prediction of each model, if the caller has them."""
+    """Return the view of a deployed model. ``newest``: the last prediction of each model, if the caller has it."""
     core, now_s = controller.core, controller.now_s()
     state = core.models[name]
     counted = Counter(replica.state for replica in core.cluster.replicas_of(name))
@@ -100,7 +103,7 @@ def _back_off(state: ModelState, now_s: float) -> Record | None:
 
 
 def _newest_predictions(controller: Controller) -> dict[str, Prediction]:
-    """The last start of each model, whether it has come true or not."""
+    """Return the prediction of each model's last start, whether that is complete or not."""
     newest: dict[str, Prediction] = {}
     for prediction in controller.core.scaling.predictions.values():
         known = newest.get(prediction.model)
@@ -110,7 +113,7 @@ def _newest_predictions(controller: Controller) -> dict[str, Prediction]:
 
 
 def prediction_view(prediction: Prediction, now_s: float) -> Record:
-    """What a start was expected to take, against what it took; that is null as long as nothing was answered."""
+    """Compare what a start was expected to take with what it took, which is null until its first answer."""
     expected, actual = prediction.expected, prediction.actual
     return {
         "replica": prediction.replica,
@@ -134,7 +137,7 @@ def _compared(term: Term, expected: Estimate, actual: Estimate | None) -> Record
 
 
 def replicas_view(controller: Controller) -> Record:
-    """What the router knows of each, and what its agent says. Slots held for a start are no replicas."""
+    """Return what the router knows about each replica, and its agent's report. Placeholders of slots are left out."""
     replicas = controller.core.cluster.replicas.values()
     return {"replicas": [_replica(controller, replica) for replica in replicas if replica.model]}
 
@@ -162,7 +165,7 @@ def _replica(controller: Controller, replica: Replica) -> Record:
 
 
 def requests_view(controller: Controller, num_max: int) -> Record:
-    """Requests that are not answered yet, the oldest first; at most so many."""
+    """Return up to ``num_max`` requests that have not ended, oldest first."""
     now_s = controller.now_s()
     requests = itertools.islice(controller.core.requests.values(), num_max)
     return {
@@ -181,7 +184,7 @@ def requests_view(controller: Controller, num_max: int) -> Record:
 
 
 def nodes_view(controller: Controller) -> Record:
-    """What the router knows of each, and what its agent says."""
+    """Return what the router knows about each node, and its agent's report."""
     return {"nodes": [_node(controller, node) for node in controller.core.cluster.nodes.values()]}
 
 
@@ -207,7 +210,7 @@ def _node_report(report: NodeReport) -> Record:
 
 
 def stores_view(controller: Controller) -> Record:
-    """Checkpoints and hops as nodes' last reports have them. ``problem``: why a store does not answer, or empty."""
+    """Return checkpoints and hops from the nodes' last reports. ``problem``: why a store does not answer, or empty."""
     return {
         "stores": [
             {"node": name, "problem": report.store, **report.model_dump(mode="json", include={"checkpoints", "hops"})}
@@ -220,7 +223,7 @@ def stores_view(controller: Controller) -> Record:
 
 
 def events_view(story: Sequence[tuple[float, Event | Action]], now_s: float) -> Record:
-    """Events and actions, oldest first."""
+    """Return events and actions as records, oldest first."""
     return {
         "events": [{"ago_s": now_s - at_s, "kind": type(what).__name__, "fields": plain(what)} for at_s, what in story]
     }
@@ -230,7 +233,7 @@ def events_view(story: Sequence[tuple[float, Event | Action]], now_s: float) -> 
 
 
 def explain_view(controller: Controller, name: str) -> Record:
-    """What would be done for a model now, and how good the last prediction was."""
+    """Return what the router would do for the model now, and how good its last prediction was."""
     core, now_s = controller.core, controller.now_s()
     state = core.models[name]
     plans = core.scaling.plans_for(state, now_s)
@@ -264,13 +267,13 @@ def _plan(plan: Plan, *, is_best: bool) -> Record:
 
 
 def _request_now(controller: Controller, state: ModelState, best: Plan | None) -> Record:
-    """What one more request would meet. The branches are the core's, in its order."""
+    """Return what would happen to one more request. The branches mirror the core's, in the same order."""
     core, spec, now_s = controller.core, state.spec, controller.now_s()
     ready = core.cluster.least_busy(spec.name, 1)
-    # 1. Its starts fail and nothing is there.
+    # 1. Its starts fail and no replica is ready.
     if state.back_off.is_hopeless and state.back_off.is_resting(now_s) and not ready:
         return _met("refused", why=state.back_off.reason)
-    # 2. A replica has room, and nobody waits.
+    # 2. A replica has room, and no request waits.
     waiting = core.queues.waiting(spec.name)
     if not waiting and ready and len(ready[0].ongoing) < spec.ongoing_max:
         first_token_s = core.estimator.prefill_s(spec.name, ready[0].node, 0)
@@ -278,12 +281,12 @@ def _request_now(controller: Controller, state: ModelState, best: Plan | None) -
     # 3. The queue is full.
     if waiting >= spec.queue_max or len(core.queues) >= core.queues.total_max:
         return _met("refused", why="the queue is full")
-    # 4. It waits for a replica that has room, or 5. for a start.
+    # 4. It waits for a replica to have room, or 5. for a start.
     return _met("queue", why="every replica is full") if ready else _start_now(controller, state, best)
 
 
 def _start_now(controller: Controller, state: ModelState, best: Plan | None) -> Record:
-    """What one more request would wait for if no replica is ready."""
+    """Return what one more request would wait for, given that no replica is ready."""
     core, name, now_s = controller.core, state.spec.name, controller.now_s()
     if coming := core.cluster.replicas_of(name, ReplicaState.ORDERED):
         first = min(coming, key=lambda replica: replica.ready_at_s)

@@ -1,8 +1,8 @@
-"""What is read of a request's body: the model, how long the prompt is, and how it begins. Pure.
+"""Reads a request's body for the model's name, the prompt's length, and its beginning. Pure.
 
-Of a JSON object only its top level is walked. In a small body the standard library's scanner skips values, and checks
-them; in a large one, or one of many brackets, ``json_scan.py`` finds them without building any. The body itself is
-never changed.
+Only the top level of a JSON object is walked. In a small body the standard library's scanner parses, and so checks, the
+values; in a large body, or one with many brackets, ``json_scan.py`` finds them without building any objects. The body
+itself is never changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sllm_vllm.router.json_scan import Bounds, Member, NotJson, NotUtf8, TooMuch
 from sllm_vllm.router.openai_errors import ApiError
 
 PREFIX_CHARS = 512
-"""What of a prompt makes its prefix key."""
+"""How much of a prompt's beginning makes up its prefix key."""
 NBYTES_A_TOKEN = 4
 HASHED_AT_ONCE_NBYTES_MAX = 1 << 20
 """Larger bodies are hashed in a thread: one of 32 MiB takes some 40 ms."""
@@ -30,41 +30,41 @@ PARTS_MAX = 100
 DEPTH_MAX = 256
 CONTAINERS_MAX = 100_000
 SMALL_NBYTES = 1 << 15
-"""A body up to this is read at once: a few milliseconds at most."""
+"""A body up to this size is read on the event loop: that takes a few milliseconds at most."""
 SMALL_CONTAINERS = 2000
-"""Arrays and objects of a body that is read at once; they cost the most."""
+"""Most arrays and objects of a body that is read by the standard library's scanner; they cost the most time."""
 
 _PROMPTS = frozenset({"messages", "prompt", "input", "query", "text_1", "text"})
 _SPACE = re.compile(r"[ \t\n\r]*")
 _decoder = json.JSONDecoder()
 _NAME_NBYTES_MAX = 128
-"""No name that counts is longer, with each character escaped."""
+"""No relevant member's name is longer, even with each character escaped."""
 _MODEL_NBYTES_MAX = 12 * MODEL_CHARS_MAX
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a body says. ``model``: empty if it names none; ``prefix``: see ``RequestFacts``."""
+    """What was read from a body. ``model``: empty if it names none; ``prefix``: see ``RequestFacts``."""
 
     model: str
     prompt_tokens: int
     prefix: str
 
     def facts(self, request: str) -> RequestFacts:
-        """As the gate wants it."""
+        """Return the facts that the gate takes."""
         return RequestFacts(id=request, model=self.model, prompt_tokens=self.prompt_tokens, prefix=self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class BodyBounds:
-    """Of a JSON body: how deep its values may be nested, and how many arrays and objects it may have."""
+    """Limits of a JSON body: how deep its values may be nested, and how many arrays and objects it may have."""
 
     depth: int = DEPTH_MAX
     containers: int = CONTAINERS_MAX
 
 
 def is_small(body: Body) -> bool:
-    """Whether a body can be read on a loop that others wait for; any other belongs into a thread."""
+    """Whether a body may be read on a shared event loop; larger ones belong in a thread."""
     return len(body) <= SMALL_NBYTES
 
 
@@ -72,7 +72,7 @@ def read_body(body: Body, content_type: bytes, *, takes_form: bool, bounds: Body
     """Read a request's body.
 
     Raises:
-        ApiError: 400, it is not what it should be; 415, it is of a kind that is not read here.
+        ApiError: 400, the body is not valid; 415, its content type is not supported.
     """
     kind = content_type.partition(b";")[0].strip().lower()
     if kind == b"multipart/form-data" and takes_form:
@@ -85,7 +85,7 @@ def read_body(body: Body, content_type: bytes, *, takes_form: bool, bounds: Body
 
 
 async def digest_of(target: str, body: Body) -> str:
-    """A short name of what is asked: the same path and body, the same name."""
+    """Return a digest of a request's path and body."""
     if len(body) <= HASHED_AT_ONCE_NBYTES_MAX:
         return _digest(target, body)
     return await asyncio.to_thread(_digest, target, body)
@@ -99,7 +99,7 @@ def read_json(body: Body, bounds: BodyBounds | None = None) -> Admission:
     """Read a JSON object.
 
     Raises:
-        ApiError: 400 that says what is wrong with it.
+        ApiError: 400; its message says what is wrong.
     """
     bounds = bounds or BodyBounds()
     if is_small(body):
@@ -152,20 +152,20 @@ def _scalar(written: bytes) -> object:
 
 
 def _model_value(body: Body, member: Member) -> object:
-    """The value; what is too long to be a model's name, or no text, is not read."""
+    """Return the value of ``model``; 0, which is never valid, if it is too long for a name, or no text or null."""
     written = bytes(body[member.start : min(member.end, member.start + _MODEL_NBYTES_MAX)])
     is_whole = member.end - member.start == len(written)
     return _scalar(written) if is_whole and written[:1] in b'"n' else 0
 
 
 def _beginning(body: Body, member: Member) -> str:
-    nbytes = 4 * PREFIX_CHARS  # UTF-8's longest
+    nbytes = 4 * PREFIX_CHARS  # UTF-8 takes at most 4 bytes per character
     written = bytes(body[member.start : min(member.end, member.start + nbytes)])
     return written.decode("utf-8", "ignore")[:PREFIX_CHARS]
 
 
 def _walk(text: str) -> tuple[object, str]:
-    """The model, None if there is none, and the prefix key."""
+    """Return the model, or None if there is none, and the prefix key."""
     model: object = None
     prefix = ""
     at = _skip(text, 0)
@@ -181,7 +181,7 @@ def _walk(text: str) -> tuple[object, str]:
         name, start = _name(text, at)
         value, at = _decoder.raw_decode(text, start)
         if name == "model":
-            if model is not None:  # engines and proxies differ in which of two counts
+            if model is not None:  # engines and proxies differ in which of the two they use
                 raise _twice("body")
             model = value
         elif name in _PROMPTS:
@@ -196,7 +196,7 @@ def _walk(text: str) -> tuple[object, str]:
 
 
 def _name(text: str, at: int) -> tuple[str, int]:
-    """A member's name, and where its value begins."""
+    """Return a member's name, and where its value begins."""
     if text[at : at + 1] != '"':
         raise json.JSONDecodeError("Expecting a property name in double quotes", text, at)
     name, at = _decoder.raw_decode(text, at)
@@ -214,7 +214,7 @@ def _ended(text: str, at: int, result: tuple[object, str]) -> tuple[object, str]
 
 
 def _skip(text: str, at: int) -> int:
-    if text[at : at + 1] > " ":  # as nearly always: no space
+    if text[at : at + 1] > " ":  # nearly always there is no space
         return at
     space = _SPACE.match(text, at)
     assert space is not None
@@ -238,7 +238,7 @@ def _model(value: object) -> str:
 
 
 def _read_form(body: Body, content_type: bytes) -> Admission:
-    """One plain field of a form; its files are not looked at."""
+    """Read the ``model`` field of a form; its files are not read."""
     try:
         models = [one for one in scan_form(body, content_type, PARTS_MAX) if one.name == b"model"]
     except NotAForm as error:
@@ -251,5 +251,5 @@ def _read_form(body: Body, content_type: bytes) -> Admission:
         model = models[0].value.decode() if models else None
     except UnicodeDecodeError:
         raise ApiError(400, "`model` is not UTF-8.", param="model") from None
-    # An audio file says nothing of tokens.
+    # The number of tokens can't be derived from an audio file.
     return Admission(_model(model), 0, "")

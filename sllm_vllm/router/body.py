@@ -1,7 +1,7 @@
-"""Reads requests' bodies, whole, within limits of size, of time, and of all together. Lives on the ingress's loop.
+"""Reads whole request bodies, within limits on size, time, and the total of all bodies. Runs on the ingress's loop.
 
-A large body is held once, in memory of its own that goes back to the system with it: pieces of it on the heap would
-leave holes that stay.
+A large body is held once, in its own memory mapping, which returns to the system when it is released; pieces on the
+heap would leave it fragmented.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from sllm_vllm.router.settings import IngressSettings
 from sllm_vllm.router.watch import Ended, Receive
 
 _DISCARDED_BODIES_MAX = 4
-"""How much more than is allowed is read and dropped, so that the client reads the refusal instead of a reset."""
+"""Up to this many times the allowed size is read and dropped, so that the client gets the refusal, not a reset."""
 
 
 _MAPPED_NBYTES = 1 << 16
-"""From here on a body gets memory of its own."""
+"""Bodies larger than this get their own memory mapping."""
 
 Body = bytes | memoryview
 
 
 class BodyReader:
-    """Knows what all bodies together hold: ``nbytes``."""
+    """Reads bodies and counts the bytes that all of them hold together: ``nbytes``."""
 
     def __init__(self, settings: IngressSettings) -> None:
         self._settings = settings
@@ -35,11 +35,11 @@ class BodyReader:
 
     @contextlib.asynccontextmanager
     async def read(self, headers: Headers, receive: Receive) -> AsyncIterator[Body]:
-        """A body, counted as held until the block ends.
+        """Read a body, which counts as held until the block ends.
 
         Raises:
-            ApiError: 413, 408 or 503: it is too large, too slow, or too much with all others.
-            Ended: the client left before its end.
+            ApiError: 413, it is too large; 408, it took too long; 503, all bodies together are too large.
+            Ended: the client left before the body was complete.
         """
         declared = _declared(headers)
         held = _Held(declared or self._settings.body_nbytes_max)
@@ -84,7 +84,7 @@ class BodyReader:
 
 
 class _Held:
-    """What was read of one body: on the heap while it is small, then in a mapping of ``nbytes_max``, used as needed."""
+    """What was read of one body: on the heap while small, then in a mapping of ``nbytes_max`` that fills as needed."""
 
     def __init__(self, nbytes_max: int) -> None:
         self.nbytes = 0
@@ -94,27 +94,27 @@ class _Held:
         self._view: memoryview | None = None
 
     def add(self, piece: bytes) -> None:
-        """The next piece."""
+        """Append the next piece."""
         self.nbytes += len(piece)
         if self._mapped is None and self.nbytes <= _MAPPED_NBYTES:
             self._small = self._small + piece if self._small else piece
             return
         if self._mapped is None:
             self._mapped = mmap.mmap(-1, self._nbytes_max, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._mapped.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would be held whole for a few bytes
+            self._mapped.madvise(mmap.MADV_NOHUGEPAGE)  # else a few bytes could hold a whole huge page
             self._mapped.write(self._small)
             self._small = b""
         self._mapped.write(piece)
 
     def body(self) -> Body:
-        """The whole."""
+        """Return the whole body."""
         if self._mapped is None:
             return self._small
         self._view = memoryview(self._mapped)[: self.nbytes]
         return self._view
 
     def release(self) -> None:
-        """Give the memory back now, whatever still refers to the body; if it is being sent or read, after that."""
+        """Return the memory to the system at once, or, if the body is still being sent or read, after that."""
         self._small = b""
         if self._mapped is None:
             return
@@ -126,7 +126,7 @@ class _Held:
 
 
 async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
-    """What came, maybe nothing, and whether there is more to come."""
+    """Return the next piece, which may be empty, and whether more follows."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise Ended("client_left", "the client left")
@@ -134,6 +134,6 @@ async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
 
 
 def _declared(headers: Headers) -> int:
-    """Content-Length, 0 if there is none. The HTTP parser let in digits alone."""
+    """Return Content-Length, or 0 if there is none. The HTTP parser has admitted digits only."""
     value = value_of(headers, b"content-length")
     return int(value) if value.isdigit() and len(value) < 20 else 0

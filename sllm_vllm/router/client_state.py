@@ -1,4 +1,4 @@
-"""What the kernel knows of a client's connection: whether the client takes what it is sent, and whether it has left.
+"""What the kernel knows about a client's connection: whether the client reads its answer, and whether it has left.
 
 Owned by one connection of ``http_limits.py``. ``ClientCounts`` belongs to the server, for ``/metrics``.
 """
@@ -16,9 +16,9 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 LOG_PAUSE_S = 10.0
-"""Between two lines about refused connections."""
+"""Pause between two log lines about refused connections."""
 _CHECKS = 4
-"""Looks at a client's progress within its time."""
+"""How often a client's progress is checked within its time limit."""
 _PROBE_S = 0.05
 _PROBE_S_MAX = 5.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -27,7 +27,7 @@ _TCP_CLOSE = 7
 
 
 class ClientCounts:
-    """Connections that the server has ended or refused since it started, and those that are open."""
+    """Counts the connections that are open, and those that the server has refused or ended since it started."""
 
     def __init__(self) -> None:
         self.num_open = 0
@@ -37,7 +37,7 @@ class ClientCounts:
         self._logged_at_s: float | None = None
 
     def refuse(self, connections_max: int, now_s: float) -> None:
-        """One more connection than allowed; one line in ``LOG_PAUSE_S`` reports how many there were."""
+        """Count a connection beyond the maximum. Logs at most one line per ``LOG_PAUSE_S``, with the number since."""
         self.num_refused += 1
         if self._logged_at_s is not None and now_s - self._logged_at_s < LOG_PAUSE_S:
             return
@@ -72,14 +72,14 @@ class SlowClient:
         self._since_s = 0.0
 
     def begin(self) -> None:
-        """Bytes wait for the client."""
+        """Start watching: bytes wait for the client."""
         if self._timer is None:
             self._unsent = num_unsent(self._transport)
             self._since_s = self._loop.time()
             self._check_later()
 
     def stop(self) -> None:
-        """No bytes wait, or the connection has ended."""
+        """Stop watching: no bytes wait, or the connection has ended."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -90,7 +90,7 @@ class SlowClient:
     def _check(self) -> None:
         self._timer = None
         unsent = num_unsent(self._transport)
-        if unsent != self._unsent:  # more is progress, too: it is written only once some was taken
+        if unsent != self._unsent:  # an increase is progress, too: more is written only after the client took some
             self._unsent = unsent
             self._since_s = self._loop.time()
         if not unsent:
@@ -102,9 +102,9 @@ class SlowClient:
 
 
 class HalfClosed:
-    """Tells a client that only ended its side from one that has left: both sent a FIN.
+    """Distinguishes a client that has only closed its sending side from one that has left: both send a FIN.
 
-    A client that has closed its socket answers what it is sent with a reset. So until the answer begins it is sent
+    A client that has closed its socket replies to any data with a reset. So until the answer begins, the client is sent
     interim ``100 Continue`` responses, which every HTTP/1.1 client has to skip (RFC 9110, 15.2).
 
     Args:
@@ -121,7 +121,7 @@ class HalfClosed:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, may_interrupt: Callable[[], bool]) -> None:
-        """Look now and again; ``may_interrupt``: whether an interim response is allowed now."""
+        """Check now, and then at growing intervals. ``may_interrupt``: whether an interim response is allowed now."""
         self._timer = None
         if self._transport.is_closing():
             return
@@ -134,25 +134,25 @@ class HalfClosed:
         self._pause_s = min(2 * self._pause_s, _PROBE_S_MAX)
 
     def stop(self) -> None:
-        """The connection has ended."""
+        """Stop checking: the connection has ended."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
 
 def num_unsent(transport: asyncio.Transport) -> int:
-    """Bytes that the client's machine has not acknowledged, those in this process included."""
+    """Return the bytes that the client's machine has not acknowledged, including those buffered in this process."""
     connection = transport.get_extra_info("socket")
     queued = bytearray(4)
     try:
         fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, queued)
-    except OSError:  # it has ended
+    except OSError:  # the connection has ended
         return 0
     return transport.get_write_buffer_size() + int(struct.unpack("i", queued)[0])
 
 
 def has_reset(transport: asyncio.Transport) -> bool:
-    """Whether the client has reset the connection; also True where the kernel can't say."""
+    """Whether the client has reset the connection; True, too, if the kernel can't tell."""
     connection = transport.get_extra_info("socket")
     try:
         return bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE)

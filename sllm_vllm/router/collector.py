@@ -1,4 +1,4 @@
-"""The router's state as Prometheus reads it. Reads the controller on its loop, in slices, anew for each scrape."""
+"""The router's state as Prometheus metrics. For each scrape, reads the controller on its loop, in slices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HISTOGRAMS = {metric for metric in RouterMetric if metric.value.buckets}
 
 
 async def registry_of(controller: Controller) -> CollectorRegistry:
-    """What there is to say now, read in slices. It may be written out on any thread."""
+    """Return a snapshot of all metrics, read in slices. It may be formatted on any thread."""
     registry = CollectorRegistry()
     registry.register(_Snapshot([family async for family in _families(controller)]))
     return registry
@@ -41,7 +41,7 @@ class _Snapshot(Collector):
 
 
 async def _families(controller: Controller) -> AsyncIterator[Family]:
-    """One family a metric, also where it has no sample now."""
+    """Yield one family per metric, even if it has no samples now."""
     counts, shown = controller.counts, _shown_models(controller)
     plain = {metric: _family(metric) for metric in RouterMetric if metric not in _HISTOGRAMS}
     async for metric, labels, value in in_slices(_samples(controller, shown)):
@@ -56,7 +56,7 @@ async def _families(controller: Controller) -> AsyncIterator[Family]:
 
 
 def _by_model(histograms: Mapping[str, Histogram], shown: Iterable[str]) -> dict[tuple[str, ...], Histogram]:
-    """Those of models that are shown, an empty one for a model that had no request."""
+    """Return the histograms of the shown models; an empty one for a model without requests."""
     return {(model,): histograms.get(model) or Histogram(REQUEST_BUCKETS) for model in shown}
 
 
@@ -67,7 +67,7 @@ def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
 
 
 async def _histogram(metric: RouterMetric, histograms: Mapping[tuple[str, ...], Histogram]) -> HistogramMetricFamily:
-    """By labels."""
+    """Return the family of a histogram metric. ``histograms``: by label values."""
     record = metric.value
     family = HistogramMetricFamily(record.name, record.help, labels=record.labels)
     async for labels, histogram in in_slices(histograms.items()):
@@ -80,7 +80,7 @@ async def _histogram(metric: RouterMetric, histograms: Mapping[tuple[str, ...], 
 def _samples(controller: Controller, shown: list[str]) -> Iterator[Sample]:
     yield RouterMetric.INFO, (__version__,), 1
     yield RouterMetric.MODELS, (), len(controller.models)
-    for node in list(controller.core.cluster.nodes.values()):  # slices: it may change
+    for node in list(controller.core.cluster.nodes.values()):  # copied, because it may change between slices
         yield RouterMetric.SLOTS, (node.id,), node.num_slots
         yield RouterMetric.FREE_SLOTS, (node.id,), node.num_free
     for outcome in ("ready", "failed", "called_off"):
@@ -97,12 +97,12 @@ def _samples(controller: Controller, shown: list[str]) -> Iterator[Sample]:
     yield RouterMetric.SLOW_CLIENTS, (), clients.num_slow
     yield from _counted(controller, shown)
     for model in shown:
-        if model in controller.core.models:  # nothing has deleted it meanwhile
+        if model in controller.core.models:  # it was not deleted meanwhile
             yield from _model_samples(controller, model)
 
 
 def _shown_models(controller: Controller) -> list[str]:
-    """All that are deployed; of too many those that have, or had, the most requests."""
+    """Return all deployed models; if there are too many, those that have, or had, the most requests."""
     models, queues, counts = controller.core.models, controller.core.queues, controller.counts
     if len(models) <= SERIES_MAX:
         return list(models)

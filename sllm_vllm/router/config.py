@@ -1,7 +1,8 @@
-"""What the router serves and how: every key of its configuration, validated. Frozen and pure; reads no file.
+"""The router's configuration: every key, with its validation. Frozen.
 
-``config_file.py`` reads files of it, and says what changed between two; ``config_values.py`` has the types. A path is
-relative to the directory that the validation's context names (``directory``), if it names one.
+Pure, except that ``ModelConfig`` reads the file that its engine arguments name with ``--config``. ``config_file.py``
+reads configuration files and compares two of them; ``config_values.py`` defines the value types. Paths are relative to
+``directory`` in the validation's context, if it is there.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ from sllm_vllm.units import GIB, KIB, MIB
 
 NAME_CHARS_MAX = 200
 QUEUE_S = 120.0
-"""Longest that a request waits where its model does not say, and no start makes it worth more."""
+"""Longest wait of a request if its model sets none, and no engine start is expected to end later."""
 ARGUMENTS_MAX = 240
-"""Of an engine, as configured: an order's, less those that are added to them."""
+"""Most configured arguments of an engine: fewer than a start order may hold, to leave room for those that are added."""
 
 
 class _Section(BaseModel):
@@ -66,7 +67,7 @@ class _Section(BaseModel):
 
 
 class ModelDefaults(_Section):
-    """What models have in common, where they do not say otherwise."""
+    """Settings that apply to every model which does not set them itself."""
 
     accelerators: Count | None = Field(
         default=None, ge=1, le=1024, description="slots of a replica; by itself the product of its parallel sizes"
@@ -117,10 +118,10 @@ class ModelDefaults(_Section):
 
 
 class ModelConfig(ModelDefaults):
-    """A model: what clients call it, where its weights are, and how its engines run."""
+    """A model: its name for clients, where its weights are, and how its engines run."""
 
     _num_slots: int = PrivateAttr(default=1)
-    """What its arguments' parallel sizes say, those of a ``--config`` file too."""
+    """Slots that follow from the parallel sizes in its arguments, including those of a ``--config`` file."""
     name: str = Field(min_length=1, max_length=NAME_CHARS_MAX, description="what clients say; printable characters")
     source: Text = Field(
         default="",
@@ -161,7 +162,7 @@ class ModelConfig(ModelDefaults):
 
     @model_validator(mode="after")
     def _sized(self, info: ValidationInfo) -> Self:
-        """Their file is read once, here, so that a wrong one is told at once."""
+        """Compute the slots from the arguments. Reads their ``--config`` file here, so that errors show at once."""
         try:
             words = expand_config(self.engine_arguments, (info.context or {}).get("directory", ""))
         except ConfigError as error:
@@ -176,18 +177,18 @@ class ModelConfig(ModelDefaults):
 
     @property
     def generation(self) -> int:
-        """31 bits of what its engines are started with: the same for the same, also after a restart of the router."""
+        """A 31-bit digest of what its engines are started with; stable over restarts of the router."""
         said = [self.source, self.engine_order_arguments(), sorted(self.environment.items()), self.num_accelerators]
         digest = hashlib.sha256(json.dumps(said).encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
     def engine_order_arguments(self) -> tuple[str, ...]:
-        """What follows ``vllm serve SOURCE``."""
+        """Return the arguments after ``vllm serve SOURCE``."""
         revision = () if self.revision is None else (f"--revision={self.revision}",)
         return (*self.engine_arguments, f"--served-model-name={self.name}", *revision)
 
     def spec(self, generation: int) -> ModelSpec:
-        """As the router's core knows it."""
+        """Return the model as a spec for the router's core."""
         return ModelSpec(
             name=self.name,
             generation=generation,
@@ -212,7 +213,7 @@ class ModelConfig(ModelDefaults):
 
 
 class NodeSection(_Section):
-    """This machine's agent, for the engines. What is left out is found out."""
+    """This machine's agent, which runs the engines. Keys that are left out are detected."""
 
     slots: Count | None = Field(default=None, ge=1, le=1024, description="engines' places; by itself one a GPU, or CPU")
     gpus: Words | None = Field(
@@ -249,7 +250,7 @@ class NodeSection(_Section):
 
 
 class StoreSection(_Section):
-    """Where checkpoints are, and the daemon that keeps them in memory."""
+    """Where checkpoints are stored, and the daemon that keeps them in memory."""
 
     directory: Located | None = Field(
         default=None, description="directory of the checkpoints; by itself SLLM_STORE_DIR, else in the user's cache"
@@ -258,7 +259,7 @@ class StoreSection(_Section):
 
 
 class ServerSection(_Section):
-    """Where clients find it, and its limits. Durations: seconds, or text like 30s, 10m. Sizes: bytes, or 8MiB."""
+    """The router's address and limits. Durations: seconds, or text like 30s, 10m. Sizes: bytes, or 8MiB."""
 
     host: str = Field(
         default="127.0.0.1", min_length=1, max_length=253, description="address to listen on; loopback without keys"
@@ -294,7 +295,7 @@ class ServerSection(_Section):
 
 
 class KeySource(_Section):
-    """Where a key is, or its digest: exactly one of the three. A key itself never stands in a configuration."""
+    """Where a key is found, or its digest: exactly one of the three. A configuration never holds a key itself."""
 
     env: str | None = Field(
         default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,254}$", description="environment variable that holds the key"
@@ -340,13 +341,13 @@ class KeysSection(_Section):
     )
 
     def secret_variables(self) -> tuple[str, ...]:
-        """Environment variables that hold a key, or are to be hidden from engines for another reason."""
+        """Return the environment variables to hide from engines: those that hold keys, and ``hidden_variables``."""
         named = (source.env for source in (*self.clients, *self.admin, *self.metrics) if source.env is not None)
         return tuple(sorted({*named, *self.hidden_variables}))
 
 
 class RouterConfig(_Section):
-    """All that the router may be told."""
+    """The whole configuration of the router."""
 
     keys: KeysSection = KeysSection()
     server: ServerSection = ServerSection()
@@ -385,7 +386,7 @@ class RouterConfig(_Section):
         return models
 
     def node_config(self) -> NodeConfig:
-        """The agent's settings."""
+        """Return the agent's settings."""
         node, store = self.node, self.store
         return NodeConfig(
             node_dir=(node.node_dir or default_node_dir()).absolute(),
@@ -404,7 +405,7 @@ class RouterConfig(_Section):
         )
 
     def ingress_settings(self, key_digests: tuple[str, ...]) -> IngressSettings:
-        """What the ingress lets in; ``key_digests`` are those of ``keys.clients``."""
+        """Return the ingress's settings. ``key_digests``: those of ``keys.clients``."""
         server = self.server
         return IngressSettings(
             key_digests=key_digests,
@@ -426,7 +427,7 @@ class RouterConfig(_Section):
 
 
 def merged_models(values: dict[str, Any]) -> dict[str, Any]:
-    """What a file holds, with its defaults under each model; as it is if they are wrong."""
+    """Return a file's values with its defaults merged into each model; unchanged if the defaults are invalid."""
     defaults, models = values.get("defaults"), values.get("models")
     if isinstance(defaults, dict) and isinstance(models, list) and _is_valid(defaults):
         return {**values, "models": [_merged(defaults, model) for model in models]}
@@ -434,7 +435,7 @@ def merged_models(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_valid(defaults: dict[Any, Any]) -> bool:
-    """If not, its own errors are enough: those of each model would only repeat them."""
+    """Whether the defaults are valid. If not, their own errors suffice; merging would repeat them for each model."""
     try:
         ModelDefaults.model_validate(defaults)
     except ValidationError:
@@ -443,7 +444,7 @@ def _is_valid(defaults: dict[Any, Any]) -> bool:
 
 
 def _merged(defaults: dict[str, Any], model: object) -> object:
-    """A model as it was written, over the defaults: variables and arguments one by one, all else whole."""
+    """Return a model's values over the defaults: variables and arguments merge one by one, other values replace."""
     if not isinstance(model, dict):
         return model
     merged = {**defaults, **model}

@@ -1,7 +1,7 @@
-"""Files of the router's configuration: read, checked whole, compared with the one before.
+"""Reads and checks files of the router's configuration, and compares two configurations.
 
-``config_text.py`` has YAML and JSON, ``config_problems.py`` what is wrong with values, ``config_places.py`` what is
-wrong with them on this machine.
+``config_text.py`` parses YAML and JSON, ``config_problems.py`` finds what is wrong with values, and
+``config_places.py`` what is wrong with them on this machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sllm_vllm.router.keys import digest_of
 from sllm_vllm.units import KIB, MIB
 
 FILE_NBYTES_MAX = 8 * MIB
-"""Of a configuration; ten thousand models with a few settings each fit."""
+"""Largest configuration file; ten thousand models with a few settings each fit."""
 KEY_FILE_NBYTES_MAX = 64 * KIB
 
 _FIXED_SECTIONS = ("node", "store", "poison")
@@ -45,10 +45,10 @@ _KEY = re.compile(r"[!-~]{1,1024}")
 
 
 def read_router_config(path: Path) -> RouterConfig:
-    """A file of it: JSON if its name ends so, else YAML. Paths in it are relative to its directory.
+    """Read a configuration file: JSON if its name ends in ``.json``, else YAML. Paths are relative to its directory.
 
     Raises:
-        InvalidConfig: it can't be read, or something in it is wrong: every problem with its key and line.
+        InvalidConfig: it can't be read, or something in it is wrong; has every problem with its key and line.
     """
     found = check_router_config(path)
     if found.config is None:
@@ -58,7 +58,7 @@ def read_router_config(path: Path) -> RouterConfig:
 
 @dataclass(slots=True)
 class Checked:
-    """A file and what is wrong with it. ``config`` is None if anything is; what is right is in ``diagnosis``."""
+    """A checked file. ``config`` is None if anything is wrong; ``diagnosis`` holds the valid parts."""
 
     config: RouterConfig | None
     problems: list[Problem]
@@ -67,7 +67,7 @@ class Checked:
 
 
 def check_router_config(path: Path) -> Checked:
-    """A file of it, with all of its problems. Looks at nothing but the file."""
+    """Read a configuration file and find all its problems. Does not check it against this machine."""
     try:
         document = parse_document(read_text(path, FILE_NBYTES_MAX), is_json=path.suffix == ".json")
     except InvalidConfig as error:
@@ -76,16 +76,16 @@ def check_router_config(path: Path) -> Checked:
 
 
 def parse_document(text: str, *, is_json: bool) -> Document:
-    """A text with the lines of its keys.
+    """Parse a configuration's text, with the lines of its keys.
 
     Raises:
-        InvalidConfig: it can't be read to its end.
+        InvalidConfig: it can't be parsed to its end.
     """
     return (parse_json if is_json else parse_yaml)(text)
 
 
 def check_document(document: Document, *, directory: Path) -> Checked:
-    """What a document says. Paths in it are relative to ``directory``."""
+    """Validate a parsed document. Paths in it are relative to ``directory``."""
     context = {"directory": directory}
     config, diagnosis = _validated(document.values, context)
     wrong = document.problems
@@ -96,7 +96,7 @@ def check_document(document: Document, *, directory: Path) -> Checked:
 
 
 def parse_router_config(values: object, *, directory: Path | None = None) -> RouterConfig:
-    """What a file holds. Paths in it are relative to ``directory``; without one they stay as they are.
+    """Validate a configuration's values. Paths are relative to ``directory``; without one they stay as they are.
 
     Raises:
         InvalidConfig: names every wrong key.
@@ -112,7 +112,7 @@ def _validated(values: object, context: Mapping[str, object]) -> tuple[RouterCon
         config = RouterConfig.model_validate(values, context=context)
     except ValidationError as error:
         found = diagnose(values, context)
-        if not found.problems:  # what it checks section by section is right
+        if not found.problems:  # each section is valid, but not all together
             found.problems.append(Problem((), error.errors(include_url=False, include_input=False)[0]["msg"]))
         return None, found
     sections = {name: getattr(config, name) for name in _LIVE_SECTIONS + _FIXED_SECTIONS}
@@ -120,15 +120,15 @@ def _validated(values: object, context: Mapping[str, object]) -> tuple[RouterCon
 
 
 def router_config_schema() -> dict[str, Any]:
-    """Every key of it, as a JSON schema."""
+    """Return the JSON schema of a configuration."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RouterConfig.model_json_schema()}
 
 
 def read_text(path: Path, nbytes_max: int) -> str:
-    """A regular file of text. A pipe or a device is refused: it could hold up a reload without end.
+    """Read a regular text file. A pipe or a device is refused, because it could block a reload forever.
 
     Raises:
-        InvalidConfig: it can't be read, is too large, or is no text.
+        InvalidConfig: it can't be read, is too large, or is not UTF-8.
     """
     try:
         return decode_text(read_plain(path, nbytes_max), nbytes_max)
@@ -137,10 +137,10 @@ def read_text(path: Path, nbytes_max: int) -> str:
 
 
 def decode_text(data: bytes, nbytes_max: int) -> str:
-    """Bytes of a file as text.
+    """Decode a file's bytes.
 
     Raises:
-        InvalidConfig: there are more than ``nbytes_max``, or they are no text.
+        InvalidConfig: there are more than ``nbytes_max``, or they are not UTF-8.
     """
     if len(data) > nbytes_max:
         raise _unreadable(f"it is larger than {nbytes_max} bytes")
@@ -158,10 +158,10 @@ def _unreadable(problem: str) -> InvalidConfig:
 
 
 def read_key_digests(sources: Sequence[KeySource], section: str) -> tuple[str, ...]:
-    """SHA-256 of every key, each once. ``section``: how messages name them, as ``keys.clients``.
+    """Return the SHA-256 of every key, without duplicates. ``section``: its name in messages, like ``keys.clients``.
 
     Raises:
-        ConfigError: a key is not where it should be, or is none. The message does not show it.
+        ConfigError: a key is missing or not valid. The message does not show it.
     """
     found: dict[str, None] = {}
     for index, source in enumerate(sources):
@@ -202,8 +202,8 @@ def _key_file(path: Path) -> str:
 class Changes:
     """What a new configuration changes.
 
-    ``restarted``: models whose engines must be started anew; ``adjusted``: those whose engines stay. ``live``: keys
-    that count from now on; ``fixed``: keys that need a restart of the router.
+    ``restarted``: changed models that need new engines; ``adjusted``: those that keep their engines. ``live``: keys
+    that take effect at once; ``fixed``: keys that need a restart of the router.
     """
 
     added: tuple[ModelConfig, ...] = ()
@@ -214,7 +214,7 @@ class Changes:
     fixed: tuple[str, ...] = ()
 
     def require_live(self) -> None:
-        """Refuse what can't change while the router runs.
+        """Check that nothing changes that can't change while the router runs.
 
         Raises:
             ConfigError: names every such key.
@@ -224,7 +224,7 @@ class Changes:
 
 
 def compare(old: RouterConfig, new: RouterConfig) -> Changes:
-    """What ``new`` changes. Keys in files and variables may have changed though their sources have not."""
+    """Return what ``new`` changes. The keys that files and variables hold are not compared, only their sources."""
     before = {model.name: model for model in old.models}
     known = [model for model in new.models if model.name in before]
     changed = [model for model in known if model != before[model.name]]
@@ -241,7 +241,7 @@ def compare(old: RouterConfig, new: RouterConfig) -> Changes:
 
 
 def with_known_models(new: RouterConfig, old: RouterConfig) -> RouterConfig:
-    """The new one, with the old one's records of models that did not change, so that fewer live."""
+    """Return ``new`` with the old objects of unchanged models, to save memory."""
     before = {model.name: model for model in old.models}
     kept = (before[model.name] if model == before.get(model.name) else model for model in new.models)
     return new.model_copy(update={"models": tuple(kept)})

@@ -1,4 +1,4 @@
-"""What the configuration says of live migration, and between which engines requests may move. Pure."""
+"""The configuration's ``migration`` section, and which engines requests may move between. Pure."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CHANGEABLE_OPTIONS = frozenset(
         "--uvicorn-log-level",
     }
 )
-"""Options of `vllm serve` that change how fast and how many are answered, and never what is."""
+"""Options of `vllm serve` that affect speed and capacity, but never the content of answers."""
 
 
 class MigrationSection(BaseModel):
-    """Moving requests that run from one engine to another. Durations: seconds, or text like 30s."""
+    """Moving running requests from one engine to another. Durations: seconds, or text like 30s."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -54,7 +54,7 @@ class MigrationSection(BaseModel):
     )
 
     def settings(self) -> MoveSettings | None:
-        """For the data path; None where nothing is moved."""
+        """Return the settings of the data path; None if migration is off."""
         if not self.enabled:
             return None
         return MoveSettings(
@@ -66,14 +66,17 @@ class MigrationSection(BaseModel):
 
 
 def lineage_of(source: str, revision: str | None, *, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """31 bits of all that decides what an engine answers: requests move between engines that have the same."""
+    """Return a 31-bit digest of everything that decides what an engine answers.
+
+    Requests move only between engines with the same lineage.
+    """
     kept = [words for words in _options(arguments) if words[0] not in CHANGEABLE_OPTIONS]
     said = [source, revision, sorted(kept), sorted(environment.items())]
     return int.from_bytes(hashlib.sha256(json.dumps(said).encode()).digest()[:4], "big") >> 1
 
 
 def _options(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Each option with its values, however they were written."""
+    """Yield each option with its values, in one spelling, so that equal options compare equal."""
     option: list[str] = []
     for word in arguments:
         if word.startswith("-"):

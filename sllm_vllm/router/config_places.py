@@ -1,4 +1,4 @@
-"""What a configuration says beside what this machine has: directories, slots, keys. Blocking: for threads."""
+"""Checks a configuration against this machine: directories, slots, keys. Blocking, so call it in a thread."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sllm_vllm.router.config_file import Checked, check_router_config, read_key_
 from sllm_vllm.router.config_problems import Diagnosis, InvalidConfig, Problem, below, with_lines
 
 MODEL_FILES = ("config.json", "params.json")
-"""vLLM reads one of them; the second is Mistral's."""
+"""Files of which a model's directory holds at least one; the second is Mistral's."""
 _NAMES_MAX = 1000
-"""Of a folder, that are compared with one that is not there."""
+"""Most entries of a folder that are compared with a missing name, to suggest one."""
 
 
 def check_on_this_machine(path: Path) -> Checked:
-    """A file with all of its problems, those with this machine's directories, slots and keys, too."""
+    """Check a file, and whether its directories, slots and keys exist on this machine."""
     found = check_router_config(path)
     here = with_lines(_problems_here(found.diagnosis, path.absolute().parent), found.lines)
     problems = with_lines([*found.problems, *here], found.lines)
@@ -33,10 +33,10 @@ def check_on_this_machine(path: Path) -> Checked:
 
 
 def read_checked_config(path: Path) -> tuple[RouterConfig, list[Problem]]:
-    """The configuration of a router on this machine, and warnings.
+    """Return the configuration of a router on this machine, and warnings.
 
     Raises:
-        InvalidConfig: something in it is wrong, or is not so on this machine.
+        InvalidConfig: something in it is wrong, or does not exist on this machine.
     """
     found = check_on_this_machine(path)
     if found.config is None:
@@ -45,10 +45,10 @@ def read_checked_config(path: Path) -> tuple[RouterConfig, list[Problem]]:
 
 
 def require_model(node: NodeSection, model: ModelConfig) -> None:
-    """Refuse a model that can't run here.
+    """Check that a model can run here.
 
     Raises:
-        InvalidConfig: its directory is not there or holds no model, or it takes more slots than the node has.
+        InvalidConfig: its directory does not exist or holds no model, or it takes more slots than the node has.
     """
     found = Diagnosis(sections={"node": node}, models={0: model})
     wrong = [problem for problem in _problems_here(found, Path("/")) if not problem.is_warning]
@@ -62,7 +62,7 @@ def _problems_here(found: Diagnosis, directory: Path) -> Iterator[Problem]:
         yield from _key_problems(keys)
     if not isinstance(node, NodeSection):
         return
-    if node.engine_command is None:  # another engine may name its models otherwise
+    if node.engine_command is None:  # another engine may name its models differently
         yield from _source_problems(found.models, directory)
     yield from _slot_problems(node, found.models)
 
@@ -86,7 +86,7 @@ def _source_problems(models: Mapping[int, ModelConfig], directory: Path) -> Iter
 
 
 def source_problem(model: ModelConfig) -> str | None:
-    """What is wrong with a source that is a path; None if it may be a model, or is a name on the Hub."""
+    """Return what is wrong with a source that is a path; None if it may be a model, or is a name on the Hub."""
     path = Path(model.source)
     if not path.is_absolute():
         return None
@@ -104,7 +104,7 @@ def source_problem(model: ModelConfig) -> str | None:
 
 
 def _nearest(path: Path) -> str:
-    """The entry beside it that is spelled most like it."""
+    """Return a hint for a missing path: the most similar name in its folder, or that the folder is missing, too."""
     try:
         names = [entry.name for entry in itertools.islice(os.scandir(path.parent), _NAMES_MAX)]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the configuration says of requests that kill their engines. Pure."""
+"""The configuration's ``poison`` section, about requests that kill their engines. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sllm_vllm.router.core.limits import PoisonLimits
 
 
 class PoisonSection(BaseModel):
-    """Requests that end their engine. Durations: seconds, or text like 10m."""
+    """Handling of requests that kill their engine. Durations: seconds, or text like 10m."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -43,7 +43,7 @@ class PoisonSection(BaseModel):
     )
 
     def limits(self) -> PoisonLimits:
-        """For the core."""
+        """Return the core's limits."""
         return PoisonLimits(
             quarantine_s=self.quarantine,
             digests_max=self.digests_max,

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every problem at once, each with its key and line. Pure."""
+"""Finds what is wrong with a configuration: all problems at once, each with its key and line. Pure."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from sllm_vllm.router.config_poison import PoisonSection
 from sllm_vllm.router.config_ray import RaySection
 
 Place = tuple[str | int, ...]
-"""A value in a document: the keys and indices that lead to it."""
+"""The path of a value in a document: the keys and indices that lead to it."""
 Lines = Mapping[Place, int]
 
 PROBLEMS_MAX = 100
-"""Shown at once."""
+"""Most problems shown at once."""
 _ROUNDS_MAX = 4
-"""Validations of one section, each without the keys that failed in the one before."""
+"""Validations of one section, each without the keys that failed in the previous one."""
 _SHOWN_CHARS_MAX = 80
-"""Of a key that a user wrote, in a message."""
+"""Longest part of a user's key that is shown in a message."""
 _SECTIONS: dict[str, type[BaseModel]] = {
     "keys": KeysSection,
     "server": ServerSection,
@@ -66,12 +66,12 @@ _WORDS = {
     "string_pattern_mismatch": "it has to match {pattern}",
     "too_long": "it has to have {max_length} entries or fewer",
 }
-"""Pydantic's errors in the words of a configuration."""
+"""Messages for pydantic's error types."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong at one place, or, as a warning, that may be."""
+    """One problem, or one warning, at one place of a configuration."""
 
     at: Place
     problem: str
@@ -80,7 +80,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The place as a person writes it: ``models[0].keep_alive``; empty for the whole document."""
+        """The place in the form ``models[0].keep_alive``; empty for the whole document."""
         parts = (f"[{part}]" if isinstance(part, int) else f".{shown(part)}" for part in self.at)
         return _one_line("".join(parts).removeprefix("."))
 
@@ -89,13 +89,13 @@ class Problem:
         return ": ".join(part for part in parts if part)
 
     def concerns(self, place: Place) -> bool:
-        """Whether one of the two places is in the other."""
+        """Whether this problem's place contains ``place``, or the reverse."""
         depth = min(len(self.at), len(place))
         return self.at[:depth] == place[:depth]
 
 
 class InvalidConfig(ConfigError):
-    """A configuration has problems. ``str()`` is one line with all of them, ``lines`` has one for each."""
+    """A configuration has problems. ``str()`` is one line with all of them; ``lines`` has one line for each."""
 
     def __init__(self, problems: Iterable[Problem], file: str = "") -> None:
         self.problems = tuple(problems)
@@ -105,7 +105,7 @@ class InvalidConfig(ConfigError):
 
     @property
     def lines(self) -> list[str]:
-        """Each problem, with the file's name."""
+        """One line for each problem, with the file's name."""
         return [f"{self.file}: {text}" if self.file else text for text in self._texts()]
 
     def _texts(self) -> list[str]:
@@ -114,13 +114,13 @@ class InvalidConfig(ConfigError):
         return found + ([f"and {num_more} more"] if num_more else [])
 
     def of_file(self, file: str) -> InvalidConfig:
-        """The same, with the file's name."""
+        """Return the same error with the file's name."""
         return InvalidConfig(self.problems, file)
 
 
 @dataclass(slots=True)
 class Diagnosis:
-    """What is wrong, and what is right beside it: sections and models, without their wrong keys."""
+    """The problems, and the valid rest: sections and models without their wrong keys."""
 
     problems: list[Problem] = field(default_factory=list)
     sections: dict[str, BaseModel] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Diagnosis:
 
 
 def diagnose(values: object, context: Mapping[str, object]) -> Diagnosis:
-    """Every problem of what a file holds. Costs several validations: for values that are known to be wrong."""
+    """Find every problem of a file's values. Takes several validations, so call it only if the values are wrong."""
     found = Diagnosis()
     if not isinstance(values, dict):
         found.problems.append(
@@ -170,7 +170,11 @@ def _diagnose_models(values: dict[str, Any], found: Diagnosis, context: Mapping[
 def _validated(
     kind: type[BaseModel], values: object, at: Place, *, context: Mapping[str, object]
 ) -> tuple[list[Problem], BaseModel | None]:
-    """Problems of a section, and the section without what is wrong: checks of several keys come last, and are made."""
+    """Return a section's problems, and the section without its wrong keys.
+
+    Pydantic checks several keys together only once each is valid, so wrong keys are removed and the rest is validated
+    again.
+    """
     found: list[Problem] = []
     values = dict(values) if isinstance(values, dict) else values
     for _ in range(_ROUNDS_MAX):
@@ -187,18 +191,18 @@ def _validated(
 
 
 def _replace_wrong(kind: type[BaseModel], values: dict[str, Any], place: Place) -> None:
-    """Take a wrong key out, or put in what stands for any value."""
+    """Remove a wrong key, or replace its value by a valid placeholder."""
     key, index = str(place[0]), place[1] if len(place) > 1 else None
     if key in kind.model_fields and kind.model_fields[key].is_required():
         values[key] = "stand-in"
-    elif kind is KeysSection and isinstance(index, int):  # the other keys have to stay at their places
+    elif kind is KeysSection and isinstance(index, int):  # so that the other keys keep their indices
         values[key] = [*values[key][:index], {"sha256": "0" * 64}, *values[key][index + 1 :]]
     else:
         values.pop(key, None)
 
 
 def _without_one_key(kind: type[BaseModel], values: dict[str, Any], context: Mapping[str, object]) -> BaseModel | None:
-    """A section whose keys are right each, but not together."""
+    """Return a section without one key, if its keys are valid one by one but not together; None if that fails, too."""
     for key in values:
         with contextlib.suppress(ValidationError):
             return kind.model_validate({name: values[name] for name in values if name != key}, context=context)
@@ -206,7 +210,7 @@ def _without_one_key(kind: type[BaseModel], values: dict[str, Any], context: Map
 
 
 def _problems_of(error: ValidationError, kind: type[BaseModel], at: Place) -> Iterator[Problem]:
-    """What was written is not repeated: it may be a key."""
+    """Yield the problems of a validation error. Values are not shown, because one may be a secret key."""
     for one in error.errors(include_url=False, include_input=False):
         context = one.get("ctx", {})
         place = (*at, *one["loc"], *context.get("at", ()))
@@ -220,7 +224,7 @@ def _problems_of(error: ValidationError, kind: type[BaseModel], at: Place) -> It
 
 
 def in_words(kind: str, message: str, context: Mapping[str, Any]) -> str:
-    """One of pydantic's errors as this package says it."""
+    """Return this package's message for a pydantic error."""
     return _WORDS[kind].format(**context) if kind in _WORDS else message.removeprefix("Value error, ")
 
 
@@ -230,7 +234,7 @@ def _unknown_key(key: str, kind: type[BaseModel]) -> str:
 
 
 def with_lines(problems: Iterable[Problem], lines: Lines) -> list[Problem]:
-    """Each with the line of its key, or else of the nearest one around it; in their order in the file."""
+    """Add to each problem the line of its key, or of the nearest enclosing one, and sort by line."""
     found = [problem if problem.line else replace(problem, line=_line_of(problem.at, lines)) for problem in problems]
     return sorted(found, key=lambda problem: (problem.line is None, problem.line or 0))
 
@@ -243,7 +247,7 @@ def _line_of(place: Place, lines: Lines) -> int | None:
 
 
 def shown(text: str) -> str:
-    """A key in a message."""
+    """Shorten a key for a message."""
     return text if len(text) <= _SHOWN_CHARS_MAX else f"{text[:_SHOWN_CHARS_MAX]}…"
 
 
@@ -252,5 +256,5 @@ def _one_line(text: str) -> str:
 
 
 def below(problems: Sequence[Problem], place: Place) -> list[Problem]:
-    """Problems whose place begins so, less that beginning."""
+    """Return the problems below ``place``, with their places relative to it."""
     return [replace(problem, at=problem.at[len(place) :]) for problem in problems if problem.at[: len(place)] == place]

@@ -1,4 +1,4 @@
-"""What the configuration says of a router on a Ray cluster. Pure; one machine does without it."""
+"""The configuration's ``ray`` section, for a router on a Ray cluster. Pure; not used on a single machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCHEMES = ("ray", "sqlite", "redis", "rediss", "etcd", "etcds")
 
 
 class RaySection(BaseModel):
-    """A router as a Ray Serve application. Durations: seconds, or text like 30s."""
+    """The router as a Ray Serve application. Durations: seconds, or text like 30s."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
-"""The text of a configuration as values: YAML or JSON, with the line of every key, and all that is wrong in it. Pure.
+"""Parses a configuration's YAML or JSON into values, with the line of every key and all problems. Pure.
 
-YAML here is what a configuration needs: no anchors, aliases or tags, no key twice; a plain scalar is a number only if
-it is written as one is printed, so that no digit of a version or a digest is lost.
+YAML is restricted to what a configuration needs: no anchors, aliases, tags or duplicate keys. A plain scalar is a
+number only if printing the number gives the same text, so that no digit of a version or a digest is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from sllm_vllm.router.config_problems import PROBLEMS_MAX, InvalidConfig, Place, Problem, shown, with_lines
 
 DEPTH_MAX = 32
-"""Of values in values; no section needs a third of it."""
+"""Deepest nesting of values; no section needs a third of it."""
 _TRUE, _FALSE, _NULL = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _DECIMAL = re.compile(r"-?[0-9]{1,12}\.[0-9]{1,12}")
@@ -25,45 +25,45 @@ _JSON_PART = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}\[\],]|[^\s{}\[\]
 _TOO_DEEP = "it is nested too deeply"
 _FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 LONG_CHARS = 65_536
-"""Longer files are read with libyaml where PyYAML has it: forty times as fast, with shorter messages."""
+"""Longer files are read with libyaml, if PyYAML has it: forty times as fast, with shorter messages."""
 
 
 @dataclass(slots=True)
 class Document:
-    """What a text says. ``problems`` are those of the text; what they concern has values that mean nothing."""
+    """A parsed text. ``problems``: those of the text itself; values at their places are meaningless."""
 
     values: object = None
     lines: dict[Place, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def note(self, place: Place, line: int) -> None:
-        """A value begins here."""
+        """Record that the value at ``place`` begins on ``line``."""
         self.lines.setdefault(place, line)
 
     def add(self, place: Place, problem: str, line: int) -> None:
-        """Something is wrong here.
+        """Record a problem.
 
         Raises:
-            InvalidConfig: so much is wrong that reading on is no use.
+            InvalidConfig: there are too many problems to continue.
         """
         self.problems.append(Problem(place, problem, line))
         if len(self.problems) > PROBLEMS_MAX:
             raise InvalidConfig(self.problems)
 
     def fail(self, problem: str, line: int | None = None) -> NoReturn:
-        """The text can't be read on."""
+        """Raise InvalidConfig with all problems so far and this one, after which the text can't be parsed further."""
         raise InvalidConfig(with_lines([*self.problems, Problem((), problem, line)], {})) from None
 
     def within(self, place: Place, values: object) -> Document:
-        """Itself as a part of ``values``."""
+        """Return a document of ``values``, with this one's lines and problems moved to ``place``."""
         lines = {(*place, *at): line for at, line in self.lines.items()}
         return Document(values, lines, [replace(one, at=(*place, *one.at)) for one in self.problems])
 
     def require_valid(self) -> object:
-        """The values.
+        """Return the values.
 
         Raises:
-            InvalidConfig: with every problem of the text.
+            InvalidConfig: the text has problems; has all of them.
         """
         if self.problems:
             raise InvalidConfig(with_lines(self.problems, self.lines))
@@ -71,19 +71,19 @@ class Document:
 
 
 def read_json(text: str) -> object:
-    """A JSON document.
+    """Read a JSON document.
 
     Raises:
-        InvalidConfig: it is none, is nested too deeply, or has a key twice.
+        InvalidConfig: it is not valid JSON, is nested too deeply, or has a duplicate key.
     """
     return parse_json(text).require_valid()
 
 
 def read_yaml(text: str) -> object:
-    """A YAML document; none at all is null.
+    """Read a YAML document; an empty text is null.
 
     Raises:
-        InvalidConfig: it is none, or holds what is not taken here: see the module.
+        InvalidConfig: it is not valid YAML, or uses features that are not supported here: see the module.
     """
     return parse_yaml(text).require_valid()
 
@@ -92,10 +92,10 @@ def read_yaml(text: str) -> object:
 
 
 def parse_json(text: str) -> Document:
-    """A JSON document with its lines; keys that stand twice are among its problems.
+    """Parse a JSON document with its lines; duplicate keys are among its problems.
 
     Raises:
-        InvalidConfig: it is none, or is nested too deeply.
+        InvalidConfig: it is not valid JSON, or is nested too deeply.
     """
     document = Document()
     try:
@@ -114,14 +114,14 @@ def _refuse_constant(name: str) -> NoReturn:
 
 @dataclass(slots=True)
 class _Frame:
-    """A mapping or a list that is open. ``part``: the key or index of what comes."""
+    """A mapping or list that is still open. ``part``: the key or index of its next value."""
 
     part: str | int | None
     keys: set[str] = field(default_factory=set)
 
 
 def _scan_json(text: str, document: Document) -> None:
-    """Note the line of every key and item, in text that is known to be valid."""
+    """Record the line of every key and item of text that is known to be valid."""
     frames: list[_Frame] = []
     line, position = 1, 0
     for part in _JSON_PART.finditer(text):
@@ -162,10 +162,10 @@ def _twice(key: str) -> str:
 
 
 def parse_yaml(text: str) -> Document:
-    """A YAML document with its lines; keys that stand twice, anchors, aliases and tags are among its problems.
+    """Parse a YAML document with its lines; duplicate keys, anchors, aliases and tags are among its problems.
 
     Raises:
-        InvalidConfig: it is none, or is nested too deeply.
+        InvalidConfig: it is not valid YAML, or is nested too deeply.
     """
     reader = _YamlReader(yaml.parse(text, Loader=_FAST if len(text) > LONG_CHARS else yaml.SafeLoader))
     try:
@@ -175,20 +175,20 @@ def parse_yaml(text: str) -> Document:
         reader.document.fail(f"no valid YAML ({error.problem})", line)
     except yaml.reader.ReaderError as error:
         reader.document.fail(f"no valid YAML ({error.reason})")
-    except (ValueError, OverflowError) as error:  # a number in an escape or a directive is out of range
+    except (ValueError, OverflowError) as error:  # e.g. a number in an escape or directive is out of range
         reader.document.fail(f"no valid YAML ({error})")
     return reader.document
 
 
 class _YamlReader:
-    """Makes values of PyYAML's events, which have no types."""
+    """Builds values from PyYAML's events. ``Any``: PyYAML has no type annotations."""
 
     def __init__(self, events: Iterator[Any]) -> None:
         self._events = events
         self.document = Document()
 
     def read_document(self) -> None:
-        """The one document that there may be."""
+        """Read the only document; a second one is an error, and none leaves the values None."""
         next(self._events)
         if isinstance(next(self._events), yaml.StreamEndEvent):
             return
@@ -243,7 +243,7 @@ class _YamlReader:
 
 
 def _plain_value(text: str) -> object:
-    """A scalar without quotes, as PyYAML has it, but for numbers that would be printed otherwise: those stay text."""
+    """Convert an unquoted scalar. A number that would be printed differently stays text."""
     if text.lower() in _NULL:
         return None
     if text.lower() in _TRUE + _FALSE:

@@ -1,6 +1,6 @@
-"""Values as people write them in the router's configuration: durations, sizes, arguments, variables, paths. Pure.
+"""Value types of the router's configuration: durations, sizes, arguments, variables, paths. Pure.
 
-Each ends as a type for a field of ``config.py``; its JSON schema says what may be written.
+The types at the end are for the fields of ``config.py``; their JSON schemas describe the accepted forms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sllm_vllm.units import parse_nbytes
 
 TEXT_CHARS_MAX = 4096
 WORD_CHARS_MAX = 65_536
-"""Of an argument or a variable; Linux takes twice as much."""
+"""Longest argument or environment variable; Linux takes twice as much."""
 DURATION_S_MAX = 30 * 86400.0
 OWNED_OPTIONS = (
     ("--model", "`source`"),
@@ -32,10 +32,10 @@ OWNED_OPTIONS = (
     ("--uds", "nothing: the node picks an address"),
     ("--api-key", "nothing: the node makes one"),
 )
-"""Arguments that engines get from elsewhere, and what to write instead."""
+"""Arguments that may not be configured, because engines get them from elsewhere, and what to write instead."""
 OWNED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "VLLM_API_KEY")
 _NEVER_ENDS = frozenset({"-1", "-1s", "-1m", "forever", "always", "inf", "infinite", "infinity", "never"})
-"""What users of other servers write to keep a model loaded."""
+"""Values that other servers accept for keeping a model loaded forever."""
 _UNIT_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) *(ms|s|m|h|d|)", re.ASCII)
 _OPTION = re.compile(r"-{0,2}([A-Za-z][\w-]*)((?:\.[\w.-]*)?)", re.ASCII)
@@ -44,21 +44,21 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def wrong_key(problem: str, *at: str | int) -> PydanticCustomError:
-    """An error about a key below the value that is validated: ``at`` is its path from there."""
+    """Return a validation error about a key inside the validated value. ``at``: the key's path from there."""
     return PydanticCustomError("wrong_key", "{problem}", {"problem": problem, "at": at})
 
 
 def wrong_keys(parts: Sequence[tuple[str | int, str]]) -> PydanticCustomError:
-    """Errors about several keys or items of the value that is validated: each with its problem."""
+    """Return one validation error about several keys or items of the validated value, each with its problem."""
     problem = "; ".join(problem for _, problem in parts)
     return PydanticCustomError("wrong_keys", "{problem}", {"problem": problem, "parts": tuple(parts)})
 
 
 def parse_duration(value: object) -> float:
-    """Seconds from a number or from what a person writes: ``90``, ``30s``, ``10m``, ``1.5h``.
+    """Return seconds from a number or from text like ``90``, ``30s``, ``10m``, ``1.5h``.
 
     Raises:
-        ValueError: it is no duration.
+        ValueError: it is not a duration.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= DURATION_S_MAX:
         return float(value)
@@ -130,7 +130,7 @@ def _variable(name: object) -> str:
 
 
 def _option(key: object) -> str:
-    """An option as vLLM spells it: ``max_model_len`` is ``--max-model-len``; what follows a point is left alone."""
+    """Return an option in vLLM's spelling: ``max_model_len`` is ``--max-model-len``; the part after a dot is kept."""
     match = _OPTION.fullmatch(key) if isinstance(key, str) else None
     if match is None:
         raise ValueError("a key has to be the name of an option of `vllm serve`, as max-model-len")
@@ -138,7 +138,10 @@ def _option(key: object) -> str:
 
 
 def _option_words(option: str, value: object) -> list[str]:
-    """An option and its value as words; none if the value is null. vLLM reads what is below a point as JSON."""
+    """Return an option and its value as words; none if the value is null.
+
+    vLLM reads the value of an option with a dot as JSON.
+    """
     if value is None:
         return []
     if isinstance(value, dict) or ("." in option and not isinstance(value, str)):
@@ -147,7 +150,7 @@ def _option_words(option: str, value: object) -> list[str]:
         return [option if value else f"--no-{option[2:]}"]
     if isinstance(value, list | tuple):
         return [option, *map(_word, value)]
-    if option == CONFIG_OPTION:  # vLLM passes over --config=FILE
+    if option == CONFIG_OPTION:  # vLLM ignores --config=FILE
         return [option, _word(value)]
     return [f"{option}={_word(value)}"]
 
@@ -160,10 +163,10 @@ def _json(option: str, value: object) -> str:
 
 
 def engine_words(value: object) -> object:
-    """Engine arguments, a list or a mapping, as words; anything else as it is.
+    """Return engine arguments, a list or a mapping, as words; anything else is returned unchanged.
 
     Raises:
-        ValueError: a key is no option, or a value can't be one's.
+        ValueError: a key is not an option, or a value can't be an option's value.
     """
     if isinstance(value, Mapping):
         return [word for key, part in value.items() for word in _option_words(_option(key), part)]
@@ -196,7 +199,7 @@ def _options_of(value: Mapping[object, object]) -> list[str]:
 
 
 def _owned(words: Sequence[str]) -> Iterator[tuple[str | int, str]]:
-    """Options that engines get from elsewhere: where each stands, and what to write instead."""
+    """Yield the index of each option that may not be configured, and a message that says what to write instead."""
     for index, word in enumerate(words):
         name = word.partition("=")[0]
         for option, instead in OWNED_OPTIONS:
@@ -205,24 +208,27 @@ def _owned(words: Sequence[str]) -> Iterator[tuple[str | int, str]]:
 
 
 def located(path: Path, info: ValidationInfo) -> Path:
-    """A path as it is meant: from the home directory, or relative to the one of the validation's context."""
+    """Resolve a path: expand ``~``, and make it relative to the directory of the validation's context."""
     directory = (info.context or {}).get("directory", "")
     return Path(directory, os.path.expanduser(_plain(str(path))))
 
 
 def merge_arguments(defaults: object, own: object) -> object:
-    """Mappings key by key, so that null takes a default away; else the model's words after the default's."""
+    """Merge a model's engine arguments with the defaults.
+
+    Mappings are merged key by key, so that null removes a default. Otherwise the model's words follow the defaults'.
+    """
     try:
         if isinstance(defaults, dict) and isinstance(own, dict):
             return {_option(key): value for key, value in (*defaults.items(), *own.items())}
         first, last = engine_words(defaults), engine_words(own)
-    except ValueError:  # the model's own check says what is wrong
+    except ValueError:  # the validation of the model reports it
         return own
     return [*first, *last] if isinstance(first, list) and isinstance(last, list) else own
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches it. A name counts only if it is ``localhost``."""
+    """Whether an address is reachable only from this machine. Of names, only ``localhost`` counts."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

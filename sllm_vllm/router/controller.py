@@ -1,4 +1,4 @@
-"""The controller: owns the core, feeds it what happens, and does what it says. One object on one loop; a ``Gate``."""
+"""The controller: owns the core, feeds it events, and carries out its actions. One object on one loop; a ``Gate``."""
 
 from __future__ import annotations
 
@@ -65,8 +65,11 @@ OUTCOMES_MAX = 256
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """``moves_max``: requests that move between engines at once; 0: none ever does. ``holders_max``: nodes that a hot
-    checkpoint is copied to, at most; 0: none ever is. ``poison``: for requests that kill their engines."""
+    """Configured limits of the core.
+
+    ``moves_max``: requests that move between engines at once; 0 turns migration off. ``holders_max``: most nodes that
+    hold one hot checkpoint; 0 turns copying off. ``poison``: for requests that kill their engines.
+    """
 
     moves_max: int = 0
     holders_max: int = 0
@@ -74,13 +77,13 @@ class Bounds:
 
 
 class Controller:
-    """One router's decisions, for nodes in this process or elsewhere.
+    """Runs one router's decisions, for nodes in this process or elsewhere.
 
     Args:
         directory: engines' working directory.
-        bounds: of what the core does.
-        estimator: what was learned before.
-        clock: seconds; the core's time.
+        bounds: limits of the core.
+        estimator: one that has learned before, if any.
+        clock: returns the core's time, in seconds.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Controller:
         self.counts = Counts()
         self._shown: dict[str, ServedModel] = {}
         self._served: tuple[ServedModel, ...] | None = ()
-        """The same as a tuple; None: it changed."""
+        """The values of ``_shown`` as a tuple; None after a change."""
         self._clock = clock
         self._loops = RunLoops()
         self._members: dict[str, Member] = {}
@@ -115,17 +118,17 @@ class Controller:
         self._lengths = ModelLengths(self._show)
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._followers: dict[str, OnMove] = {}
-        """By request: who is to be told that it moves."""
+        """By request: the callback that gives an order to move it to its stream."""
         self._nbytes: dict[str, int] = {}
-        """Of the weights of models by their source, as the source's own files had it when it was measured last."""
+        """By source: size of the model's weights, as last measured from the source's files."""
 
-    # ------------------------------------------------------------------------------------------------------- its life
+    # ------------------------------------------------------------------------------------------------------ lifecycle
 
     async def start(self, loops: RunLoops | None = None) -> None:
-        """Begin to count time.
+        """Start the controller's tick.
 
         Args:
-            loops: where its loops run; it is not ready while one of them does not work.
+            loops: runs its loops; the controller is not ready while one of them fails.
         """
         self._loops = loops or self._loops
         self._ticking = self._loops.start("the controller's tick", self._tick)
@@ -138,11 +141,11 @@ class Controller:
         *,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take a node in, with the replicas that run there already.
+        """Add a node, with the replicas that run there already.
 
         Args:
-            requests: tells, by replica, those that an earlier life of this router sent there.
-            on_lost: called when its agent does not answer (any more), once it was written off.
+            requests: returns, by replica, the requests that an earlier process of this router sent there.
+            on_lost: called after the node was written off because its agent stopped answering.
 
         Raises:
             NodeError: its agent does not answer.
@@ -165,7 +168,7 @@ class Controller:
             raise
 
     def lose_node(self, name: str, reason: str) -> None:
-        """Write a node off, with all that ran on it; one that is not there is lost already."""
+        """Write a node off, with everything that ran on it; an unknown node is ignored."""
         member = self._members.pop(name, None)
         if member is None:
             return
@@ -176,7 +179,7 @@ class Controller:
         self._tell(NodeLost(name))
 
     async def close(self) -> None:
-        """Stop deciding; who still waits is told."""
+        """Stop the controller, and refuse the requests that still wait."""
         self._ticking.cancel()
         await asyncio.gather(self._ticking, return_exceptions=True)
         for member in self._members.values():
@@ -189,16 +192,16 @@ class Controller:
             if not future.done():
                 future.set_exception(stopping())
 
-    # ----------------------------------------------------------------------------------------------------- as a gate
+    # --------------------------------------------------------------------------------------------- interface as a gate
 
     def served(self) -> Sequence[ServedModel]:
-        """The models that were deployed, in that order."""
+        """Return the deployed models, in the order of their first deployment."""
         if self._served is None:
             self._served = tuple(self._shown.values())
         return self._served
 
     def is_ready(self) -> bool:
-        """As soon as a node is known, and as long as every loop works, the nodes' own included."""
+        """Whether all the controller's loops work, and at least one node's do."""
         return not self._loops.problem and any(member.is_well for member in self._members.values())
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
@@ -208,11 +211,11 @@ class Controller:
         return await self._ticket(facts.id, future)
 
     def found(self, facts: RequestFacts, replica: str) -> None:
-        """A request runs on a replica already: an earlier life of this router sent it there."""
+        """Take over a request that runs on a replica already: an earlier process of this router sent it there."""
         self._tell(RequestFound(facts, replica))
 
     def gone(self, request: str) -> None:
-        """Nobody waits for it any more, or reads it: whoever did is gone with it."""
+        """Note that the process that waited for a request, or streamed it, is gone."""
         self._followers.pop(request, None)
         self._tell(RequestGone(request))
 
@@ -262,7 +265,7 @@ class Controller:
         self._tell(MoveFailed(ticket.request, order.target.replica, reason, is_lasting=is_lasting, samples=samples))
 
     def call_off_move(self, request: str, order: MoveOrder) -> None:
-        """Nobody knows whether it was followed."""
+        """Call off a migration of which it is unknown whether the order was followed."""
         self._tell(MoveFailed(request, order.target.replica, "whoever streams it began anew"))
 
     def _samples(self, order: MoveOrder, report: MoveReport) -> tuple[ResumeSample, ...]:
@@ -281,16 +284,16 @@ class Controller:
             if self._waiting.get(request) is future:
                 del self._waiting[request]
 
-    # ------------------------------------------------------------------------------------------------- as an operator
+    # ------------------------------------------------------------------------------------------ interface for operators
 
     async def measure(self, models: Sequence[ModelConfig]) -> None:
-        """Look how large models' sources are, where they are directories: their first start is predicted by it."""
+        """Measure the weights of models whose sources are directories, to predict their first start."""
         sources, directory = list(dict.fromkeys(model.source for model in models)), self._orders.directory
         found = await asyncio.to_thread(lambda: [weights_nbytes(directory / source) for source in sources])
         self._nbytes.update(zip(sources, found, strict=True))
 
     async def change_models(self, removed: Iterable[str], deployed: Iterable[ModelConfig]) -> None:
-        """Delete and deploy many models; requests are served meanwhile."""
+        """Delete and deploy many models, in slices, so that requests are served meanwhile."""
         deletions = (partial(self._delete_known, name) for name in removed)
         async for change in in_slices(chain(deletions, (partial(self.deploy, one) for one in deployed))):
             change()
@@ -300,7 +303,7 @@ class Controller:
             self.delete(name)
 
     def deploy(self, model: ModelConfig) -> None:
-        """Serve a model, or serve it otherwise from now on."""
+        """Deploy a model, or change one that is deployed."""
         if self.models.get(model.name) != model:
             self._lengths.forget(model.name)
         self.models[model.name] = model
@@ -313,7 +316,7 @@ class Controller:
             member.watch.refresh()
 
     def delete(self, name: str) -> None:
-        """Serve it no more; requests that run are answered."""
+        """Delete a model; its running requests are still answered."""
         self._nbytes.pop(self.models[name].source, None)
         del self.models[name], self._shown[name]
         self._lengths.forget(name)
@@ -321,7 +324,7 @@ class Controller:
         self._tell(ModelDeleted(name))
 
     def _show(self, name: str) -> None:
-        """One model as clients see it, if it is (still) served; the others' records stay as they are."""
+        """Update the record of a model that clients see, if it is still deployed."""
         if name not in self.models:
             return
         known = self._shown.get(name)
@@ -330,34 +333,34 @@ class Controller:
         self._served = None
 
     def drain(self, target: str) -> None:
-        """Have a replica, or all of a node, end without harm to a request; on the node nothing starts any more."""
+        """Drain a replica, or a node, without cutting off requests. Nothing new starts on a drained node."""
         self._tell(DrainAsked(target))
 
     def migrate(self, request: str, target: str | None) -> str:
-        """Have a request go on at another replica; says why it can't, or nothing if it was ordered."""
+        """Order a request to move to another replica. Returns why it can't; empty if it was ordered."""
         if problem := self.core.why_not_move(request, target, self._clock()):
             return problem
         self._tell(MoveAsked(request, target))
         return ""
 
     def undrain(self, node: str) -> None:
-        """Have a node take starts again."""
+        """Let a drained node take starts again."""
         self._tell(UndrainAsked(node))
 
     def set_waiting_max(self, waiting_max: int) -> None:
-        """So many requests may wait from now on."""
+        """Change how many requests may wait, of all models."""
         self.core.queues.set_total_max(waiting_max)
 
     def node_reports(self) -> dict[str, NodeReport]:
-        """Nodes' last reports, by name."""
+        """Return the nodes' last reports, by name."""
         return {name: one.report for name, one in self._members.items() if one.report is not None}
 
     def replica_reports(self) -> dict[str, ReplicaReport]:
-        """What agents said last of replicas that live, by id."""
+        """Return the agents' last reports of live replicas, by id."""
         return {name: report for one in self._members.values() for name, report in one.engines.reports.items()}
 
     def report_of(self, replica: str) -> ReplicaReport | None:
-        """What its agent said of it last; None if it does not live."""
+        """Return its agent's last report of a replica; None if the replica is not live."""
         member = self._member_of(replica)
         return None if member is None else member.engines.reports.get(replica)
 
@@ -366,14 +369,14 @@ class Controller:
         return None if known is None else self._members.get(known.node)
 
     def now_s(self) -> float:
-        """The core's time."""
+        """Return the core's time."""
         return self._clock()
 
     # --------------------------------------------------------------------------------------------------------- effects
 
     def _tell(self, event: Event) -> None:
         now_s = self._clock()
-        # Its start, or its end, may have made a checkpoint, or brought one into memory.
+        # A replica's start or end may have written a checkpoint, or brought one into memory: ask its node again below.
         member = self._member_of(event.replica) if isinstance(event, ReplicaReady | ReplicaEnded) else None
         actions = self.core.handle(event, now_s)
         self.counts.note(event, actions, now_s)
@@ -413,7 +416,10 @@ class Controller:
                 self._orders.give(action)
 
     def _order_move(self, action: MoveRequest) -> None:
-        """Tell whoever streams it. Later, as it may answer at once, and the core is still being obeyed."""
+        """Pass a move order to the process that streams the request.
+
+        Deferred, because the callback may answer at once, while actions of the core are still being carried out.
+        """
         order = MoveOrder(action.source, self._ticket_of(action.request, action.target))
         logger.info("event=move request=%s source=%s target=%s", action.request, action.source, action.target)
         asyncio.get_running_loop().call_soon(self._hand_over, action.request, order)
@@ -422,11 +428,11 @@ class Controller:
         on_order = self._followers.get(request)
         if on_order is not None:
             on_order(order)
-        else:  # it has ended, or has not begun to be followed
+        else:  # it has ended, or is not followed yet
             self._tell(MoveFailed(request, order.target.replica, "nobody streams it"))
 
     def _ticket_of(self, request: str, replica: str) -> Ticket:
-        """Of a request that the core knows, for a replica that is ready."""
+        """Return the ticket of a request that the core knows, for a replica that is ready."""
         report = self.report_of(replica)
         assert report is not None
         assert report.url is not None

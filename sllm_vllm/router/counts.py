@@ -1,4 +1,4 @@
-"""What the router has done since it started, in numbers that only grow: for ``/metrics``. Owned by the controller."""
+"""Counters of what the router has done since it started, for ``/metrics``. Owned by the controller."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START_KINDS = ("warm", "cold", "unknown")
 
 
 class Histogram:
-    """How many values fell into each bucket; the last one is of those above all bounds."""
+    """How many values fell into each bucket; the last bucket is for values above all bounds."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
@@ -33,45 +33,45 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """One more."""
+        """Count a value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
 
 def observe(histograms: dict[str, Histogram], model: str, value_s: float) -> None:
-    """One more of a model's requests."""
+    """Count a value in the model's histogram, making one if needed."""
     histograms.setdefault(model, Histogram(REQUEST_BUCKETS)).observe(value_s)
 
 
 class Counts:
-    """Counts of a model begin anew when it was deleted; what ends later has the model ''."""
+    """All counters. Those of a model are dropped when it is deleted; its requests that end later count for model ''."""
 
     def __init__(self) -> None:
         self.starts: Counter[str] = Counter()
-        """By how they ended: ready, failed, called off."""
+        """Starts by outcome: ready, failed, called_off."""
         self.start_s = {kind: Histogram(RouterMetric.START_SECONDS.value.buckets) for kind in START_KINDS}
-        """Startup times: from the order until it was ready."""
+        """Startup times, from the order until the replica was ready, by kind of start."""
         self.requests: Counter[tuple[str, str]] = Counter()
-        """By model and outcome."""
+        """Requests by model and outcome."""
         self.tokens: Counter[tuple[str, str]] = Counter()
-        """By model and kind, prompt or output; as far as engines told."""
+        """Tokens by model and kind, prompt or output, as far as engines reported them."""
         self.ttft_s: dict[str, Histogram] = {}
         self.duration_s: dict[str, Histogram] = {}
         self.queue_wait_s: dict[str, Histogram] = {}
-        """By model: what its requests waited for their first byte, their end, and a replica."""
+        """The three above are by model: seconds from arrival to first byte and to the end, and in the queue."""
         self.clients = ClientCounts()
         self.rejections: Counter[str] = Counter()
         self.moves: Counter[str] = Counter()
-        """By how they ended."""
+        """Migrations by outcome: moved, not_moved."""
         self.held_s = Histogram(RouterMetric.MOVE_HELD_SECONDS.value.buckets)
         self.num_filled = 0
-        """Tokens that targets computed anew in rounds."""
+        """Tokens that migration targets recomputed in their rounds."""
         self._models: set[str] = set()
         self._ordered_s: dict[str, float] = {}
-        """Of replicas that are on their way."""
+        """When each replica that is still starting was ordered."""
 
     def note(self, event: Event, actions: Iterable[Action], now_s: float) -> None:
-        """What the core was told, and what it ordered."""
+        """Count an event of the core, and the actions that followed."""
         match event:
             case ModelDeployed():
                 self._models.add(event.spec.name)
@@ -88,7 +88,7 @@ class Counts:
                 self.rejections[action.why.name.lower()] += 1
 
     def note_outcome(self, ticket: Ticket, outcome: Outcome) -> None:
-        """A request that a replica had has ended."""
+        """Count a request that ended after it had been sent to a replica."""
         model = ticket.model if ticket.model in self._models else ""
         self.requests[model, outcome.how] += 1
         self.tokens[model, "prompt"] += outcome.prompt_tokens or 0
@@ -99,7 +99,7 @@ class Counts:
             observe(self.ttft_s, model, outcome.waited_s + outcome.first_byte_s)
 
     def note_move(self, report: MoveReport, *, outcome: str) -> None:
-        """A move has ended."""
+        """Count a migration that ended."""
         self.moves[outcome] += 1
         self.num_filled += report.num_filled
         if outcome == "moved":
