@@ -192,7 +192,7 @@ class Controller:
             if not future.done():
                 future.set_exception(stopping())
 
-    # --------------------------------------------------------------------------------------------- interface as a gate
+    # -------------------------------------------------------------------------------------------- interface as a gate
 
     def served(self) -> Sequence[ServedModel]:
         """Return the deployed models, in the order of their first deployment."""
@@ -284,7 +284,7 @@ class Controller:
             if self._waiting.get(request) is future:
                 del self._waiting[request]
 
-    # ------------------------------------------------------------------------------------------ interface for operators
+    # ---------------------------------------------------------------------------------------- interface for operators
 
     async def measure(self, models: Sequence[ModelConfig]) -> None:
         """Measure the weights of models whose sources are directories, to predict their first start."""

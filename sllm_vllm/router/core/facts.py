@@ -32,7 +32,7 @@ class Term(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model as it was deployed. ``generation`` grows when anything changes that requires new engines.
+    """A model as it was deployed. ``generation`` changes when anything changes that requires new engines.
 
     ``start_s_max``: how long a start may take; None: derived from the prediction. ``queue_s_max``: how long a request
     waits at most; with ``waits_for_start`` longer, if an engine that is starting for it is predicted to be ready later.

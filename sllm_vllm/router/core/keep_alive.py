@@ -30,7 +30,7 @@ class KeepAliveLimits:
     floor_startups: float = 2.0
     """Minimum stay of an idle replica, in startup times."""
     idle_s_min: float = 5.0
-    """Overrides everything else, so that a replica is not stopped between two turns of a conversation."""
+    """Minimum stay; overrides everything else, so that a replica is not stopped between two turns of a conversation."""
     idle_s_max: float = 3600.0
     pauses_min: int = 3
     """Pauses that must have been seen before they decide."""

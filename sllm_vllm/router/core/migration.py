@@ -204,7 +204,8 @@ class Migration:
         if max(totals) >= self._model_tokens_max:
             self._become(Phase.ENDED)
             return [GiveUp(f"{max(totals)} tokens fill the target's context", is_lasting=True)]
-        if len(self._reached) != len(totals):  # first round; or a choice ended, and only the prompt counts
+        # First round: nothing is computed yet. Later, if a choice has ended: count only the prompt as computed.
+        if len(self._reached) != len(totals):
             self._reached = (event.num_prompt if self._reached else 0,) * len(totals)
             self._seen = ()
         self._num_prompt = event.num_prompt
