@@ -1,4 +1,4 @@
-"""Draws the cold-start benchmark: one bar for each case and way, stacked by phase. Needs only the lines of JSON."""
+"""Draws the cold-start results: one bar for each case and way, stacked by phase. Needs only the lines of JSON."""
 
 from __future__ import annotations
 

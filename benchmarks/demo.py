@@ -45,7 +45,7 @@ PUBLISH_TIMEOUT_S = 180.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What one start of the engine did."""
+    """One start of the engine, and its results."""
 
     name: str
     outcome: str

@@ -123,11 +123,11 @@ class Connection(asyncio.Protocol):
         return self._answer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """As asyncio has it."""
+        """Called by asyncio."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio has it."""
+        """Called by asyncio."""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
         self._end("the connection was closed before the end")
 
     def on_body(self, body: bytes) -> None:
-        """As httptools has it."""
+        """Called by httptools."""
         if not self._answer.pieces:
             self._answer.first_ms = (time.perf_counter() - self._sent_s) * 1000
             if self.on_first is not None:

@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """As asyncio has it."""
+        """Called by asyncio."""
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -83,7 +83,7 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio has it."""
+        """Called by asyncio."""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def on_message_begin(self) -> None:
-        """A callback of httptools, as are the next three."""
+        """Called by httptools, as are the next three."""
         self._url = self._body = b""
 
     def on_url(self, url: bytes) -> None:

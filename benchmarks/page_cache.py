@@ -1,4 +1,4 @@
-"""Reads and changes how much of a file is in the page cache. Linux only."""
+"""Measures how much of a file is in the page cache, and loads or drops its pages. Linux only."""
 
 from __future__ import annotations
 

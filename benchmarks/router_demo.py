@@ -99,7 +99,7 @@ def _ask(router: Router, model: str, *, is_chat: bool, is_stream: bool) -> Asked
 
 
 def _completion(client: openai.OpenAI, model: str, *, is_stream: bool) -> Iterator[str]:
-    """Parts of the answer as they come."""
+    """Yield parts of the answer as they arrive."""
     if not is_stream:
         whole = client.completions.create(model=model, prompt=QUESTION, max_tokens=NUM_TOKENS, temperature=0)
         yield whole.choices[0].text
@@ -111,7 +111,7 @@ def _completion(client: openai.OpenAI, model: str, *, is_stream: bool) -> Iterat
 
 
 def _chat(client: openai.OpenAI, model: str, *, is_stream: bool) -> Iterator[str]:
-    """Parts of the answer as they come."""
+    """Yield parts of the answer as they arrive."""
     if not is_stream:
         whole = client.chat.completions.create(
             model=model, messages=[MESSAGE], max_completion_tokens=NUM_TOKENS, temperature=0
