@@ -23,6 +23,7 @@ WARM_MAX_S = 400.0
 ARGUMENTS = ("--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "64M")
 PROMPTS = ("hello world", "a b c d e f g")
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
 
 
 @contextlib.asynccontextmanager
@@ -30,6 +31,8 @@ async def warm_agent(
     directory: Path, *, slots: int = 2, migration: bool = False, waits: bool = True
 ) -> AsyncIterator[NodeAgent]:
     """One whose parent is warm, or without ``waits`` imports; its folder and its store are in ``directory``."""
+    libc, was_subreaper = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(was_subreaper))
     config = NodeConfig(node_dir=directory / "node", store_dir=directory / "store", slots=slots, migration=migration)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVER_ENVIRONMENT.items():
@@ -44,7 +47,7 @@ async def warm_agent(
             yield node
         finally:
             await node.close()
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)
+            libc.prctl(_PR_SET_CHILD_SUBREAPER, was_subreaper)  # another agent of this process may need it
 
 
 async def warm(agent: NodeAgent) -> int:
