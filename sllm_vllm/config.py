@@ -116,26 +116,43 @@ class LoaderConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    store_dir: Path = Field(default_factory=default_store_dir, description="directory that holds the checkpoints")
-    threads: int | None = Field(
-        default=None, ge=1, le=64, description="threads that read the disk; by itself four, or one a free processor"
+    store_dir: Path = Field(
+        default_factory=default_store_dir,
+        description="directory of the checkpoints; default: SLLM_STORE_DIR, else sllm-vllm/checkpoints in the user's"
+        " cache directory",
     )
-    chunk_bytes: int = Field(default=CHUNK_NBYTES_DEFAULT, description="unit of reading; a multiple of 4096")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="threads that read the disk; default: 4, or one per available processor if there are fewer",
+    )
+    chunk_bytes: int = Field(
+        default=CHUNK_NBYTES_DEFAULT,
+        description="size in bytes of the chunks of new checkpoints, the unit of reading; a multiple of 4096",
+    )
     verify: Literal["always", "first", "never"] = Field(
-        default="first", description="when chunks are held against their checksums: every load, the first one, never"
+        default="first",
+        description="when chunks are checked against their checksums: on every load, on the first load since the file"
+        " changed, or never",
     )
     verify_source: Literal["changed", "always"] = Field(
         default="changed",
-        description="when source weights are read to identify them: where their files changed, or at every load",
+        description="when the source weights are read to identify them: if a file has changed since it was last read,"
+        " or at every load",
     )
-    write_through: bool = Field(default=True, description="write a checkpoint when there is none")
-    report_path: Path | None = Field(default=None, description="file that gets the load report as JSON, one a rank")
-    store: bool = Field(default=True, description="take checkpoints from this machine's store daemon, if one runs")
+    write_through: bool = Field(default=True, description="write a checkpoint if there is none")
+    report_path: Path | None = Field(
+        default=None, description="file for the load report, as JSON; rank N > 0 writes NAME.rank-N.json instead"
+    )
+    store: bool = Field(default=True, description="load checkpoints from this machine's store daemon, if one runs")
     pool: Literal["map", "copy"] = Field(
-        default="map", description="on the CPU: look at the store's memory, privately, or copy it"
+        default="map", description="on the CPU: map the store's memory copy-on-write, or copy it"
     )
     h2d: Literal["ring", "register"] = Field(
-        default="ring", description="how the store's memory reaches a CUDA device, see docs/decisions/0007"
+        default="ring",
+        description="how the store's memory is copied to a CUDA device: through a ring of page-locked buffers, or by"
+        " page-locking it slot by slot; see docs/decisions/0007",
     )
 
     @field_validator("chunk_bytes")
@@ -167,33 +184,63 @@ class StoreConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    store_dir: Path = Field(default_factory=default_store_dir, description="directory that holds the checkpoints")
-    socket: Path | None = Field(default=None, description="Unix socket; by itself inside store_dir")
-    memory_bytes: int = Field(default=4 * GIB, ge=2 * MIB, description="host memory for checkpoints")
-    slot_bytes: int = Field(default=CHUNK_NBYTES_DEFAULT, description="unit of the pool; no chunk may be larger")
-    disk_bytes: int | None = Field(
-        default=None, ge=0, description="quota of store_dir; beyond it checkpoints that a remote has are removed"
+    store_dir: Path = Field(
+        default_factory=default_store_dir,
+        description="directory of the checkpoints; default: SLLM_STORE_DIR, else sllm-vllm/checkpoints in the user's"
+        " cache directory",
     )
-    remotes: tuple[str, ...] = Field(default=(), max_length=16, description="URLs that are asked for what is not here")
+    socket: Path | None = Field(
+        default=None,
+        description="the daemon's Unix socket; default: SLLM_STORE_SOCKET, else .store/socket in store_dir",
+    )
+    memory_bytes: int = Field(default=4 * GIB, ge=2 * MIB, description="host memory for checkpoints, in bytes")
+    slot_bytes: int = Field(
+        default=CHUNK_NBYTES_DEFAULT,
+        description="size of the pool's slots in bytes, a multiple of 4096; no chunk may be larger",
+    )
+    disk_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="quota of store_dir in bytes; when a checkpoint does not fit, others that a remote also has are"
+        " removed, the least recently used first; default: no quota",
+    )
+    remotes: tuple[str, ...] = Field(
+        default=(), max_length=16, description="URLs from which checkpoints that are not on this machine are fetched"
+    )
     redirect_hosts: tuple[str, ...] = Field(
         default=(),
         max_length=64,
-        description="hosts that remotes over http(s) or s3:// may redirect to, `*.example.com` for all below; "
-        "the Hub's own networks are allowed for hf://",
+        description="hosts that remotes over http(s) or s3:// may redirect to; `*.example.com` for all its subdomains;"
+        " the Hub's own networks are allowed for hf://",
     )
-    policy: Literal["cost", "lru"] = Field(default="cost", description="what is evicted first")
-    prefault: bool = Field(default=True, description="claim the memory at start instead of at first use")
-    readers: int | None = Field(default=None, ge=1, le=64, description="reads at once; by itself as calibrated, or 4")
-    writers: int | None = Field(default=None, ge=1, le=16, description="writes at once; by itself as calibrated, or 1")
-    downloads: int = Field(default=8, ge=1, le=256, description="ranged requests at once")
-    pause_fills: bool = Field(default=True, description="let fills and writes wait while an engine waits for a load")
-    starve_s: float = Field(default=5.0, gt=0, le=3600, description="longest that a fill or a write waits for loads")
+    policy: Literal["cost", "lru"] = Field(
+        default="cost", description="eviction policy: cost-aware, or least recently used"
+    )
+    prefault: bool = Field(default=True, description="allocate the memory at start, not at first use")
+    readers: int | None = Field(
+        default=None, ge=1, le=64, description="concurrent reads from disk; default: as calibrated, else 4"
+    )
+    writers: int | None = Field(
+        default=None, ge=1, le=16, description="concurrent writes to disk; default: as calibrated, else 1"
+    )
+    downloads: int = Field(default=8, ge=1, le=256, description="most concurrent ranged requests to remotes")
+    pause_fills: bool = Field(
+        default=True, description="hold prefetches and writes back while an engine waits for a load"
+    )
+    starve_s: float = Field(
+        default=5.0,
+        gt=0,
+        le=3600,
+        description="seconds without a prefetch (or a write) after which one starts although loads wait",
+    )
     stall_s: float = Field(
-        default=20.0, gt=0, le=3600, description="a download without a byte for so long is begun anew"
+        default=20.0, gt=0, le=3600, description="seconds without a byte after which a download is retried"
     )
-    retries_max: int = Field(default=5, ge=0, le=100, description="attempts after a failed download of a chunk")
-    metrics_port: int | None = Field(default=None, ge=0, le=65535, description="port of /metrics on loopback; 0: any")
-    clients_max: int = Field(default=1024, ge=1, le=65536, description="connections at once")
+    retries_max: int = Field(default=5, ge=0, le=100, description="most retries of a failed download of a chunk")
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65535, description="port of /metrics on loopback; 0: any free port; default: no /metrics"
+    )
+    clients_max: int = Field(default=1024, ge=1, le=65536, description="most concurrent connections to the daemon")
 
     @field_validator("slot_bytes")
     @classmethod
@@ -221,79 +268,114 @@ class NodeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    node_dir: Path = Field(default_factory=default_node_dir, description="the agent's own folder: socket, lock, logs")
-    store_dir: Path = Field(default_factory=default_store_dir, description="directory that holds the checkpoints")
-    store_socket: Path | None = Field(default=None, description="the store's daemon; by itself inside store_dir")
+    node_dir: Path = Field(
+        default_factory=default_node_dir,
+        description="directory of the agent's socket, lock and logs; default: SLLM_NODE_DIR, else sllm-vllm/node in"
+        " the user's state directory",
+    )
+    store_dir: Path = Field(
+        default_factory=default_store_dir,
+        description="directory of the checkpoints; default: SLLM_STORE_DIR, else sllm-vllm/checkpoints in the user's"
+        " cache directory",
+    )
+    store_socket: Path | None = Field(
+        default=None,
+        description="the store daemon's socket; default: SLLM_STORE_SOCKET, else .store/socket in store_dir",
+    )
     slots: int | None = Field(
-        default=None, ge=1, le=1024, description="engines' places; by itself one a GPU, or one a processor"
+        default=None,
+        ge=1,
+        le=1024,
+        description="slots for engines; default: one per GPU, or without GPUs one per processor",
     )
     gpus: tuple[str, ...] | None = Field(
-        default=None, max_length=64, description="GPUs to use, by index or UUID; by itself all that are visible"
+        default=None, max_length=64, description="GPUs to use, by index or UUID; default: all that are visible"
     )
     memory_bytes: int | None = Field(
         default=None,
         ge=256 * MIB,
-        description="on the CPU: memory for all engines; by itself nine tenths of what is free",
+        description="on the CPU: memory for all engines, in bytes; default: 90 % of what is available at the agent's"
+        " start",
     )
     kv_bytes: int | None = Field(
         default=None,
         ge=16 * MIB,
-        description="on the CPU: KV cache of a slot; by itself an eighth of its memory, 1 GiB at most",
+        description="on the CPU: size of a slot's KV cache in bytes; default: an eighth of the slot's memory, at most"
+        " 1 GiB",
     )
     pin: bool | None = Field(
-        default=None, description="on the CPU: each slot has processors of its own; by itself where it gets 4 or more"
+        default=None,
+        description="on the CPU: pin each engine to processors of its own; default: true if it gets 4 or more",
     )
     warm: bool = Field(default=True, description="fork engines from a parent that has imported vLLM")
     warm_wait_s: float = Field(
         default=120.0,
         ge=0,
         le=3600,
-        description="longest that a start waits for a warm parent that is importing, where that is expected to be"
-        " sooner than a cold start; 0: it never waits",
+        description="seconds that a start waits at most for a warm parent that is still importing, if that is"
+        " predicted to be faster than a cold start; 0: it never waits",
     )
     forks_max: int = Field(default=500, ge=1, description="forks after which the warm parent is replaced")
     engine_command: tuple[str, ...] | None = Field(
         default=None,
         max_length=64,
-        description="what runs instead of `vllm serve`, with the same arguments; such engines start cold",
+        description="command that runs instead of `vllm serve`, with the same arguments; such engines start cold",
     )
     migration: bool = Field(
-        default=False, description="engines can hand over and take over requests that run, where vLLM lets them"
+        default=False, description="let running requests be migrated between engines, where vLLM allows it"
     )
     engine_host: str = Field(
         default="127.0.0.1",
         max_length=253,
-        description="address that engines listen on; another than loopback where their router is on another machine",
+        description="address that engines listen on; set another than loopback only if their router is on another"
+        " machine",
     )
     engine_sockets: bool | None = Field(
         default=None,
         description="engines of a router in this process listen on Unix sockets, not on ports; default: true, or false"
-        " with an engine_command, which may run them where sockets can't be reached",
+        " with an engine_command, which may run engines where the sockets can't be reached",
     )
     secret_variables: tuple[str, ...] = Field(
         default=(),
         max_length=10_100,
-        description="environment variables that engines do not get: those that hold keys of the router",
+        description="environment variables that engines do not get because they hold keys of the router",
     )
     ray_address: str | None = Field(
         default=None,
         max_length=1024,
-        description="engines' workers are placed on the nodes of this Ray cluster, by vLLM's own Ray executor",
+        description="address of a Ray cluster on whose nodes vLLM's Ray executor places the engines' workers; default:"
+        " no cluster",
     )
     load_format: str = Field(
-        default="sllm", description="--load-format of engines whose order does not say; '' for vLLM's"
+        default="sllm", description="--load-format of engines whose arguments set none; '' for vLLM's default"
     )
-    start_s: float = Field(default=600.0, gt=5, le=86400, description="longest from an engine's process to its health")
-    stop_s: float = Field(default=20.0, gt=5, le=3600, description="from SIGTERM to SIGKILL")
+    start_s: float = Field(
+        default=600.0,
+        gt=5,
+        le=86400,
+        description="seconds that an engine may take to become healthy, from the start of its process",
+    )
+    stop_s: float = Field(
+        default=20.0, gt=5, le=3600, description="seconds from SIGTERM to SIGKILL when an engine is stopped"
+    )
     health_s: float = Field(
-        default=5.0, gt=0, le=600, description="between health questions, and longest for an answer"
+        default=5.0, gt=0, le=600, description="seconds between two health checks, and timeout of each"
     )
-    unwell_max: int = Field(default=3, ge=1, le=1000, description="health answers missed in a row that end an engine")
-    orders_max: int = Field(default=64, ge=0, le=10_000, description="orders that may wait for slots")
+    unwell_max: int = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="consecutive failed health checks after which an engine counts as hung and is ended",
+    )
+    orders_max: int = Field(
+        default=64, ge=0, le=10_000, description="most orders that may wait for slots; more are refused"
+    )
     ended_max: int = Field(
-        default=64, ge=1, le=10_000, description="ended replicas that are remembered, with their logs"
+        default=64, ge=1, le=10_000, description="most ended replicas that are remembered and whose logs are kept"
     )
-    log_bytes: int = Field(default=4 * MIB, ge=64 * KIB, description="largest file of a log; each has two")
+    log_bytes: int = Field(
+        default=4 * MIB, ge=64 * KIB, description="largest size in bytes of a log file; an engine's log has two files"
+    )
 
     @property
     def has_engine_sockets(self) -> bool:

@@ -70,50 +70,62 @@ class ModelDefaults(_Section):
     """Settings that apply to every model which does not set them itself."""
 
     accelerators: Count | None = Field(
-        default=None, ge=1, le=1024, description="slots of a replica; by itself the product of its parallel sizes"
+        default=None,
+        ge=1,
+        le=1024,
+        description="slots that a replica takes; default: the product of its parallel sizes",
     )
     engine_arguments: EngineArguments = Field(
         default=(),
         max_length=ARGUMENTS_MAX,
-        description="arguments of `vllm serve`: a list of words, or a mapping like {max-model-len: 512,"
-        " enforce-eager: true}; a default's are kept, and a model's count where both say something",
+        description="arguments of `vllm serve`: a list of words, or a mapping like {max-model-len: 512, enforce-eager:"
+        " true}; a model's are added to those of `defaults` and win where both set the same option",
     )
     environment: Environment = Field(
-        default={}, max_length=256, description="variables of the engine's process; numbers are taken as text"
+        default={},
+        max_length=256,
+        description="environment variables of the engine's process; numbers are taken as text",
     )
     min_replicas: Count = Field(
-        default=0, ge=0, le=1024, description="replicas that are kept, asked or not; by itself 0: scale to zero"
+        default=0, ge=0, le=1024, description="replicas that are kept running even when idle; 0: scale to zero"
     )
-    max_replicas: Count = Field(default=1, ge=1, le=1024, description="replicas at once; 1 is enough for most")
+    max_replicas: Count = Field(
+        default=1, ge=1, le=1024, description="most replicas at once; 1 is enough for most models"
+    )
     keep_alive: KeepAlive = Field(
         default=None,
-        description="how long an idle replica stays: seconds, 10m, or auto: as long as that is worth its memory",
+        description="how long an idle replica is kept: seconds, text like 10m, or auto: as long as that is worth its"
+        " memory; default: auto",
     )
     target_ongoing: Count = Field(
         default=8,
         ge=1,
         le=100_000,
-        description="requests at once that a replica should have, ongoing_max at most; more start another one",
+        description="concurrent requests that a replica should have, at most ongoing_max; more start another replica",
     )
     ongoing_max: Count = Field(
-        default=64, ge=1, le=100_000, description="requests at once that a replica may have; more wait in the queue"
+        default=64, ge=1, le=100_000, description="most concurrent requests of a replica; more wait in the queue"
     )
-    priority: Count = Field(default=0, ge=-1000, le=1000, description="higher goes first")
-    queue_max: Count = Field(default=256, ge=1, le=100_000, description="requests that wait; more get 429 at once")
+    priority: Count = Field(
+        default=0, ge=-1000, le=1000, description="requests of models with a higher priority are served first"
+    )
+    queue_max: Count = Field(
+        default=256, ge=1, le=100_000, description="most waiting requests of the model; more get 429 at once"
+    )
     queue_timeout: MaybeDuration = Field(
         default=None,
         gt=0,
         le=86400,
-        description="longest that a request waits: seconds, or 30s, 10m; default 120 s, or until an engine that starts"
-        " for it is predicted to be ready, if that is later",
+        description="longest that a request waits for a replica: seconds, or text like 30s, 10m; default: 120 s, or"
+        " until an engine that is starting for it is predicted to be ready, whichever is later",
     )
     start_timeout: MaybeDuration = Field(
         default=None,
         gt=5,
         le=86400,
-        description="longest that an engine may take from its process to its health: seconds, or 10m; default the 99th"
-        " percentile of what is predicted, between 120 and 600 s; 600 s before its first start, and twice as long after"
-        " each that failed",
+        description="longest that an engine may take to become healthy, from the start of its process: seconds, or"
+        " text like 10m; default: the 99th percentile of the prediction, between 120 and 600 s; 600 s for the first"
+        " start; doubled after each failed start",
     )
 
 
@@ -122,14 +134,16 @@ class ModelConfig(ModelDefaults):
 
     _num_slots: int = PrivateAttr(default=1)
     """Slots that follow from the parallel sizes in its arguments, including those of a ``--config`` file."""
-    name: str = Field(min_length=1, max_length=NAME_CHARS_MAX, description="what clients say; printable characters")
+    name: str = Field(
+        min_length=1, max_length=NAME_CHARS_MAX, description="name that clients use; printable characters"
+    )
     source: Text = Field(
         default="",
-        description="directory or Hub name, as `vllm serve` takes it; by itself the name. What begins with ./, ../ or"
-        " ~/ is a path, the first two relative to the file",
+        description="directory or Hub name, as `vllm serve` takes it; default: the name. A source that begins with ./,"
+        " ../ or ~/ is a path; ./ and ../ are relative to the directory of the configuration file",
     )
     revision: Text | None = Field(
-        default=None, min_length=1, description="branch, tag or commit on the Hub; by itself its main branch"
+        default=None, min_length=1, description="branch, tag or commit on the Hub; default: its main branch"
     )
 
     @model_validator(mode="before")
@@ -215,37 +229,51 @@ class ModelConfig(ModelDefaults):
 class NodeSection(_Section):
     """This machine's agent, which runs the engines. Keys that are left out are detected."""
 
-    slots: Count | None = Field(default=None, ge=1, le=1024, description="engines' places; by itself one a GPU, or CPU")
+    slots: Count | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="slots for engines; default: one per GPU, or without GPUs one per processor",
+    )
     gpus: Words | None = Field(
-        default=None, max_length=64, description="GPUs to use, by index or UUID; by itself all that are visible"
+        default=None, max_length=64, description="GPUs to use, by index or UUID; default: all that are visible"
     )
     memory: MaybeBytes = Field(
-        default=None, ge=256 * MIB, description="on the CPU: bytes of all engines, or 8GiB; by itself 0.9 of the free"
+        default=None,
+        ge=256 * MIB,
+        description="on the CPU: memory for all engines, in bytes or text like 8GiB; default: 90 % of what is"
+        " available at start",
     )
     kv_memory: MaybeBytes = Field(
         default=None,
         ge=16 * MIB,
-        description="on the CPU: bytes of a slot's KV cache; by itself 1/8 of it, 1GiB at most",
+        description="on the CPU: size of a slot's KV cache, in bytes or text like 512MiB; default: an eighth of the"
+        " slot's memory, at most 1GiB",
     )
-    warm: Flag = Field(default=True, description="fork engines from a process that has imported vLLM: seconds faster")
+    warm: Flag = Field(
+        default=True, description="fork engines from a process that has imported vLLM, so that they start much faster"
+    )
     warm_wait: Duration = Field(
         default=120.0,
         ge=0,
         le=3600,
-        description="longest that a start waits for that process to import, where that is sooner than to start cold",
+        description="longest that a start waits for that process to finish its imports, if that is predicted to be"
+        " faster than a cold start; 0: it never waits",
     )
     engine_command: Words | None = Field(
         default=None,
         max_length=64,
-        description="what runs instead of `vllm serve`, with the same arguments; such engines start cold",
+        description="command that runs instead of `vllm serve`, with the same arguments; such engines start cold",
     )
     engine_sockets: Flag | None = Field(
         default=None,
-        description="engines listen on Unix sockets, which no other user reaches, instead of ports of the loopback; "
-        "default: true, or false with an engine_command, which may run them where sockets can't be reached",
+        description="engines listen on Unix sockets, which no other user can reach, instead of loopback ports;"
+        " default: true, or false with an engine_command, which may run engines where the sockets can't be reached",
     )
     node_dir: Located | None = Field(
-        default=None, description="the agent's own folder; by itself SLLM_NODE_DIR, else in the user's state directory"
+        default=None,
+        description="the agent's own directory; default: SLLM_NODE_DIR, else sllm-vllm/node in the user's state"
+        " directory",
     )
 
 
@@ -253,44 +281,68 @@ class StoreSection(_Section):
     """Where checkpoints are stored, and the daemon that keeps them in memory."""
 
     directory: Located | None = Field(
-        default=None, description="directory of the checkpoints; by itself SLLM_STORE_DIR, else in the user's cache"
+        default=None,
+        description="directory of the checkpoints; default: SLLM_STORE_DIR, else sllm-vllm/checkpoints in the user's"
+        " cache directory",
     )
-    socket: Located | None = Field(default=None, description="the store daemon's socket; by itself in the directory")
+    socket: Located | None = Field(
+        default=None,
+        description="the store daemon's socket; default: SLLM_STORE_SOCKET, else .store/socket in the directory",
+    )
 
 
 class ServerSection(_Section):
     """The router's address and limits. Durations: seconds, or text like 30s, 10m. Sizes: bytes, or 8MiB."""
 
     host: str = Field(
-        default="127.0.0.1", min_length=1, max_length=253, description="address to listen on; loopback without keys"
+        default="127.0.0.1",
+        min_length=1,
+        max_length=253,
+        description="address to listen on; without keys it must be loopback",
     )
-    port: Count = Field(default=8000, ge=0, le=65535, description="as `vllm serve` has it; 0: a free one")
+    port: Count = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     show_paths: Flag = Field(
-        default=False, description="let /v1/models show where weights are on the server; default: names alone"
+        default=False, description="let /v1/models show the paths of the weights on the server, not just names"
     )
     body_bytes: NumBytes = Field(
-        default=32 * MIB, ge=KIB, le=GIB, description="largest body of a request; a few images fit"
+        default=32 * MIB, ge=KIB, le=GIB, description="largest request body; a few images fit into the default"
     )
-    bodies_bytes: NumBytes = Field(default=GIB, ge=KIB, le=1 << 50, description="bodies of all requests together")
+    bodies_bytes: NumBytes = Field(
+        default=GIB, ge=KIB, le=1 << 50, description="largest total size of all request bodies in memory"
+    )
     json_depth_max: Count = Field(
-        default=256, ge=8, le=900, description="how deep arrays and objects of a JSON body may be nested; more get 400"
+        default=256,
+        ge=8,
+        le=900,
+        description="how deep arrays and objects may be nested in a JSON body; deeper ones get 400",
     )
     json_containers_max: Count = Field(
-        default=100_000, ge=100, le=10_000_000, description="arrays and objects that a JSON body may have; more get 400"
+        default=100_000, ge=100, le=10_000_000, description="most arrays and objects in a JSON body; more get 400"
     )
-    requests_max: Count = Field(default=4096, ge=1, le=1_000_000, description="requests at once, those that wait too")
-    waiting_max: Count = Field(default=4096, ge=1, le=1_000_000, description="requests that wait, of all models")
-    connections_max: Count = Field(default=8192, ge=1, le=1_000_000, description="clients' connections at once")
-    body_timeout: Duration = Field(default=60.0, gt=0, description="longest for a client to send its body")
-    request_timeout: Duration = Field(default=3600.0, gt=0, description="longest for a request, waiting included")
+    requests_max: Count = Field(
+        default=4096, ge=1, le=1_000_000, description="most concurrent requests, including those that wait"
+    )
+    waiting_max: Count = Field(
+        default=4096, ge=1, le=1_000_000, description="most waiting requests of all models together"
+    )
+    connections_max: Count = Field(
+        default=8192, ge=1, le=1_000_000, description="most concurrent connections of clients"
+    )
+    body_timeout: Duration = Field(default=60.0, gt=0, description="longest that a client may take to send its body")
+    request_timeout: Duration = Field(
+        default=3600.0, gt=0, description="longest that a request may take, waiting included"
+    )
     slow_client_timeout: Duration = Field(
         default=60.0,
         gt=0,
-        description="longest for a client to take nothing while a part of its answer waits; then its connection ends",
+        description="longest that a client may read nothing while a part of its answer waits; then its connection is"
+        " closed",
     )
-    idle_timeout: Duration = Field(default=300.0, gt=0, description="longest between two pieces of an answer")
+    idle_timeout: Duration = Field(
+        default=300.0, gt=0, description="longest pause between two parts of an engine's answer"
+    )
     cors_origins: tuple[str, ...] = Field(
-        default=(), max_length=256, description="origins whose pages may read answers; '*' for any; by itself none"
+        default=(), max_length=256, description="origins whose pages may read answers; '*' for any; default: none"
     )
 
 
@@ -300,7 +352,7 @@ class KeySource(_Section):
     env: str | None = Field(
         default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,254}$", description="environment variable that holds the key"
     )
-    file: Located | None = Field(default=None, description="file with one key a line")
+    file: Located | None = Field(default=None, description="file with one key per line")
     sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, 64 lower-case hexadecimal digits"
     )
@@ -323,21 +375,24 @@ class KeysSection(_Section):
     """Who may use the router."""
 
     clients: tuple[KeySource, ...] = Field(
-        default=(), max_length=10_000, description="keys of the API; by itself none is asked for, on loopback alone"
+        default=(),
+        max_length=10_000,
+        description="keys of the API; default: no key is needed, which is allowed on loopback only",
     )
     admin: tuple[KeySource, ...] = Field(
-        default=(), max_length=100, description="keys of the orders that deploy and remove models"
+        default=(), max_length=100, description="keys of the admin API, which deploys and deletes models"
     )
     metrics: tuple[KeySource, ...] = Field(
-        default=(), max_length=100, description="keys that open /metrics and nothing else; admin keys open it, too"
+        default=(), max_length=100, description="keys that give access to /metrics only; admin keys do, too"
     )
     hidden_variables: tuple[str, ...] = Field(
         default=(),
         max_length=10_100,
-        description="more environment variables that engines must not get; those of `env` are never theirs",
+        description="further environment variables that engines must not get; those named by `env` are never passed to"
+        " them",
     )
     insecure_no_keys: Flag = Field(
-        default=False, description="listen on every address without keys: whoever reaches the port may use the models"
+        default=False, description="allow any address without keys: everyone who can reach the port may use the models"
     )
 
     def secret_variables(self) -> tuple[str, ...]:
@@ -356,7 +411,9 @@ class RouterConfig(_Section):
     migration: MigrationSection = MigrationSection()
     poison: PoisonSection = PoisonSection()
     ray: RaySection = RaySection()
-    defaults: ModelDefaults = Field(default=ModelDefaults(), description="merged under each model of this file")
+    defaults: ModelDefaults = Field(
+        default=ModelDefaults(), description="settings merged into each model of this file; the model's own win"
+    )
     models: tuple[ModelConfig, ...] = Field(
         default=(), max_length=10_000, description="models to serve; more can be deployed while the router runs"
     )

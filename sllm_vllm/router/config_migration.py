@@ -36,21 +36,28 @@ class MigrationSection(BaseModel):
 
     enabled: Flag = Field(
         default=True,
-        description="engines start with what it needs: seeded requests draw other numbers than in stock vLLM",
+        description="start engines so that their requests can be moved; seeded requests then draw other random numbers"
+        " than in stock vLLM",
     )
-    moves_max: Count = Field(default=4, ge=1, le=1000, description="requests that move at once, of all models")
+    moves_max: Count = Field(default=4, ge=1, le=1000, description="most concurrent moves of all models together")
     rounds_max: Count = Field(
-        default=6, ge=0, le=100, description="rounds in which a target catches up; 0: it computes all at the switch"
+        default=6,
+        ge=0,
+        le=100,
+        description="rounds in which the target catches up before the switch; 0: it computes everything at the switch",
     )
     round_tokens_max: Count = Field(
         default=2048,
         ge=16,
         le=1 << 20,
-        description="tokens of one prefill of a round: the longest that other requests at the target wait for one",
+        description="most tokens of one prefill of a round; other requests at the target wait for each prefill",
     )
-    round_pause: Duration = Field(default=0.0, ge=0, le=60, description="between two of those prefills")
+    round_pause: Duration = Field(default=0.0, ge=0, le=60, description="pause between two of those prefills")
     switch_timeout: Duration = Field(
-        default=10.0, gt=0, le=3600, description="longest that a client waits at a switch; then its request stays"
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="longest that a client waits at the switch; then its request stays on its engine",
     )
 
     def settings(self) -> MoveSettings | None:

@@ -17,29 +17,40 @@ class PoisonSection(BaseModel):
         default=600.0,
         ge=0,
         le=86400,
-        description="how long a request that ended its engine, and any with the same body, is refused with 502",
+        description="how long a request that killed its engine, and any with the same body, is refused with 502",
     )
     digests_max: Count = Field(
-        default=1024, ge=1, le=1_000_000, description="bodies that are refused, or suspected, at most"
+        default=1024,
+        ge=1,
+        le=1_000_000,
+        description="most request bodies that are remembered as refused, and most as suspected",
     )
     verdict_timeout: Duration = Field(
-        default=15.0, gt=0, le=60, description="longest that a request waits until it is known whether its engine ended"
+        default=15.0,
+        gt=0,
+        le=60,
+        description="longest that a failed request waits until it is known whether its engine died",
     )
     trial_timeout: Duration = Field(
         default=30.0,
         gt=0,
         le=3600,
-        description="after so long on an engine of its own without a token, a suspected request is cleared",
+        description="a suspected request is cleared if the engine on which it is tried alone survives it for this"
+        " long, even without a token",
     )
     last_replica_wait: Duration = Field(
         default=30.0,
         ge=0,
         le=3600,
-        description="how long a suspected request waits for another replica before it may go to the last ready one, or"
-        " for its only one to be empty before it is tried beside others",
+        description="how long a suspected request waits for another replica before it may be tried on the last ready"
+        " one, or for its model's only replica to be empty before it is tried there beside other requests",
     )
     resumes_max: Count = Field(
-        default=2, ge=0, le=100, description="engines of one stream that may end before it ends with an error event"
+        default=2,
+        ge=0,
+        le=100,
+        description="how often a stream continues on another engine after its engine died; then it ends with an error"
+        " event",
     )
 
     def limits(self) -> PoisonLimits:

@@ -18,31 +18,36 @@ class RaySection(BaseModel):
         default=None,
         min_length=1,
         max_length=200,
-        description="custom Ray resource of nodes that take engines; by itself all with GPUs, or, if none has, CPUs",
+        description="custom Ray resource of the nodes that run engines; default: all nodes with GPUs, or, if there are"
+        " none, all with CPUs",
     )
     wide_resource: Text | None = Field(
         default=None,
         min_length=1,
         max_length=200,
-        description="custom Ray resource of nodes whose accelerators engines share that are larger than a node; these"
-        " nodes are one to the router, `wide`, and vLLM's own Ray executor places the engines' workers",
+        description="custom Ray resource of the nodes for engines that are larger than one node; the router treats"
+        " these nodes as one, `wide`, and vLLM's own Ray executor places the engines' workers",
     )
     copies: Count = Field(
-        default=2, ge=1, le=1000, description="nodes that a hot checkpoint is copied to, ahead of need; 1: it never is"
+        default=2,
+        ge=1,
+        le=1000,
+        description="most nodes that hold a hot checkpoint, which is copied to them before it is needed; 1: never"
+        " copied",
     )
-    ingress_min: Count = Field(default=1, ge=1, le=1000, description="ingress replicas that are always there")
-    ingress_max: Count = Field(default=4, ge=1, le=1000, description="ingress replicas at most")
+    ingress_min: Count = Field(default=1, ge=1, le=1000, description="least number of ingress replicas")
+    ingress_max: Count = Field(default=4, ge=1, le=1000, description="largest number of ingress replicas")
     ingress_ongoing: Count = Field(
-        default=100, ge=1, le=100_000, description="requests at once for which an ingress replica is enough"
+        default=100, ge=1, le=100_000, description="concurrent requests per ingress replica; more start another one"
     )
     state: Text = Field(
         default="ray:",
         max_length=1024,
-        description="what outlives the controller: `ray:` as long as the cluster, `sqlite:PATH`, `redis://HOST:PORT`,"
-        " `etcd://HOST:PORT` longer",
+        description="where deployed models and learned estimates are kept: `ray:` for the life of the cluster;"
+        " `sqlite:PATH`, `redis://HOST:PORT` or `etcd://HOST:PORT` beyond it",
     )
     linger: Duration = Field(
-        default=60.0, gt=0, le=86400, description="after so long without an ingress, agents and engines end"
+        default=60.0, gt=0, le=86400, description="how long agents and engines are kept without an ingress replica"
     )
 
     @field_validator("state")

@@ -13,7 +13,7 @@ Schema = dict[str, Any]
 _NAME: Schema = {"type": "string", "minLength": 1, "maxLength": MODEL_CHARS_MAX}
 _NAME_OR_NONE: Schema = {
     "anyOf": [_NAME, {"type": "null"}],
-    "description": "may be left out where one model is served",
+    "description": "may be omitted if exactly one model is served",
 }
 _ERROR: Schema = {
     "type": "object",
@@ -26,7 +26,10 @@ _ERROR: Schema = {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "integer", "null"], "description": "a number in engines' own errors"},
+                "code": {
+                    "type": ["string", "integer", "null"],
+                    "description": "a number in errors of the engines themselves",
+                },
             },
         }
     },
@@ -39,8 +42,11 @@ _MODEL: Schema = {
         "object": {"const": "model"},
         "created": {"type": "integer"},
         "owned_by": {"type": "string"},
-        "root": {"type": "string", "description": "the name instead of a path of the server, by default"},
-        "max_model_len": {"type": ["integer", "null"], "description": "null as long as no engine has run"},
+        "root": {
+            "type": "string",
+            "description": "the model's source; if that is a path, its name instead, unless `server.show_paths` is set",
+        },
+        "max_model_len": {"type": ["integer", "null"], "description": "null until an engine of the model has run"},
     },
 }
 _ANTHROPIC_ERROR: Schema = {
@@ -65,18 +71,18 @@ _MODELS: Schema = {
 }
 _READY: Schema = {"type": "object", "required": ["ready"], "properties": {"ready": {"type": "boolean"}}}
 _ERRORS = {
-    "400": "the request can't be read",
+    "400": "the request is malformed",
     "401": "the key is missing or wrong",
     "404": "there is no such model or path",
-    "405": "another method is needed",
+    "405": "the method is not allowed",
     "408": "the body took too long",
     "413": "the body is too large",
-    "415": "the body is of a kind that is not read",
+    "415": "the content type of the body is not supported",
     "429": "the queue is full",
     "500": "the router failed",
     "502": "the engine failed",
-    "503": "no replica can be had",
-    "504": "it took too long",
+    "503": "no replica is available",
+    "504": "the request timed out",
 }
 _PROMPTS: dict[str, Schema] = {
     "/v1/chat/completions": {"messages": {"type": "array", "items": {"type": "object"}}},
@@ -101,8 +107,10 @@ def openapi_document() -> Schema:
     """Build the whole document."""
     model_parameter = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     own = {
-        "/health": _get("Whether this process is well", {}, is_open=True),
-        "/ready": _get("Whether requests make sense", _READY, is_open=True, extra={"503": _json("not yet", _READY)}),
+        "/health": _get("Whether this process is healthy", {}, is_open=True),
+        "/ready": _get(
+            "Whether the router is ready for requests", _READY, is_open=True, extra={"503": _json("not yet", _READY)}
+        ),
         "/openapi.json": _get("This document", {"type": "object"}, is_open=True),
         "/v1/models": _get("The models that are served", {"$ref": "#/components/schemas/Models"}),
         "/v1/models/{model}": {

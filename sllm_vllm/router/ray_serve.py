@@ -49,7 +49,9 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: str | None = Field(default=None, description="the router's configuration; by itself SLLM_ROUTER_CONFIG")
+    config: str | None = Field(
+        default=None, description="path of the router's configuration; default: SLLM_ROUTER_CONFIG"
+    )
 
 
 class RayLink:

@@ -54,10 +54,10 @@ class Figure(_Record):
 class Calibration(_Record):
     """The measurements of a device, and the depths to use for it: ``readers`` and ``writers``."""
 
-    device: int = Field(description="st_dev of what was measured")
+    device: int = Field(description="st_dev of the measured disk")
     measured_at: datetime.datetime
-    file: str = Field(description="what was read; empty for a temporary file")
-    is_direct: bool = Field(description="past the page cache")
+    file: str = Field(description="file that was read; empty for a temporary file")
+    is_direct: bool = Field(description="whether the reads bypassed the page cache")
     reads: tuple[Figure, ...] = Field(min_length=1, max_length=64)
     writes: tuple[Figure, ...] = Field(min_length=1, max_length=64)
     readers: int = Field(ge=1, le=64)
