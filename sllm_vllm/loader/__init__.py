@@ -1,4 +1,4 @@
-"""What goes from a checkpoint into a model's parameters. Runs in every vLLM worker.
+"""Loads checkpoints into a model's parameters, and writes them. Runs in every vLLM worker.
 
-Only the modules named ``vllm_*`` import vLLM; the rest needs torch alone.
+Of the modules that run there, only those named ``vllm_*`` import vLLM; the others need torch alone.
 """

@@ -1,7 +1,7 @@
 """``CudaSink``: asynchronous copies from page-locked memory into the parameters that vLLM allocated on the device.
 
-Readers fill a small ring of page-locked buffers; each full one is copied piece by piece on the sink's own stream and is
-free again when its copies are done. Parameters keep their addresses: CUDA graphs and sleep mode keep working.
+Readers fill a small ring of page-locked buffers. The sink copies each full one piece by piece on its own stream; the
+buffer is free again once its copies are done. Parameters keep their addresses, as CUDA graphs and sleep mode need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sllm_vllm.units import round_up
 
 @dataclass(slots=True)
 class _Slot:
-    """A page-locked buffer, and the event behind the last copy out of it."""
+    """A page-locked buffer, and the event recorded after the last copy from it."""
 
     host: torch.Tensor
     view: memoryview
@@ -31,10 +31,10 @@ class _Slot:
 
 
 class CudaSink:
-    """Copies chunks to a CUDA device, as soon as it is bound; targets are emptied at ``finish``.
+    """Copies chunks to a CUDA device once it is bound; ``finish`` takes the targets' tensors.
 
     Args:
-        num_slots: page-locked buffers of one chunk each; copies and reads overlap from two on.
+        num_slots: page-locked buffers of one chunk each; at least two are needed for copies and reads to overlap.
     """
 
     def __init__(self, plan: LoadPlan, device: torch.device, *, num_slots: int, counter: HopCounter) -> None:
@@ -55,7 +55,7 @@ class CudaSink:
     def bind(self, targets: Sequence[Target]) -> None:
         """See ``ChunkSink``."""
         self._targets = targets
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # parameters may still be being initialised
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # vLLM may still be initialising them
         self._bound.set()
 
     def buffer(self, chunk: int) -> memoryview:
@@ -78,12 +78,12 @@ class CudaSink:
         self._counter.add("copy", nbytes, start_s=start, end_s=time.perf_counter())
 
     def copy_from(self, chunk: int, host: torch.Tensor, copied: torch.cuda.Event) -> None:
-        """Begin to copy a chunk from ``host``, bytes that stay as they are until ``copied`` comes.
+        """Begin to copy a chunk from ``host``, whose bytes must not change until the event ``copied`` has occurred.
 
         Waits until the sink is bound.
 
         Raises:
-            InterruptedError: the sink was stopped meanwhile.
+            InterruptedError: the sink was stopped.
         """
         self._bound.wait()
         self._check_not_stopped()
@@ -95,7 +95,7 @@ class CudaSink:
             copied.record(self._stream)
 
     def attach(self, tensor: int) -> None:
-        """See ``ChunkSink``: nothing can be used before ``finish``."""
+        """See ``ChunkSink``: nothing to do, parameters can't be used before ``finish``."""
 
     def finish(self) -> None:
         """See ``ChunkSink``: waits for every copy."""
@@ -120,7 +120,8 @@ class CudaSink:
             raise InterruptedError("the load was stopped")
 
     def _byte_targets(self, tensor: int) -> list[torch.Tensor]:
-        """Where a record's bytes go: its contiguous tensors, or memory to gather them in for the others."""
+        """Where a record's bytes are copied to: its contiguous live tensors, and, if it has others, a buffer from which
+        ``finish`` copies to those."""
         live = self._targets[tensor].tensors
         contiguous = [byte_view(t.data) for t in live if t.is_contiguous()]
         if len(contiguous) == len(live):

@@ -1,4 +1,4 @@
-"""What each hop of a load can do alone on this machine: measured once, kept beside the checkpoints."""
+"""How fast each hop of a load is alone on this machine: measured once and stored beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROUNDS = 3
 
 
 def read_limits(store_dir: Path) -> dict[HopName, float]:
-    """Bytes a second of each hop as last measured for this store; empty if they never were."""
+    """Bytes per second of each hop as last measured for this store; empty if never measured."""
     try:
         value = json.loads(read_plain(store_dir / LIMITS_NAME, 64 * KIB))
         return {name: float(bps) for name, bps in value.items()}
@@ -35,10 +35,11 @@ def read_limits(store_dir: Path) -> dict[HopName, float]:
 
 
 def measure_limits(file: Path, store_dir: Path, *, num_threads: int) -> dict[HopName, float]:
-    """Measure every hop with the bytes of ``file`` (a partition), best of a few rounds, and keep the result.
+    """Measure every hop with the bytes of ``file`` (a partition), best of a few rounds, and store the result.
 
     Raises:
-        OSError: the file can't be read. WriteError: the store can't be written.
+        OSError: the file can't be read, or is smaller than a chunk.
+        WriteError: the store's directory can't be written.
     """
     nbytes = min(file.stat().st_size, _SAMPLE_NBYTES_MAX) // CHUNK_NBYTES_DEFAULT * CHUNK_NBYTES_DEFAULT
     if nbytes == 0:

@@ -1,7 +1,7 @@
-"""Model directories: the files that go with the weights, and how a whole directory comes into its place at once.
+"""Model directories: copies the files that go with the weights, and publishes a whole directory atomically.
 
-Needs the standard library alone. Conversion (``--out``) and export make a directory beside its place, under a hidden
-name, and rename it when it is complete: whoever looks finds nothing or all of it.
+Needs the standard library alone. Conversion (``--out``) and export build the directory beside its target, under a
+hidden name, and rename it when it is complete, so that the target is either absent or complete.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from sllm_vllm.errors import ConfigError, WriteError, WriterBusy
 CONFIG_NAME = "config.json"
 _AUDIO_TOKENIZER = "audio_tokenizer"
 _NOT_COPIED = (*WEIGHT_SUFFIXES, INDEX_SUFFIX, ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot")
-"""Endings of files that hold weights, for any framework, or name such files."""
+"""Suffixes of files that hold weights, for any framework, or are an index of such files."""
 
 
 def folders_read_aside(source: Path) -> set[str]:
-    """Sub-folders whose weight files vLLM reads outside its loader (0.32).
+    """Sub-folders whose weight files vLLM (0.32) reads in other places than its loader.
 
-    Modules of sentence-transformers (``adapters.py``), adapters (``jina.py``, ``lora_model.py``) and an audio tokenizer
-    (``mimo_audio.py``).
+    These are the modules of sentence-transformers (read in ``adapters.py``), adapters (``jina.py``, ``lora_model.py``)
+    and an audio tokenizer (``mimo_audio.py``).
 
     Raises:
-        ConfigError: ``modules.json`` is no JSON.
+        ConfigError: ``modules.json`` is not JSON.
     """
     found = {_AUDIO_TOKENIZER, *_module_folders(source / "modules.json")}
     found |= {path.parent.relative_to(source).as_posix() for path in source.rglob("adapter_config.json")}
@@ -53,12 +53,12 @@ def _module_folders(path: Path) -> list[str]:
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Copy everything but the weights that the loader reads: configuration, tokenizer, code, adapters.
+    """Copy all files but the weights that the loader reads: configuration, tokenizer, code, adapters.
 
-    Links are followed, hidden files left out.
+    Symbolic links are followed; hidden files are left out.
 
     Raises:
-        WriteError: ``source`` can't be read or ``target`` not be written.
+        WriteError: ``source`` can't be read, or ``target`` can't be written.
     """
     aside = folders_read_aside(source)
     with write_errors(target):
@@ -73,7 +73,7 @@ def copy_model_files(source: Path, target: Path) -> None:
 
 
 def _is_entered(directory: Path) -> bool:
-    """Whether a sub-folder is copied: not ours, not hidden, no link that leads back up."""
+    """Whether a sub-folder is copied: it is neither hidden, nor ours, nor a link to one of its parents."""
     is_ours = directory.name.startswith(".") or directory.name == PARTITION_DIR
     return not is_ours and directory.resolve() not in [above := directory.parent.resolve(), *above.parents]
 
@@ -85,10 +85,10 @@ def _is_copied(name: str, *, has_all: bool) -> bool:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The model's ``config.json``.
+    """Read a model's ``config.json``.
 
     Raises:
-        ConfigError: it is missing or no JSON object.
+        ConfigError: it is missing or not a JSON object.
     """
     path = directory / CONFIG_NAME
     try:
@@ -103,9 +103,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def adapt_config(directory: Path, *, dtype: str, is_untied: bool) -> None:
-    """Let a copied ``config.json`` say what the weights are: their dtype and, if so, that ``lm_head`` is one of them.
+    """Write the weights' dtype into a copied ``config.json``, and that ``lm_head`` is untied if it is.
 
-    Without the source's weight files beside it, vLLM could not find out either by itself. No file, nothing to do.
+    vLLM can't derive either of these without the source's weight files. Does nothing if there is no ``config.json``.
     """
     path = directory / CONFIG_NAME
     if not path.exists():
@@ -121,20 +121,20 @@ def adapt_config(directory: Path, *, dtype: str, is_untied: bool) -> None:
 
 
 def is_free(target: Path) -> bool:
-    """Whether a directory may be made at ``target``: there is nothing, or an empty directory.
+    """Whether a directory may be created at ``target``: nothing is there, or an empty directory.
 
     Raises:
-        WriteError: it can't be looked into.
+        WriteError: the directory can't be listed.
     """
     with write_errors(target):
         return not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not os.listdir(target))
 
 
 def require_free(target: Path) -> None:
-    """Refuse to overwrite anything.
+    """Raise if something at ``target`` would be overwritten.
 
     Raises:
-        WriteError: there is something at ``target``.
+        WriteError: ``target`` exists and is not an empty directory.
     """
     if not is_free(target):
         raise WriteError(target, "it exists and is not empty", "give a new or an empty directory")
@@ -142,12 +142,13 @@ def require_free(target: Path) -> None:
 
 @contextlib.contextmanager
 def workplace(target: Path, purpose: str, *, keep: str | None = None) -> Iterator[Path]:
-    """Hold the right to make ``target``; yields the directory beside it to work in, removed afterwards.
+    """Lock ``target`` against other processes, and yield a working directory beside it, which is removed afterwards.
 
-    After a failure it stays if there is a file whose name matches ``keep``, so that the next attempt can go on there.
+    After a failure it is kept if it has a file whose name matches ``keep``, so that the next attempt can continue.
 
     Raises:
-        WriterBusy: another process works there. WriteError: the directory refuses.
+        WriterBusy: another process is making ``target``.
+        WriteError: the working directory can't be created.
     """
     root = target.parent / f".{target.name}.{purpose}"
     with write_errors(root):
@@ -170,10 +171,10 @@ def workplace(target: Path, purpose: str, *, keep: str | None = None) -> Iterato
 
 
 def put_in_place(directory: Path, target: Path) -> None:
-    """Rename a finished directory, whose files are durable, to ``target``, which is free.
+    """Rename a finished directory to ``target``. The directory's files must be durable already.
 
     Raises:
-        WriteError: the file system refuses, or ``target`` is no longer free.
+        WriteError: the file system refuses, or ``target`` is not free.
     """
     with write_errors(target):
         for place, _, _ in os.walk(directory):
@@ -183,7 +184,7 @@ def put_in_place(directory: Path, target: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Force a file's bytes to the device."""
+    """Flush a file's bytes to the storage device."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

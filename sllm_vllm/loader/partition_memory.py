@@ -1,7 +1,7 @@
-"""One partition in this process's memory: private pages, or the store's own, and who still looks at which.
+"""One partition in this process's memory, as private pages or pages mapped from the store's pool, freed when unused.
 
-Whoever looks at a tensor holds an array over it; when the array dies, so does its claim on the memory below. A span of
-the store's that nobody looks at any more is unmapped and handed back. Needs numpy alone.
+Users of a tensor hold an array over its memory. When the array is collected, the tensor's memory is freed. A span
+mapped from the pool is unmapped and released once none of its tensors are in use. Needs numpy alone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.units import round_up
 
 MAPPED_SPANS_MAX = 16_384
-"""A process may have 65,530 mappings by default; each span takes one, and splits one at worst."""
+"""Linux allows a process 65,530 mappings by default; each span takes one, and at worst splits another in two."""
 
 
 class Serial:
-    """Runs calls one after the other, each in whichever thread is at it.
+    """Runs calls one at a time, without ever waiting for a lock.
 
-    For finalisers: these run in any thread, at any line, also inside this class, so that they may wait for no lock.
-    ``run`` never waits: if a call is under way, here or elsewhere, whoever is at it runs this one next.
+    Made for finalisers, which may run in any thread and at any line, even inside this class, and so must not wait for
+    a lock. If a call is in progress, in this thread or another, the thread that runs it runs the new one afterwards.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Serial:
         self._busy = threading.Lock()
 
     def run(self, call: Callable[[], None]) -> None:
-        """Have ``call`` run, now or very soon."""
+        """Run ``call`` now, or leave it to the thread that is running another call."""
         self._calls.append(call)
         while self._calls and self._busy.acquire(blocking=False):
             try:
@@ -44,10 +44,10 @@ class Serial:
 
 
 class PartitionMemory:
-    """Memory of a partition's size, addressed like its data.
+    """Memory of a partition's size, with the offsets of the partition's data.
 
-    A tensor is *settled* when nobody looks at it any more. ``claim`` and ``settle_rest`` belong to the consumer, once
-    the tensor's bytes are there; ``map_span`` to whoever is given spans, before that.
+    A tensor is *settled* when it is no longer in use. ``claim`` and ``settle_rest`` are called by the consumer, once
+    the tensor's bytes have arrived; ``map_span`` before that, by the thread that receives spans.
     """
 
     def __init__(self, plan: LoadPlan) -> None:
@@ -56,16 +56,19 @@ class PartitionMemory:
         self._serial = Serial()
         self._claimed: set[int] = set()
         self._span_nbytes = 0
-        self._num_users: dict[int, int] = {}  # of each mapped span, the tensors that are not settled
+        self._num_users: dict[int, int] = {}  # by mapped span: how many of its tensors are not settled
         self._released: Callable[[int], None] = lambda span: None
 
     def chunk(self, chunk: int) -> memoryview:
-        """A chunk's place, up to the end of its last page."""
+        """The memory of a chunk, up to the end of its last page."""
         nbytes = round_up(self._plan.chunk_size(chunk), mmap.PAGESIZE)
         return self._space.array(chunk * self._plan.chunk_nbytes, nbytes).data
 
     def claim(self, tensor: int) -> ByteArray | None:
-        """A tensor's bytes: its memory goes when the array dies. None if it was claimed before, or has no bytes."""
+        """A tensor's bytes, whose memory is freed when the array is collected.
+
+        None if the tensor was claimed before or has no bytes.
+        """
         record = self._plan.partition.tensors[tensor]
         if tensor in self._claimed:
             return None
@@ -77,21 +80,24 @@ class PartitionMemory:
         return array
 
     def settle_rest(self) -> None:
-        """Nobody will claim the tensors that were not claimed yet."""
+        """Settle the tensors that were never claimed; none may be claimed afterwards."""
         for tensor, record in enumerate(self._plan.partition.tensors):
             if tensor not in self._claimed and record.nbytes:
                 self._claimed.add(tensor)
                 self._settle(tensor)
 
     def accept_spans(self, span_nbytes: int, released: Callable[[int], None]) -> None:
-        """From now on ``map_span`` is allowed; ``released`` is told of each mapped span that nobody looks at any more.
+        """Allow ``map_span`` from now on.
 
-        It is called at most once a span, from any thread, and may be called from a finaliser.
+        Args:
+            span_nbytes: bytes of a span.
+            released: called with each mapped span once it is no longer in use: at most once a span, from any thread,
+                possibly from a finaliser.
         """
         self._span_nbytes, self._released = span_nbytes, released
 
     def map_span(self, span: int, *, fd: int, file_offset: int) -> bool:
-        """Show a file's bytes in place of a span, privately; False if they have to be copied here instead."""
+        """Map a file's bytes privately in place of a span; False if they have to be copied here instead."""
         start, nbytes = self._range_of(span)
         aligned = start % mmap.PAGESIZE == file_offset % mmap.PAGESIZE == 0
         if not aligned or len(self._num_users) >= MAPPED_SPANS_MAX:
@@ -105,7 +111,7 @@ class PartitionMemory:
         return True
 
     def populate(self, span: int) -> None:
-        """Have a mapped span's pages in place before anybody reads them. It may have been released meanwhile."""
+        """Map the pages of a span now, so that reading them causes no page faults. The span may be released already."""
         self._space.populate(*self._range_of(span))
 
     def _range_of(self, span: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a load did: bytes and seconds of every hop. Logged in one line; JSON for whoever learns from it."""
+"""The report of a load: bytes and seconds of every hop, as one log line and as JSON for other programs."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ HopName = Literal["read_disk", "read_cache", "verify", "map", "copy_pool", "copy
 
 
 class Hop(BaseModel):
-    """One stage of the pipeline. ``busy_s`` is summed over its threads, so it may exceed ``span_s``."""
+    """One stage of a load's pipeline. ``busy_s`` is summed over its threads, so it may exceed ``span_s``."""
 
     model_config = ConfigDict(extra="forbid")
 
     nbytes: int = 0
     busy_s: float = 0.0
     span_s: float = 0.0
-    """From the first byte's start to the last one's end; pauses count, as when the next hop is slower."""
+    """From the start of the first step to the end of the last one, including pauses (the next hop may be slower)."""
     limit_bps: float | None = None
-    """What this hop can do alone on this machine, where `sllm-vllm calibrate` has measured it."""
+    """Bytes per second of this hop alone on this machine, if `sllm-vllm calibrate` has measured it."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def share_of_limit(self) -> float | None:
-        """Bytes a second over the span, as a share of the limit; None where no limit was measured."""
+        """Bytes per second over ``span_s``, as a share of the limit; None if no limit was measured."""
         if not self.limit_bps or self.span_s <= 0:
             return None
         return self.nbytes / self.span_s / self.limit_bps
 
 
 class LoadReport(BaseModel):
-    """One rank's load. Seconds are wall time unless said otherwise."""
+    """One rank's load. Seconds are wall time."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,22 +44,23 @@ class LoadReport(BaseModel):
     rank: int = 0
     outcome: Literal["loaded", "converted", "unconverted"]
     source: Literal["store", "disk"] | None = None
-    """Where the checkpoint's bytes came from; a store that ended in the middle counts, its hops tell how much."""
+    """Where the checkpoint's bytes came from. Also ``store`` if the daemon ended during the load; ``hops`` then show
+    how much each source delivered."""
     nbytes: int = 0
     construct_s: float = 0.0
-    """Building the module, its parameters still empty."""
+    """Time to build the module, with its parameters still empty."""
     weights_s: float = 0.0
-    """From the first read to the last parameter filled; it overlaps with ``process_s``."""
+    """From the first read until the last parameter was filled; overlaps with ``process_s``."""
     process_s: float = 0.0
-    """vLLM's own post-processing, while nothing was waited for."""
+    """Time in vLLM's own post-processing, without waiting for bytes."""
     wait_s: float = 0.0
-    """Part of ``total_s`` in which post-processing stood still, waiting for bytes."""
+    """Part of ``total_s`` in which post-processing waited for bytes."""
     total_s: float = 0.0
-    """The whole of ``load_model``."""
+    """Duration of ``load_model``."""
     hops: dict[HopName, Hop] = {}
 
     def line(self) -> str:
-        """Fields for one log line."""
+        """The report's fields for one log line."""
         bps = self.nbytes / self.weights_s if self.weights_s > 0 else None
         hops = " ".join(_hop_field(name, hop) for name, hop in self.hops.items() if hop.nbytes)
         return (
@@ -70,7 +71,10 @@ class LoadReport(BaseModel):
         )
 
     def write(self, path: Path) -> Path:
-        """Write it as JSON; ranks other than 0 get ``.rank-N`` before the suffix. Returns the file.
+        """Write the report as JSON to ``path``, on ranks other than 0 with ``.rank-N`` before the suffix.
+
+        Returns:
+            The file that was written.
 
         Raises:
             OSError: the file can't be written.
@@ -86,10 +90,10 @@ def _hop_field(name: str, hop: Hop) -> str:
 
 
 class HopCounter:
-    """Adds up what the hops did; called from every thread of a pipeline.
+    """Sums up bytes and seconds of each hop. Thread-safe.
 
     Args:
-        limits: bytes a second that a hop can do alone, where that is known.
+        limits: bytes per second of each hop alone, where known.
     """
 
     def __init__(self, limits: Mapping[HopName, float] | None = None) -> None:
@@ -99,7 +103,7 @@ class HopCounter:
         self.hops: dict[HopName, Hop] = {}
 
     def add(self, name: HopName, nbytes: int, *, start_s: float, end_s: float) -> None:
-        """Count one step of a hop; times are ``time.perf_counter``'s."""
+        """Count one step of a hop; times are from ``time.perf_counter``."""
         with self._lock:
             hop = self.hops.setdefault(name, Hop(limit_bps=self._limits.get(name)))
             hop.nbytes += nbytes

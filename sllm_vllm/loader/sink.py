@@ -1,4 +1,4 @@
-"""Where chunks go. ``HostSink`` is the process's own memory: parameters are rebound to it, nothing is copied."""
+"""Sinks take the chunks of a load. ``HostSink`` keeps them in this process's memory and points parameters at it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.loader.partition_memory import PartitionMemory
 
 REBIND_ALIGNMENT = 64
-"""Kernels may expect a cache line's alignment; a tensor that has less (a small one, always) is copied instead."""
+"""Kernels may expect the alignment of a cache line. A tensor with less, which is always a small one, is copied."""
 
 
 def typed_view(data: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """See a contiguous uint8 tensor as another dtype and shape. Shares memory."""
+    """View a contiguous uint8 tensor with another dtype and shape; shares memory."""
     return data.view(dtype).view(list(shape))
 
 
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:
-    """See a contiguous tensor as its bytes, uint8 of one dimension. Shares memory."""
+    """View a contiguous tensor as its bytes, a one-dimensional uint8 tensor; shares memory."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def copy_bits(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy between tensors of equal dtype and shape, bit for bit, also for dtypes that torch can't convert."""
+    """Copy between tensors of equal dtype and shape, bit for bit, even for dtypes that torch can't convert."""
     if source.is_contiguous() and target.is_contiguous():
         byte_view(target).copy_(byte_view(source))
     else:
@@ -39,33 +39,33 @@ class ChunkSink(Protocol):
         """Page-aligned memory to read a chunk into; waits until some is free.
 
         Raises:
-            InterruptedError: the sink was stopped meanwhile.
+            InterruptedError: the sink was stopped.
         """
         ...
 
     def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
-        """The buffer now holds the chunk."""
+        """Take the chunk that was read into ``buffer``."""
         ...
 
     def bind(self, targets: Sequence[Target]) -> None:
-        """Say where the tensors go, one target a record; reading may have begun before. Called once."""
+        """Set the targets, one per record. Called once; reading may have begun before."""
         ...
 
     def attach(self, tensor: int) -> None:
-        """All chunks of a tensor were delivered: let its parameters hold it. Safe to call twice."""
+        """Fill a tensor's parameters, once all its chunks were delivered. Safe to call twice."""
         ...
 
     def finish(self) -> None:
-        """Return when every parameter can be used."""
+        """Return once every parameter can be used."""
         ...
 
     def stop(self) -> None:
-        """Wake whoever waits for a buffer; nothing more will come."""
+        """Wake the threads that wait for a buffer; no more chunks will be delivered."""
         ...
 
 
 class Target(Protocol):
-    """The live tensors that one stored tensor goes to (tied weights: several)."""
+    """The live tensors that one stored tensor fills; several if weights are tied."""
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -74,20 +74,19 @@ class Target(Protocol):
 
     @property
     def rebindable(self) -> bool:
-        """Whether their ``.data`` may be replaced: nothing else looks at the same memory."""
+        """Whether their ``.data`` may be replaced, because nothing else uses the same memory."""
         ...
 
     def take(self) -> Sequence[torch.Tensor]:
-        """The tensors, leaving none: a parameter that vLLM drops must not be kept alive from here."""
+        """Return the tensors and forget them, so that a parameter which vLLM drops is not kept alive from here."""
         ...
 
 
 class HostSink:
-    """Memory of a partition's size, in huge pages where the system has them, filled chunk by chunk, or mapped span by
-    span from the store's pool.
+    """Memory of a partition's size, filled chunk by chunk, or mapped span by span from the store's pool.
 
-    A tensor's part of the memory goes back to the system as soon as nothing refers to the tensor, so that packing a
-    module after the other needs one copy of the model, not two.
+    It is in huge pages where the system has them. A tensor's memory is returned to the system as soon as nothing refers
+    to the tensor, so that packing one module after another needs memory for one copy of the model, not two.
     """
 
     def __init__(self, plan: LoadPlan) -> None:
@@ -96,11 +95,11 @@ class HostSink:
         self.memory = PartitionMemory(plan)
 
     def buffer(self, chunk: int) -> memoryview:
-        """See ``ChunkSink``: the chunk's own place in memory, always free."""
+        """See ``ChunkSink``: the chunk's place in the partition's memory, which is always free."""
         return self.memory.chunk(chunk)
 
     def deliver(self, chunk: int, buffer: memoryview, nbytes: int) -> None:
-        """See ``ChunkSink``: it lies where it belongs already."""
+        """See ``ChunkSink``: nothing to do, the chunk was read into its final place."""
 
     def bind(self, targets: Sequence[Target]) -> None:
         """See ``ChunkSink``."""
@@ -121,7 +120,7 @@ class HostSink:
                 copy_bits(source, live.data)
 
     def finish(self) -> None:
-        """See ``ChunkSink``: nothing is under way."""
+        """See ``ChunkSink``: nothing to wait for."""
 
     def stop(self) -> None:
-        """See ``ChunkSink``: nobody ever waits."""
+        """See ``ChunkSink``: no thread ever waits for a buffer."""

@@ -1,1 +1,1 @@
-"""Decisions of the loader: pure functions of frozen records."""
+"""The loader's decisions, as pure functions of frozen records."""

@@ -1,8 +1,8 @@
-"""The way back from a module's parameters to Hugging Face's tensors: what to cut out of each stored tensor. Pure.
+"""Plans how stored tensors are split and renamed back to those of a Hugging Face checkpoint. Pure.
 
-vLLM fuses what a checkpoint of Hugging Face keeps apart (q, k and v; gate and up; all experts of a layer), pads the
-vocabulary, and renames. Each model class has a table of rules; every stored tensor must match one of them and have
-exactly the shape that the model's configuration leads to, or nothing is exported.
+vLLM fuses tensors that a Hugging Face checkpoint keeps apart (q, k and v; gate and up; all experts of a layer), pads
+the vocabulary, and renames tensors. Each model class has a table of rules. Every stored tensor must match one of them
+and have exactly the shape that follows from the model's configuration, or nothing is exported.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from sllm_vllm.checkpoint.core.manifest import Layout, TensorRecord
 
 
 class NoWayBack(Exception):
-    """This layout can't be exported; ``str()`` says why."""
+    """The layout can't be exported; ``str()`` says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of Hugging Face: rows ``start`` to ``stop`` of a stored tensor (of its ``index``-th part, if not
-    None), transposed or not. ``shape`` is the result's."""
+    """One Hugging Face tensor: rows ``start`` to ``stop`` of a stored tensor, or of ``stored[index]`` if that is set.
+
+    ``shape`` is that of the result, after transposing.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +37,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What becomes of a stored tensor. ``default`` not None: nothing, but it must hold this value throughout."""
+    """What a stored tensor is exported as.
+
+    A tensor that Hugging Face does not have has no pieces; if ``default`` is set, all its elements must equal it.
+    """
 
     record: TensorRecord
     pieces: tuple[Piece, ...]
@@ -44,7 +49,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """What of a configuration the rules need."""
+    """The numbers that the rules need from a model's configuration."""
 
     heads: tuple[int, int, int]
     vocab: int
@@ -73,7 +78,7 @@ def _count(config: Mapping[str, Any], *keys: str, default: int = 0) -> int:
 
 
 Cut = Callable[[re.Match[str], TensorRecord, _Sizes], TensorPlan]
-"""Turns a stored tensor whose name matched into its plan."""
+"""Makes the plan of a stored tensor whose name matched a rule's pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class _Rule:
 
 
 def _keep(name: str = r"\g<0>", *, transposed: bool = False) -> Cut:
-    """As it is, under ``name``, where ``\\1`` is the pattern's first group."""
+    """Export the tensor whole, under ``name``, in which ``\\1`` is the pattern's first group."""
 
     def cut(match: re.Match[str], record: TensorRecord, sizes: _Sizes) -> TensorPlan:
         return _split_rows(record, [(match.expand(name), record.shape[0])], transposed=transposed)
@@ -92,7 +97,7 @@ def _keep(name: str = r"\g<0>", *, transposed: bool = False) -> Cut:
 
 
 def _trim(size: Callable[[_Sizes], int], name: str = r"\g<0>") -> Cut:
-    """Without the rows behind ``size``, which only pad it."""
+    """Export the first ``size`` rows; those behind them are padding."""
 
     def cut(match: re.Match[str], record: TensorRecord, sizes: _Sizes) -> TensorPlan:
         num_rows = size(sizes)
@@ -104,7 +109,7 @@ def _trim(size: Callable[[_Sizes], int], name: str = r"\g<0>") -> Cut:
 
 
 def _split_heads(*names: str) -> Cut:
-    """Queries, keys and values apart."""
+    """Split the rows into queries, keys and values."""
 
     def cut(match: re.Match[str], record: TensorRecord, sizes: _Sizes) -> TensorPlan:
         named = [match.expand(name) for name in names]
@@ -114,7 +119,7 @@ def _split_heads(*names: str) -> Cut:
 
 
 def _split_evenly(*names: str) -> Cut:
-    """In as many equal parts as there are names."""
+    """Split the rows into as many equal parts as there are names."""
 
     def cut(match: re.Match[str], record: TensorRecord, sizes: _Sizes) -> TensorPlan:
         part = record.shape[0] // len(names)
@@ -124,7 +129,7 @@ def _split_evenly(*names: str) -> Cut:
 
 
 def _split_experts(*names: str) -> Cut:
-    """Each expert's matrix in as many equal parts as there are names; ``{}`` in them is the expert's number."""
+    """Split each expert's matrix into as many equal parts as there are names, with ``{}`` for the expert's number."""
 
     def cut(match: re.Match[str], record: TensorRecord, sizes: _Sizes) -> TensorPlan:
         if record.shape[0] != sizes.experts:
@@ -143,7 +148,7 @@ def _split_experts(*names: str) -> Cut:
 
 
 def _drop(default: float | None = None) -> Cut:
-    """Not Hugging Face's; it must still hold ``default``, unless that is None."""
+    """Leave the tensor out: Hugging Face has none. Unless ``default`` is None, it must hold that value."""
     return lambda match, record, sizes: TensorPlan(record, (), default)
 
 
@@ -197,7 +202,7 @@ _MIXTRAL = (
 _GPT2 = (
     _SCALES,
     _Rule(r"(?:transformer\.wte|lm_head)\.weight", _trim(lambda sizes: sizes.vocab)),
-    _Rule(r"transformer\.h\.\d+\.(?:attn|mlp)\.c_\w+\.weight", _keep(transposed=True)),  # Conv1D's way round
+    _Rule(r"transformer\.h\.\d+\.(?:attn|mlp)\.c_\w+\.weight", _keep(transposed=True)),  # for Conv1D
     _Rule(r"transformer\.h\.\d+\.(?:attn|mlp)\.c_\w+\.bias", _keep()),
     _Rule(r"transformer\.(?:wpe|ln_f|h\.\d+\.ln_\d)" + _WB, _keep()),
 )
@@ -210,7 +215,7 @@ _OPT = (
 )
 _BERT = (
     _SCALES,
-    _Rule(r"model\.embeddings\.position_ids", _drop()),  # 0, 1, 2 …: made, not loaded
+    _Rule(r"model\.embeddings\.position_ids", _drop()),  # 0, 1, 2 …: computed, not loaded
     _Rule(r"model\.(embeddings\.word_embeddings\.weight)", _trim(lambda sizes: sizes.vocab, r"\1")),
     _Rule(r"model\.(embeddings\.position_embeddings\.weight)", _trim(lambda sizes: sizes.positions, r"\1")),
     _Rule(r"model\.(embeddings\.token_type_embeddings\.weight)", _trim(lambda sizes: sizes.token_types, r"\1")),
@@ -232,17 +237,17 @@ RULES: dict[str, tuple[_Rule, ...]] = {
     "qwen3.Qwen3ForCausalLM": _LLAMA,
     "qwen3_moe.Qwen3MoeForCausalLM": _QWEN3_MOE,
 }
-"""By vLLM's model class, below ``vllm.model_executor.models``. Each has a test on real vLLM."""
+"""Rules by vLLM's model class, its name relative to ``vllm.model_executor.models``. Each has a test on real vLLM."""
 
 
 def plan_export(layout: Layout, records: Sequence[TensorRecord], config: Mapping[str, Any]) -> tuple[TensorPlan, ...]:
-    """What to cut out of each stored tensor, in file order.
+    """Plan the export of each stored tensor, in file order.
 
     Args:
         config: the model's ``config.json``.
 
     Raises:
-        NoWayBack: sharded, quantised, of an unknown model class, or not what the configuration describes.
+        NoWayBack: the checkpoint is sharded, quantised, of an unknown model class, or does not match ``config``.
     """
     rules = _rules_for(layout)
     sizes = _Sizes.of(config)
@@ -254,7 +259,7 @@ def plan_export(layout: Layout, records: Sequence[TensorRecord], config: Mapping
 
 
 def holds_output_layer(plans: Sequence[TensorPlan]) -> bool:
-    """Whether the output layer is a tensor of its own, not tied to the embedding."""
+    """Whether the output layer is a separate tensor, not tied to the embedding."""
     return any(piece.name == "lm_head.weight" for plan in plans for piece in plan.pieces)
 
 

@@ -1,4 +1,4 @@
-"""The load plan: in which order chunks are read, and when each tensor is complete. Pure."""
+"""The load plan: the order in which chunks are read, and the position at which each tensor is complete. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sllm_vllm.checkpoint.core.manifest import Partition, TensorRecord
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """``nbytes`` from ``chunk_offset`` of a chunk go to ``tensor_offset`` of tensor number ``tensor``."""
+    """``nbytes`` at ``chunk_offset`` of a chunk belong at ``tensor_offset`` of tensor number ``tensor``."""
 
     tensor: int
     chunk_offset: int
@@ -21,14 +21,14 @@ class Copy:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How one partition is loaded. ``order`` holds chunk indices; a *position* is an index into it."""
+    """The plan for one partition. ``order`` holds chunk indices; a *position* is an index into ``order``."""
 
     partition: Partition
     chunk_nbytes: int
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """See ``load_order``."""
+        """Chunk indices in the order in which they are read; see ``load_order``."""
         return load_order(self.partition.tensors, self.chunk_nbytes)
 
     @cached_property
@@ -36,16 +36,16 @@ class LoadPlan:
         return {chunk: position for position, chunk in enumerate(self.order)}
 
     def ready_position(self, tensor: int) -> int:
-        """Position of the chunk that completes a tensor; -1 if it has no bytes."""
+        """Position of the chunk that completes a tensor; -1 if the tensor has no bytes."""
         return max((self._positions[chunk] for chunk in self._chunks_of(self.partition.tensors[tensor])), default=-1)
 
     def chunk_size(self, chunk: int) -> int:
-        """Bytes of a chunk."""
+        """Bytes of a chunk; the last one may be shorter than the others."""
         return min(self.chunk_nbytes, self.partition.data_nbytes - chunk * self.chunk_nbytes)
 
     @cached_property
     def copies(self) -> tuple[tuple[Copy, ...], ...]:
-        """For each chunk, which of its bytes go where."""
+        """For each chunk, where its bytes go."""
         result: list[list[Copy]] = [[] for _ in self.order]
         for index, record in enumerate(self.partition.tensors):
             for chunk in self._chunks_of(record):
