@@ -1,1 +1,1 @@
-"""What stock vLLM lacks for live migration: requests that go on elsewhere with their own tokens, and our routes."""
+"""What stock vLLM lacks for live migration: resuming a request with its output so far on another engine, and routes."""

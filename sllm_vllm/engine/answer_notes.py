@@ -1,15 +1,15 @@
-"""Notes beside a streamed answer: the tokens that its text comes from, and that the engine core has died.
+"""Notes in a streamed answer: the tokens that its text was made from, and whether the engine core has died.
 
-A client of an engine that sends ``x-sllm-notes: 1`` gets notes before the events of a stream: comments of server-sent
-events, which readers of such streams pass over, ``: sllm [...]``, with a JSON list. A router that reads them can have
-the answer go on elsewhere after this process is gone. Entries, the first of which is in the first note alone:
+A client that sends ``x-sllm-notes: 1`` gets notes before the events of a stream. A note is a comment of server-sent
+events, which other readers of such streams ignore: ``: sllm [...]``, with a JSON list. A router that reads the notes
+can resume the answer on another engine after this process has died. Entries of the list:
 
-``{"d": prompt digest, "c": cached tokens, "n": choices}``
-``{"i": choice, "t": its new tokens, "l": their logprobs, "f": how it ended}``, the last two where there are any
-``{"end": true}``: all choices have ended; what is left of the answer can't be had elsewhere
-``{"died": true}``: the engine core has, and the connection ends
+``{"d": prompt digest, "c": cached tokens, "n": choices}``, only in the first note
+``{"i": choice, "t": its new tokens, "l": their logprobs, "f": how it ended}``, the last two only if there are any
+``{"end": true}``: all choices have ended; the rest of the answer can't be resumed on another engine
+``{"died": true}``: the engine core has died, and the connection ends
 
-An answer that has not begun when the core dies is a 500 with ``x-sllm-core: died``.
+If the core dies before an answer has begun, the answer is a 500 with ``x-sllm-core: died``.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ NOTE = b": sllm "
 
 
 class AnswerNotes:
-    """ASGI middleware of one API server. ``engine``: gives its ``AsyncLLM``, or None before it is known."""
+    """ASGI middleware of one API server. ``engine`` returns its ``AsyncLLM``, or None while it is not known yet."""
 
     def __init__(self, app: App, engine: Callable[[], Any]) -> None:
         self._app = app
         self._engine = engine
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request; anything else passes."""
+        """Handle an HTTP request; pass anything else on."""
         engine = self._engine() if scope["type"] == "http" else None
         if engine is None:
             await self._app(scope, receive, send)
@@ -48,7 +48,7 @@ class AnswerNotes:
 
 
 class _Answer:
-    """One answer on its way out."""
+    """Rewrites the messages of one answer."""
 
     def __init__(self, engine: Any, scope: Message, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -62,7 +62,7 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         if self._is_over:
-            return  # an answer that never completes: the server closes its connection
+            return  # the answer is left incomplete, so that the server closes the connection
         if message["type"] == "http.response.start":
             message = self._begin(message)
         elif self._is_stream and message.get("body"):
@@ -89,23 +89,27 @@ class _Answer:
         return self._notes.next()
 
     def _end_server(self) -> None:
-        """vLLM does the same, up to five seconds later where only streams are open."""
+        """End the API server. vLLM does so, too, but up to five seconds later if only streams are open."""
         if self._server is not None:
             self._server.should_exit = True
 
 
 class _Notes:
-    """What was not said yet of a request. ``states``: vLLM's, of its choices; of none nothing is said."""
+    """Makes a request's notes, each with what is new since the last one.
+
+    Args:
+        states: vLLM's states of the request's choices; if empty, there are no notes.
+    """
 
     def __init__(self, engine: Any, states: list[Any]) -> None:
         self._engine = engine
         self._states = states
         self._told: dict[int, int] = {}
-        """Tokens of each choice; -1 once its end was told."""
+        """By choice, the number of tokens sent so far; -1 once its end was sent."""
         self._is_over = not states
 
     def next(self) -> bytes:
-        """A line, or nothing."""
+        """The next note as a line; empty if there is nothing new."""
         if self._is_over:
             return b""
         entries = note_of(self._engine, self._states, self._told)

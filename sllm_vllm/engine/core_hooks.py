@@ -1,7 +1,7 @@
-"""The engine core's half of a resume: a request that is born with output tokens. Hooks vLLM; runs in its core process.
+"""The engine core's half of a resume: requests created with output tokens. Hooks vLLM; runs in its core process.
 
-To the scheduler such a request is one that was preempted: its prefill goes over prompt and output, and everything that
-counts output tokens (max_tokens, stop checks, the grammar) goes on from there.
+To the scheduler such a request looks like a preempted one: its prefill covers prompt and output, and everything that
+counts output tokens (max_tokens, stop checks, the grammar) continues from there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sllm_vllm.engine.resume import RESUME_KEY, ResumeRefused, owned_tokens
 
 
 def core_installs(points: HookPoints) -> dict[str, Any]:
-    """What to install into which module of vLLM."""
+    """Hooks by the module of vLLM that they are installed into."""
     return {
         "vllm.v1.request": lambda module: hook_requests(module, points),
         "vllm.v1.structured_output": hook_grammars,
@@ -27,7 +27,7 @@ def core_installs(points: HookPoints) -> dict[str, Any]:
 
 
 def hook_requests(module: ModuleType, points: HookPoints) -> None:
-    """Let ``Request.from_engine_core_request`` append what the request owns."""
+    """Make ``Request.from_engine_core_request`` append the tokens that the request owns."""
     requests: Any = require_type(module, "Request")
     require(requests, "append_output_token_ids", "token_ids")
     stock = require(requests, "from_engine_core_request", "request", "block_hasher")
@@ -35,11 +35,11 @@ def hook_requests(module: ModuleType, points: HookPoints) -> None:
     def from_engine_core_request(cls: type, request: Any, block_hasher: Any) -> Any:
         made: Any = stock(request, block_hasher)
         if owned := owned_tokens(getattr(request.sampling_params, "extra_args", None)):
-            if points.problems:  # nobody may have checked the tokens
+            if points.problems:  # the hook that checks the tokens may be among the missing ones
                 raise ResumeRefused(f"this core can't resume: {points.problems[0]}")
             made.append_output_token_ids(owned)
-            # As after a preemption: the first prefill of a new request asserts that it found no more in the prefix
-            # cache than its prompt.
+            # Make it look preempted: for the first prefill of a new request, vLLM asserts that the prefix cache has
+            # no more of it than its prompt.
             made.num_preemptions = 1
         return made
 
@@ -47,7 +47,7 @@ def hook_requests(module: ModuleType, points: HookPoints) -> None:
 
 
 def hook_grammars(module: ModuleType) -> None:
-    """Let ``StructuredOutputManager._create_grammar`` advance the grammar over what the request owns."""
+    """Make ``StructuredOutputManager._create_grammar`` advance the grammar over the tokens that the request owns."""
     managers: Any = require_type(module, "StructuredOutputManager")
     stock = require(managers, "_create_grammar", "request")
     accept = _accept_of(managers)
@@ -62,9 +62,9 @@ def hook_grammars(module: ModuleType) -> None:
 
 
 def hook_core(module: ModuleType, points: HookPoints) -> None:
-    """Check what a request owns before anything is made of it, and add a method that the front end's self-test calls.
+    """Check the owned tokens before a request is created, and add a method that the front end's self-test calls.
 
-    vLLM fails the one request whose preprocessing raises; a worker that got too many tokens would die of them.
+    If preprocessing raises, vLLM fails that request only; a worker that got too many tokens would crash.
     """
     cores: Any = require_type(module, "EngineCore")
     stock = require(cores, "preprocess_add_request", "request")
@@ -78,10 +78,10 @@ def hook_core(module: ModuleType, points: HookPoints) -> None:
 
 
 def _check_owned(config: Any, request: Any) -> None:
-    """Trust no front end: it may not be hooked, and a body then comes through as it is.
+    """Check a request's owned tokens, since a front end that is not hooked passes on unchecked what a body contains.
 
     Raises:
-        ResumeRefused: the request must not be resumed with what it carries.
+        ResumeRefused: the request can't be resumed with these tokens.
     """
     params = request.sampling_params
     extra_args = getattr(params, "extra_args", None) or {}
@@ -102,12 +102,12 @@ def _check_owned(config: Any, request: Any) -> None:
 
 
 _REASONING = ("reasoning_ended", "reasoning_end_token_index", "reasoner")
-"""What a structured request knows of the end of its reasoning; not every version has all of it."""
+"""Attributes of a structured request about the end of its reasoning; not all versions of vLLM have all of them."""
 
 
 @dataclass(slots=True)
 class _Past:
-    """A request as it was some tokens ago: what the manager reads of a request when it accepts tokens."""
+    """A request as it was some tokens ago, with the attributes that the manager reads when it accepts tokens."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -118,15 +118,15 @@ class _Past:
 
     @property
     def num_computed_tokens(self) -> int:
-        """As the scheduler counts when it lets the grammar advance: the newest token is drawn, not yet computed."""
+        """As the scheduler counts when it advances the grammar: the newest token is sampled, but not yet computed."""
         return len(self.all_token_ids) - 1
 
 
 def _accept_of(managers: Any) -> Any:
-    """How a manager lets a request's grammar accept new tokens, leaving out those of its reasoning.
+    """The manager's function that makes a request's grammar accept new tokens, except those of its reasoning.
 
-    Before ``accept_tokens`` (there since 0.30) the scheduler put it together from two of its methods; a third, asked
-    before the first token, settles whether the prompt has ended the reasoning.
+    vLLM has it as ``accept_tokens`` from 0.30 on. Before, the scheduler called two methods of the manager for this; a
+    third one, called before the first token, determines whether the prompt has ended the reasoning.
     """
     if hasattr(managers, "accept_tokens"):
         return require(managers, "accept_tokens", "request", "new_token_ids")
@@ -146,10 +146,10 @@ def _accept_of(managers: Any) -> Any:
 
 
 def _advance(manager: Any, request: Any, grammar: Any, *, accept: Any) -> None:
-    """Accept the owned tokens one by one, as the source did: a reasoning parser may look at all that came before.
+    """Accept the owned tokens one by one, as the source did, because a reasoning parser may look at all earlier tokens.
 
-    In a thread of the manager's, while the request waits for its grammar. The request's own record must not get the
-    grammar yet, or the scheduler would find it ready too soon.
+    Runs in one of the manager's threads, while the request waits for its grammar. Works on a copy of the request's
+    record: if the record itself got the grammar now, the scheduler would take the request for ready too soon.
     """
     record = copy.copy(request.structured_output_request)
     record.grammar = grammar

@@ -1,7 +1,7 @@
-"""Our HTTP routes on the engine's own API server (``vllm.endpoint_plugins``), behind the engine's own key.
+"""Our HTTP routes on the engine's own API server (``vllm.endpoint_plugins``), guarded by the engine's own key.
 
-vLLM loads them only where ``VLLM_PLUGINS`` names ``sllm``. Its key guards the routes of OpenAI's API alone, so these
-are guarded here.
+vLLM loads them only if ``VLLM_PLUGINS`` names ``sllm``. It requires its key only for the routes of OpenAI's API, so
+this module checks the key itself.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sllm_vllm.engine.self_test import why_unable
 from sllm_vllm.metrics import EngineMetric
 
 QUIET_S = 1.0
-"""Without a request in flight, before the trial begins: the first request after a start is not to wait for it."""
+"""How long no request must be in flight before the self-test begins, so as not to delay the first requests."""
 QUIET_S_MAX = 30.0
-"""After so long it begins whatever runs."""
+"""After this time the self-test begins even if requests are in flight."""
 _LOOK_S = 0.1
 
-logger = logging.getLogger("vllm.sllm.engine")  # below vLLM's, or nothing is printed
+logger = logging.getLogger("vllm.sllm.engine")  # a child of vLLM's logger, or nothing would be printed
 
 
 class SllmEndpoints:
-    """The routes. Made once by vLLM in each API server; lives on its event loop."""
+    """The routes. vLLM makes one object in each API server; it lives on the server's event loop."""
 
     name = "sllm"
     required_tasks = ("generate",)
@@ -55,13 +55,13 @@ class SllmEndpoints:
         app.add_middleware(AnswerNotes, engine=lambda: self._engine)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Get to know the engine and its keys, and begin the self-test, as soon as nobody asks anything."""
+        """Store the engine and its keys, and start a task that runs the self-test once the engine is idle."""
         import vllm.envs as envs
 
         del state
         self._engine = engine_client
         self._keys = tuple(key for key in (args.api_key or [envs.VLLM_API_KEY]) if key)
-        engine_client.sllm_resume_keys = self._keys or ("",)  # without a key any client may sign
+        engine_client.sllm_resume_keys = self._keys or ("",)  # without a key, any client may sign
         self._trial = asyncio.get_running_loop().create_task(self._try())
 
     async def _try(self) -> None:
@@ -74,7 +74,7 @@ class SllmEndpoints:
         if reason:
             points = getattr(self._engine, "sllm_points", None)
             if points is not None:
-                points.problems.append(reason)  # whoever asks anyway gets it
+                points.problems.append(reason)  # later requests to resume are refused with this reason
             logger.warning("%s reason=%s", told, json.dumps(reason))
         else:
             logger.info("%s", told)
@@ -133,5 +133,5 @@ class SllmEndpoints:
 def _respond(content: dict[str, Any], status: int) -> Any:
     from starlette.responses import Response
 
-    # Not starlette's own JSON, which refuses the infinities that logprobs may be.
+    # Starlette's own JSON response refuses infinities, which logprobs may be.
     return Response(json.dumps(content), status, media_type="application/json")

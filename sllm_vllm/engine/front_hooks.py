@@ -1,4 +1,4 @@
-"""Where the front end is hooked: what is asked is checked before it streams, and replayed when added. Hooks vLLM."""
+"""Hooks in the front end: a resume is checked before the answer streams, and replayed when the request is added."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROTOCOLS = {
 
 
 def front_installs(points: HookPoints) -> dict[str, Any]:
-    """What to install into which module of vLLM."""
+    """Hooks by the module of vLLM that they are installed into."""
     beams = {module: _beam_install(name) for module, name in _PROTOCOLS.items()}
     return {
         "vllm.v1.engine.async_llm": lambda module: hook_generate(module, points),
@@ -38,7 +38,7 @@ def front_installs(points: HookPoints) -> dict[str, Any]:
 
 
 def hook_generate(module: ModuleType, points: HookPoints) -> None:
-    """Check what a request carries when ``AsyncLLM.generate`` is called: an error is still a status then."""
+    """Check a request's resume when ``AsyncLLM.generate`` is called, while an error can still set the HTTP status."""
     engines: Any = require_type(module, "AsyncLLM")
     stock = require(engines, "generate", "prompt", "sampling_params", "request_id")
 
@@ -53,7 +53,7 @@ def hook_generate(module: ModuleType, points: HookPoints) -> None:
 
 
 def hook_outputs(module: ModuleType) -> None:
-    """Keep each request's parameters beside its state, and replay what it owns when it is added."""
+    """Store each request with its state, and replay its owned tokens when it is added."""
     processors: Any = require_type(module, "OutputProcessor")
     collectors: Any = require_type(module, "RequestOutputCollector")
     require(collectors, "get_nowait")
@@ -71,7 +71,7 @@ def hook_outputs(module: ModuleType) -> None:
 
 
 def hook_parents(module: ModuleType) -> None:
-    """Note how each choice of a request with ``n`` above 1 ended: its state is gone then."""
+    """Record how each choice of a request with ``n`` above 1 ended, because vLLM then drops the choice's state."""
     parents: Any = require_type(module, "ParentRequest")
     stock = require(parents, "get_outputs", "child_request_id", "completion_output")
 
@@ -85,7 +85,7 @@ def hook_parents(module: ModuleType) -> None:
 
 
 def _beam_install(name: str) -> Any:
-    """Beam search never sees ``vllm_xargs``: asked to resume, it would begin anew."""
+    """Refuse to resume a beam search, which ignores ``vllm_xargs`` and would start from the beginning."""
 
     def install(module: ModuleType) -> None:
         requests: Any = require_type(module, name)
@@ -102,10 +102,10 @@ def _beam_install(name: str) -> Any:
 
 
 def _accept(engine: Any, prompt: Any, params: Any, *, request_id: str) -> None:
-    """Replace the text a request carries by what was read from it, checked.
+    """Check a request's resume, and replace its text by the parsed ``Resume``.
 
     Raises:
-        VLLMValidationError: HTTP 400; there is another reason in it each time.
+        VLLMValidationError: the request can't be resumed (HTTP 400); the message says why.
     """
     try:
         if engine.sllm_points.problems:
@@ -135,7 +135,7 @@ def _limits(engine: Any, prompt: list[int], params: Any) -> ResumeLimits:
 
 
 def _added(processor: Any, request: Any, state: Any) -> None:
-    """A request was added whose state is ``state``; whatever fails here leaves nothing of it."""
+    """Handle a request that vLLM has just added. If its resume fails, abort it, so that nothing of it is left."""
     carried = (request.sampling_params.extra_args or {}).get(RESUME_KEY)
     if carried is not None:
         with ExitStack() as undo:
@@ -149,10 +149,10 @@ def _added(processor: Any, request: Any, state: Any) -> None:
 
 
 def _resume(processor: Any, request: Any, resume: object) -> None:
-    """Replay what a request owns, and hand it to the core.
+    """Replay a request's owned tokens, and put them into the request that goes to the core.
 
     Raises:
-        VLLMValidationError: it came by another way than `generate`, unchecked, or is not what it is said to be.
+        VLLMValidationError: the resume was not checked in ``generate``, or its replay does not end as it says.
     """
     if not isinstance(resume, Resume):
         raise _refusal(f"{RESUME_KEY} is understood in requests over HTTP alone")

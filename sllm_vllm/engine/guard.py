@@ -1,8 +1,8 @@
-"""The outermost layer of an engine's API server: without the engine's key only ``/health`` is answered.
+"""The outermost layer of an engine's API server: without the engine's key it answers only ``/health``.
 
-vLLM asks for its key below ``/v1``, ``/v2``, ``/inference`` and ``/cohere`` alone. The node agent names this class by
-``--middleware`` in every engine's arguments, so it does not depend on ``VLLM_PLUGINS`` or on the model's task. Imports
-nothing at its head: a forked engine imports it between its order and its first answer.
+vLLM requires its key only below ``/v1``, ``/v2``, ``/inference`` and ``/cohere``. The node agent passes this class in
+every engine's arguments, with ``--middleware``, so it does not depend on ``VLLM_PLUGINS`` or on the model's task. At
+the top it imports only the standard library, because a forked engine imports it between its order and its first answer.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN_PATH = "/health"
 _REFUSAL = b'{"error":"Unauthorized"}'
 _POLICY_VIOLATION = 1008
-"""Close code of RFC 6455; a server that has not accepted yet answers the handshake with 403."""
+"""Close code of RFC 6455. If the server has not accepted the websocket yet, it answers the handshake with 403."""
 
 
 class EngineGuard:
-    """ASGI middleware. Made by vLLM, once in each API server; without any key it refuses all but ``/health``."""
+    """ASGI middleware. vLLM makes one in each API server. If no key is configured, it refuses all but ``/health``."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._digests: tuple[bytes, ...] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request, one websocket, or the server's own start and end."""
+        """Handle a request, a websocket, or the server's own startup and shutdown."""
         if scope["type"] == "lifespan" or _is_open(scope) or self._has_key(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -42,7 +42,7 @@ class EngineGuard:
             await send({"type": "http.response.body", "body": _REFUSAL})
 
     def _has_key(self, scope: Message) -> bool:
-        """Whether it carries one of the keys. Compares all of them, each in constant time."""
+        """Whether a request carries one of the keys. It is compared with all of them, each in constant time."""
         if self._digests is None:
             self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in _keys_of(scope))
         found = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -55,7 +55,7 @@ class EngineGuard:
 
 
 def _is_open(scope: Message) -> bool:
-    """The agent's own question, or a browser's preflight, which carries no key and which vLLM's CORS layer answers."""
+    """Whether a request needs no key: a health check, or a browser's preflight, which vLLM's CORS layer answers."""
     if scope["type"] != "http":
         return False
     if scope["method"] == "OPTIONS":
@@ -65,7 +65,7 @@ def _is_open(scope: Message) -> bool:
 
 
 def _keys_of(scope: Message) -> Iterable[str]:
-    """The keys that vLLM itself takes: those of ``--api-key``, else of ``VLLM_API_KEY``."""
+    """The keys that vLLM itself accepts: those of ``--api-key``, else ``VLLM_API_KEY``."""
     import vllm.envs as envs
 
     said = getattr(getattr(scope.get("app"), "state", None), "args", None)

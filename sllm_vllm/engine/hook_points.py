@@ -1,7 +1,7 @@
-"""Where vLLM is hooked: each point by name and parameters, checked before anything is changed. Imports no vLLM.
+"""Where vLLM is hooked: each hook point's name and parameters are checked before it is changed. Does not import vLLM.
 
-One ``HookPoints`` a process, made by the plugin. A module of vLLM that is imported is hooked whole or not at all; what
-does not look as expected is a problem that the self-test reports, and migration is off for that engine.
+The plugin makes one ``HookPoints`` per process. Either all hooks of a vLLM module are installed or none. If one does
+not look as expected, the self-test reports it, and migration is off for that engine.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ _MARK = "_sllm_hooked"
 
 
 class HookMissing(Exception):
-    """This vLLM has no such point, or another one under this name; the message says which."""
+    """This vLLM lacks a hook point, or has something else under its name; the message names it."""
 
 
 class HookPoints:
-    """What was hooked in this process, and what could not be."""
+    """The modules that were hooked in this process, and the problems with those that could not be."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.installed: list[str] = []
 
     def register(self, installs: Mapping[str, Install]) -> None:
-        """Have each install called with its module of vLLM once that is imported, if ever."""
+        """Call each install with its vLLM module when that is imported, if it ever is."""
         for name, install in installs.items():
             wrapt.register_post_import_hook(self._hook(name, install), name)
 
     def _hook(self, name: str, install: Install) -> Callable[[ModuleType], None]:
         def run(module: ModuleType) -> None:
             if _MARK in vars(module):
-                return  # by a plugin that was loaded twice: tokens would be owned twice
+                return  # the plugin was loaded twice: a second hook would append the owned tokens again
             try:
                 install(module)
             except HookMissing as problem:
@@ -48,10 +48,10 @@ class HookPoints:
 
 
 def require(owner: object, name: str, *parameters: str) -> Callable[..., object]:
-    """A function of vLLM that takes what we hand to it; with `self` or `cls`, which is not asked for, left out.
+    """Get a function of vLLM, and check that it has the given parameters (named without ``self`` or ``cls``).
 
     Raises:
-        HookMissing: there is none, or it takes something else.
+        HookMissing: there is no such function, or it lacks a parameter.
     """
     found = getattr(owner, name, None)
     if not callable(found):
@@ -66,10 +66,10 @@ def require(owner: object, name: str, *parameters: str) -> Callable[..., object]
 
 
 def require_type(module: ModuleType, name: str) -> type:
-    """A class of a module.
+    """Get a class of a vLLM module.
 
     Raises:
-        HookMissing: there is none.
+        HookMissing: there is no such class.
     """
     found = getattr(module, name, None)
     if not isinstance(found, type):

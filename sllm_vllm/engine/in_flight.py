@@ -1,4 +1,4 @@
-"""Requests in flight as the front end knows them: what they have got so far, and what would move them. Reads vLLM."""
+"""The front end's requests in flight: their output so far, and what is needed to move them. Reads vLLM's state."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _NOT_SEEN = "it came before this was watched, or it generates nothing"
 
 
 class IdAmbiguous(LookupError):
-    """Several requests came with this id: clients choose theirs. None of them can be told by it."""
+    """Several requests have this id, which is possible because clients choose ids; so none can be identified by it."""
 
 
 def list_in_flight(engine: Any) -> list[dict[str, Any]]:
-    """All requests in flight, in short."""
+    """A summary of each request in flight."""
     return [_summary(engine, states) for states in _by_request(engine)]
 
 
 def find_in_flight(engine: Any, id_: str) -> dict[str, Any] | None:
-    """One request with its tokens, by vLLM's id or by the X-Request-Id it came with; None if there is none (any more).
+    """Find one request, with its tokens, by vLLM's id or its X-Request-Id; None if it does not exist, or no longer.
 
-    The field ``resume`` is what a target needs, as an object; it is absent where the request can't be moved.
+    The field ``resume`` is what a target needs, as an object; it is absent if the request can't be moved.
 
     Raises:
-        IdAmbiguous: there are several.
+        IdAmbiguous: several requests have this id.
     """
     found = _all_named(engine, id_)
     if len(found) > 1:
@@ -38,15 +38,16 @@ def find_in_flight(engine: Any, id_: str) -> dict[str, Any] | None:
 
 
 def find_states(engine: Any, id_: str) -> list[Any] | None:
-    """vLLM's states of the choices of the only request in flight that came with this X-Request-Id."""
+    """vLLM's states of the choices of a request, by its X-Request-Id; None unless exactly one request has that id."""
     found = _all_named(engine, id_)
     return found[0] if len(found) == 1 else None
 
 
 def note_of(engine: Any, states: list[Any], told: dict[int, int]) -> list[dict[str, Any]] | None:
-    """What the choices of a request have got since ``told``, which is brought up to date; see ``answer_notes.py``.
+    """The entries of a request's next note (see ``answer_notes.py``); None if the request can't be moved.
 
-    None if the request can't be moved.
+    Args:
+        told: by choice, the number of tokens in earlier notes, or -1 if its end was in one; updated.
     """
     everything = _all_choices(states)
     if not told and _why_immovable(engine, states[0], everything):
@@ -71,7 +72,7 @@ def _has_ended(engine: Any, states: list[Any], everything: list[Any]) -> bool:
 
 
 def _news_of(state: Any, num_told: int) -> dict[str, Any]:
-    """Of one choice; empty if there are none."""
+    """The note's entry for one choice; empty if there is nothing new."""
     finish_reason, stop_reason = _ending(state)
     tokens = state.detokenizer.output_token_ids[num_told:]
     if not tokens and finish_reason is None:
@@ -90,9 +91,9 @@ def _all_named(engine: Any, id_: str) -> list[list[Any]]:
 
 
 def _by_request(engine: Any) -> list[list[Any]]:
-    """States of each request, together by vLLM's own id of it.
+    """States of all choices, grouped by request.
 
-    Not by the external one, which a client may give to several requests.
+    Grouped by vLLM's own request id, because a client may give the same external id to several requests.
     """
     found: dict[str, list[Any]] = defaultdict(list)
     for state in engine.output_processor.request_states.values():
@@ -128,7 +129,7 @@ def _described(engine: Any, states: list[Any]) -> dict[str, Any]:
 
 
 def _all_choices(states: list[Any]) -> list[Any]:
-    """States of all choices in order, of those that have ended, too."""
+    """States of all choices in order, including those that have ended."""
     parent = states[0].parent_req
     if parent is None:
         return states
@@ -152,7 +153,7 @@ def _num_tokens(state: Any) -> int:
 
 
 def _num_cached_tokens(state: Any) -> int | None:
-    """None before the engine has looked; a resumed request brought its number along."""
+    """Prompt tokens found in the prefix cache; None if not known yet. A resumed request brings the number along."""
     if state.is_prefilling and getattr(state, "remote_prefill_cached_tokens", None) is None:
         return None
     return int(state.num_cached_tokens)
@@ -179,6 +180,6 @@ def _entries(position: Any) -> tuple[TokenLogprob, ...]:
 
 
 def _as_json(params: Any) -> Any:
-    """Sampling parameters as they are in force, without what was carried along."""
+    """The effective sampling parameters, without ``extra_args``, which may hold a resume."""
     fields: Iterable[str] = params.__struct_fields__
     return {name: msgspec.to_builtins(getattr(params, name), enc_hook=str) for name in fields if name != "extra_args"}

@@ -1,4 +1,4 @@
-"""Has all hooks of this package installed, each when its module of vLLM is imported; called by the plugin."""
+"""Registers all hooks of this package, each to be installed when its vLLM module is imported; called by the plugin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sllm_vllm.engine.worker_hooks import worker_installs
 
 
 def register_hooks() -> HookPoints:
-    """Wait for vLLM's modules in this process; imports none of them."""
+    """Register the hooks in this process; imports none of vLLM's modules."""
     points = HookPoints()
     points.register({**front_installs(points), **core_installs(points), **worker_installs()})
     return points

@@ -1,4 +1,4 @@
-"""Which requests are never moved, because nothing makes their continuation exact. Reads vLLM, changes nothing."""
+"""Decides which requests are never moved, because they could not be resumed exactly. Reads vLLM, changes nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def why_immovable(config: Any, prompt: Any, params: Any) -> str:
-    """Why a request that is being made can't be resumed; empty if it can.
+    """Why a request that is being created can't be resumed; empty if it can.
 
     Args:
         config: the engine's ``VllmConfig``.
-        prompt: as it comes from vLLM's renderer.
-        params: its ``SamplingParams``.
+        prompt: the prompt as vLLM's renderer returns it.
+        params: the request's ``SamplingParams``.
     """
     kind = prompt.get("type") if isinstance(prompt, dict) else None
     if kind != "token":
@@ -20,7 +20,7 @@ def why_immovable(config: Any, prompt: Any, params: Any) -> str:
 
 
 def why_immovable_in_flight(config: Any, request: Any, params: Any) -> str:
-    """The same for a request in flight: ``request`` is its ``EngineCoreRequest``."""
+    """Why a request in flight can't be resumed; empty if it can. ``request`` is its ``EngineCoreRequest``."""
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         return "its prompt has embeddings"
     if request.mm_features:
@@ -31,7 +31,7 @@ def why_immovable_in_flight(config: Any, request: Any, params: Any) -> str:
 
 
 def why_engine_unable(config: Any) -> str:
-    """Why an engine resumes no request at all, by its ``VllmConfig``; empty if nothing there keeps it from that."""
+    """Why an engine with this ``VllmConfig`` can't resume any request; empty if its configuration allows resuming."""
     model = config.model_config
     if getattr(model, "return_sampling_mask", False) or getattr(model, "enable_return_routed_experts", False):
         return "this engine returns sampling masks or routed experts, which are not carried along"
@@ -39,7 +39,7 @@ def why_engine_unable(config: Any) -> str:
         return "this engine marks its output, and nobody has looked how that goes on"
     if config.speculative_config is not None:
         return "this engine speculates: the draws of a step depend on where it began"
-    if config.kv_transfer_config is not None:  # a request that counts as preempted is a KeyError to runner V1 then
+    if config.kv_transfer_config is not None:  # and runner V1 raises KeyError for a request marked as preempted
         return "this engine has a KV connector, which may load the KV of what a request has not computed here"
     return ""
 

@@ -1,7 +1,7 @@
-"""Random numbers that depend on seed and position alone, so that a sampler's state never has to be moved.
+"""Random numbers that depend only on seed and position, so that a sampler's state never has to be moved.
 
-vLLM's runner V1 gives a seeded request a generator and draws on from it; V2 hashes seed and position itself. Here V1's
-generator is seeded again before each step, so V1 too is a function of the two.
+vLLM's runner V1 gives each seeded request a generator whose state advances with every draw; V2 hashes seed and position
+itself. Here V1's generator is seeded again before each step, so that its draws, too, depend only on these two.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def step_seed(seed: int, position: int) -> int:
-    """Seed of the step that samples the token at ``position`` of the sequence (prompt included): 64 bits.
+    """The 64-bit seed of the step that samples the token at ``position`` of the sequence (prompt included).
 
-    ``mix(mix(seed) + position)``, where ``mix`` adds the golden ratio and applies SplitMix64's finaliser (Steele, Lea
-    and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014). Mixed twice, since the choices of a
-    request have seeds that follow one another, as positions do.
+    It is ``mix(mix(seed) + position)``, where ``mix`` adds the golden ratio and applies SplitMix64's finaliser (Steele,
+    Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014). The seed is mixed before the addition,
+    because the choices of a request have consecutive seeds, just as positions are consecutive.
     """
     return _mix(_mix(seed & _MASK) + position)
 
@@ -30,30 +30,30 @@ def _mix(value: int) -> int:
 
 
 class PositionGenerator(torch.Generator):
-    """A generator that its owner seeds before each step; until it does, a stock one.
+    """A generator that is seeded before each step; until ``seed_step`` is first called, it acts like a stock one.
 
-    vLLM takes back the draw of a step whose token it discards (a chunk of a prefill) by setting the offset, which a
-    generator of the CPU refuses: the engine dies. Nothing has to be taken back here.
+    If vLLM discards a step's token (of a chunk of a prefill), it undoes the draw by setting the generator's offset. A
+    CPU generator refuses that, and the engine dies. Here nothing has to be undone.
     """
 
     _is_seeded_by_step = False
 
     @classmethod
     def replacing(cls, stock: torch.Generator) -> PositionGenerator:
-        """One that draws what ``stock``, not drawn from yet, would draw."""
+        """A generator that draws what ``stock``, from which nothing was drawn yet, would draw."""
         made = cls(device=stock.device)
         made.manual_seed(stock.initial_seed())
         return made
 
     def get_offset(self) -> int:
-        """No draw is counted."""
+        """The stock offset, or 0 once steps are seeded: draws are not counted then."""
         return 0 if self._is_seeded_by_step else super().get_offset()
 
     def set_offset(self, offset: int) -> torch.Generator:
-        """Take back nothing."""
+        """Set the stock offset; does nothing once steps are seeded."""
         return self if self._is_seeded_by_step else super().set_offset(offset)
 
     def seed_step(self, seed: int, position: int) -> None:
-        """Get ready to sample the token at ``position``."""
+        """Seed the generator for sampling the token at ``position``."""
         self._is_seeded_by_step = True
         self.manual_seed(step_seed(seed, position))

@@ -1,8 +1,8 @@
-"""The front end's half of a resume: it works through the owned tokens as if the engine had just sent them. Hooks vLLM.
+"""The front end's half of a resume: it processes the owned tokens as if the engine had just sent them. Hooks vLLM.
 
-Everything a front end knows of a request (detokenizer, stop strings, logprobs, tool and reasoning parsers, usage) is a
-function of the outputs it has seen, so it is rebuilt by the same code that built it at the source. The router drops
-what the client has already got.
+Everything a front end knows about a request (detokenizer, stop strings, logprobs, tool and reasoning parsers, usage) is
+a function of the outputs it has seen. So the same code that built this state at the source rebuilds it here. The router
+drops what the client has already received.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, ResumeRefused, hand
 
 
 class HeldOutputs:
-    """Outputs of a replay, handed out one by one before what comes later.
+    """Outputs of a replay, held so that they are delivered one by one, before later outputs.
 
-    Stock vLLM would merge them into one, and not every parser of tool calls finds in one large step what it finds in
-    the steps the source made. Owned by the request's collector, in the front end's event loop.
+    Stock vLLM would merge them into one output, and some parsers of tool calls don't find in one large step what they
+    find in the steps that the source made. Belongs to the request's collector, in the front end's event loop.
+
+    Args:
+        collector: vLLM's ``RequestOutputCollector`` of the request.
+        step: tokens per delivered output; 0 for all in one.
     """
 
     def __init__(self, collector: Any, step: int) -> None:
@@ -34,7 +38,7 @@ class HeldOutputs:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """What is put meanwhile is held."""
+        """Hold the outputs that are put into the collector during the block."""
         self._num_put = 0
         self._collector.put = self._put
         try:
@@ -52,20 +56,20 @@ class HeldOutputs:
             self._held[-1].add(output, aggregate=self._collector.aggregate)
 
     def _get_nowait(self) -> Any:
-        return None if self._held else self._stock_nowait()  # whoever gets nothing calls `get`
+        return None if self._held else self._stock_nowait()  # a caller that gets None awaits `get`
 
     async def _get(self) -> Any:
         if not self._held:
             return await self._stock_get()
-        await asyncio.sleep(0)  # others have their turn: a long replay is many outputs
+        await asyncio.sleep(0)  # let other requests run: a long replay is many outputs
         return self._held.popleft()
 
 
 def replay(processor: Any, state: Any, choice: OwnedChoice, *, held: HeldOutputs | None) -> None:
-    """Work through a choice's tokens; afterwards ``state`` is what it was at the source, or has ended as it did.
+    """Process a choice's tokens. Afterwards ``state`` is what it was at the source, or has ended as it did there.
 
     Raises:
-        ResumeRefused: it was said to have ended, and has not: the core would be given more tokens than it can take.
+        ResumeRefused: the choice should have ended, but has not; the core would get more tokens than it can take.
     """
     if held is None:
         _process(processor, state, choice)
@@ -78,9 +82,13 @@ def replay(processor: Any, state: Any, choice: OwnedChoice, *, held: HeldOutputs
 
 
 def hand_to_core(request: Any, choice: OwnedChoice, *, is_open: bool) -> None:
-    """Give the core's copy of a request its tokens; a choice that has ended already gets the least that ends at once.
+    """Put a choice's tokens into the request that goes to the core.
 
-    The parameters may be shared with other choices of the request.
+    For a choice that has ended already, the core instead gets a request for one token, which ends at once. Copies the
+    sampling parameters, because the request's other choices may share them.
+
+    Args:
+        is_open: whether the choice has more to generate.
     """
     request.sampling_params = params = copy.copy(request.sampling_params)
     rest = {key: value for key, value in (params.extra_args or {}).items() if key != RESUME_KEY}
@@ -104,8 +112,9 @@ def _process(processor: Any, state: Any, choice: OwnedChoice) -> None:
             _add_logprobs(state.logprobs_processor, choice, index)
         processor.process_outputs([output])
         if state.request_id not in processor.request_states:
-            return  # it ended, by a stop string if by nothing that was carried along
-    state.is_prefilling = True  # so that time to first token is counted, and no pause since the last one
+            return  # the choice has ended, by its finish reason or a stop string
+    # vLLM then counts a time to first token, and no inter-token latency since the last replayed one.
+    state.is_prefilling = True
 
 
 def _add_logprobs(logprobs: Any, choice: OwnedChoice, index: int) -> None:

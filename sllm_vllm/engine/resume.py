@@ -1,7 +1,7 @@
 """What a moved request carries: its output so far, as JSON under one key of ``vllm_xargs``. Pure.
 
-The target gets the client's own body again, unchanged but for this key. So all that vLLM derives from a body (limits,
-chat template, parsers, adapters) is derived anew, and nothing but tokens has to be carried.
+The target gets the client's own body again, with only this key added. So vLLM derives everything else (limits, chat
+template, parsers, adapters) from the body again, and only the output has to be carried.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 RESUME_KEY = "sllm_resume"
-"""In ``vllm_xargs`` of a body, or ``extra_args`` of sampling parameters."""
+"""Key in a body's ``vllm_xargs``, and in the ``extra_args`` of sampling parameters."""
 RESUME_NBYTES_MAX = 32 << 20
-"""Two million tokens, or some 20,000 with 20 top logprobs each."""
+"""Largest resume: room for two million tokens, or about 20,000 tokens with 20 top logprobs each."""
 TOKENS_MAX_FACTOR = 2
-"""All choices together own at most so many times the model's length: the replay holds up the front end."""
+"""All choices together own at most this many times the model's length, because the replay blocks the front end."""
 FINISH_REASONS = ("stop", "length", "repetition")
-"""With which a choice may have ended before the others did."""
+"""Finish reasons of a choice that has ended before the request's other choices."""
 _SIGNED = re.compile(r"([0-9a-f]{64}):")
 _NAMED = re.compile(r"(?:chatcmpl-(.+)|cmpl-(.+)-[0-9]+)")
 _VERSION = 1
@@ -32,25 +32,25 @@ _CHOICE_FIELDS = frozenset({"token_ids", "logprobs", "finish_reason", "stop_reas
 _OWNED = "tokens"
 
 TokenLogprob = tuple[int, float, int | None, str | None]
-"""Token, its logprob, its rank and its text."""
+"""A token with its logprob, rank and text."""
 
 
 class ResumeRefused(ValueError):
-    """What was asked can't be resumed exactly here; the message says why. The caller lets it run where it is."""
+    """The request can't be resumed exactly on this engine; the message says why. The caller leaves it where it runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnedChoice:
-    """Output of one choice so far. ``logprobs`` has for each token its own entry first, then the top ones."""
+    """Output of one choice so far. ``logprobs`` has, for each token, its own entry first, then the top ones."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     finish_reason: str | None = None
-    """Set for a choice that has ended while others had not."""
+    """Set if the choice has ended while others have not."""
     stop_reason: int | str | None = None
 
     def first(self, num_tokens: int) -> OwnedChoice:
-        """The same with no more than so many tokens."""
+        """The choice cut to its first ``num_tokens`` tokens."""
         if num_tokens >= len(self.token_ids):
             return self
         logprobs = self.logprobs[:num_tokens] if self.logprobs is not None else None
@@ -59,67 +59,68 @@ class OwnedChoice:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Output of all choices (``n``) so far, in order, and what belongs to the prompt."""
+    """Output of all choices (``n``) so far, in order, and facts about the prompt."""
 
     prompt_digest: str
     choices: tuple[OwnedChoice, ...]
     num_cached_tokens: int | None = None
-    """What the first engine found in its prefix cache: the client's usage names this. None if it has not looked yet."""
+    """Prompt tokens that the first engine found in its prefix cache, for the usage that the client gets. None if that
+    engine has not looked yet."""
     step: int = 1
-    """Tokens in one output of the replay, 0 for all: parsers of tool calls want the steps the source made."""
+    """Tokens per output of the replay; 0 for all in one. Parsers of tool calls need the steps that the source made."""
 
     @property
     def num_tokens(self) -> int:
-        """Of all choices together."""
+        """Tokens of all choices together."""
         return sum(len(choice.token_ids) for choice in self.choices)
 
     def first(self, num_tokens: Sequence[int]) -> Resume:
-        """The same with no more than so many tokens of each choice."""
+        """The resume with each choice cut to its first tokens, ``num_tokens`` for each."""
         choices = tuple(choice.first(num) for choice, num in zip(self.choices, num_tokens, strict=True))
         return replace(self, choices=choices)
 
     def to_json(self) -> str:
-        """What goes into the body; floats keep every bit."""
+        """The JSON that goes into the body, to be signed; floats keep all their bits."""
         return json.dumps({"version": _VERSION, **asdict(self)}, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeLimits:
-    """What an engine knows of the request that is to be resumed."""
+    """What an engine knows about a request to be resumed, for checking its ``Resume``."""
 
     prompt_digest: str
     num_prompt_tokens: int
     num_choices: int
     tokens_max: int
-    """Output tokens of a choice; when it has them all, it has ended."""
+    """Most output tokens of a choice; a choice that has this many has ended."""
     model_len_max: int
     vocab_size: int
     wants_logprobs: bool
 
 
 def digest_tokens(token_ids: Iterable[int]) -> str:
-    """A short name of a prompt: the same tokens, the same name."""
+    """A short digest that identifies a prompt's tokens."""
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()
 
 
 def sign_resume(text: str, *, key: str, request: str) -> str:
-    """What a body carries: ``Resume.to_json``, and proof that it comes from who knows the engine's key.
+    """Sign the text of ``Resume.to_json`` with an engine's key, to prove that the sender knows the key.
 
     Args:
-        request: the X-Request-Id that the body is sent with; it is good for no other.
+        request: the X-Request-Id that the body is sent with. The signature is valid for this id only.
     """
     return f"{_signature(text, key, request)}:{text}"
 
 
 def check_signature(value: object, *, keys: Iterable[str], request: str) -> str:
-    """What was signed.
+    """Check the signature of ``sign_resume`` and return the text that was signed.
 
     Args:
-        keys: of this engine.
+        keys: this engine's keys.
         request: vLLM's id of the request.
 
     Raises:
-        ResumeRefused: it is unsigned, or signed by another key or for another request.
+        ResumeRefused: the value is not signed, or signed with another key or for another request.
     """
     if not isinstance(value, str) or len(value) > RESUME_NBYTES_MAX:
         raise ResumeRefused(f"{RESUME_KEY} must be a string of JSON of at most {RESUME_NBYTES_MAX} characters")
@@ -144,10 +145,10 @@ def _signature(text: str, key: str, request: str) -> str:
 
 
 def parse_resume(value: object) -> Resume:
-    """Read ``Resume.to_json``, written by somebody who may have got it wrong.
+    """Parse the text of ``Resume.to_json``, which is validated because the sender may be wrong.
 
     Raises:
-        ResumeRefused: it is anything else.
+        ResumeRefused: the value is not a valid resume.
     """
     if not isinstance(value, str) or len(value) > RESUME_NBYTES_MAX:
         raise ResumeRefused(f"{RESUME_KEY} must be a string of JSON of at most {RESUME_NBYTES_MAX} characters")
@@ -169,10 +170,10 @@ def parse_resume(value: object) -> Resume:
 
 
 def check_resume(resume: Resume, limits: ResumeLimits) -> None:
-    """Hold what was carried against the request it came with.
+    """Check a resume against the request that carries it.
 
     Raises:
-        ResumeRefused: it belongs to another request, or there is nothing left to generate.
+        ResumeRefused: it does not match the request, or there is nothing left to generate.
     """
     if resume.prompt_digest != limits.prompt_digest:
         raise ResumeRefused("the prompt is not the one whose output was carried along")
@@ -188,12 +189,12 @@ def check_resume(resume: Resume, limits: ResumeLimits) -> None:
 
 
 def handed_over(token_ids: Iterable[int]) -> dict[str, list[int]]:
-    """What a front end gives its engine core under ``RESUME_KEY``; no ``vllm_xargs`` of a body can have this shape."""
+    """What a front end passes to its engine core under ``RESUME_KEY``. No body's ``vllm_xargs`` can have this shape."""
     return {_OWNED: list(token_ids)}
 
 
 def owned_tokens(extra_args: object) -> list[int]:
-    """What is in ``handed_over``; nothing where anything else is."""
+    """The tokens that a front end passed on with ``handed_over``; empty if there is anything else, or nothing."""
     found = extra_args.get(RESUME_KEY) if isinstance(extra_args, dict) else None
     tokens = found.get(_OWNED) if isinstance(found, dict) else None
     if isinstance(tokens, list) and all(type(token) is int for token in tokens):

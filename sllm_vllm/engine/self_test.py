@@ -1,8 +1,8 @@
-"""Whether this engine resumes exactly: tried once at its start, on its own model, beside whatever else it does.
+"""Tests once, after an engine's start and on its own model, whether it resumes requests exactly.
 
-Two short requests are answered whole and resumed. They hardly depend on what the model computes: one bans a pair of
-tokens, so that what comes next depends on the last output token alone; one draws at the highest temperature there is,
-so that the random numbers matter.
+Two short requests are generated whole, then resumed. They hardly depend on what the model computes. One bans a pair of
+tokens, so that the next token depends on the last output token alone. The other samples at the highest temperature, so
+that its tokens depend on the random numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BAD_WORDS = "_bad_words_token_ids"
 
 
 async def why_unable(engine: Any) -> str:
-    """What keeps this engine from resuming requests; empty if it can."""
+    """Why this engine can't resume requests; empty if it can."""
     points = getattr(engine, "sllm_points", None)
     if points is None:
         return "nothing is hooked: SLLM_MIGRATION is not 1, or the plugin is not loaded"
@@ -37,7 +37,7 @@ async def why_unable(engine: Any) -> str:
     try:
         async with asyncio.timeout(TEST_MAX_S):
             return await _try_all(engine)
-    except Exception as error:  # top of a run loop: whatever another version of vLLM does, the engine serves on
+    except Exception as error:  # top of a run loop: whatever a vLLM version raises, the engine keeps serving
         return f"the trial failed: {type(error).__name__}: {error}"
 
 
@@ -47,7 +47,7 @@ async def _try_all(engine: Any) -> str:
         return f"engine core: {problems[0]}"
     if not await _resumes(engine, "pair", _banned_pair()):
         return "output tokens that a request brought were not counted"
-    for seed in (1, 2):  # a tie between two draws is possible, two are not
+    for seed in (1, 2):  # one seed may fail by chance, by a tie between two draws; two seeds don't
         if await _resumes(engine, f"seed-{seed}", {"temperature": _HOTTEST, "seed": seed}):
             return ""
     return "a seeded request went on with other random numbers"
@@ -60,10 +60,10 @@ def _banned_pair() -> dict[str, Any]:
 
 
 async def _resumes(engine: Any, name: str, sampling: dict[str, Any]) -> bool:
-    """Whether a request that owns the first tokens of an answer ends as the answer does, and gives all of it again."""
+    """Whether a request that owns an answer's first tokens returns the whole answer again, with the same end."""
     whole = await _answer(engine, f"sllm-self-test-{name}", sampling)
     if len(whole) != _NUM_TOKENS or (_BAD_WORDS in sampling and set(whole) != set(_PAIR)):
-        return False  # the trial itself does not work: with the pair banned, its tokens must alternate
+        return False  # the test itself does not work: with the pair banned, the two tokens must alternate
     resume = Resume(digest_tokens(_PROMPT), (OwnedChoice(tuple(whole[:_NUM_OWNED])),))
     return await _answer(engine, f"sllm-self-test-{name}-resumed", sampling, resume=resume) == whole
 
@@ -84,7 +84,7 @@ async def _answer(engine: Any, id_: str, sampling: dict[str, Any], *, resume: Re
         extra_args={RESUME_KEY: _signed(engine, resume, id_)} if resume is not None else None,
         **arguments,
     )
-    if _BAD_WORDS in sampling:  # vLLM takes them as text alone
+    if _BAD_WORDS in sampling:  # vLLM's parameters take bad words as text only
         params._bad_words_token_ids = sampling[_BAD_WORDS]
     found: Sequence[int] = ()
     async for output in engine.generate({"type": "token", "prompt_token_ids": list(_PROMPT)}, params, id_):

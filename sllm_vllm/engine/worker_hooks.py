@@ -1,6 +1,6 @@
-"""The worker's half of a resume, for runner V1: owned tokens and position-keyed draws. Hooks vLLM.
+"""The worker's half of a resume, for runner V1: owned tokens, and random draws keyed by position. Hooks vLLM.
 
-Runner V2 needs neither: the scheduler hands it all tokens of a request, and it hashes seed and position itself.
+Runner V2 needs neither: the scheduler passes it all tokens of a request, and it hashes seed and position itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sllm_vllm.engine.resume import owned_tokens
 
 
 def worker_installs() -> dict[str, Any]:
-    """What to install into which module of vLLM."""
+    """Hooks by the module of vLLM that they are installed into."""
     return {
         "vllm.v1.worker.gpu_input_batch": hook_request_states,
         "vllm.v1.worker.gpu_model_runner": hook_runner,
@@ -21,7 +21,7 @@ def worker_installs() -> dict[str, Any]:
 
 
 def hook_request_states(module: ModuleType) -> None:
-    """Give the worker's picture of a request its owned tokens, and a generator that can be seeded step by step."""
+    """Give the worker's state of a request its owned tokens, and a generator that can be seeded for each step."""
     states: Any = require_type(module, "CachedRequestState")
     require(states, "__init__", "generator", "output_token_ids", "sampling_params")
     stock = require(states, "__post_init__")
@@ -39,7 +39,7 @@ def hook_request_states(module: ModuleType) -> None:
 
 
 def hook_runner(module: ModuleType) -> None:
-    """Seed each seeded request's generator for the position that the step at hand samples."""
+    """Before each step, seed each seeded request's generator for the position that the step samples."""
     runners: Any = require_type(module, "GPUModelRunner")
     stock = require(runners, "_update_states", "scheduler_output")
     hold = _prompt_logprobs_held(runners)
@@ -47,7 +47,7 @@ def hook_runner(module: ModuleType) -> None:
     def update_states(self: Any, scheduler_output: Any) -> Any:
         result = stock(self, scheduler_output)
         if self.speculative_config is not None:
-            return result  # nothing is resumed there, and a step may sample several positions
+            return result  # such engines resume nothing, and a step may sample several positions
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             state = self.requests[request_id]
             if state.generator is not None:
@@ -59,10 +59,10 @@ def hook_runner(module: ModuleType) -> None:
 
 
 def _prompt_logprobs_held(runners: Any) -> Any:
-    """Keep a prompt's logprobs until the step that samples, as the scheduler expects of every output.
+    """Hold a prompt's logprobs back until the step that samples, as the scheduler expects of every output.
 
-    Stock, they come with the step that ends the prompt. A resumed prefill may go on for steps after that, and the
-    engine would die of an assertion.
+    In stock vLLM they come with the step that ends the prompt. The prefill of a resumed request may take more steps
+    after that one, and the engine would fail an assertion.
     """
     stock = require(runners, "_get_prompt_logprobs_dict", "hidden_states", "num_scheduled_tokens")
 

@@ -1,6 +1,7 @@
-"""A range of addresses whose parts are private memory, a file's pages or nothing, as whoever owns it decides.
+"""A range of addresses whose owner chooses for each part whether it is private memory, a file's pages or inaccessible.
 
-``mmap`` of the standard library can't place a mapping at an address. Not pure; needs Linux and numpy.
+Calls libc, because the standard library's ``mmap`` can't place a mapping at a given address. Not pure; needs Linux and
+numpy.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class AddressSpace:
     """``nbytes`` of private anonymous memory, aligned to 2 MiB, in huge pages where the system has them.
 
-    Lives as long as this object or an array over it. Offsets and lengths are multiples of the page size, but for
-    ``array``. Any thread may call anything, also a finaliser: no method takes a lock or allocates much.
+    The memory lives as long as this object or any array over it. Offsets and lengths must be multiples of the page
+    size, except in ``array``. Methods may be called from any thread and from finalisers: none takes a lock or allocates
+    much.
 
     Raises:
         OSError: no addresses are left.
@@ -57,22 +59,22 @@ class AddressSpace:
         weakref.finalize(self, _libc.munmap, self.address, self.nbytes).atexit = False
 
     def array(self, offset: int, nbytes: int) -> ByteArray:
-        """A part as bytes. Keeps the whole alive. Says that it can be written, whether or not."""
+        """A part as an array of bytes, which keeps the whole alive. It is marked writable even if the memory isn't."""
         assert 0 <= offset <= offset + nbytes <= self.nbytes, (offset, nbytes, self.nbytes)
         return numpy.asarray(_Window(self, offset, nbytes))
 
     def map_file(self, offset: int, nbytes: int, *, fd: int, file_offset: int, shared: bool = False) -> None:
-        """Put a file's pages in place of a part: copied at the first write, or with ``shared`` read-only.
+        """Replace a part by a file's pages, which are copied on write, or read-only if ``shared``.
 
         Raises:
-            OSError: the system refuses (too many mappings); the part is as it was.
+            OSError: the system refuses (too many mappings); the part is unchanged.
         """
         self._check(offset, nbytes)
         protection, kind = (mmap.PROT_READ, mmap.MAP_SHARED) if shared else (_READ_WRITE, mmap.MAP_PRIVATE)
         _mmap(self.address + offset, nbytes, protection, flags=kind | _MAP_FIXED, fd=fd, file_offset=file_offset)
 
     def put_nothing(self, offset: int, nbytes: int) -> None:
-        """Take a part's memory away; the addresses stay ours, and whoever uses them dies.
+        """Free a part's memory. Its addresses stay reserved; a process that accesses them gets SIGSEGV.
 
         Raises:
             OSError: the system refuses.
@@ -82,7 +84,7 @@ class AddressSpace:
         _mmap(self.address + offset, nbytes, 0, flags=flags)
 
     def put_memory(self, offset: int, nbytes: int) -> None:
-        """Put private, empty memory in place of a part.
+        """Replace a part by private memory filled with zeros.
 
         Raises:
             OSError: the system refuses.
@@ -92,12 +94,12 @@ class AddressSpace:
         _mmap(self.address + offset, nbytes, _READ_WRITE, flags=flags)
 
     def discard(self, offset: int, nbytes: int) -> None:
-        """Give a part's private pages back to the system; what it holds is lost."""
+        """Return a part's private pages to the system; their content is lost."""
         self._check(offset, nbytes)
         _libc.madvise(self.address + offset, nbytes, mmap.MADV_DONTNEED)
 
     def populate(self, offset: int, nbytes: int) -> None:
-        """Have a part's pages in place before they are read. Where the system can't, they come at first use."""
+        """Map a part's pages before they are read. Where the system can't (Linux before 5.14), first use maps them."""
         self._check(offset, nbytes)
         _libc.madvise(self.address + offset, nbytes, _MADV_POPULATE_READ)
 
@@ -107,7 +109,7 @@ class AddressSpace:
 
 
 class _Window:
-    """What numpy makes an array of; the array's base, so that the space lives as long."""
+    """What numpy makes an array from. It is the array's base, so that the address space lives as long as the array."""
 
     def __init__(self, space: AddressSpace, offset: int, nbytes: int) -> None:
         self._space = space

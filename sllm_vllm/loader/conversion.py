@@ -1,7 +1,7 @@
-"""Converting a model: starts one process a rank, watches them, and puts the result in place. Imports neither vLLM nor
-torch; ``convert.py`` is what the processes do.
+"""Converts a model: starts one process per rank, watches the processes, and publishes the result.
 
-Ranks tell what they do over a pipe each. Whatever ends this process, they notice and end too.
+Imports neither vLLM nor torch; the ranks' processes run ``convert.py``. Each sends events over a pipe. However this
+process ends, the ranks notice and end, too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ Stage = Literal["read", "write", "compare"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertRequest:
-    """What to convert, and for what; the same words as vLLM's. ``out`` None: into the store."""
+    """What to convert, and for which configuration; fields are named as in vLLM.
+
+    ``out`` is the directory to make; None to convert into the store.
+    """
 
     model: str
     store_dir: Path
@@ -49,13 +52,18 @@ class ConvertRequest:
     trust_remote_code: bool = False
     chunk_nbytes: int = CHUNK_NBYTES_DEFAULT
     compared: Path | None = None
-    """Write nothing; hold this checkpoint against what would be written."""
+    """If set, write nothing, but compare this checkpoint with what would be written."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankJob:
-    """One rank's share. ``run_dir`` is the ranks' own and goes afterwards; ``root`` is where checkpoints are found and
-    written; ``model_files`` is where the files go that make the checkpoint a model (None: it stays in the store)."""
+    """One rank's share of a conversion.
+
+    Attributes:
+        run_dir: the ranks' temporary directory; removed afterwards.
+        root: the directory in which checkpoints are found and written.
+        model_files: where to put the files that make the checkpoint a model directory; None if it stays in the store.
+    """
 
     request: ConvertRequest
     rank: int
@@ -66,7 +74,7 @@ class RankJob:
 
 @dataclass(frozen=True, slots=True)
 class StageBegun:
-    """A rank began to read its source weights or to write its partition; ``nbytes`` of it, where that is known."""
+    """A rank began a stage. ``nbytes`` is the size of its work; None if unknown."""
 
     rank: int
     stage: Stage
@@ -75,7 +83,7 @@ class StageBegun:
 
 @dataclass(frozen=True, slots=True)
 class BytesDone:
-    """``nbytes`` more of the stage are done."""
+    """A rank has done ``nbytes`` more of its current stage."""
 
     rank: int
     nbytes: int
@@ -83,9 +91,14 @@ class BytesDone:
 
 @dataclass(frozen=True, slots=True)
 class RankDone:
-    """A rank's partition is there. ``found``: the whole checkpoint was; ``kept``: an earlier conversion had written
-    this partition; ``written``: now; ``compared``: it was held against the source. ``dtype``: what vLLM must be told to
-    load it, if not ``auto``. ``differing``: tensors that are not as in the source."""
+    """A rank is done.
+
+    Attributes:
+        outcome: ``found`` if the whole checkpoint existed already, ``kept`` if an earlier conversion had written this
+            partition, ``written`` if this one did, ``compared`` if the partition was compared with the source.
+        dtype: the ``--dtype`` that vLLM needs to load the checkpoint; None for ``auto``.
+        differing: tensors that differ from the source.
+    """
 
     rank: int
     checkpoint: Path
@@ -96,7 +109,7 @@ class RankDone:
 
 @dataclass(frozen=True, slots=True)
 class RankFailed:
-    """Why a rank gave up, on one line; ``is_known`` if it says all there is to say."""
+    """A rank failed. ``reason`` is one line; ``is_known`` if it needs no further details from the rank's log."""
 
     rank: int
     reason: str
@@ -108,7 +121,7 @@ Event = StageBegun | BytesDone | RankDone | RankFailed
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A published checkpoint. ``outcomes``: each rank's, in order; ``dtype``, ``differing``: see ``RankDone``."""
+    """The result of a conversion. ``outcomes`` has one entry per rank, in order; for the rest see ``RankDone``."""
 
     checkpoint: Path
     outcomes: tuple[str, ...]
@@ -117,15 +130,16 @@ class Converted:
 
     @property
     def was_found(self) -> bool:
-        """Whether it was converted before."""
+        """Whether the checkpoint existed before."""
         return "found" in self.outcomes
 
 
 def convert_model(request: ConvertRequest, on_event: Callable[[Event], None] = lambda event: None) -> Converted:
-    """Convert a model; goes on where an earlier conversion stopped.
+    """Convert a model, continuing where an earlier conversion stopped.
 
     Raises:
-        ConfigError: there is nothing to convert. SllmError: it failed; a line that says why.
+        ConfigError: there is nothing to convert.
+        SllmError: the conversion failed.
     """
     _require_source(request.model)
     if request.out is None:
@@ -145,13 +159,14 @@ def convert_model(request: ConvertRequest, on_event: Callable[[Event], None] = l
 def compare_with_source(
     checkpoint: Checkpoint, model: str, *, trust_remote_code: bool = False, on_event: Callable[[Event], None]
 ) -> tuple[str, ...]:
-    """Load ``model`` as for a conversion and hold every tensor of ``checkpoint`` against it.
+    """Load ``model`` as for a conversion and compare every tensor of ``checkpoint`` with it.
 
     Returns:
         The tensors that differ, are missing in the checkpoint, or are not in the model, with their ranks.
 
     Raises:
-        ConfigError: the checkpoint's parallel sizes can't be had in a conversion. SllmError: the model can't be loaded.
+        ConfigError: the checkpoint is not of the tensor-parallel kind that conversions make.
+        SllmError: the model can't be loaded.
     """
     layout = checkpoint.manifest.layout
     if layout.num_partitions != layout.tensor_parallel_size:
@@ -180,10 +195,10 @@ def _require_source(model: str) -> None:
 def run_ranks(
     request: ConvertRequest, root: Path, model_files: Path | None, *, on_event: Callable[[Event], None]
 ) -> Converted:
-    """Convert below ``root``, a process a rank.
+    """Convert, or compare, with one process per rank and checkpoints in ``root``.
 
     Raises:
-        SllmError: a line that says why it failed.
+        SllmError: a rank failed.
     """
     run_dir = Path(tempfile.mkdtemp(prefix="sllm-convert-"))
     jobs = [RankJob(request, rank, run_dir, root, model_files) for rank in range(request.tensor_parallel_size)]
@@ -204,13 +219,13 @@ def run_ranks(
 
 
 def log_path(job: RankJob) -> Path:
-    """What a rank's process, and vLLM in it, printed."""
+    """The file with everything that a rank's process prints, vLLM's output included."""
     return job.run_dir / f"rank-{job.rank}.log"
 
 
 @dataclass(slots=True)
 class RunningRank:
-    """A rank's process, and the pipe on which it tells what it does."""
+    """A rank's process, and the pipe on which it sends events."""
 
     rank: int
     process: multiprocessing.process.BaseProcess
@@ -218,7 +233,7 @@ class RunningRank:
 
 
 class RanksFailed(Exception):
-    """One of the ranks did; ``str()`` says why."""
+    """A rank failed; ``str()`` says why."""
 
     def __init__(self, failed: RankFailed) -> None:
         self.rank, self.reason, self.is_known = failed.rank, failed.reason, failed.is_known
@@ -227,7 +242,7 @@ class RanksFailed(Exception):
 
 @contextlib.contextmanager
 def started_ranks(jobs: list[RankJob]) -> Iterator[list[RunningRank]]:
-    """The ranks' processes; none outlives the block."""
+    """Start the ranks' processes; those still running at the end of the block are killed."""
     context = multiprocessing.get_context("spawn")
     running: list[RunningRank] = []
     try:
@@ -246,10 +261,10 @@ def started_ranks(jobs: list[RankJob]) -> Iterator[list[RunningRank]]:
 
 
 def watch_ranks(running: list[RunningRank], on_event: Callable[[Event], None]) -> list[RankDone]:
-    """Pass on what the ranks tell until all are done.
+    """Pass the ranks' events on until all ranks are done.
 
     Raises:
-        RanksFailed: one of them failed.
+        RanksFailed: a rank failed.
     """
     waiting, done = {rank.events: rank for rank in running}, list[RankDone]()
     while waiting:
@@ -269,7 +284,7 @@ def watch_ranks(running: list[RunningRank], on_event: Callable[[Event], None]) -
 
 
 def _receive(rank: RunningRank) -> Event | None:
-    """The rank's next event; None when it ended well."""
+    """The rank's next event; None if its process ended without an error."""
     try:
         event: Event = rank.events.recv()
     except (EOFError, OSError):
@@ -279,7 +294,7 @@ def _receive(rank: RunningRank) -> Event | None:
 
 
 def _cause(failed: RankFailed, running: list[RunningRank]) -> RankFailed:
-    """The failure to tell of: a rank that was killed makes the others fail, too."""
+    """The failure to report: that of a killed rank, if any, because it makes the others fail, too."""
     for rank in running:
         if rank.process.exitcode is not None and rank.process.exitcode < 0:
             return RankFailed(rank.rank, _death(rank), is_known=False)
@@ -296,10 +311,10 @@ def _death(rank: RunningRank) -> str:
 
 def _run_rank(job: RankJob, events: Connection) -> None:
     """Body of a rank's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     threading.Thread(target=_end_with_parent, name="sllm-lifeline", daemon=True).start()
     _print_to(log_path(job))
-    tempfile.tempdir = str(job.run_dir)  # vLLM leaves sockets there
+    tempfile.tempdir = str(job.run_dir)  # vLLM leaves sockets in the temporary directory
     try:
         from sllm_vllm.loader.convert import convert_rank
 
@@ -310,7 +325,7 @@ def _run_rank(job: RankJob, events: Connection) -> None:
     except BaseException as error:
         text = first_problem(error) if isinstance(error, ValidationError) else " ".join(str(error).split())[:300]
         reason = f"{job.request.model}: rank {job.rank} failed: {type(error).__name__}: {text}"
-        traceback.print_exc()  # before it is told: then the parent ends us
+        traceback.print_exc()  # before sending the event, after which the parent kills this process
         sys.stdout.flush()
         events.send(RankFailed(job.rank, reason, is_known=False))
         raise
@@ -324,7 +339,7 @@ def _end_with_parent() -> None:
 
 
 def _print_to(path: Path) -> None:
-    """Send everything this process prints, in any language, to a file."""
+    """Redirect everything this process prints, including output of native code, to a file."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)

@@ -1,5 +1,5 @@
-"""What one rank of a conversion does: vLLM builds its module on the host and fills it from the source weights, as at
-any start; then it goes to disk. No engine, no KV cache, no device. Called by ``conversion.py`` in a process of its own.
+"""Converts one rank: vLLM builds its module on the host and fills it from the source weights, as at any start; then the
+module's tensors are written. Needs no engine, KV cache or device. ``conversion.py`` runs it in a separate process.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ Tell = Callable[[Event], None]
 
 
 def convert_rank(job: RankJob, tell: Tell) -> None:
-    """Convert one rank; every rank of the group has to call it.
+    """Convert one rank, or compare it with a checkpoint. Every rank of the group has to call this.
 
     Raises:
-        SllmError: why this model can't be converted.
+        SllmError: the model can't be converted; the message says why.
     """
     source = _engine_config(job.request, job.request.model, job)
     _join_ranks(job, source)
@@ -80,13 +80,13 @@ def convert_rank(job: RankJob, tell: Tell) -> None:
 
 
 def _leave_ranks() -> None:
-    torch.distributed.barrier()  # a rank that leaves early would fail the others' last collective
+    torch.distributed.barrier()  # if a rank left early, the others' last collective would fail
     destroy_model_parallel()
     destroy_distributed_environment()
 
 
 def _compare_rank(job: RankJob, compared: Path, source: VllmConfig, *, tell: Tell) -> RankDone:
-    """Hold this rank's partition of a checkpoint against the module that the stock loader fills."""
+    """Compare this rank's partition of a checkpoint with the module that the stock loader fills."""
     checkpoint = open_checkpoint(compared)
     is_model = (compared / CONFIG_NAME).exists()
     target = _engine_config(job.request, str(compared), job) if is_model else source
@@ -104,14 +104,14 @@ def _compare_rank(job: RankJob, compared: Path, source: VllmConfig, *, tell: Tel
 
 
 def _holds_the_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Bit for bit: NaN is equal to itself, 0.0 is not equal to -0.0."""
+    """Whether two tensors are equal bit for bit: NaN equals itself, and 0.0 does not equal -0.0."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     return torch.equal(byte_view(first.detach().contiguous()), byte_view(second.contiguous()))
 
 
 def _engine_config(request: ConvertRequest, model: str, job: RankJob, *, dtype: str | None = None) -> VllmConfig:
-    """What ``vllm serve`` would make of the same arguments, in all that decides what a parameter holds."""
+    """The configuration that ``vllm serve`` would make from the same arguments, as far as it affects parameters."""
     arguments = EngineArgs(
         model=model,
         load_format="auto",
@@ -129,10 +129,10 @@ def _engine_config(request: ConvertRequest, model: str, job: RankJob, *, dtype: 
 
 
 def _join_ranks(job: RankJob, config: VllmConfig) -> None:
-    """Make the process groups by which vLLM knows rank and size. Nothing is ever sent but by us, over gloo."""
+    """Create the process groups from which vLLM gets rank and size. Only this module sends anything, over gloo."""
     world_size = job.request.tensor_parallel_size
     resolve_obj_by_qualname(config.parallel_config.worker_cls)  # importing it applies the platform's own patches
-    # Groups without a communicator of their device: weights are loaded without one, and there may be no device.
+    # Create the groups without a device communicator: loading weights needs none, and there may be no device.
     current_platform.get_device_communicator_cls = lambda: _NO_COMMUNICATOR
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{job.run_dir / 'ranks'}", rank=job.rank, world_size=world_size
@@ -143,7 +143,7 @@ def _join_ranks(job: RankJob, config: VllmConfig) -> None:
 
 
 def _config_of_files(job: RankJob, model_files: Path, source: VllmConfig) -> VllmConfig:
-    """The configuration of the model directory that is being made: what it will be loaded with, later."""
+    """Write the files of the model directory that is being made; returns the configuration it will be loaded with."""
 
     def write() -> None:
         config = source.model_config
@@ -162,7 +162,7 @@ def _config_of_files(job: RankJob, model_files: Path, source: VllmConfig) -> Vll
 
 
 def _download_model_files(model: str, revision: str | None) -> Path:
-    """The snapshot of a model with all files but those weights that only the loader reads."""
+    """Download a model without the weights that only the loader reads; returns its snapshot's directory."""
     ignored = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
     snapshot = Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
     patterns = [f"{folder}/*" for folder in sorted(folders_read_aside(snapshot))]
@@ -171,7 +171,7 @@ def _download_model_files(model: str, revision: str | None) -> Path:
 
 
 def _dtype_to_tell(request: ConvertRequest, source: ModelConfig, target: ModelConfig) -> str | None:
-    """The ``--dtype`` without which vLLM would not load what is converted here."""
+    """The ``--dtype`` that vLLM needs to load the converted model; None for ``auto``."""
     if source is target:
         return None if request.dtype == "auto" else request.dtype
     needed = dtype_name(target.dtype)
@@ -179,17 +179,17 @@ def _dtype_to_tell(request: ConvertRequest, source: ModelConfig, target: ModelCo
 
 
 def _from_first_rank(function: Callable[[], Any], rank: int) -> Any:
-    """Call ``function`` in rank 0 alone and hand its result to every rank."""
+    """Call ``function`` in rank 0 only, and return its result in every rank."""
     box = [function() if rank == 0 else None]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def _find(job: RankJob, key: CheckpointKey) -> Path | None:
-    """The checkpoint of ``key``, if it is there already; one that can't be used is moved out of the way.
+    """The checkpoint of ``key`` if it exists already. One that can't be used is set aside.
 
     Raises:
-        WriteError: something else is where it should go.
+        WriteError: something else is in the checkpoint's place.
     """
     out = job.request.out
     if out is not None and not is_free(out):
@@ -215,7 +215,7 @@ def _find(job: RankJob, key: CheckpointKey) -> Path | None:
 def _write_rank(
     job: RankJob, staging: Staging, configs: tuple[VllmConfig, VllmConfig], *, weights: ModelSource, tell: Tell
 ) -> bool:
-    """Load and write this rank's partition, unless that was done before. Returns whether it was needed."""
+    """Load and write this rank's partition, unless an earlier conversion has. Returns whether it was written."""
     with staging.writer(job.rank) as needed:
         if needed:
             state = _load_rank(job, *configs, tell=tell)
@@ -236,7 +236,7 @@ def _write_rank(
 
 
 def _load_rank(job: RankJob, source: VllmConfig, target: VllmConfig, *, tell: Tell) -> dict[str, torch.Tensor]:
-    """The tensors of this rank's module between ``load_weights`` and any post-processing."""
+    """Build and fill this rank's module; returns its tensors as they are before any post-processing."""
     with set_default_torch_dtype(target.model_config.dtype), torch.device("cpu"):
         module = initialize_model(vllm_config=target, model_config=target.model_config)
     transient = TransientBuffers(module)
@@ -250,14 +250,14 @@ def _load_rank(job: RankJob, source: VllmConfig, target: VllmConfig, *, tell: Te
 
 
 class _SourceLoader(DefaultModelLoader):
-    """vLLM's own loader, which also takes a tensorizer file and counts what it reads."""
+    """vLLM's own loader, extended to read a tensorizer file and to count the bytes it reads."""
 
     def __init__(self, load_config: LoadConfig, on_read: Callable[[int], None]) -> None:
         super().__init__(load_config)
         self._on_read = on_read
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors by their Hugging Face names."""
+        """Yield the source tensors with their Hugging Face names."""
         directory = Path(model_config.model)
         if _tells_tensorizer(directory):
             weights = read_tensorizer(directory / TENSORIZER_NAME)
@@ -269,14 +269,14 @@ class _SourceLoader(DefaultModelLoader):
 
 
 def _tells_tensorizer(directory: Path) -> bool:
-    """Whether a model directory has a tensorizer file and nothing that the stock loader could read."""
+    """Whether a model directory has a tensorizer file and no weights that the stock loader could read."""
     if not (directory / TENSORIZER_NAME).is_file():
         return False
     return not any(path.name.endswith(_STOCK_SUFFIXES) for path in directory.iterdir())
 
 
 def _source_nbytes(directory: Path) -> int | None:
-    """Bytes of the files that will be read, where they are known."""
+    """Bytes of the files that will be read; None if unknown."""
     if not directory.is_dir():
         return None
     for suffix in (*_STOCK_SUFFIXES, ".tensors"):
@@ -286,7 +286,7 @@ def _source_nbytes(directory: Path) -> int | None:
 
 
 class _Progress:
-    """Tells of bytes, but not of each few."""
+    """Sends progress events for every few MiB, not for every tensor."""
 
     def __init__(self, rank: int, tell: Tell) -> None:
         self._rank = rank
@@ -294,13 +294,13 @@ class _Progress:
         self._nbytes = 0
 
     def add(self, nbytes: int) -> None:
-        """Count; tell once it is worth it."""
+        """Count bytes; send an event once there are enough of them."""
         self._nbytes += nbytes
         if self._nbytes >= _TOLD_NBYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Tell what is left to tell."""
+        """Send an event for the bytes that were not reported yet."""
         if self._nbytes:
             self._tell(BytesDone(self._rank, self._nbytes))
         self._nbytes = 0

@@ -1,4 +1,4 @@
-"""Copies from the store's pool to a CUDA device with no buffer between: the slots themselves are page-locked here."""
+"""Copies from the store's pool to a CUDA device without a buffer in between, by page-locking the slots themselves."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class RegisterWay:
-    """Implements ``SpanWay``. Each slot is registered when it comes first, and stays so until the load ends.
+    """Implements ``SpanWay``. Each slot is registered with CUDA when it is first used, until the load ends.
 
-    A slot that the driver will not register is copied from all the same: slowly, as from any pageable memory.
+    If the driver refuses to register a slot, it is copied from nevertheless, slowly, as from any pageable memory.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RegisterWay:
         """See ``SpanWay``."""
 
     def copy(self, span: Span, on_chunk: Callable[[int], None]) -> None:
-        """See ``SpanWay``: on the device's own time; two threads keep it busy."""
+        """See ``SpanWay``: copies asynchronously, then waits for the copies; two threads keep the device busy."""
         with torch.cuda.device(self._device):
             host = torch.from_numpy(self._lease.slot_bytes(span))
             start = time.perf_counter()
@@ -66,7 +66,7 @@ class RegisterWay:
         self._registered.clear()
 
     def _register(self, slot: int, host: torch.Tensor) -> None:
-        """Page-lock a slot's memory. Slots are held by one span at a time, so no two threads register the same."""
+        """Page-lock a slot's memory. A slot holds one span at a time, so no two threads register the same slot."""
         while slot not in self._registered and self._flags is not None:
             flags = self._flags
             result = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), flags))

@@ -1,6 +1,6 @@
-"""A checkpoint back to a Hugging Face model directory, its weights as safetensors or in a tensorizer file.
+"""Exports a checkpoint as a Hugging Face model directory, with its weights as safetensors or in a tensorizer file.
 
-Needs torch. Tensors are read, cut and written one after the other; at most one safetensors file is held in memory.
+Needs torch. Tensors are read, cut and written one by one; at most one safetensors file is held in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sllm_vllm.loader.read import read_tensors
 from sllm_vllm.units import GIB
 
 SHARD_NBYTES = 4 * GIB
-"""Most that one safetensors file holds, unless a single tensor is larger."""
+"""Most bytes of tensors in one safetensors file, unless a single tensor is larger."""
 
 ExportFormat = Literal["safetensors", "tensorizer"]
 
@@ -66,12 +66,17 @@ def export_checkpoint(
     shard_nbytes: int = SHARD_NBYTES,
     on_progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Exported:
-    """Write a model directory that any tool for Hugging Face models can read; calls ``on_progress`` with bytes.
+    """Write a model directory that any tool for Hugging Face models can read.
 
-    What the source had and vLLM did not load (a pooler that is not used, say) is not in it.
+    Tensors of the source that vLLM did not load, e.g. an unused pooler, are not in it.
+
+    Args:
+        on_progress: called with the number of bytes of each stored tensor once its pieces were handed to the writer.
 
     Raises:
-        NotExportable: the layout has no way back. CheckpointError: it can't be read. WriteError: ``out`` refuses.
+        NotExportable: the layout can't be exported.
+        CheckpointError: the checkpoint can't be read.
+        WriteError: ``out`` can't be written.
     """
     out = out.expanduser().absolute()
     files = _model_files_of(checkpoint)
@@ -112,7 +117,7 @@ def _write_tensors(
 
 
 def _cut(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """The piece as a contiguous tensor, which shares memory where it can."""
+    """The piece as a contiguous tensor, sharing memory with ``tensor`` where possible."""
     rows = (tensor if piece.index is None else tensor[piece.index])[piece.start : piece.stop]
     return (rows.t() if piece.transposed else rows).contiguous()
 
@@ -126,7 +131,7 @@ def _open_writer(directory: Path, form: ExportFormat, plans: Sequence[TensorPlan
 
 
 def _plan_shards(plans: Sequence[TensorPlan], shard_nbytes: int) -> list[dict[str, int]]:
-    """Bytes of each tensor by its name, shard by shard, in the order in which they will be written."""
+    """For each shard, the bytes of its tensors by name, in the order in which they will be written."""
     shards: list[dict[str, int]] = [{}]
     for plan in plans:
         for piece in plan.pieces:
@@ -142,7 +147,7 @@ def _nbytes(plan: TensorPlan, piece: Piece) -> int:
 
 
 class _SafetensorsWriter:
-    """Writes a shard when all of its tensors are there; with more than one, also the index."""
+    """Writes each shard once all its tensors have arrived, and an index if there is more than one shard."""
 
     def __init__(self, directory: Path, shards: list[dict[str, int]]) -> None:
         self._directory = directory
@@ -157,10 +162,10 @@ class _SafetensorsWriter:
             self._write_shard()
 
     def close(self) -> None:
-        """Write the index.
+        """Write the index, if needed.
 
         Raises:
-            WriteError: the directory refused.
+            WriteError: the index can't be written.
         """
         assert self._num_written == len(self._shards), "tensors are missing"
         if len(self._shards) == 1:
@@ -177,7 +182,7 @@ class _SafetensorsWriter:
         try:
             with write_errors(path):
                 save_file(self._tensors, path, metadata={"format": "pt"})
-                shutil.copymode(self._directory / CONFIG_NAME, path)  # the library's own is for the owner alone
+                shutil.copymode(self._directory / CONFIG_NAME, path)  # safetensors makes it readable by the owner only
                 sync_file(path)
         except SafetensorError as error:
             raise WriteError(path, f"it can't be written ({error})", "free some space or give another --out") from None
@@ -193,7 +198,7 @@ def _model_files_of(checkpoint: Checkpoint) -> Path:
     """The directory with the configuration and tokenizer of a checkpoint's model.
 
     Raises:
-        NotExportable: there is none any more, or it has other weights now.
+        NotExportable: the directory is gone, or has other weights now.
     """
     if (checkpoint.path / CONFIG_NAME).exists():
         return checkpoint.path

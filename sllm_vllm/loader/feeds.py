@@ -1,4 +1,4 @@
-"""Decides where a load's bytes come from, the store or the disk, and puts source, feed and sink together."""
+"""Decides whether a load's bytes come from the store or the disk, and puts source, feed and sink together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sllm_vllm.loader.store_feed import ChunkFeed, StoreFeed
 from sllm_vllm.units import MIB
 
 WINDOW_NBYTES = 64 * MIB
-"""How far readers may run ahead of the consumer. More hides longer stalls, but costs as much memory."""
+"""How far readers may run ahead of the consumer. A larger window hides longer stalls, but takes as much more memory."""
 
 MEND_STORE = "start `sllm-vllm store serve`, or convert the model (`sllm-vllm convert`)"
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """What is to be loaded, and how."""
+    """What to load, and how."""
 
     partition: RankPartition
     plan: LoadPlan
@@ -54,24 +54,24 @@ class LoadJob:
 
     @property
     def window(self) -> int:
-        """Chunks that may be begun ahead of the consumer; two at least, so that reading never pauses."""
+        """Chunks that may be begun ahead of the consumer; at least two, so that reading never pauses."""
         return max(2, WINDOW_NBYTES // self.plan.chunk_nbytes)
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether this machine has the partition's file, readable or not; else only the store can give its bytes."""
+        """Whether this machine has the partition's file, readable or not. Else only the store can provide its bytes."""
         try:
             os.lstat(self.partition.path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            return True  # reading it will tell what is wrong
+            return True  # reading the file will raise the error
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class OpenFeed:
-    """A feed under way, and the sink that it fills."""
+    """A running feed, and the sink that it fills."""
 
     sink: ChunkSink
     feed: ChunkFeed
@@ -83,7 +83,7 @@ def open_feed(job: LoadJob, device: torch.device) -> Iterator[OpenFeed]:
     """Begin to bring a partition's bytes to a device: from the store if it has them, else from the disk.
 
     Raises:
-        CheckpointError: they can't be had.
+        CheckpointError: neither can provide them.
     """
     lease = lease_or_none(job, hold=device.type != "cuda" and job.config.pool == "map")
     if lease is None:
@@ -98,10 +98,13 @@ def open_feed(job: LoadJob, device: torch.device) -> Iterator[OpenFeed]:
 
 
 def lease_or_none(job: LoadJob, *, hold: bool) -> SpanLease | None:
-    """A lease on the partition, or None if the disk has to do.
+    """A lease on the partition, or None if the bytes have to come from the disk.
+
+    Args:
+        hold: ask for spans that may be mapped for as long as they are needed.
 
     Raises:
-        CheckpointMissing: the disk can't do.
+        CheckpointMissing: the store can't provide the partition, and it is not on this machine's disk.
     """
     if not job.config.store:
         return None
@@ -120,10 +123,10 @@ def lease_or_none(job: LoadJob, *, hold: bool) -> SpanLease | None:
 
 @contextlib.contextmanager
 def disk_feed(job: LoadJob, sink: ChunkSink, order: Sequence[int]) -> Iterator[ChunkPipeline]:
-    """Read chunks from the partition's file. One that was read whole and found sound is remembered as verified.
+    """Read chunks from the partition's file. Once all of it was read and verified, the file is marked as verified.
 
     Raises:
-        CheckpointError: it can't be opened, or its header is wrong.
+        CheckpointError: the file can't be opened, or its header is wrong.
     """
     with job.partition.open() as file:
         verify = _verify_now(job)
@@ -138,7 +141,7 @@ def disk_feed(job: LoadJob, sink: ChunkSink, order: Sequence[int]) -> Iterator[C
 
 
 def store_feed(job: LoadJob, lease: SpanLease, sink: ChunkSink, *, way: SpanWay) -> StoreFeed:
-    """Take a leased partition; if the daemon ends, the disk does the rest."""
+    """Feed a leased partition; if the daemon ends, the rest is read from the disk."""
 
     @contextlib.contextmanager
     def open_disk(order: Sequence[int]) -> Iterator[ChunkPipeline]:
@@ -156,7 +159,7 @@ def _store_way(job: LoadJob, lease: SpanLease, device: torch.device) -> tuple[Ch
         host = HostSink(job.plan)
         return host, MapWay(lease, job.plan, host, counter=job.counter)
     if job.config.h2d == "register":
-        sink = CudaSink(job.plan, device, num_slots=2, counter=job.counter)  # buffers for the disk, if it comes to that
+        sink = CudaSink(job.plan, device, num_slots=2, counter=job.counter)  # used if the disk has to take over
         return sink, RegisterWay(lease, job.plan, sink, device=device, counter=job.counter)
     sink = CudaSink(job.plan, device, num_slots=job.window, counter=job.counter)
     return sink, CopyWay(lease, job.plan, sink, counter=job.counter)

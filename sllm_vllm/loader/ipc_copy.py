@@ -1,12 +1,13 @@
-"""Copies from the store's pool into a worker's CUDA memory by another process, which has the pool page-locked for good.
+"""Copies from the store's pool into a worker's CUDA memory by a separate process that keeps the pool page-locked.
 
-Registering memory with CUDA costs more than copying from it once, and a process can register for itself alone. So a
-*copier* stays: a client of the store with a CUDA context and the whole pool registered. A worker tells it where its
-parameters lie (CUDA IPC handles), then which bytes of which slot go where, span by span; the worker's own lease holds
-the spans meanwhile. Here the copier is a child of the worker, in the daemon's stead, for measuring what it would bring.
+Used by benchmarks only. Registering memory with CUDA takes longer than copying from it once, and a registration is
+valid in one process only. A *copier* would therefore keep running: a client of the store with a CUDA context and the
+whole pool registered. A worker sends it the addresses of its parameters (as CUDA IPC handles), then, span by span,
+which bytes of which slot go where. The worker's own lease holds the spans meanwhile. To measure what this would gain,
+the copier here is a child of the worker, not part of the daemon.
 
-Messages are JSON, a line each, over a socket pair; nothing is unpickled. On the CPU, where tests run, storages are
-shared by name instead, and so are parameters that are offloaded to it.
+Messages are JSON, one per line, over a socket pair; nothing is unpickled. Parameters on the CPU, in tests or because
+they are offloaded, are shared by name instead of by handle.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from sllm_vllm.store.client import StoreClient
 
 T = TypeVar("T")
 BytesCopy = tuple[int, int, int, int]
-"""Offset in the pool, number of the piece of memory, offset in it, bytes."""
+"""Offset in the pool, index of the target tensor, offset in that tensor, number of bytes."""
 
 _READ_ONLY = 0x08
 _STOP_TIMEOUT_S = 10.0
@@ -50,7 +51,10 @@ _RECEIVE_NBYTES = 1 << 16
 
 
 def share_memory(target: torch.Tensor) -> dict[str, Any]:
-    """Where a contiguous uint8 tensor lies, for another process on this machine. It must outlive the other's use."""
+    """Describe a contiguous uint8 tensor's memory for another process on this machine.
+
+    The tensor must be kept until the other process no longer uses it.
+    """
     storage = target.untyped_storage()
     is_cuda = target.device.type == "cuda"
     shared = storage._share_cuda_() if is_cuda else storage._share_filename_cpu_()
@@ -59,7 +63,7 @@ def share_memory(target: torch.Tensor) -> dict[str, Any]:
 
 
 def open_memory(told: dict[str, Any]) -> torch.Tensor:
-    """The same memory in this process."""
+    """Open memory that another process described with ``share_memory``."""
     handle = [base64.b64decode(part["b64"]) if isinstance(part, dict) else part for part in told["handle"]]
     kind = torch.UntypedStorage
     storage = kind._new_shared_cuda(*handle) if told["cuda"] else kind._new_shared_filename_cpu(*handle)
@@ -71,10 +75,10 @@ def open_memory(told: dict[str, Any]) -> torch.Tensor:
 
 
 class Copier:
-    """The copier's process: obeys one worker until it hangs up.
+    """The copier's process: serves one worker until that closes the connection.
 
     Args:
-        pool: the pool's bytes, uint8 on the CPU.
+        pool: the pool's bytes, as a uint8 tensor on the CPU.
     """
 
     def __init__(self, channel: socket.socket, pool: torch.Tensor, device: torch.device) -> None:
@@ -85,7 +89,7 @@ class Copier:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self) -> None:
-        """Read messages and answer; while copies run, look for more before waiting for them."""
+        """Read and answer messages. While copies run, new messages are handled before waiting for a copy to end."""
         buffer = bytearray()
         while True:
             timeout = 0.0 if self._pending else None
@@ -110,7 +114,7 @@ class Copier:
         elif "copy" in message:
             self._copy(message["number"], message["copy"])
         else:
-            self._memory = []  # the worker's memory is let go of
+            self._memory = []  # release the worker's memory
             self._tell({"ended": True})
 
     def _copy(self, number: int, copies: Sequence[BytesCopy]) -> None:
@@ -134,7 +138,7 @@ class Copier:
 
 
 def register_pool(pool: torch.Tensor) -> bool:
-    """Page-lock the pool for this process's device, read-only if the driver can, else plainly."""
+    """Page-lock the pool for this process's device, read-only if the driver can. Returns whether it worked."""
     runtime = torch.cuda.cudart()
     flags = (_READ_ONLY, 0)
     return any(int(runtime.cudaHostRegister(pool.data_ptr(), pool.numel(), flag)) == 0 for flag in flags)
@@ -158,13 +162,13 @@ def main(channel_fd: int, socket_path: Path, device: torch.device) -> None:
 
 
 class CopierProcess:
-    """The worker's end. Any number of threads may order copies; a context manager that ends the process.
+    """The worker's side: starts the copier; the end of its context ends it. Any thread may order copies.
 
     Args:
-        socket_path: the daemon's.
+        socket_path: socket of the store's daemon.
 
     Raises:
-        StoreUnavailable: the copier did not come up.
+        StoreUnavailable: the copier did not start.
     """
 
     def __init__(self, socket_path: Path, device: torch.device) -> None:
@@ -184,15 +188,15 @@ class CopierProcess:
         self._receiver = threading.Thread(target=self._receive, name="sllm-copier", daemon=True)
         self._receiver.start()
         self.ready = self._wait(lambda: bool(self._other), self._other.popleft)
-        """What it said first: whether the pool is registered, and how long that took."""
+        """The copier's first message: whether the pool is registered, and how many seconds that took."""
 
     def bind(self, memory: Sequence[torch.Tensor]) -> None:
-        """Say where copies go: contiguous uint8 tensors, which must stay until ``end``."""
+        """Set the tensors that copies go to: contiguous uint8 tensors, which must be kept until ``end``."""
         self._send({"bind": [share_memory(target) for target in memory]})
         self._wait(lambda: bool(self._other), self._other.popleft)
 
     def copy(self, copies: Sequence[BytesCopy]) -> None:
-        """Return when these bytes are where they belong.
+        """Copy; return once all bytes are copied.
 
         Raises:
             StoreUnavailable: the copier ended.
@@ -204,7 +208,7 @@ class CopierProcess:
         self._wait(lambda: number in self._done, lambda: self._done.discard(number))
 
     def end(self) -> None:
-        """Have it let go of the memory."""
+        """Make the copier release the tensors given to ``bind``."""
         self._send({"end": True})
         self._wait(lambda: bool(self._other), self._other.popleft)
 
@@ -233,7 +237,7 @@ class CopierProcess:
                         self._other.append(answer)
                     self._changed.notify_all()
         except OSError:
-            pass  # told below
+            pass  # reported below: `_is_lost` makes every call raise
         with self._changed:
             self._is_lost = True
             self._changed.notify_all()
@@ -257,7 +261,7 @@ class CopierProcess:
 
 
 class IpcSink(CudaSink):
-    """A ``CudaSink`` whose targets a copier fills; its own buffers are for the disk, if it comes to that."""
+    """A ``CudaSink`` whose targets a copier fills. Its own buffers are used only if the disk has to take over."""
 
     def __init__(self, plan: LoadPlan, device: torch.device, *, counter: HopCounter, copier: CopierProcess) -> None:
         super().__init__(plan, device, num_slots=2, counter=counter)
@@ -266,7 +270,7 @@ class IpcSink(CudaSink):
         self._indices: list[range] = []
 
     def bind(self, targets: Sequence[Target]) -> None:
-        """See ``ChunkSink``. Sharing memory may move it, so nothing is copied there before."""
+        """See ``ChunkSink``. Nothing is copied before the memory is shared, because sharing may move it."""
         self._targets = targets
         memory: list[torch.Tensor] = []
         for tensor in range(len(targets)):
@@ -278,10 +282,11 @@ class IpcSink(CudaSink):
         super().bind(targets)
 
     def copy_from_pool(self, chunk_starts: Sequence[tuple[int, int]]) -> None:
-        """Have chunks copied, each from an offset of the pool. Waits until the sink is bound.
+        """Copy chunks, given with their offsets in the pool. Waits until the sink is bound.
 
         Raises:
-            InterruptedError: the sink was stopped meanwhile. StoreUnavailable: the copier ended.
+            InterruptedError: the sink was stopped.
+            StoreUnavailable: the copier ended.
         """
         self._shared.wait()
         self._check_not_stopped()
@@ -306,7 +311,7 @@ class IpcSink(CudaSink):
 
 
 class IpcWay:
-    """Implements ``SpanWay``: the copier reads the slots, this process never does."""
+    """Implements ``SpanWay``: the copier reads the slots; this process never does."""
 
     def __init__(self, lease: SpanLease, plan: LoadPlan, sink: IpcSink, *, counter: HopCounter) -> None:
         self._lease = lease

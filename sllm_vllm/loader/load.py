@@ -1,4 +1,4 @@
-"""One load of one partition into one module: plan, feed and sink put together. Needs torch alone."""
+"""Loads one partition into one module; puts plan, feed and sink together. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from sllm_vllm.loader.store_feed import ChunkFeed
 
 @dataclass(slots=True)
 class RunningLoad:
-    """A load under way: bytes are being read already. The consumer binds it to a module, then asks for tensors with
-    ``require``, in any order, and ends with ``finish``."""
+    """A load whose bytes are being read already.
+
+    The consumer calls ``bind`` with the module to fill, then ``require`` for tensors in any order, then ``finish``.
+    """
 
     partition: RankPartition
     plan: LoadPlan
@@ -35,16 +37,16 @@ class RunningLoad:
     _ended: float = field(default=0.0)
 
     def bind(self, module: nn.Module) -> None:
-        """Say which module is to be filled, its parameters allocated and empty.
+        """Set the module to fill. Its parameters must be allocated; their content does not matter.
 
         Raises:
-            LayoutMismatch: the partition is not for this module, which was not touched.
+            LayoutMismatch: the partition does not match this module, which is unchanged.
         """
         self.targets = match_module(module, self.plan.partition.tensors, str(self.partition.path))
         self.sink.bind(self.targets.targets)
 
     def records_of(self, module: nn.Module) -> set[int]:
-        """Records that a part of the bound module needs; only before any of them was required."""
+        """Records that a part of the bound module needs. Call it only before any of them was required."""
         assert self.targets is not None, "bind first"
         return self.targets.records_of(module)
 
@@ -53,10 +55,10 @@ class RunningLoad:
         return max((self.plan.ready_position(record) for record in records), default=-1)
 
     def require(self, records: Iterable[int]) -> None:
-        """Return once the parameters of ``records`` hold their weights (on a device: once ``finish`` returned, too).
+        """Return once the parameters of ``records`` hold their weights. On a device they do so only after ``finish``.
 
         Raises:
-            CheckpointError, RemoteError, OSError: what went wrong on the way.
+            CheckpointError, RemoteError, OSError: a chunk could not be delivered.
         """
         wanted = list(records)
         start = time.perf_counter()
@@ -66,7 +68,7 @@ class RunningLoad:
             self.sink.attach(record)
 
     def finish(self) -> None:
-        """Require everything that is left."""
+        """Require all remaining records, and return once every parameter can be used."""
         self.require(range(len(self.plan.partition.tensors)))
         self.sink.finish()
         self._ended = self._ended or time.perf_counter()
@@ -76,13 +78,13 @@ class RunningLoad:
 def start_load(
     partition: RankPartition, config: LoaderConfig, *, device: torch.device, report: LoadReport
 ) -> Iterator[RunningLoad]:
-    """Begin to read a rank's partition, for a module that may still have to be built on ``device``.
+    """Begin to read a rank's partition; the module that it fills, on ``device``, may be built meanwhile.
 
-    Its bytes come from the store's daemon if there is one that has them, else from the disk. If it was bound to a
-    module, the end of the context finishes the load and fills in ``report``.
+    The bytes come from the store's daemon if it has them, else from the disk. If the load was bound to a module, the
+    end of the context finishes it and fills in ``report``.
 
     Raises:
-        CheckpointError: it can't be read.
+        CheckpointError: the partition can't be read.
     """
     counter, start = HopCounter(read_limits(config.store_dir)), time.perf_counter()
     plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
@@ -100,9 +102,9 @@ def start_load(
 
 
 def load_module(partition: RankPartition, module: nn.Module, config: LoaderConfig) -> LoadReport:
-    """Fill ``module`` with a rank's partition, with no post-processing of any kind.
+    """Fill ``module`` with a rank's partition, without any post-processing.
 
-    Parameters on a CUDA device are filled there; a few of them may be elsewhere (offloaded).
+    Parameters may be on a CUDA device; some of those may be offloaded to the CPU.
 
     Raises:
         CheckpointError: see ``start_load``.
@@ -116,6 +118,6 @@ def load_module(partition: RankPartition, module: nn.Module, config: LoaderConfi
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The CUDA device that holds any of a module's tensors, else the CPU."""
+    """The CUDA device of a module's tensors if any of them is on one, else the CPU."""
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""A live module seen as named tensors: what of it is stored, and which stored tensor goes to which of its parameters.
+"""A live module as named tensors: which of them are stored, and which stored tensor fills which parameter.
 
-Needs torch alone. Everything that vLLM's ``load_weights`` may have filled counts as state: parameters, persistent
-buffers, and those non-persistent buffers that changed while the weights were loaded.
+Needs torch alone. A module's state is everything that vLLM's ``load_weights`` may have filled: parameters, persistent
+buffers, and the non-persistent buffers that changed while the weights were loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MEND_MISMATCH = "convert the model again for this configuration"
 
 
 def named_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, tied ones under each of their names, in module order."""
+    """Parameters and persistent buffers by name, in module order; tied ones under each of their names."""
     transient = set(_transient_buffers(module))
     buffers = {n: t for n, t in module.named_buffers(remove_duplicate=False) if n not in transient}
     return {**dict(module.named_parameters(remove_duplicate=False)), **buffers}
@@ -39,14 +39,14 @@ def _transient_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class TransientBuffers:
-    """Notices which non-persistent buffers are changed by loading: take it before, ask after."""
+    """Detects which non-persistent buffers loading changes: make it before the load, call ``changed`` after."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._before = self._checksums()
 
     def changed(self) -> dict[str, torch.Tensor]:
-        """Those that hold something else now, or are new."""
+        """Buffers whose content has changed, or that are new."""
         after, buffers = self._checksums(), _transient_buffers(self._module)
         return {name: buffers[name] for name, value in after.items() if self._before.get(name) != value}
 
@@ -57,13 +57,13 @@ class TransientBuffers:
 
 @dataclass(frozen=True, slots=True)
 class LiveTensor:
-    """A tensor of a module, ready to be written. Implements the writer's ``TensorData``."""
+    """A module's tensor, to be written. Implements the writer's ``TensorData``."""
 
     spec: TensorSpec
     tensor: torch.Tensor
 
     def pieces(self, nbytes_max: int) -> Iterator[memoryview]:
-        """Its bytes in row-major order; only one piece of a device's tensor is in host memory at a time."""
+        """The tensor's bytes in row-major order. A tensor on a device is copied to the host one piece at a time."""
         flat = byte_view(self.tensor.detach().contiguous())
         for start in range(0, flat.numel(), nbytes_max):
             yield flat[start : start + nbytes_max].cpu().numpy().data
@@ -72,8 +72,11 @@ class LiveTensor:
 def storable_tensors(state: Mapping[str, torch.Tensor], path: str) -> list[LiveTensor]:
     """The tensors to store for ``state``: tied ones once, under the first of their names.
 
+    Args:
+        path: names the model in the error message.
+
     Raises:
-        NotConvertible: one of them has no plain bytes; ``path`` names the model in the message.
+        NotConvertible: a tensor has no plain bytes.
     """
     first: dict[tuple[object, ...], str] = {}
     aliases: dict[str, list[str]] = {}
@@ -115,7 +118,7 @@ def _no_plain_bytes(tensor: torch.Tensor) -> str | None:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are the same view of the same memory."""
+    """A key that is equal for tensors that are the same view of the same memory."""
     if tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -127,32 +130,32 @@ def _host_bytes(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(slots=True)
 class ModuleTarget:
-    """The live tensors of one record. Implements the sinks' ``Target``; emptied when taken."""
+    """The live tensors of one record. Implements the sinks' ``Target``; empty once taken."""
 
     tensors: list[torch.Tensor]
     rebindable: bool
 
     def take(self) -> Sequence[torch.Tensor]:
-        """The tensors, leaving none."""
+        """Return the tensors and forget them."""
         taken, self.tensors = self.tensors, []
         return taken
 
 
 @dataclass(slots=True)
 class ModuleTargets:
-    """Which record fills which parameter of a module. ``targets[i]`` belongs to record i."""
+    """Which record fills which parameters of a module. ``targets[i]`` belongs to record i."""
 
     targets: list[ModuleTarget]
     _index: dict[int, int] = field(default_factory=dict)
 
     def records_of(self, module: nn.Module) -> set[int]:
-        """Records that ``module`` and its children need. Only before any of them was attached."""
+        """Records that ``module`` and its children need. Call it only before any of them was attached."""
         tensors = [*module.parameters(), *module.buffers()]
         return {self._index[id(tensor)] for tensor in tensors if id(tensor) in self._index}
 
 
 def match_module(module: nn.Module, records: Sequence[TensorRecord], path: str) -> ModuleTargets:
-    """Pair a partition's records with a module's tensors; every one of both must have its match.
+    """Match a partition's records with a module's tensors; each record and each tensor must have a match.
 
     Raises:
         LayoutMismatch: a tensor is missing on either side, or differs in shape, dtype or ties.
@@ -189,7 +192,7 @@ def _check_tensor(name: str, live: torch.Tensor, record: TensorRecord, *, path: 
 
 
 def _shared_storages(module: nn.Module, named: Mapping[str, torch.Tensor]) -> set[int]:
-    """Storages that different views look at: replacing one view's memory would tear it from the others."""
+    """Storages that several different views share: replacing one view's memory would detach it from the others."""
     views: dict[int, set[tuple[object, ...]]] = {}
     attributes = (v for child in module.modules() for v in vars(child).values() if isinstance(v, torch.Tensor))
     for tensor in (*named.values(), *attributes):

@@ -1,8 +1,9 @@
-"""Reads chunks ahead of whoever consumes them, on several threads, within a bounded window.
+"""Reads chunks ahead of the consumer, on several threads, within a bounded window.
 
-Threads take the next chunk in plan order, have it filled, hand it to the sink and go on: no barrier between chunks.
-The consumer says which position it waits for; nothing beyond that position plus the window is begun, so that the memory
-in flight is bounded, and whatever the consumer waits for is always allowed, so that nothing can lock up.
+Each thread takes the next chunk in plan order, reads it, hands it to the sink and continues with the next one, without
+a barrier between chunks. The consumer says which position it waits for. No chunk beyond that position plus the window
+is begun, so that the memory in flight is bounded. Chunks up to that position may always be read, so that no deadlock is
+possible.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from sllm_vllm.loader.sink import ChunkSink
 from sllm_vllm.loader.source import ChunkSource
 
 READERS_MAX = 4
-"""Readers if nobody says how many. More than processors hand the interpreter's lock around (docs/decisions/0002)."""
+"""Default number of readers, unless there are fewer processors: with more readers than processors, they only pass the
+interpreter's lock around (docs/decisions/0002)."""
 
 
 class ChunkPipeline:
-    """A context manager: threads run inside it. One consumer; the first error of any thread reaches it.
+    """A context manager whose threads run while it is open. Used by one consumer, which gets the first thread's error.
 
     Args:
-        order: chunk indices in the order in which they are wanted.
-        num_threads: readers; None for four, or as many as there are processors for them.
+        order: chunk indices in the order in which they are needed.
+        num_threads: number of readers; None for four, or one per available processor if there are fewer.
         window: how many chunks may be begun beyond the position waited for.
     """
 
@@ -41,7 +43,7 @@ class ChunkPipeline:
         self._next = 0
         self._allowed = window
         self._finished: set[int] = set()
-        self._num_done = 0  # positions below this one are all done
+        self._num_done = 0  # all positions below this one are done
         self._error: BaseException | None = None
         self._stopped = False
         self._cpus = reader_cpus(os.getppid())
@@ -53,7 +55,7 @@ class ChunkPipeline:
         """Return once every chunk up to and including ``position`` is with the sink.
 
         Raises:
-            CheckpointCorrupt, OSError: what a reader met, whatever it was.
+            CheckpointCorrupt, OSError: a reader failed; its error, of whatever kind.
         """
         with self._changed:
             self._allowed = max(self._allowed, position + 1 + self._window)
@@ -90,7 +92,7 @@ class ChunkPipeline:
             self._stop(error)
 
     def _take(self) -> int | None:
-        """The next position to read, once the window allows it; None when there is nothing more to do."""
+        """The next position to read, once the window allows it; None if there is none left or the pipeline stopped."""
 
         def ready() -> bool:
             return self._stopped or self._next >= len(self._order) or self._next < self._allowed

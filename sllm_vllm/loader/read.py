@@ -1,4 +1,4 @@
-"""A partition as a stream of named host tensors, in file order: for reloading and exporting. Needs torch alone."""
+"""Reads a partition as named host tensors, in file order, for reloading, exporting and comparing. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from sllm_vllm.loader.store_feed import ChunkFeed
 
 
 def read_tensors(partition: RankPartition, config: LoaderConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored tensor under each of its names. Memory is bounded if the caller drops what it took.
+    """Yield every stored tensor under each of its names. Memory stays bounded if the caller drops tensors it has used.
 
-    The bytes come from the disk, so that what is read once displaces nothing from the store's memory; from the store
-    only if the disk lacks them.
+    The bytes come from the disk, so that reading them once evicts nothing from the store's memory. They come from the
+    store only if the file is not on this machine's disk.
 
     Raises:
-        CheckpointError: it can't be read, or differs from its checksums. RemoteError: the store can't get it.
+        CheckpointError: the partition can't be read, or differs from its checksums.
+        RemoteError: the store can't fetch it.
     """
     plan = LoadPlan(partition.record, partition.manifest.chunk_nbytes)
     path = str(partition.path)

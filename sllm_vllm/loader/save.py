@@ -1,4 +1,4 @@
-"""Writing a loaded module through to a repository. Needs torch alone."""
+"""Writes a loaded module's tensors to a repository. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def save_state(
     *,
     on_progress: Callable[[int], None] = lambda nbytes: None,
 ) -> bool:
-    """Write a rank's tensors, durably, and publish when it is the last rank. Returns whether it is published.
+    """Write a rank's tensors durably, and publish the checkpoint if this is the last rank.
+
+    Returns:
+        Whether the checkpoint is published.
 
     Raises:
-        WriterBusy: another process writes this partition. WriteError: it can't be written.
+        WriterBusy: another process is writing this partition.
+        WriteError: the partition can't be written.
     """
     with staging.writer(rank) as needed:
         if needed:
@@ -38,16 +42,17 @@ def save_state(
 def save_state_behind(
     staging: Staging, rank: int, state: Mapping[str, torch.Tensor], *, is_sound: Callable[[], bool] = lambda: True
 ) -> None:
-    """Write a rank's tensors now, as they will be packed next; sync and publish on another thread.
+    """Write a rank's tensors now, before vLLM packs them; sync and publish in another thread.
 
-    The bytes are in the page cache when this returns, so the engine need not wait for the disk. If the process dies
-    before the thread is done, nothing is published and nothing is lost.
+    The bytes are in the page cache when this returns, so that the engine need not wait for the disk. If the process
+    dies before the thread is done, nothing is published and nothing is lost.
 
     Args:
-        is_sound: asked on that thread; if it denies, what was written is dropped.
+        is_sound: called in that thread; if it returns False, the written partition is discarded.
 
     Raises:
-        WriterBusy: another process writes this partition. WriteError: it can't be written.
+        WriterBusy: another process is writing this partition.
+        WriteError: the partition can't be written.
     """
     with contextlib.ExitStack() as stack:
         needed = stack.enter_context(staging.writer(rank))

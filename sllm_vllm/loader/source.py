@@ -1,4 +1,4 @@
-"""Where chunks come from. Today the disk; a source is asked from several threads at once."""
+"""Sources of chunks; today only the disk. A source is used by several threads at once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from sllm_vllm.loader.report import HopCounter
 
 
 class ChunkSource(Protocol):
-    """Gives the chunks of one partition."""
+    """Provides the chunks of one partition. Thread-safe."""
 
     def read(self, chunk: int, buffer: memoryview) -> int:
-        """Fill the page-aligned ``buffer`` with a chunk, verified if the source verifies. Returns its bytes.
+        """Read a chunk into the page-aligned ``buffer``, and verify it if the source does that.
+
+        Returns:
+            Number of bytes.
 
         Raises:
-            CheckpointCorrupt: the bytes are not those that were written.
+            CheckpointCorrupt: the bytes differ from those that were written.
             CheckpointUnreadable: the device failed.
         """
         ...
 
 
 class DiskSource:
-    """Chunks straight from the partition's file, in this process: no daemon needed."""
+    """Reads chunks from the partition's file in this process, without a daemon."""
 
     def __init__(self, partition: RankPartition, file: ChunkFile, *, verify: bool, counter: HopCounter) -> None:
         self._partition = partition

@@ -1,7 +1,7 @@
-"""A lease on one partition in the store's pool: which spans this process looks at, and its end.
+"""A lease on one partition in the store's pool: which spans this process uses, and when the lease ends.
 
-Spans are released one by one, from any thread and from finalisers; the connection, and the lease with it, ends with the
-last of them. Nothing else has to keep it alive or to close it.
+Spans are released one by one, from any thread and from finalisers. The release of the last one closes the connection,
+which ends the lease. Nothing else has to keep the lease alive or close it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MEND = "use one version"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Chunks that lie one behind the other in a slot of the pool. ``keep``: it may be looked at for long."""
+    """Consecutive chunks in one slot of the pool. ``keep``: the slot may be mapped for as long as it is needed."""
 
     index: int
     slot: int
@@ -32,10 +32,10 @@ class Span:
 
 
 class SpanLease:
-    """Owns the connection. One thread receives; the rest is anybody's.
+    """A lease, and its connection to the daemon. Only one thread receives spans; any thread may release them.
 
     Raises:
-        StoreRefused: what the daemon leases does not fit the partition or its own pool.
+        StoreRefused: the daemon's lease does not match the partition or the daemon's pool.
     """
 
     def __init__(self, client: StoreClient, leased: Leased, partition: RankPartition) -> None:
@@ -54,7 +54,7 @@ class SpanLease:
 
     @property
     def num_spans(self) -> int:
-        """Spans of the partition."""
+        """Number of spans in the partition."""
         return self._leased.num_spans
 
     @property
@@ -64,19 +64,19 @@ class SpanLease:
 
     @property
     def pool_fd(self) -> int:
-        """The pool's file, read-only."""
+        """Read-only descriptor of the pool's file."""
         return self._client.pool_fd
 
     def slot_offset(self, span: Span) -> int:
-        """Where a span's slot begins in the pool's file."""
+        """Offset of a span's slot in the pool's file."""
         return span.slot * self._client.welcome.slot_nbytes
 
     def next_spans(self) -> list[Span]:
-        """Wait for spans. Each has to be released.
+        """Wait for spans from the daemon. The caller has to release each of them.
 
         Raises:
-            StoreUnavailable, StoreRefused: the daemon ended, or talks nonsense.
-            CheckpointError, RemoteError: a span can't be had.
+            StoreUnavailable, StoreRefused: the daemon ended, or sent something invalid.
+            CheckpointError, RemoteError: the daemon can't provide a span.
         """
         given = self._client.next_given()
         spans = [self._span(*told) for told in given.spans]
@@ -84,28 +84,28 @@ class SpanLease:
         return spans
 
     def release(self, span: int) -> None:
-        """Nobody here looks at a span any more."""
+        """Release a span that this process no longer uses."""
         self._serial.run(partial(self._release, span))
 
     def end_receiving(self) -> None:
-        """Nothing more is wanted: the lease ends when what is held was released."""
+        """Want no more spans: the lease ends once all held spans are released."""
         self._serial.run(self._end_receiving)
 
     def view_pool(self) -> None:
-        """Make ``slot_bytes`` possible; once, before threads ask for it."""
+        """Map the pool, which ``slot_bytes`` needs. Call it before any thread uses that."""
         if self._pool is None:
             nbytes = self._client.welcome.num_slots * self._client.welcome.slot_nbytes
             self._pool = AddressSpace(nbytes)
             self._pool.map_file(0, nbytes, fd=self.pool_fd, file_offset=0, shared=True)
 
     def slot_bytes(self, span: Span) -> ByteArray:
-        """The whole slot of a span that is held, in a mapping that must not be written."""
+        """The whole slot of a held span, in a read-only mapping."""
         assert self._pool is not None, "view_pool first"
         return self._pool.array(self.slot_offset(span), self._client.welcome.slot_nbytes)
 
     def _release(self, span: int) -> None:
         if os.getpid() != self._pid:
-            return  # a forked child: the lease is its parent's
+            return  # this is a forked child, and the lease belongs to its parent
         self._held.discard(span)
         if not self.is_closed:
             self._client.release(self._leased.token, (span,))
@@ -138,11 +138,14 @@ class SpanLease:
 
 
 def open_lease(partition: RankPartition, config: LoaderConfig, *, hold: bool) -> SpanLease:
-    """Ask the daemon for a partition. With ``hold`` spans may be looked at for as long as they are needed.
+    """Ask the daemon for a partition.
+
+    Args:
+        hold: ask for spans that may be mapped for as long as they are needed.
 
     Raises:
-        StoreUnavailable, StoreRefused: no daemon, or it will not.
-        CheckpointError, RemoteError: it has no such checkpoint.
+        StoreUnavailable, StoreRefused: no daemon answers, or it refuses.
+        CheckpointError, RemoteError: the daemon can't provide the checkpoint.
     """
     client = StoreClient(default_store_socket(config.store_dir))
     try:
@@ -155,7 +158,7 @@ def open_lease(partition: RankPartition, config: LoaderConfig, *, hold: bool) ->
 
 
 def _name_of(partition: RankPartition, config: LoaderConfig) -> str:
-    """What the daemon calls a checkpoint: its name in the store or at a remote, or its path."""
+    """The daemon's name for a checkpoint: its name in the store or at a remote, or its path."""
     directory, store = partition.directory.absolute(), config.store_dir.absolute()
     if directory.parent in (store, store / STORE_STATE_DIR / "remote"):
         return directory.name

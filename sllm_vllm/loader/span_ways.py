@@ -1,4 +1,4 @@
-"""Ways from a slot of the store's pool to the parameters. A third one is one more class here."""
+"""Ways to bring spans from the store's pool to a sink: mapping or copying. ``cuda_pool_sink.py`` has another one."""
 
 from __future__ import annotations
 
@@ -15,31 +15,38 @@ from sllm_vllm.loader.span_lease import Span, SpanLease
 
 
 class SpanWay(Protocol):
-    """Brings spans to a sink. ``map`` and ``close`` are called by one thread at a time, the others by several."""
+    """Brings spans to a sink. ``map`` and ``close`` are called by one thread at a time, other methods by several."""
 
     def map(self, span: Span) -> bool:
-        """Let the sink look at the slot itself, and release it when it no longer does; False: it has to be copied."""
+        """Map the slot into the sink's memory; the span is released once it is no longer in use there.
+
+        Returns:
+            False if the span has to be copied instead.
+        """
         ...
 
     def populate(self, span: Span) -> None:
-        """Make the first use of a mapped span fast."""
+        """Map a mapped span's pages ahead of use, so that its first use is fast."""
         ...
 
     def copy(self, span: Span, on_chunk: Callable[[int], None]) -> None:
-        """Copy a span and return when its slot isn't needed any more; calls ``on_chunk`` as each is with the sink.
+        """Copy a span; return once its slot may be released.
+
+        Args:
+            on_chunk: called with each chunk once it was handed to the sink.
 
         Raises:
-            InterruptedError: the sink was stopped meanwhile.
+            InterruptedError: the sink was stopped.
         """
         ...
 
     def close(self) -> None:
-        """The consumer attaches nothing more, and nothing is being copied: let go of what it did not ask for."""
+        """Free what was never attached. Called when the consumer attaches no more tensors and no copy is running."""
         ...
 
 
 class CopyWay:
-    """Copies chunks into the sink's own buffers: private memory, or a ring of page-locked ones."""
+    """Copies chunks into the sink's own buffers: private memory, or a ring of page-locked buffers."""
 
     def __init__(self, lease: SpanLease, plan: LoadPlan, sink: ChunkSink, *, counter: HopCounter) -> None:
         self.lease = lease
@@ -72,7 +79,7 @@ class CopyWay:
 
 
 class MapWay(CopyWay):
-    """Maps spans that may be kept into a ``HostSink``'s memory; the others are copied there."""
+    """Maps spans that may be kept into a ``HostSink``'s memory; other spans are copied there."""
 
     def __init__(self, lease: SpanLease, plan: LoadPlan, sink: HostSink, *, counter: HopCounter) -> None:
         super().__init__(lease, plan, sink, counter=counter)

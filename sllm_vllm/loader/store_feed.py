@@ -1,7 +1,7 @@
-"""Takes a partition from the store's daemon: the same face as ``ChunkPipeline``, with the disk behind it.
+"""Feeds a partition from the store's daemon, and from the disk if the daemon ends. Has ``ChunkPipeline``'s interface.
 
-One thread receives spans: those that may be kept are mapped at once, the others are queued for two threads that copy
-them, which make the mapped ones' pages present when there is nothing to copy. If the daemon ends, what is missing is
+One thread receives spans. It maps those that may be kept, and queues the others for two threads that copy them. When
+these have nothing to copy, they map the pages of mapped spans ahead of use. If the daemon ends, the missing chunks are
 read from the disk into the same sink.
 """
 
@@ -27,31 +27,32 @@ from sllm_vllm.loader.span_lease import Span, SpanLease
 from sllm_vllm.loader.span_ways import SpanWay
 
 COPIERS = 2
-"""One thread copies at 0.7 to 1.0 of a plain memcpy's rate, two at 1.0 to 1.5 (16 MiB slots, huge and 4 KiB pages)."""
+"""Copying threads. One copies at 0.7 to 1.0 times the rate of a plain memcpy, two at 1.0 to 1.5 times (16 MiB slots,
+huge and 4 KiB pages)."""
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 OpenDisk = Callable[[Sequence[int]], contextlib.AbstractContextManager[ChunkPipeline]]
-"""Reads these chunks from the disk into the sink, in this order."""
+"""Reads the given chunks from the disk into the sink, in the given order."""
 
 
 class ChunkFeed(Protocol):
-    """Brings a partition's chunks to a sink while its context lasts. One consumer."""
+    """Brings a partition's chunks to a sink while its context is open. Used by one consumer."""
 
     def wait(self, position: int) -> None:
         """Return once every chunk up to and including the plan's ``position`` is with the sink.
 
         Raises:
-            CheckpointError, RemoteError, OSError: what went wrong on the way, whatever it was.
+            CheckpointError, RemoteError, OSError: a chunk could not be delivered.
         """
         ...
 
 
 class StoreFeed:
-    """A context manager: threads run inside it. Spans may be given in any order.
+    """A context manager whose threads run while it is open. The daemon may send spans in any order.
 
-    Spans are copied at most ``window`` chunks ahead of the consumer, unless it waits: then whatever is there is
-    copied, so that nothing can lock up. After the context only what parameters still look at is held.
+    Spans are copied at most ``window`` chunks ahead of the consumer. While the consumer waits, any span that has
+    arrived is copied, so that no deadlock is possible. After the context only spans that parameters use are held.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class StoreFeed:
         self._changed = threading.Condition()
         self._copies: collections.deque[Span] = collections.deque()
         self._mapped: collections.deque[Span] = collections.deque()
-        self._taken: set[int] = set()  # chunks of spans that were given
+        self._taken: set[int] = set()  # chunks of the spans received so far
         self._finished: set[int] = set()
-        self._num_done = 0  # positions below this one are done, or the disk's
+        self._num_done = 0  # all positions below this one are done, or are read from the disk
         self._allowed = window
         self._is_waited_for = False
         self._has_all = False
@@ -111,8 +112,8 @@ class StoreFeed:
             self._lease.release(span.index)
         self._way.close()
         self._lease.end_receiving()
-        # After a load that broke off, parameters may still look at spans. Then the receiver goes on without us, to
-        # release what is given yet, until the lease ends with the last of those parameters.
+        # After a load that failed, parameters may still use spans, which keep the lease open. Then the receiver is not
+        # joined: it releases the spans that still arrive, until the lease ends with the last of those parameters.
         if self._lease.is_closed or self._has_all:
             self._receiver.join()
 
@@ -148,7 +149,7 @@ class StoreFeed:
             self._advance()
 
     def _go_on_from_disk(self, error: StoreError) -> None:
-        """The daemon is gone, and what it has given stays: read the rest in this process."""
+        """Read the missing chunks from the disk; spans received from the lost daemon stay valid."""
         with self._changed:
             self._has_all = True
             if self._stopped:
@@ -174,7 +175,7 @@ class StoreFeed:
             self._stop(error)
 
     def _next_job(self) -> Callable[[], None] | None:
-        """A copy, once the window allows it; else pages to make present; None when there is nothing more to do."""
+        """The next span to copy, if the window allows it, else one whose pages to map; None if the work is done."""
         with self._changed:
             self._changed.wait_for(self._has_job_or_end)
             if self._stopped:

@@ -1,7 +1,7 @@
-"""Tensorizer's ``.tensors`` files, read and written a few tensors at a time. Needs torch and tensorizer.
+"""Reads and writes tensorizer's ``.tensors`` files, a few tensors at a time. Needs torch and tensorizer.
 
-Nothing in such a file is unpickled: tensorizer keeps packed metadata and raw bytes in it. (Its ``torch_compat`` module,
-which does unpickle, is for other files and does nothing unless called; a test watches that.)
+Nothing in such a file is unpickled: it holds packed metadata and raw bytes. (Tensorizer's ``torch_compat`` module does
+unpickle, but it is for other files and does nothing unless called; a test checks that it is not.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sllm_vllm.units import GIB
 
 TENSORIZER_NAME = "model.tensors"
 _GROUP_NBYTES = GIB
-"""Tensors are read in groups of about this size, as a deserializer keeps all it has read until it is closed."""
+"""Tensors are read in groups of about this size, because a deserializer keeps all it has read until it is closed."""
 
 _READ_ERRORS = (
     *(OSError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError),
@@ -31,10 +31,10 @@ _READ_ERRORS = (
 
 
 def read_tensorizer(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the file, held against its hashes, in file order.
+    """Yield every tensor of the file, verified against its hashes, in file order.
 
     Raises:
-        ConfigError: it is no sound tensorizer file.
+        ConfigError: it is not an intact tensorizer file.
     """
     with _opened(path) as index:
         names = list(index.keys())
@@ -51,9 +51,9 @@ def _read_group(path: Path, names: set[str]) -> Iterator[tuple[str, torch.Tensor
 
 @contextlib.contextmanager
 def _opened(path: Path, names: set[str] | None = None) -> Iterator[TensorDeserializer]:
-    """The file, or only these tensors of it."""
+    """Open the file; with ``names``, only these tensors of it."""
     keep = None if names is None else names.__contains__
-    # A file and never a name: tensorizer takes some names for addresses.
+    # Pass an open file instead of a path: tensorizer takes some paths for URLs.
     with (
         _read_errors(path),
         open(path, "rb") as file,
@@ -63,10 +63,10 @@ def _opened(path: Path, names: set[str] | None = None) -> Iterator[TensorDeseria
 
 
 class TensorizerWriter:
-    """Writes tensors one after the other. The file is complete and durable once ``close`` has returned.
+    """Writes tensors one by one. The file is complete and durable once ``close`` has returned.
 
     Raises:
-        WriteError: the directory refuses, here and in every method.
+        WriteError: the file can't be written; also raised by every method.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,13 +77,13 @@ class TensorizerWriter:
         self._num_tensors = 0
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor; its bytes are on the way to the disk when this returns."""
+        """Append a tensor; its bytes may reach the disk after this returns."""
         with write_errors(self._path):
             self._serializer.write_tensor(self._num_tensors, name, TensorType.PARAM, tensor)
         self._num_tensors += 1
 
     def close(self) -> None:
-        """Finish the file and force it to the device."""
+        """Finish the file and flush it to the storage device."""
         with write_errors(self._path):
             self._serializer.close()
             sync_file(self._path)
@@ -91,7 +91,7 @@ class TensorizerWriter:
 
 @contextlib.contextmanager
 def _read_errors(path: Path) -> Iterator[None]:
-    """What tensorizer raises for a file that is cut off, changed or something else, as one error."""
+    """Turn the errors that tensorizer raises for truncated, changed or other files into ``ConfigError``."""
     try:
         yield
     except _READ_ERRORS as error:

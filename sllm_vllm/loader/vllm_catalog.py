@@ -1,4 +1,4 @@
-"""Finds the checkpoint for what vLLM is about to load, and says what to do when there is none or a bad one."""
+"""Finds the checkpoint for the model that vLLM is about to load; decides what to do if there is none, or a bad one."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ logger = init_logger(f"vllm.{__name__}")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the catalog knows of one model: a checkpoint to load, or what one may be written of, or neither."""
+    """What the catalog found for one model: a checkpoint to load, or the source to write one from, or neither."""
 
     checkpoint: Checkpoint | None = None
     source: ModelSource | None = None
     layout: Layout | None = None
     is_model_itself: bool = False
-    """The checkpoint is all there is of the model: without it, it can't be loaded."""
+    """The model has no weights but the checkpoint, so that it can't be loaded without it."""
 
 
 class Catalog:
-    """The checkpoints that a loader may use: in the model's own directory, the repository, the store's remotes."""
+    """The checkpoints that a loader may use: in the model's own directory, the repository, and the store's remotes."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
@@ -55,10 +55,10 @@ class Catalog:
         self._records = SourceRecords(config.store_dir)
 
     def find(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Found:
-        """Look for a checkpoint of ``model_config``. A bad one in the repository is reported and set aside.
+        """Look for a checkpoint of ``model_config``. A bad one in the repository is logged and set aside.
 
         Raises:
-            CheckpointError: the model is nothing but a checkpoint, and a bad one.
+            CheckpointError: the model consists of a checkpoint only, and it can't be used.
         """
         layout = layout_of(vllm_config, model_config, prefix)
         model = Path(model_config.model)
@@ -77,10 +77,10 @@ class Catalog:
             return Found()
 
     def _of_source(self, source: ModelSource, layout: Layout) -> Found:
-        """A checkpoint of ``source``'s weights. They are read for it only if there may be one for this layout.
+        """Look for a checkpoint of ``source``. Its weights are read only if there may be a checkpoint for this layout.
 
         Raises:
-            ConfigError: they can't be read.
+            ConfigError: the weights can't be read.
         """
         if source.files is None:
             return Found(self._of_commit(source.location, layout), source, layout)
@@ -94,7 +94,10 @@ class Catalog:
         return has_daemon or self._repository.may_have(layout)
 
     def _of_commit(self, location: Location, layout: Layout) -> Checkpoint | None:
-        """A checkpoint of a model from the Hub whose weights are not in the cache, if its files were in one."""
+        """A checkpoint of the same commit of a Hub model, for when the model's weights are not in the cache.
+
+        Only a checkpoint whose source files came from a Hub cache counts.
+        """
         for found in self._repository.list():
             if isinstance(found, CheckpointError) or found.manifest.layout != layout:
                 continue
@@ -104,7 +107,7 @@ class Catalog:
         return None
 
     def set_aside(self, checkpoint: Checkpoint) -> bool:
-        """Take a checkpoint that turned out to be corrupt out of use; False if it is not the repository's to move."""
+        """Move a corrupt checkpoint out of the way; False if it is not in the repository, or can't be moved."""
         return checkpoint.path.parent == self._repository.root and self._try_set_aside(checkpoint.path.name)
 
     def _own(self, model: Path, layout: Layout) -> Checkpoint:
@@ -113,7 +116,7 @@ class Catalog:
         try:
             files = scan_source(model)
         except ConfigError:
-            return checkpoint  # no weights beside it
+            return checkpoint  # there are no source weights to compare it with
         if has_weight_files(model):
             _check_weights(checkpoint, self._records.identify(model, files).fingerprint)
         elif changed := changed_since(files, checkpoint.manifest.source.files):
@@ -142,7 +145,7 @@ class Catalog:
         return nothing if self._try_set_aside(key.name) else Found()
 
     def _in_store(self, key: CheckpointKey) -> Checkpoint | None:
-        """What the store's daemon can get from elsewhere: a manifest, whose partitions only the daemon can give."""
+        """A checkpoint that the store's daemon can fetch. Its manifest is here; its partitions come from the daemon."""
         if not self._config.store:
             return None
         try:
@@ -162,17 +165,17 @@ class Catalog:
             logger.warning("event=checkpoint_set_aside path=%s", self._repository.set_aside(name))
         except WriteError as error:
             if not (self._repository.root / name).exists():
-                return True  # another rank was faster
+                return True  # another rank has moved it
             logger.warning("event=checkpoint_not_set_aside reason=%s", error)
             return False
         return True
 
 
 def check_layout(checkpoint: Checkpoint, wanted: Layout) -> None:
-    """Hold a checkpoint's layout against the one asked for.
+    """Check that a checkpoint has the layout ``wanted``.
 
     Raises:
-        LayoutMismatch: the message names every field that differs.
+        LayoutMismatch: it does not; the message names every field that differs.
     """
     has, needs = checkpoint.manifest.layout.model_dump(), wanted.model_dump()
     differing = [field for field in needs if has[field] != needs[field]]

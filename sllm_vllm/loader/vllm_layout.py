@@ -1,4 +1,4 @@
-"""The key of a checkpoint, read from vLLM's configuration: what was loaded, and for what."""
+"""Derives a checkpoint's layout, part of its key, from vLLM's configuration, and this worker's partition."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from sllm_vllm.checkpoint.checksum import digest
 from sllm_vllm.checkpoint.core.manifest import Layout
 
 _NOT_LAYOUT = ("_name_or_path", "transformers_version", "_commit_hash")
-"""Keys of a Hugging Face configuration that say where it comes from, not what it describes."""
+"""Keys of a Hugging Face configuration that say where it comes from and not what the model is."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankPosition:
-    """Which partition this worker owns, of how many."""
+    """The number of this worker's partition, and how many there are."""
 
     rank: int
     num_partitions: int
 
 
 def rank_position(vllm_config: VllmConfig) -> RankPosition:
-    """This worker's place. Data-parallel ranks hold equal weights, unless experts are spread over them."""
+    """This worker's position. Data-parallel ranks share a partition, unless experts are distributed over them."""
     tensor, pipeline = get_tp_group(), get_pp_group()
     rank = pipeline.rank_in_group * tensor.world_size + tensor.rank_in_group
     count = pipeline.world_size * tensor.world_size
@@ -37,8 +37,8 @@ def rank_position(vllm_config: VllmConfig) -> RankPosition:
 
 
 def layout_of(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Layout:
-    """Everything that changes what the module's parameters hold."""
-    # Not at the top: importing vLLM's loaders is what registers ours, which imports this module.
+    """The layout: everything that affects what the module's parameters hold, except the source weights."""
+    # Imported here, because importing vLLM's loaders registers ours, which imports this module.
     from vllm.model_executor.model_loader.utils import get_model_architecture
 
     parallel = vllm_config.parallel_config
@@ -59,7 +59,7 @@ def layout_of(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = 
 
 
 def _config_digest(vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> str:
-    """Digest of the rest: the model's own configuration and vLLM's switches that shape the module."""
+    """Digest of what has no field of its own: the model's configuration and vLLM's options that shape the module."""
     parallel, config = vllm_config.parallel_config, model_config.hf_config.to_dict()
     facts = {
         "config": {key: value for key, value in config.items() if key not in _NOT_LAYOUT},

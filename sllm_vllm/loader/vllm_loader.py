@@ -1,4 +1,4 @@
-"""``SllmModelLoader``: the class behind ``--load-format sllm``. One instance a worker and load."""
+"""``SllmModelLoader``: the class behind ``--load-format sllm``. vLLM makes one instance per worker and load."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 @register_model_loader("sllm")
 class SllmModelLoader(BaseModelLoader):
-    """Loads from our checkpoint where there is one; else the stock way, writing one through.
+    """Loads from our checkpoint if there is one, else the stock way, and then writes a checkpoint.
 
-    The constructor has no side effect but validation: on CUDA vLLM builds a loader twice. ``report`` tells of the last
-    load.
+    The constructor only validates its arguments, because on CUDA vLLM builds a loader twice. ``report`` is the report
+    of the last load.
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
@@ -56,7 +56,7 @@ class SllmModelLoader(BaseModelLoader):
         self._found: Found | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Fetch the source weights, as the stock loader does."""
+        """Download the source weights, as the stock loader does."""
         self._stock.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
@@ -64,7 +64,7 @@ class SllmModelLoader(BaseModelLoader):
 
         Raises:
             CheckpointCorrupt: bytes of the checkpoint differ from their checksums; it was set aside.
-            CheckpointError: the model is nothing but a checkpoint, and a bad one.
+            CheckpointError: the model consists of a checkpoint only, and it can't be used.
         """
         start = time.perf_counter()
         self.report = LoadReport(rank=rank_position(vllm_config).rank, outcome="unconverted")
@@ -81,7 +81,7 @@ class SllmModelLoader(BaseModelLoader):
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Fill a module that is built already, without post-processing it.
+        """Fill an existing module, without post-processing it.
 
         Raises:
             CheckpointError: see ``load_model``.
@@ -95,10 +95,10 @@ class SllmModelLoader(BaseModelLoader):
         self._load_stock(found if found.checkpoint is None else None, model, model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-        """Weights for vLLM's ``reload_weights``: ours by their names in the module, or Hugging Face's if we have none.
+        """Weights for vLLM's ``reload_weights``: our checkpoint's, by names in the module, or else Hugging Face's.
 
         Raises:
-            CheckpointError: the model is nothing but a checkpoint, and a bad one.
+            CheckpointError: the model consists of a checkpoint only, and it can't be used.
         """
         vllm_config = config_of(model)
         found = self._catalog.find(vllm_config, model_config)
@@ -108,7 +108,7 @@ class SllmModelLoader(BaseModelLoader):
             return self._stock.get_all_weights(model_config, model)
         if found.source is not None and self.config.verify_source == "always":
             found.source.start_reading(afresh=True)
-            found.source.require(checkpoint)  # before the first tensor: a live module can't go back
+            found.source.require(checkpoint)  # before the first tensor: a reload can't be undone
         logger.info("event=reload format=sllm checkpoint=%s", checkpoint.path)
         reload_layers_once(model)
         return read_tensors(checkpoint.partition(rank_position(vllm_config).rank), self.config)
@@ -140,10 +140,10 @@ class SllmModelLoader(BaseModelLoader):
         return initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def _start(self, found: Found, device: torch.device, stack: contextlib.ExitStack) -> RunningLoad | None:
-        """Begin to read ``found``'s checkpoint; the stack's end ends it. None if the stock loader has to do it.
+        """Begin to read ``found``'s checkpoint; closing ``stack`` ends the load. None if the stock loader has to load.
 
-        What is wrong before anything was filled (a broken header, a file that has gone) is logged and leads to the
-        stock loader, unless the checkpoint is all there is of the model.
+        Errors before anything was filled (a broken header, a missing file) are logged, and the stock loader is used,
+        unless the model consists of the checkpoint only.
         """
         if found.checkpoint is None:
             return None
@@ -157,7 +157,7 @@ class SllmModelLoader(BaseModelLoader):
             return None
 
     def _bind(self, load: RunningLoad | None, found: Found, model: nn.Module) -> RunningLoad | None:
-        """Bind the load to the module it fills; None, and the stock loader's turn, if it is for another one."""
+        """Bind the load to the module it fills; None if they don't match, so that the stock loader has to load."""
         try:
             if load is not None:
                 load.bind(model)
@@ -176,7 +176,7 @@ class SllmModelLoader(BaseModelLoader):
 
     @contextlib.contextmanager
     def _corruption_set_aside(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """Let the next start convert again, when bytes turn out to be wrong after the first modules were filled."""
+        """Set the checkpoint aside if the load finds it to be corrupt, so that the next start converts again."""
         try:
             yield
         except CheckpointCorrupt as error:
@@ -186,7 +186,7 @@ class SllmModelLoader(BaseModelLoader):
             raise CheckpointCorrupt(error.path, error.problem, mend, tensors=error.tensors) from None
 
     def _load_stock(self, found: Found | None, model: nn.Module, model_config: ModelConfig) -> None:
-        """Load the stock way, then write the module through; a failure to write never fails the start."""
+        """Load the stock way, then write a checkpoint; a failure to write it never fails the start."""
         source, transient = self._source_to_convert(found), None
         if source is not None:
             source.start_reading(afresh=self.config.verify_source == "always")
@@ -203,7 +203,7 @@ class SllmModelLoader(BaseModelLoader):
             logger.warning("event=not_converted reason=%s", error)
 
     def _source_to_convert(self, found: Found | None) -> ModelSource | None:
-        """The source whose content has to be known after the load: its reading may take as long as the load."""
+        """The source to identify during the load, because a checkpoint will be written; None if none will be."""
         if found is None or found.source is None or not self.config.write_through:
             return None
         try:
@@ -223,10 +223,10 @@ class SllmModelLoader(BaseModelLoader):
 
     @contextlib.contextmanager
     def _source_verified(self, found: Found) -> Iterator[None]:
-        """With ``verify_source: always``, read the source weights beside the load and hold them against the checkpoint.
+        """With ``verify_source: always``, read the source weights during the load and check that they are unchanged.
 
         Raises:
-            SourceChanged: they are other ones.
+            SourceChanged: the checkpoint was made from other weights.
         """
         if self.config.verify_source != "always" or found.source is None or found.checkpoint is None:
             yield
@@ -247,8 +247,8 @@ class SllmModelLoader(BaseModelLoader):
 
 @contextlib.contextmanager
 def _collecting_only_new_garbage() -> Iterator[None]:
-    """Collect what loading left behind without walking the 700,000 objects that the imports made (0.4 s a time)."""
-    frozen_before = gc.get_freeze_count() > 0  # a warm parent's doing: not ours to undo
+    """Collect the load's garbage without traversing the 700,000 objects that imports created (0.4 s per collection)."""
+    frozen_before = gc.get_freeze_count() > 0  # a warm parent has frozen them; leave that as it is
     if not frozen_before:
         gc.freeze()
     try:

@@ -1,9 +1,9 @@
-"""vLLM's post-processing, begun for each module as soon as its weights are there.
+"""Runs vLLM's post-processing for each module as soon as its weights have arrived.
 
-On the CPU most of ``load_model`` is packing: each linear layer's weight is copied into the kernel's own layout. Stock
-vLLM begins when the last byte was read. Here a module is packed while the next one's chunks arrive. Only for methods
-that are known to look at nothing but their own layer; the others, and everything behind the per-layer step, wait for
-the whole model and go through vLLM's own function.
+On the CPU, ``load_model`` spends most of its time packing: each linear layer's weight is copied into the kernel's own
+layout. Stock vLLM begins after the last byte was read. Here a module is packed while the next one's chunks arrive. This
+is done only for quantisation methods that are known to use nothing but their own layer. All others, and all steps after
+the per-layer one, wait for the whole model and go through vLLM's own function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from sllm_vllm.loader.load import RunningLoad
 
 LAYER_LOCAL_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-"""Their ``process_weights_after_loading(layer)`` reads and writes ``layer`` alone (read in vLLM 0.32)."""
+"""Methods whose ``process_weights_after_loading(layer)`` reads and writes only ``layer`` (checked in vLLM 0.32's code).
+"""
 
 
 def process_while_loading(
@@ -32,7 +33,7 @@ def process_while_loading(
     """Post-process ``model``, to which ``load`` is bound, while it is being filled.
 
     Returns:
-        Seconds of post-processing, waiting not counted.
+        Seconds of post-processing, without waiting for bytes.
 
     Raises:
         CheckpointError: the partition can't be read, or differs from its checksums.
@@ -55,7 +56,7 @@ def process_while_loading(
 
 
 def _steps(load: RunningLoad, model: nn.Module) -> list[tuple[Any, set[int]]]:
-    """Modules to process early, and the records each needs, in the order in which they become complete."""
+    """Modules to process early, with the records that each needs, in the order in which they become complete."""
     modules = [m for m in model.modules() if type(getattr(m, "quant_method", None)) in LAYER_LOCAL_METHODS]
     steps = [(module, load.records_of(module)) for module in modules]
     return sorted(steps, key=lambda step: load.ready_position(step[1]))
@@ -63,7 +64,10 @@ def _steps(load: RunningLoad, model: nn.Module) -> list[tuple[Any, set[int]]]:
 
 @contextlib.contextmanager
 def _done_already(modules: list[Any]) -> Iterator[None]:
-    """Keep vLLM's own loop from processing these modules twice; their methods stay in place and of their class."""
+    """Keep vLLM's own loop from processing these modules a second time.
+
+    It still finds their methods, with their own class, but calling them does nothing.
+    """
     methods = {id(module.quant_method): module.quant_method for module in modules}
     for method in methods.values():
         method.process_weights_after_loading = lambda layer: None

@@ -1,9 +1,9 @@
-"""vLLM's ``reload_weights`` from our format.
+"""Lets vLLM's ``reload_weights`` load from our format.
 
-vLLM hands its model's ``load_weights`` an iterator of Hugging Face tensors. Ours are fused and sharded already, so they
-must not pass the model's own fusing and slicing. For one call, the model's ``load_weights`` is replaced by one that
-fills the layers as they are, through vLLM's own layer-wise reloading: a layer is materialised, loaded,
-post-processed and copied into place when its last tensor has come.
+vLLM passes an iterator of Hugging Face tensors to the model's ``load_weights``. Our tensors are fused and sharded
+already, so the model must not fuse and slice them again. For one call, the model's ``load_weights`` is therefore
+replaced by one that fills the layers directly, through vLLM's own layer-wise reloading: once a layer's last tensor has
+arrived, the layer is materialised, loaded, post-processed and copied into place.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 _CONFIGS: WeakKeyDictionary[nn.Module, VllmConfig] = WeakKeyDictionary()
-"""What each live model was loaded with. vLLM 0.26 reloads through a new loader and sets no configuration around it."""
+"""The configuration of each live model, needed because vLLM 0.26 reloads through a new loader, and sets none there."""
 
 
 def remember_config(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Keep the configuration of a model that was loaded, until the model is garbage."""
+    """Remember a loaded model's configuration until the model is garbage-collected."""
     _CONFIGS[model] = vllm_config
 
 
 def config_of(model: nn.Module) -> VllmConfig:
-    """The configuration of a model that is being reloaded: the current one where vLLM sets it (0.27 and newer)."""
+    """The configuration of a model that is being reloaded: vLLM's current one where it sets one (0.27 and newer)."""
     return get_current_vllm_config_or_none() or _CONFIGS[model]
 
 
 def reload_layers_once(model: nn.Module) -> None:
-    """Let the next ``model.load_weights(tensors)``, and only that one, take tensors by their names in the module."""
+    """Make the next ``model.load_weights(tensors)``, and only that one, take tensors by their names in the module."""
 
     def load_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         del model.load_weights
@@ -44,10 +44,10 @@ def reload_layers_once(model: nn.Module) -> None:
 
 
 def _reload_layers(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Load ``tensors``, by their names in the module, into a model that is being reloaded layer by layer.
+    """Load ``tensors``, by their names in the module, into a model that vLLM is reloading layer by layer.
 
     Returns:
-        Names that were loaded.
+        Names of the loaded tensors.
     """
     original: list[tuple[Any, object]] = []
     owners = {name: (layer, short) for name, layer, short in _owners(model)}

@@ -1,4 +1,4 @@
-"""The source weights of a load: where they are, what identifies them, whether they are still the same afterwards."""
+"""The source weights of a load: where they are, what identifies them, and whether they changed during the load."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ _TOLD_MAX = 3
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a model's files are. ``commit``: of a model from the Hub, in whose cache ``directory`` is; ``ref``: the
-    file there that names the commit, for a load by name.
+    """Where a model's files are.
+
+    Attributes:
+        model: the model's name on the Hub, or its directory.
+        commit: for a model in the Hugging Face cache, its commit.
+        ref: for a model loaded by its Hub name, the cache's file that holds the commit.
     """
 
     model: str
@@ -40,17 +44,17 @@ class Location:
     ref: Path | None = field(default=None, compare=False)
 
     def is_current(self) -> bool:
-        """Whether the model's name still leads to ``commit``: a download may have moved it on."""
+        """Whether the model's name still refers to ``commit``; a download may have changed that."""
         with contextlib.suppress(OSError, ValueError):
             return self.ref is None or read_plain(self.ref, KIB).decode().strip() == self.commit
-        return True  # no such file: the revision is a commit
+        return True  # without a ref file, the revision is itself a commit
 
 
 def locate(model_config: ModelConfig, download_dir: str | None = None) -> Location:
-    """Where the stock loader finds the weights, or will put them.
+    """Where the stock loader finds the weights, or will download them to.
 
     Raises:
-        ConfigError: they are not on this machine (yet), so that nothing can be said of them.
+        ConfigError: the weights can't be identified, or the model is not on this machine yet.
     """
     model = model_config.model
     if getattr(model_config, "model_weights", ""):
@@ -65,7 +69,7 @@ def locate(model_config: ModelConfig, download_dir: str | None = None) -> Locati
     if vllm.envs.VLLM_USE_MODELSCOPE:
         raise ConfigError(f"{model}: weights from ModelScope are known by their directory alone; give that")
     config = None
-    with contextlib.suppress(ValueError):  # no name that the Hub allows
+    with contextlib.suppress(ValueError):  # the Hub does not allow such a name
         config = try_to_load_from_cache(model, "config.json", revision=model_config.revision)
     if not isinstance(config, str):
         raise ConfigError(f"{model}: it is not in the Hugging Face cache yet")
@@ -78,9 +82,9 @@ def locate(model_config: ModelConfig, download_dir: str | None = None) -> Locati
 
 
 class ModelSource:
-    """The weights of one model, as they were when this was made; one load owns it.
+    """The source weights of one model, as they were when this object was made. Used by one load.
 
-    ``files`` is None while they are still to be downloaded.
+    ``files`` is None while the weights are not downloaded.
     """
 
     def __init__(self, location: Location, records: SourceRecords) -> None:
@@ -91,7 +95,7 @@ class ModelSource:
         self._reading: _Reading | None = None
 
     def known(self) -> Source | None:
-        """What the weights are, if they need not be read for it.
+        """Identify the weights without reading them; None if they would have to be read, or are not there.
 
         Raises:
             ConfigError: a file can't be read.
@@ -102,7 +106,7 @@ class ModelSource:
         return None if identified is None else self._told(identified)
 
     def identify(self) -> Source:
-        """What the weights are; they are read where they have changed or were never seen.
+        """Identify the weights, reading the files that have changed or were never read.
 
         Raises:
             ConfigError: a file can't be read, or is written to meanwhile.
@@ -110,18 +114,18 @@ class ModelSource:
         return self._identify("unknown")
 
     def start_reading(self, *, afresh: bool) -> None:
-        """Identify the weights in a thread, beside a load; with ``afresh`` every byte is read."""
+        """Begin to identify the weights in a thread, during a load; with ``afresh`` every byte is read."""
         if self.files is not None:
             self._reading = _Reading(lambda: self._identify("all" if afresh else "unknown"))
 
     def finish_reading(self) -> Source:
-        """What the weights were while they were loaded; called after the load.
+        """Identify the weights that were loaded. Called after the load.
 
         Raises:
             ConfigError: a file can't be read, or was written to meanwhile.
         """
         before = self.files
-        if self._reading is None:  # the load has downloaded them, or is to be sure of them
+        if self._reading is None:  # the load has downloaded the weights, or nothing was read during it
             self.files = self._scan()
             source = self._identify("unknown")
         else:
@@ -132,19 +136,21 @@ class ModelSource:
         return source
 
     def require_unchanged(self, source: Source) -> None:
-        """Make sure, after a conversion, that the weights were ``source`` all the time; reads what only names tell.
+        """Check after a conversion that the weights were ``source`` throughout.
+
+        Reads the files that so far were identified only by their names in a Hub cache.
 
         Raises:
-            ConfigError: they were not, or can't be read.
+            ConfigError: the weights have changed, or can't be read.
         """
         if self.finish_reading().fingerprint != source.fingerprint or not self.has_content_of_names(source):
             raise ConfigError(f"{self.location.directory}: its weights changed while they were loaded; convert again")
 
     def require(self, checkpoint: Checkpoint) -> None:
-        """Hold what was read beside the load of ``checkpoint`` against what that was made from.
+        """Check that the weights read during the load of ``checkpoint`` are those it was made from.
 
         Raises:
-            SourceChanged: it is something else, or can't be read.
+            SourceChanged: they differ, or can't be read.
         """
         fix = "start again: the weights as they are now are loaded then"
         try:
@@ -156,7 +162,7 @@ class ModelSource:
             raise SourceChanged(self.location.directory, problem, fix)
 
     def has_content_of_names(self, source: Source) -> bool:
-        """Whether files that are known by their names in a Hub cache hold what these say; reads them."""
+        """Read the files identified by their names in a Hub cache; whether they hold what the names stand for."""
         if self.files is None or all(file.blob is None for file in self.files):
             return True
         try:
@@ -203,7 +209,7 @@ class ModelSource:
 
 
 class _Reading:
-    """A call in a thread of its own, which ends with the process."""
+    """Runs a call in a daemon thread and keeps its result."""
 
     def __init__(self, call: Callable[[], Source]) -> None:
         self._call = call
@@ -226,7 +232,7 @@ class _Reading:
 
 
 def source_of(model_config: ModelConfig, records: SourceRecords) -> Source:
-    """The source weights of a model on this machine.
+    """Identify the source weights of a model on this machine.
 
     Raises:
         ConfigError: they are not on this machine, can't be read, or are written to meanwhile.
@@ -235,10 +241,10 @@ def source_of(model_config: ModelConfig, records: SourceRecords) -> Source:
 
 
 def require_weights_here(module: nn.Module, model_config: ModelConfig) -> None:
-    """Refuse to convert a module that was filled from another model's files, too: their changes would not be seen.
+    """Raise if a module was also filled from another model's files, whose changes would not be noticed.
 
     Raises:
-        ConfigError: it was.
+        ConfigError: the module has weights from another model.
     """
     for source in getattr(module, "secondary_weights", ()):
         if source.model_or_path != model_config.model:
