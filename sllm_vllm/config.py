@@ -99,7 +99,7 @@ def engine_environment(secret_variables: Collection[str], **overrides: str) -> d
 
 
 def default_store_socket(store_dir: Path) -> Path:
-    """Where the daemon of ``store_dir`` listens: ``SLLM_STORE_SOCKET``, else a private folder inside it."""
+    """The socket of the daemon of ``store_dir``: ``SLLM_STORE_SOCKET``, else one in its private folder there."""
     if explicit := os.environ.get("SLLM_STORE_SOCKET"):
         return Path(explicit).expanduser()
     return store_dir / STORE_STATE_DIR / "socket"

@@ -124,7 +124,7 @@ class WriterBusy(WriteError):
 
 
 class NotExportable(CheckpointError):
-    """The checkpoint's layout can't be turned back into Hugging Face tensors."""
+    """The checkpoint's layout can't be converted back to Hugging Face tensors."""
 
 
 class StoreError(_PathError):

@@ -1,4 +1,4 @@
-"""vLLM's entry point: called once in every vLLM process, before it parses its arguments."""
+"""The plugin that vLLM calls once in each of its processes, before it parses its arguments."""
 
 from __future__ import annotations
 

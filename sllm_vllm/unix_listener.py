@@ -30,7 +30,7 @@ class DaemonWords:
     """The errors and messages of one daemon."""
 
     error: ErrorClass
-    """The system refuses a folder or a socket."""
+    """The system refuses to create a folder or a socket, or to open the lock."""
     busy: ErrorClass
     """Another process holds the lock."""
     busy_problem: str

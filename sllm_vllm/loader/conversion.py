@@ -310,7 +310,7 @@ def _death(rank: RunningRank) -> str:
 
 
 def _run_rank(job: RankJob, events: Connection) -> None:
-    """Body of a rank's process."""
+    """The main function of a rank's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends this process
     threading.Thread(target=_end_with_parent, name="sllm-lifeline", daemon=True).start()
     _print_to(log_path(job))

@@ -131,7 +131,7 @@ def _engine_config(request: ConvertRequest, model: str, job: RankJob, *, dtype: 
 def _join_ranks(job: RankJob, config: VllmConfig) -> None:
     """Create the process groups from which vLLM gets rank and size. Only this module sends anything, over gloo."""
     world_size = job.request.tensor_parallel_size
-    resolve_obj_by_qualname(config.parallel_config.worker_cls)  # importing it applies the platform's own patches
+    resolve_obj_by_qualname(config.parallel_config.worker_cls)  # imported for the platform's patches that come with it
     # Create the groups without a device communicator: loading weights needs none, and there may be no device.
     current_platform.get_device_communicator_cls = lambda: _NO_COMMUNICATOR
     torch.distributed.init_process_group(

@@ -73,7 +73,7 @@ class RegisterWay:
             if result == 0:
                 self._registered[slot] = host.data_ptr()
             elif flags == _READ_ONLY:
-                self._flags = _DEFAULT  # the device can't read memory that the CPU may not write
+                self._flags = _DEFAULT  # this device does not support read-only registration
             else:
                 self._flags = None
                 logger.warning("event=not_registered error=%d reason='the driver refuses the pool's memory'", result)

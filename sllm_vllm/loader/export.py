@@ -105,7 +105,7 @@ def _write_tensors(
     by_name = {plan.record.name: plan for plan in plans}
     for name, tensor in read_tensors(checkpoint.partition(0), LoaderConfig(verify="always")):
         plan = by_name.get(name)
-        if plan is None:  # another name of a tied tensor
+        if plan is None:  # an alias of a tied tensor, already written
             continue
         if plan.default is not None and not bool((tensor == plan.default).all()):
             problem = f"tensor {name!r} was loaded from the source, and Hugging Face has no name for it"

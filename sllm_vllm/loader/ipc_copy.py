@@ -145,7 +145,7 @@ def register_pool(pool: torch.Tensor) -> bool:
 
 
 def main(channel_fd: int, socket_path: Path, device: torch.device) -> None:
-    """Body of the copier's process."""
+    """The main function of the copier's process."""
     with StoreClient(socket_path) as client, socket.socket(fileno=channel_fd) as channel:
         nbytes = client.welcome.num_slots * client.welcome.slot_nbytes
         space = AddressSpace(nbytes)

@@ -88,7 +88,7 @@ class SpanLease:
         self._serial.run(partial(self._release, span))
 
     def end_receiving(self) -> None:
-        """Want no more spans: the lease ends once all held spans are released."""
+        """Stop receiving spans. The lease ends once all held spans are released."""
         self._serial.run(self._end_receiving)
 
     def view_pool(self) -> None:
