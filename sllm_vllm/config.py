@@ -99,7 +99,7 @@ def engine_environment(secret_variables: Collection[str], **overrides: str) -> d
 
 
 def default_store_socket(store_dir: Path) -> Path:
-    """The socket of the daemon of ``store_dir``: ``SLLM_STORE_SOCKET``, else one in its private folder there."""
+    """The store daemon's socket: ``SLLM_STORE_SOCKET``, else one in the private folder inside ``store_dir``."""
     if explicit := os.environ.get("SLLM_STORE_SOCKET"):
         return Path(explicit).expanduser()
     return store_dir / STORE_STATE_DIR / "socket"

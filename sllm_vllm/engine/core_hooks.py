@@ -38,8 +38,8 @@ def hook_requests(module: ModuleType, points: HookPoints) -> None:
             if points.problems:  # the hook that checks the tokens may be among the missing ones
                 raise ResumeRefused(f"this core can't resume: {points.problems[0]}")
             made.append_output_token_ids(owned)
-            # Make it look preempted: for the first prefill of a new request, vLLM asserts that the prefix cache has
-            # no more of it than its prompt.
+            # Make it look preempted: at the first prefill of a new request, vLLM asserts that no more tokens than
+            # the prompt's were found in the prefix cache.
             made.num_preemptions = 1
         return made
 

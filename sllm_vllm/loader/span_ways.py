@@ -41,7 +41,7 @@ class SpanWay(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what was never attached. Called when the consumer attaches no more tensors and no copy is running."""
+        """Clean up, and free what was never attached. Called once no tensor will be attached and no copy is running."""
         ...
 
 

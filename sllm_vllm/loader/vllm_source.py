@@ -69,7 +69,7 @@ def locate(model_config: ModelConfig, download_dir: str | None = None) -> Locati
     if vllm.envs.VLLM_USE_MODELSCOPE:
         raise ConfigError(f"{model}: weights from ModelScope are known by their directory alone; give that")
     config = None
-    with contextlib.suppress(ValueError):  # the Hub does not allow such a name
+    with contextlib.suppress(ValueError):  # raised for names that the Hub does not allow
         config = try_to_load_from_cache(model, "config.json", revision=model_config.revision)
     if not isinstance(config, str):
         raise ConfigError(f"{model}: it is not in the Hugging Face cache yet")
@@ -162,7 +162,7 @@ class ModelSource:
             raise SourceChanged(self.location.directory, problem, fix)
 
     def has_content_of_names(self, source: Source) -> bool:
-        """Read the files identified by their names in a Hub cache; whether they hold what the names stand for."""
+        """Whether files identified by their names in a Hub cache hold what the names stand for; reads these files."""
         if self.files is None or all(file.blob is None for file in self.files):
             return True
         try:
