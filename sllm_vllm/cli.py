@@ -51,7 +51,7 @@ _DIFFERING_SHOWN = 5
 
 app = command_group(
     "sllm-vllm",
-    "Serverless LLM inference on stock vLLM: engines that start in a second, checkpoints, the store.",
+    "Serverless LLM inference on stock vLLM: engines that start in a second, checkpoints, a store and a router.",
     completes=True,
 )
 app.add_typer(store_app)
@@ -60,7 +60,9 @@ add_engine_commands(app)
 add_router_commands(app)
 add_transfer_commands(app)
 
-CheckpointPath = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint's directory, or name in the store.")]
+CheckpointPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="Directory of a checkpoint, or its name in the store.")
+]
 
 
 class ExportTo(Enum):
@@ -148,7 +150,7 @@ def _multiple_of_4096(value: int | None) -> int | None:
     if value is None:
         return None
     if not CHUNK_NBYTES_MIN <= value <= CHUNK_NBYTES_MAX or value % CHUNK_NBYTES_MIN:
-        raise typer.BadParameter(f"it must be a multiple of 4096 from {CHUNK_NBYTES_MIN} to {CHUNK_NBYTES_MAX}")
+        raise typer.BadParameter(f"must be a multiple of 4096 from {CHUNK_NBYTES_MIN} to {CHUNK_NBYTES_MAX}")
     return value
 
 
@@ -156,8 +158,10 @@ def _multiple_of_4096(value: int | None) -> int | None:
 class ConvertOptions:
     """What ``convert`` takes."""
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or its name on the Hub.")]
-    out: Annotated[Path | None, typer.Option(help="Make this directory a model; do not use the store.")] = None
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a model, or its name on the Hub.")]
+    out: Annotated[
+        Path | None, typer.Option(help="Create this directory as a model for vllm serve, instead of using the store.")
+    ] = None
     tensor_parallel_size: Annotated[int, typer.Option(min=1, max=4096, help="As in vllm serve.")] = 1
     dtype: Annotated[str, typer.Option(help="As in vllm serve.")] = "auto"
     quantization: Annotated[str | None, typer.Option(help="As in vllm serve.")] = None
@@ -165,7 +169,8 @@ class ConvertOptions:
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in vllm serve.")] = False
     store_dir: StoreDir = None
     chunk_bytes: Annotated[
-        int | None, typer.Option(help="Unit of reading. Default: 16 MiB.", callback=_multiple_of_4096)
+        int | None,
+        typer.Option(help="Size of a chunk in bytes, a multiple of 4096. Default: 16 MiB.", callback=_multiple_of_4096),
     ] = None
     as_json: Json = False
 
@@ -175,9 +180,9 @@ class ConvertOptions:
 def convert(options: ConvertOptions) -> None:
     """Convert MODEL ahead of time, without an engine.
 
-    Loads its weights once and stores what each rank's parameters hold.
+    Loads the weights once and stores the parameters of each rank.
 
-    A conversion that was killed goes on where it stopped, rank by rank. A model's directory may hold a tensorizer file,
+    An interrupted conversion resumes with the ranks that are missing. A model's directory may hold a tensorizer file,
     model.tensors, instead of safetensors.
     """
     from sllm_vllm.checkpoint.reader import open_checkpoint
@@ -246,7 +251,7 @@ class _RankBars:
 
 @app.command(name="inspect")
 def inspect_checkpoint(path: CheckpointPath, store_dir: StoreDir = None, as_json: Json = False) -> None:
-    """Show what is in a checkpoint, and its source. Reads the manifest alone."""
+    """Show the contents and the source of a checkpoint. Reads only its manifest."""
     facts = _describe(_open(path, store_dir))
     if as_json:
         print_json(facts)
@@ -297,7 +302,7 @@ def verify(
     path: CheckpointPath,
     *,
     source: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare every tensor with what MODEL holds now.")
+        str | None, typer.Option(metavar="MODEL", help="Also compare every tensor with the current weights of MODEL.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in vllm serve.")] = False,
     store_dir: StoreDir = None,
@@ -305,8 +310,8 @@ def verify(
 ) -> None:
     """Check every byte of a checkpoint against its checksum.
 
-    With --source also against the model: the comparison loads MODEL as a conversion does. It ends with exit code 1 if a
-    tensor differs.
+    With --source, also compares every tensor with MODEL, which is loaded as for a conversion. The exit code is 1 if
+    anything differs.
     """
     from sllm_vllm.checkpoint.reader import verify_checkpoint
     from sllm_vllm.units import format_bps, format_nbytes
@@ -322,7 +327,7 @@ def verify(
     if source is not None:
         _require_as_in_source(checkpoint, source, trust_remote_code=trust_remote_code)
         record["source"] = source
-        line = f"{line}; every tensor is as in {source}"
+        line = f"{line}; every tensor equals that of {source}"
     print_done(record, line, as_json=as_json)
 
 
@@ -335,21 +340,23 @@ def _require_as_in_source(checkpoint: Checkpoint, source: str, *, trust_remote_c
         differing = compare_with_source(checkpoint, source, trust_remote_code=trust_remote_code, on_event=bars)
     if differing:
         told = ", ".join(differing[:_DIFFERING_SHOWN]) + (", …" if len(differing) > _DIFFERING_SHOWN else "")
-        raise SllmError(f"{checkpoint.path}: {len(differing)} tensors are not as in {source}: {told}; convert it again")
+        raise SllmError(
+            f"{checkpoint.path}: {len(differing)} tensors differ from those of {source}: {told}; convert it again"
+        )
 
 
 @app.command()
 def export(
     path: CheckpointPath,
     *,
-    to: Annotated[ExportTo, typer.Option(help="What to write the weights as.")],
-    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    to: Annotated[ExportTo, typer.Option(help="Format of the weights.")],
+    out: Annotated[Path, typer.Option(help="Directory to create.")],
     store_dir: StoreDir = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a checkpoint back into a Hugging Face model directory.
+    """Export a checkpoint as a Hugging Face model directory.
 
-    Only plain weights of one rank, and of model classes whose fusing is known.
+    Supports plain weights of one rank, and only model classes whose fused weights it can split.
     """
     from sllm_vllm.loader.export import export_checkpoint
     from sllm_vllm.units import format_nbytes
@@ -365,7 +372,7 @@ def export(
 
 @app.command(name="list")
 def list_checkpoints(store_dir: StoreDir = None, as_json: Json = False) -> None:
-    """List the checkpoints, with age and last use. Broken ones, too."""
+    """List checkpoints, with age and last use. Includes broken ones."""
     repository = _repository(store_dir)
     entries = [_entry(found, repository) for found in repository.list()]
     if as_json:
@@ -420,13 +427,13 @@ def _entry(found: Checkpoint | CheckpointError, repository: CheckpointRepository
 
 @app.command()
 def rm(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm list` shows it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the checkpoint, from `sllm-vllm list`.")],
     store_dir: StoreDir = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     *,
     as_json: Json = False,
 ) -> None:
-    """Remove a checkpoint from the store. An engine that has it open keeps reading it."""
+    """Remove a checkpoint from the store. Engines that have it open can still read it."""
     from sllm_vllm.units import format_nbytes
 
     repository = _repository(store_dir)
@@ -436,7 +443,7 @@ def rm(
         try:
             is_agreed = typer.confirm(f"Remove {repository.root / name}?", err=as_json)
         except typer.Abort:  # the end of the input
-            wrong_usage("rm: no answer; --yes removes it without asking")
+            wrong_usage("rm: no answer on standard input; --yes removes without asking")
         if not is_agreed:
             raise typer.Abort
     nbytes = repository.remove(name)
@@ -447,16 +454,16 @@ def rm(
 @app.command()
 def prune(
     store_dir: StoreDir = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     *,
     as_json: Json = False,
 ) -> None:
     """Remove checkpoints that no start can use.
 
-    Those of another vLLM, or of weights that are not here any more.
+    These are checkpoints of another vLLM version, or of source weights that are no longer on this machine.
 
-    Source weights that have changed since they were read last are read for it.
+    Reads source weights that have changed since they were last read.
     """
     from importlib.metadata import PackageNotFoundError, version
 
@@ -483,11 +490,11 @@ def prune(
 def calibrate(
     path: CheckpointPath,
     store_dir: StoreDir = None,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="Threads that read, as the loader's `threads`.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Reading threads, like the loader's `threads`.")] = 4,
     *,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast each hop of a load is alone. Load reports then show their share of it."""
+    """Measure the speed of each hop of a load. Load reports then show what share of it they reach."""
     from sllm_vllm.loader.limits import measure_limits
     from sllm_vllm.units import format_bps
 

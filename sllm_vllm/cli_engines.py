@@ -32,9 +32,14 @@ REPLICA_CUT = ("model", "reason")
 """What a narrow terminal shows less of, in a table of replicas."""
 
 NodeDir = Annotated[
-    Path | None, typer.Option("--node-dir", help="The agent's own folder. Default: SLLM_NODE_DIR or the user's state.")
+    Path | None,
+    typer.Option(
+        "--node-dir", help="The agent's directory. Default: SLLM_NODE_DIR, else in the user's state directory."
+    ),
 ]
-Id = Annotated[str, typer.Argument(metavar="ID", help="As `sllm-vllm ps` shows it, or its unique beginning.")]
+Id = Annotated[
+    str, typer.Argument(metavar="ID", help="ID of a replica, from `sllm-vllm ps`, or a unique prefix of it.")
+]
 
 
 def add_engine_commands(app: typer.Typer) -> None:
@@ -66,21 +71,26 @@ def client_of(node_dir: Path | None) -> NodeClient:
 class RunOptions:
     """What ``run`` takes; options stand before MODEL."""
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As in `vllm serve`.")]
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as in `vllm serve`.")]
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="VLLM ARGUMENTS", help="What follows MODEL goes to `vllm serve` as it is."),
+        typer.Argument(metavar="VLLM ARGUMENTS", help="Everything after MODEL is passed to `vllm serve` unchanged."),
     ] = None
-    slots: Annotated[int | None, typer.Option(min=1, help="Slots to take. Default: as the arguments need.")] = None
+    slots: Annotated[int | None, typer.Option(min=1, help="Slots to use. Default: as many as the arguments need.")] = (
+        None
+    )
     port: Annotated[
-        int, typer.Option(min=0, max=65535, show_default=False, help="On loopback. Default: a free one.")
+        int, typer.Option(min=0, max=65535, show_default=False, help="Port on loopback. Default: any free port.")
     ] = 0
-    name: Annotated[str | None, typer.Option(metavar="ID", help="The replica's id. Default: made from MODEL.")] = None
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for slots rather than fail.")] = False
+    name: Annotated[str | None, typer.Option(metavar="ID", help="ID of the replica. Default: derived from MODEL.")] = (
+        None
+    )
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for free slots instead of failing.")] = False
     env: Annotated[
-        list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE", help="For the engine. Repeatable.")
+        list[str] | None,
+        typer.Option("--env", "-e", metavar="KEY=VALUE", help="Environment variable of the engine. Repeatable."),
     ] = None
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is accepted.")] = False
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as the order is accepted.")] = False
     node_dir: NodeDir = None
     as_json: Json = False
 
@@ -89,9 +99,9 @@ class RunOptions:
 def run(options: RunOptions) -> None:
     """Run `vllm serve MODEL` in the background, on free slots.
 
-    Prints its address when it is ready.
+    Prints the engine's address when it is ready.
 
-    Starts the agent if none runs. An interrupt while the engine starts stops it.
+    Starts the agent if none is running. Ctrl-C during the start stops the engine.
     """
     from sllm_vllm.node.model_path import require_model
 
@@ -101,7 +111,7 @@ def run(options: RunOptions) -> None:
     try:
         report = client.order(order)
     except KeyboardInterrupt:
-        typer.echo("interrupted; whether it was accepted is told by `sllm-vllm ps`", err=True)
+        typer.echo("interrupted; `sllm-vllm ps` shows whether the order was accepted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if not options.detach:
         report = _started(client, report)
@@ -154,7 +164,7 @@ def _client_or_start(node_dir: Path | None) -> NodeClient:
     from sllm_vllm.node.launcher import serve_command, start_in_background
 
     root = node_root(node_dir)
-    typer.echo(f"no agent runs: starting one, see {root / 'agent.log'}", err=True)
+    typer.echo(f"no agent is running: starting one, see {root / 'agent.log'}", err=True)
     return start_in_background(root, serve_command(["--node-dir", str(root)]))
 
 
@@ -168,7 +178,7 @@ def _started(client: NodeClient, accepted: ReplicaReport) -> ReplicaReport:
                     return report
     except KeyboardInterrupt:
         client.stop_replica(accepted.id)
-        typer.echo(f"interrupted: {accepted.id} was told to stop", err=True)
+        typer.echo(f"interrupted: stopping {accepted.id}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     return client.replica(accepted.id)
 
@@ -272,7 +282,7 @@ def _told_status(status: int | None) -> str:
 
 
 def ps(
-    every: Annotated[bool, typer.Option("--all", "-a", help="Those that have ended, too.")] = False,
+    every: Annotated[bool, typer.Option("--all", "-a", help="Include engines that have ended.")] = False,
     as_json: Json = False,
     node_dir: NodeDir = None,
 ) -> None:
@@ -281,7 +291,7 @@ def ps(
 
     client = client_of(node_dir)
     if not client.is_there():
-        typer.echo("[]" if as_json else "no agent runs")
+        typer.echo("[]" if as_json else "no agent is running")
         return
     try:
         known = client.report().replicas
@@ -296,7 +306,7 @@ def ps(
     elif replicas:
         print_table("", [replica_row(replica) for replica in replicas], cut=REPLICA_CUT)
     else:
-        typer.echo("no engine runs" + ("" if every or not known else "; `--all` shows those that have ended"))
+        typer.echo("no engine is running" + ("" if every or not known else "; `--all` shows ended ones"))
 
 
 def replica_row(replica: ReplicaReport) -> dict[str, object]:
@@ -316,12 +326,12 @@ def replica_row(replica: ReplicaReport) -> dict[str, object]:
 
 def logs(
     replica: Id,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended.")] = False,
-    tail: Annotated[int | None, typer.Option(min=0, metavar="LINES", help="Only so many lines at the end.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the engine ends.")] = False,
+    tail: Annotated[int | None, typer.Option(min=0, metavar="LINES", help="Print only the last LINES lines.")] = None,
     *,
     node_dir: NodeDir = None,
 ) -> None:
-    """Print what an engine has printed."""
+    """Print an engine's log."""
     client = client_of(node_dir)
     full_id = client.replica(replica).id
     try:
@@ -352,17 +362,20 @@ def _log_parts(client: NodeClient, full_id: str, *, follow: bool, tail: int | No
 
 def stop(
     replicas: Annotated[
-        list[str] | None, typer.Argument(metavar="ID", help="As `sllm-vllm ps` shows them, or their beginnings.")
+        list[str] | None,
+        typer.Argument(metavar="ID", help="IDs of replicas, from `sllm-vllm ps`, or unique prefixes of them."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", "-a", help="All that run or wait.")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when they were told to stop.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", "-a", help="Stop all engines, including those that wait for slots.")
+    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Don't wait until the engines have ended.")] = False,
     *,
     node_dir: NodeDir = None,
     as_json: Json = False,
 ) -> None:
-    """Stop engines. Returns when they are gone; the agent stays."""
+    """Stop engines. Returns when they have ended; the agent keeps running."""
     if bool(replicas) == every:
-        wrong_usage("stop: give IDs, or --all")
+        wrong_usage("stop: give either IDs or --all")
     client = client_of(node_dir)
     if every:
         ids = [replica.id for replica in client.report().replicas if not replica.has_ended]
@@ -381,7 +394,7 @@ def stop(
     if as_json:
         print_json(records)
     elif not ids:
-        typer.echo("no engine runs")
+        typer.echo("no engine is running")
 
 
 def _wait_ended(client: NodeClient, full_id: str) -> dict[str, object]:

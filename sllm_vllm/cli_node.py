@@ -31,26 +31,32 @@ node_app = command_group("node", "The agent that runs engines on this machine's 
 class ServeOptions:
     """What ``serve`` takes; the names are ``NodeConfig``'s but for units. None: as the file says, or the default."""
 
-    config: Annotated[Path | None, typer.Option(help="JSON file of these settings; options override it.")] = None
+    config: Annotated[Path | None, typer.Option(help="JSON file with settings; options override it.")] = None
     node_dir: NodeDir = None
     store_dir: StoreDir = None
-    slots: Annotated[int | None, typer.Option(help="Places of engines. Default: one a GPU, or one a processor.")] = None
+    slots: Annotated[
+        int | None, typer.Option(help="Slots for engines. Default: one per GPU, else one per processor.")
+    ] = None
     gpus: Annotated[
-        str | None, typer.Option(metavar="LIST", help="GPUs to use, as 0,1 or UUIDs. Default: all that are visible.")
+        str | None,
+        typer.Option(metavar="LIST", help="GPUs to use: indices such as 0,1, or UUIDs. Default: all that are visible."),
     ] = None
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="On the CPU: memory for all engines. Default: 0.9 of what is free."),
+        typer.Option(metavar="SIZE", help="On the CPU: memory for all engines. Default: 90% of what is available."),
     ] = None
     kv_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="On the CPU: KV cache of a slot. Default: 1/8 of it, 1GiB at most."),
+        typer.Option(
+            metavar="SIZE", help="On the CPU: KV cache of a slot. Default: 1/8 of the slot's memory, at most 1GiB."
+        ),
     ] = None
     warm: Annotated[
-        bool | None, typer.Option("--warm/--no-warm", help="Fork engines from a process that has imported vLLM.")
+        bool | None,
+        typer.Option("--warm/--no-warm", help="Fork engines from a process that has imported vLLM. Default: --warm."),
     ] = None
     start_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Longest that an engine may take to be ready. Default: 600.")
+        float | None, typer.Option(metavar="SECONDS", help="How long an engine may take to become ready. Default: 600.")
     ] = None
 
 
@@ -62,7 +68,7 @@ _FIELD_OF = {"memory": "memory_bytes", "kv_memory": "kv_bytes", "start_timeout":
 def serve(options: ServeOptions) -> None:
     """Run the agent.
 
-    SIGTERM, SIGINT or `sllm-vllm node stop` ends it, and its engines.
+    SIGTERM, SIGINT or `sllm-vllm node stop` stops it and its engines.
     """
     config = _node_config(options)
     from sllm_vllm.errors import NodeBusy
@@ -95,11 +101,13 @@ def _node_config(options: ServeOptions) -> NodeConfig:
 
 @node_app.command()
 def stop(
-    timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Longest to wait for its end.")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the agent to end.")
+    ] = 120.0,
     node_dir: NodeDir = None,
     as_json: Json = False,
 ) -> None:
-    """End the agent and every engine of it. Returns when they are gone."""
+    """Stop the agent and all its engines. Returns when they have ended."""
     client = client_of(node_dir)
     living = sum(not replica.has_ended for replica in client.report().replicas)
     client.stop(wait_s=timeout)
@@ -111,10 +119,10 @@ def stop(
 @node_app.command()
 def status(
     node_dir: NodeDir = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Measure the warm parent's memory, too.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Also measure the warm parent's memory.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show slots, engines, checkpoints, and what starts took."""
+    """Show slots, engines, checkpoints and how long starts took."""
     client = client_of(node_dir)
     report = client.report(with_memory=memory)
     if as_json:
@@ -136,7 +144,7 @@ def _print_summary(report: NodeReport, socket: Path) -> None:
     typer.echo(f"node {report.version}  pid {report.pid}  up {age(report.uptime_s)}  {report.platform}")
     typer.echo(f"socket {socket}")
     if report.problem:
-        typer.echo(f"the agent does not work: {report.problem}")
+        typer.echo(f"the agent has a problem: {report.problem}")
     warm = report.warm
     if warm.pid is None:
         typer.echo(f"no warm parent: {warm.problem}")
@@ -144,7 +152,7 @@ def _print_summary(report: NodeReport, socket: Path) -> None:
         imports = "" if warm.import_s is None else f", imported in {warm.import_s:.1f} s"
         size = "" if warm.pss_nbytes is None else f", {format_nbytes(warm.pss_nbytes)}"
         typer.echo(f"warm parent pid {warm.pid}, {warm.num_forks} forks{imports}{size}")
-    typer.echo(f"no store: {report.store}" if report.store else "the store answers")
+    typer.echo(f"no store: {report.store}" if report.store else "the store is available")
 
 
 def _slot_row(slot: SlotReport) -> dict[str, object]:

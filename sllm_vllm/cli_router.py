@@ -33,15 +33,16 @@ if TYPE_CHECKING:
 
 Url = Annotated[
     str | None,
-    typer.Option("--url", help="Where the router listens. Default: SLLM_URL, or this machine's router, or port 8000."),
+    typer.Option("--url", help="The router's address. Default: SLLM_URL, else this machine's router, else port 8000."),
 ]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
-        "--key-file", help="File with an admin key. Default: SLLM_ADMIN_KEY, or the router's own in SLLM_NODE_DIR."
+        "--key-file",
+        help="File with an admin key. Default: SLLM_ADMIN_KEY, else the router's own key in SLLM_NODE_DIR.",
     ),
 ]
-ModelName = Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm status` shows it.")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model, from `sllm-vllm status`.")]
 
 
 def add_router_commands(app: typer.Typer) -> None:
@@ -52,7 +53,7 @@ def add_router_commands(app: typer.Typer) -> None:
     app.add_typer(config_app)
 
 
-config_app = command_group("config", "The router's configuration.")
+config_app = command_group("config", "Check and describe the router's configuration.")
 
 
 def _client(url: str | None, key_file: Path | None) -> AdminClient:
@@ -65,10 +66,10 @@ def _client(url: str | None, key_file: Path | None) -> AdminClient:
 # --------------------------------------------------------------------------------------------------------- the process
 
 
-def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The router's configuration.")]) -> None:
+def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The router's configuration file.")]) -> None:
     """Serve the models of CONFIG at one address.
 
-    Until SIGTERM or SIGINT; SIGHUP, or `sllm-vllm reload`, reads CONFIG again.
+    SIGTERM or SIGINT stops it; SIGHUP or `sllm-vllm reload` reloads CONFIG.
     """
     from sllm_vllm.router.daemon import serve as serve_router
 
@@ -78,12 +79,12 @@ def serve(config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The rou
 
 @config_app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A configuration of the router.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A configuration file of the router.")],
     as_json: Json = False,
 ) -> None:
     """Show every mistake in a configuration, with its line.
 
-    Looks at this machine, too: directories, slots and keys. Exit code 1 if `serve` would refuse it.
+    Also checks directories, slots and keys on this machine. The exit code is 1 if `serve` would refuse the file.
     """
     from sllm_vllm.router.config_places import check_on_this_machine
 
@@ -117,7 +118,7 @@ def schema() -> None:
 
 
 def status(url: Url = None, key_file: KeyFile = None, as_json: Json = False) -> None:
-    """Show models, replicas, slots, and what the last starts took."""
+    """Show models, replicas, nodes and how long the last starts took."""
     client = _client(url, key_file)
     facts = {**client.get("models"), **client.get("replicas"), **client.get("nodes")}
     if as_json:
@@ -131,7 +132,7 @@ def status(url: Url = None, key_file: KeyFile = None, as_json: Json = False) -> 
 
 
 def requests(url: Url = None, key_file: KeyFile = None, as_json: Json = False) -> None:
-    """Show requests that are not answered yet, the oldest first."""
+    """Show unfinished requests, oldest first."""
     found = _client(url, key_file).get("requests")
     if as_json:
         print_json(found)
@@ -196,13 +197,18 @@ def _seconds(value: float | None) -> str:
 
 
 def deploy(
-    file: Annotated[str, typer.Argument(metavar="FILE|-", help="YAML or JSON: one model, or a list under `models`.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|-", help="YAML or JSON file with one model, or with a list under `models`; -: standard input."
+        ),
+    ],
     url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Add models to a running router, or change them. Its configuration file stays as it is."""
+    """Add or change models of a running router. Its configuration file is not changed."""
     models = _read_models(file)
     client = _client(url, key_file)
     done: list[dict[str, Any]] = []
@@ -230,7 +236,7 @@ def _read_models(file: str) -> list[dict[str, Any]]:
         if found.config is None:
             raise InvalidConfig(found.problems)
         if not found.config.models:
-            raise InvalidConfig([Problem(("models",), "no model is in it")])
+            raise InvalidConfig([Problem(("models",), "there is no model in it")])
     except InvalidConfig as error:
         raise InvalidConfig(below(error.problems, ("models", 0)) if is_one else error.problems, file) from None
     return [model.model_dump(mode="json", exclude_unset=True) for model in found.config.models]
@@ -247,22 +253,22 @@ def _document_of(path: Path, file: str) -> Document:
 
 
 def delete(name: ModelName, url: Url = None, key_file: KeyFile = None, *, as_json: Json = False) -> None:
-    """Stop serving a model. Requests that run are answered, those that wait are refused."""
+    """Stop serving a model. Running requests are finished, waiting ones are refused."""
     reply = _client(url, key_file).delete("models", name)
     print_done(reply, f"deleted: {reply['deleted']}", as_json=as_json)
 
 
 def drain(
-    target: Annotated[str, typer.Argument(metavar="ID", help="A replica, or a node.")],
+    target: Annotated[str, typer.Argument(metavar="ID", help="ID of a replica or a node.")],
     url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Send no more requests to a replica, or to all of a node.
+    """Drain a replica, or all replicas of a node.
 
-    It ends when its last request has ended. On a node nothing starts any more, until
-    `sllm-vllm undrain` or the router's end.
+    A drained replica gets no new requests and ends after its last one. A drained node starts no replicas until
+    `sllm-vllm undrain`, or until the router is restarted.
     """
     from sllm_vllm.router.admin_client import AdminError
 
@@ -282,8 +288,8 @@ def drain(
 
 
 def migrate(
-    request: Annotated[str, typer.Argument(metavar="REQUEST", help="As `sllm-vllm requests` shows it.")],
-    to: Annotated[str | None, typer.Option(help="Replica; without it the one with the fewest requests.")] = None,
+    request: Annotated[str, typer.Argument(metavar="REQUEST", help="ID of the request, from `sllm-vllm requests`.")],
+    to: Annotated[str | None, typer.Option(help="Target replica. Default: the one with the fewest requests.")] = None,
     url: Url = None,
     *,
     key_file: KeyFile = None,
@@ -291,23 +297,23 @@ def migrate(
 ) -> None:
     """Move a running request to another replica. Its client does not notice."""
     reply = _client(url, key_file).post("requests", request, "migrate", body=None if to is None else {"to": to})
-    print_done(reply, f"moving to {reply['target']}; what comes of it: sllm-vllm story {request}", as_json=as_json)
+    print_done(reply, f"moving to {reply['target']}; to see the result: sllm-vllm story {request}", as_json=as_json)
 
 
 def undrain(
-    node: Annotated[str, typer.Argument(metavar="NODE", help="As `sllm-vllm status` shows it.")],
+    node: Annotated[str, typer.Argument(metavar="NODE", help="ID of the node, from `sllm-vllm status`.")],
     url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Let a node that was drained take starts again."""
+    """Let replicas start on a drained node again."""
     reply = _client(url, key_file).post("nodes", node, "undrain")
-    print_done(reply, f"takes starts: {reply['node']}", as_json=as_json)
+    print_done(reply, f"undrained: {reply['node']} takes starts again", as_json=as_json)
 
 
 def reload(url: Url = None, key_file: KeyFile = None, *, as_json: Json = False) -> None:
-    """Let the router read its configuration again."""
+    """Reload the router's configuration file."""
     reply = _client(url, key_file).post("reload")
     print_done(reply, f"reloaded: {reply['changed']}", as_json=as_json)
 
@@ -341,15 +347,15 @@ def _fields(fields: Mapping[str, Any]) -> str:
 
 
 def explain(
-    name: Annotated[str, typer.Argument(metavar="MODEL", help="As `sllm-vllm status` shows it.")],
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model, from `sllm-vllm status`.")],
     url: Url = None,
     key_file: KeyFile = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Show what a request for MODEL would meet now, and why.
+    """Show what would happen to a request for MODEL now, and why.
 
-    Also how one more replica could start, and what the last prediction came to.
+    Also shows how one more replica could start, and how the last prediction compares with the actual start.
     """
     found = _client(url, key_file).get("explain", name)
     if as_json:
@@ -398,25 +404,26 @@ def _term_row(term: Mapping[str, Any]) -> dict[str, object]:
 class SimulateOptions:
     """What ``simulate`` takes."""
 
-    preset: Annotated[str, typer.Option(help="The cluster.")] = "paper"
+    preset: Annotated[str, typer.Option(help="Cluster to simulate.")] = "paper"
     policies: Annotated[
-        list[str] | None, typer.Option("--policy", help="Repeatable. Default: all that suit the cluster.")
+        list[str] | None,
+        typer.Option("--policy", help="Policy to simulate. Repeatable. Default: all that suit the cluster."),
     ] = None
-    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Runs of each policy.")] = 3
-    requests: Annotated[int, typer.Option(min=1, max=10_000_000, help="Of each run.")] = 1000
-    rate: Annotated[float | None, typer.Option(min=1e-6, help="Requests a second. Default: the preset's.")] = None
-    trace: Annotated[Path | None, typer.Option(help="CSV file of requests instead of drawn ones.")] = None
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Runs of each policy, each with its own seed.")] = 3
+    requests: Annotated[int, typer.Option(min=1, max=10_000_000, help="Requests in each run.")] = 1000
+    rate: Annotated[float | None, typer.Option(min=1e-6, help="Requests per second. Default: the preset's.")] = None
+    trace: Annotated[Path | None, typer.Option(help="CSV file of requests to replay instead of random ones.")] = None
     as_json: Json = False
-    png: Annotated[Path | None, typer.Option(help="File that gets the distributions of waits.")] = None
+    png: Annotated[Path | None, typer.Option(help="PNG file for a plot of the distributions of waits.")] = None
     validate: Annotated[bool, typer.Option("--validate", help="Check every invariant after every event.")] = False
-    decisions: Annotated[bool, typer.Option("--decisions", help="Measure how long decisions take instead.")] = False
+    decisions: Annotated[bool, typer.Option("--decisions", help="Instead, measure how long decisions take.")] = False
 
 
 @with_options(SimulateOptions)
 def simulate(options: SimulateOptions) -> None:
     """Simulate the router and other policies on a cluster.
 
-    Runs the router's own core, and compares what requests waited.
+    Runs the router's own core and compares how long requests wait.
     """
     from sllm_vllm.simulate.command import Options, run_simulation
 

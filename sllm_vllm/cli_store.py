@@ -47,13 +47,16 @@ _NAME_MAX = 4096
 store_app = command_group("store", "The daemon that keeps checkpoints in this machine's memory.")
 
 StoreDir = Annotated[
-    Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
+    Path | None,
+    typer.Option(
+        "--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR, else in the user's cache."
+    ),
 ]
 Socket = Annotated[
-    Path | None, typer.Option("--socket", help="The daemon's socket. Default: SLLM_STORE_SOCKET or inside --store-dir.")
+    Path | None, typer.Option("--socket", help="The daemon's socket. Default: SLLM_STORE_SOCKET, else in --store-dir.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="As `sllm-vllm list` shows it.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the checkpoint, from `sllm-vllm list`.")]
 
 
 def with_options(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
@@ -85,32 +88,51 @@ def store_root(store_dir: Path | None) -> Path:
 class ServeOptions:
     """What ``serve`` takes; the names are ``StoreConfig``'s but for units. None: as the file says, or the default."""
 
-    config: Annotated[Path | None, typer.Option(help="JSON file of these settings; options override it.")] = None
+    config: Annotated[Path | None, typer.Option(help="JSON file with settings; options override it.")] = None
     store_dir: StoreDir = None
     socket: Socket = None
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory for checkpoints, as 16GiB.")] = None
-    disk: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Quota of --store-dir, for what a remote has too, as 200GiB.")
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Host memory for checkpoints, such as 16GiB. Default: 4GiB.")
     ] = None
-    slot_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Unit of the memory. Default: 16MiB.")] = None
-    remote: Annotated[list[str] | None, typer.Option(metavar="URL", help="Where else checkpoints are. Repeatable.")] = (
-        None
-    )
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Quota of --store-dir, such as 200GiB; to keep within it, checkpoints that a remote also has are"
+            " removed.",
+        ),
+    ] = None
+    slot_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Size of the memory's slots. Default: 16MiB.")
+    ] = None
+    remote: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Remote from which to fetch checkpoints. Repeatable.")
+    ] = None
     redirect_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOST", help="Another host that a remote may redirect to, as *.example.com. Repeatable."),
+        typer.Option(
+            metavar="HOST", help="Other host that a remote may redirect to, such as *.example.com. Repeatable."
+        ),
     ] = None
-    policy: Annotated[str | None, typer.Option(metavar="cost|lru", help="What is evicted first.")] = None
-    readers: Annotated[int | None, typer.Option(help="Reads at once. Default: as calibrated, or 4.")] = None
-    writers: Annotated[int | None, typer.Option(help="Writes at once. Default: as calibrated, or 1.")] = None
-    downloads: Annotated[int | None, typer.Option(help="Ranged requests at once. Default: 8.")] = None
+    policy: Annotated[str | None, typer.Option(metavar="cost|lru", help="Eviction policy. Default: cost.")] = None
+    readers: Annotated[int | None, typer.Option(help="Concurrent reads. Default: as calibrated, else 4.")] = None
+    writers: Annotated[int | None, typer.Option(help="Concurrent writes. Default: as calibrated, else 1.")] = None
+    downloads: Annotated[int | None, typer.Option(help="Concurrent ranged requests to remotes. Default: 8.")] = None
     prefault: Annotated[
-        bool | None, typer.Option("--prefault/--no-prefault", help="Claim the memory at start, or at first use.")
+        bool | None,
+        typer.Option(
+            "--prefault/--no-prefault", help="Allocate the memory at start, or at first use. Default: at start."
+        ),
     ] = None
     pause_fills: Annotated[
-        bool | None, typer.Option("--pause-fills/--no-pause-fills", help="Let prefetches wait while an engine waits.")
+        bool | None,
+        typer.Option(
+            "--pause-fills/--no-pause-fills", help="Pause prefetches while an engine waits for a load. Default: pause."
+        ),
     ] = None
-    metrics_port: Annotated[int | None, typer.Option(help="Port of /metrics on loopback; 0: a free one.")] = None
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Port of /metrics on loopback; 0: any free port. Default: no /metrics.")
+    ] = None
 
 
 _FIELD_OF = {
@@ -125,7 +147,7 @@ _FIELD_OF = {
 @store_app.command()
 @with_options(ServeOptions)
 def serve(options: ServeOptions) -> None:
-    """Run the daemon. SIGTERM, SIGINT or `sllm-vllm store stop` ends it."""
+    """Run the daemon. SIGTERM, SIGINT or `sllm-vllm store stop` stops it."""
     config = _store_config(options)
     from sllm_vllm.store.daemon import serve as serve_store
 
@@ -149,7 +171,7 @@ def _store_config(options: ServeOptions) -> StoreConfig:
     given = {_FIELD_OF.get(name, name): value for name, value in vars(options).items() if name != "config"}
     config = validated(StoreConfig, options.config, given, options=_FIELD_OF)
     if config.num_slots == 0:
-        wrong_usage(f"--memory: {config.memory_bytes} bytes have no room for a slot of {config.slot_bytes}")
+        wrong_usage(f"--memory: {config.memory_bytes} bytes are less than one slot of {config.slot_bytes} bytes")
     socket = config.socket.expanduser().absolute() if config.socket is not None else None
     return config.model_copy(update={"store_dir": store_root(config.store_dir), "socket": socket})
 
@@ -215,7 +237,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         wrong_usage(f"{path}: no valid JSON ({error})")
     if not isinstance(values, dict):
-        wrong_usage(f"{path}: it must hold a JSON object")
+        wrong_usage(f"{path}: it must contain a JSON object")
     return values
 
 
@@ -249,20 +271,20 @@ def _print_reply(done: str, subject: object, reply: Mapping[str, object], *, as_
 @store_app.command()
 def prefetch(
     name: Name,
-    wait: Annotated[bool, typer.Option("--wait", help="Return when it is in memory.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the checkpoint is in memory.")] = False,
     *,
     store_dir: StoreDir = None,
     socket: Socket = None,
     as_json: Json = False,
 ) -> None:
-    """Read a checkpoint into memory ahead of its use."""
+    """Read a checkpoint into memory before it is needed."""
     reply = _order(_socket_path(store_dir, socket), "prefetch", name, wait=wait)
     _print_reply("prefetched" if wait else "prefetching", name, reply, as_json=as_json)
 
 
 @store_app.command()
 def evict(name: Name, store_dir: StoreDir = None, socket: Socket = None, *, as_json: Json = False) -> None:
-    """Drop a checkpoint from memory, but for what engines use. It stays on disk."""
+    """Evict a checkpoint from memory, except what engines use. It stays on disk."""
     _print_reply("evicted", name, _order(_socket_path(store_dir, socket), "evict", name), as_json=as_json)
 
 
@@ -274,20 +296,20 @@ def pin(name: Name, store_dir: StoreDir = None, socket: Socket = None, *, as_jso
 
 @store_app.command()
 def unpin(name: Name, store_dir: StoreDir = None, socket: Socket = None, *, as_json: Json = False) -> None:
-    """Let a pinned checkpoint be evicted again."""
+    """Allow a pinned checkpoint to be evicted again."""
     _print_reply("unpinned", name, _order(_socket_path(store_dir, socket), "unpin", name), as_json=as_json)
 
 
 @store_app.command()
 def stop(store_dir: StoreDir = None, socket: Socket = None, as_json: Json = False) -> None:
-    """End the daemon. Engines run on."""
+    """Stop the daemon. Engines keep running."""
     path = _socket_path(store_dir, socket)
     _print_reply("stopping", path, _order(path, "stop"), as_json=as_json)
 
 
 @store_app.command()
 def status(store_dir: StoreDir = None, socket: Socket = None, as_json: Json = False) -> None:
-    """Show what the daemon holds, for whom, and its hops' rates."""
+    """Show the daemon's checkpoints, leases and transfer rates."""
     facts = _order(_socket_path(store_dir, socket), "status")
     if as_json:
         print_json(facts)
@@ -364,25 +386,27 @@ def calibrate(
     store_dir: StoreDir = None,
     socket: Socket = None,
     file: Annotated[
-        Path | None, typer.Option(help="File to read. Default: the store's largest partition, or a temporary file.")
+        Path | None, typer.Option(help="File to read. Default: the store's largest partition, else a temporary file.")
     ] = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Measure the disk by depth and chunk size. The daemon uses it from its next start."""
+    """Measure the disk at several depths and chunk sizes. The daemon uses the result from its next start."""
     from sllm_vllm.config import StoreConfig
     from sllm_vllm.store.calibrate import MeasurePlan, largest_partition, measure_device
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     root, plan = store_root(store_dir), MeasurePlan()
     if _is_running(_socket_path(store_dir, socket)):
-        typer.echo("a daemon is running: what it reads and writes meanwhile disturbs the figures", err=True)
+        typer.echo("a daemon is running: its reads and writes may distort the measurement", err=True)
     source = file or largest_partition(root, plan.sample_nbytes // 4)
     measured = measure_device(StoreConfig(store_dir=root).state_dir, source, plan)
     if as_json:
         print_json(asdict(measured))
         return
-    typer.echo(f"read: {measured.file or 'a temporary file'}" + ("" if measured.is_direct else " (not past the cache)"))
+    typer.echo(
+        f"read: {measured.file or 'a temporary file'}" + ("" if measured.is_direct else " (through the page cache)")
+    )
     rows = [_figure_row("read", figure, measured.read_bps) for figure in measured.reads]
     print_table(str(root), rows + [_figure_row("write", figure, measured.write_bps) for figure in measured.writes])
     typer.echo(f"chosen: readers {measured.readers}, writers {measured.writers}")

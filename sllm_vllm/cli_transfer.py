@@ -22,7 +22,10 @@ Url = Annotated[
     ),
 ]
 StoreDir = Annotated[
-    Path | None, typer.Option("--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR or the cache.")
+    Path | None,
+    typer.Option(
+        "--store-dir", help="Directory of the checkpoints. Default: SLLM_STORE_DIR, else in the user's cache."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -34,14 +37,14 @@ def add_transfer_commands(app: typer.Typer) -> None:
 
 
 def push(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's directory, or name in the store.")],
+    checkpoint: Annotated[str, typer.Argument(help="Directory of a checkpoint, or its name in the store.")],
     url: Url,
     *,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another checkpoint there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a different checkpoint at URL.")] = False,
     store_dir: StoreDir = None,
     as_json: Json = False,
 ) -> None:
-    """Copy CHECKPOINT to URL. Each byte is checked on the way; the last part of URL is its name there."""
+    """Copy CHECKPOINT to URL. Every byte is verified; the last part of URL becomes the checkpoint's name."""
     from sllm_vllm.checkpoint.reader import open_checkpoint
     from sllm_vllm.store.transfer import push_checkpoint
 
@@ -59,13 +62,14 @@ def pull(
     redirect_host: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="HOST", help="Another host that URL may redirect to; *.example.com for all below. Repeatable."
+            metavar="HOST",
+            help="Other host that URL may redirect to; *.example.com for all its subdomains. Repeatable.",
         ),
     ] = None,
     *,
     as_json: Json = False,
 ) -> None:
-    """Copy the checkpoint at URL into the store. One that was broken off goes on where it stopped."""
+    """Copy the checkpoint at URL into the store. An interrupted copy resumes where it stopped."""
     from sllm_vllm.config import StoreConfig
     from sllm_vllm.store.transfer import pull_checkpoint
 

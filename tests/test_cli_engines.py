@@ -179,7 +179,7 @@ def test_run_starts_an_agent(run: Run, node_dir: Path, monkeypatch: pytest.Monke
         code, out, err = run("run", "--node-dir", node_dir.parent / "other", "m/ready")
         assert code == 0
         assert out.startswith("ready in 1.02 s (warm)")
-        assert err == f"no agent runs: starting one, see {node_dir.parent / 'other' / 'agent.log'}\n"
+        assert err == f"no agent is running: starting one, see {node_dir.parent / 'other' / 'agent.log'}\n"
     finally:
         NodeClient(node_dir.parent / "other" / "socket").stop(wait_s=60.0)
     assert not node_dir.exists()
@@ -198,7 +198,7 @@ def test_an_interrupt_stops_what_starts(served: ServedAgent) -> None:
     wait_until(lambda: served.do(lambda: served.agent.num_streams) == 1, "the command to watch")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, b"interrupted: s was told to stop\n")
+    assert (process.returncode, err) == (130, b"interrupted: stopping s\n")
     assert state_of(served, "s") == "stopped"
 
 
@@ -255,11 +255,11 @@ def test_a_routers_engine_on_a_socket_has_no_port_and_no_address_for_clients(run
 
 
 def test_ps_of_nothing(run: Run, served: ServedAgent) -> None:
-    assert run("ps") == (0, "no engine runs\n", "")
+    assert run("ps") == (0, "no engine is running\n", "")
     assert run("ps", "--json") == (0, "[]\n", "")
     served.order("fails")
     wait_until(lambda: all(replica.has_ended for replica in served.client.report().replicas), "its end")
-    assert run("ps") == (0, "no engine runs; `--all` shows those that have ended\n", "")
+    assert run("ps") == (0, "no engine is running; `--all` shows ended ones\n", "")
 
 
 def test_ps_of_an_agent_that_stands_still(run: Run, node_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,11 +329,11 @@ def test_stop(run: Run, served: ServedAgent) -> None:
 
 
 def test_stop_all(run: Run, served: ServedAgent) -> None:
-    assert run("stop", "--all") == (0, "no engine runs\n", "")
+    assert run("stop", "--all") == (0, "no engine is running\n", "")
     served.order("slow", id="a")
     served.order("waits", id="b")
     assert run("stop", "--all")[1].count("stopped: ") == 2
-    assert run("stop", "--all") == (0, "no engine runs\n", "")
+    assert run("stop", "--all") == (0, "no engine is running\n", "")
 
 
 def test_stop_of_an_unknown_one_stops_none(run: Run, served: ServedAgent) -> None:
@@ -345,4 +345,4 @@ def test_stop_of_an_unknown_one_stops_none(run: Run, served: ServedAgent) -> Non
 
 @pytest.mark.parametrize("arguments", [(), ("--all", "a")])
 def test_stop_wrongly_used(run: Run, served: ServedAgent, arguments: tuple[str, ...]) -> None:
-    assert run("stop", *arguments) == (2, "", "sllm-vllm: stop: give IDs, or --all\n")
+    assert run("stop", *arguments) == (2, "", "sllm-vllm: stop: give either IDs or --all\n")

@@ -1,4 +1,4 @@
-"""The commands `node …`, and what all node commands do where no agent runs."""
+"""The commands `node …`, and what all node commands do where no agent is running."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def state_of(served: ServedAgent, replica_id: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "code", "out"),
     [
-        (("ps",), 0, "no agent runs\n"),
+        (("ps",), 0, "no agent is running\n"),
         (("ps", "--json"), 0, "[]\n"),
         (("logs", "a"), 1, ""),
         (("stop", "a"), 1, ""),
@@ -74,7 +74,7 @@ def test_node_status(run: Run, served: ServedAgent) -> None:
         "node 1.2.3",
         "up 2.0 h  cpu",
         "warm parent pid 99, 3 forks, imported in 9.5 s, 5.00 MiB",
-        "the store answers",
+        "the store is available",
         "cpu 0-3, 10.5 GiB",
         "s-1",
         "50%",

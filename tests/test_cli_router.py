@@ -149,7 +149,7 @@ def test_deploy_from_stdin(run: Run, served: AdminThread, monkeypatch: pytest.Mo
     [
         ("name: [", "no valid YAML"),
         ("{name: a, nam: b}", "nam: unknown key; did you mean `name`?"),
-        ("models: []", "no model is in it"),
+        ("models: []", "there is no model in it"),
         ("", "it has to be a mapping"),
         ("models: [{name: a, min_replicas: 5}]", "models[0].max_replicas: 1 is less than min_replicas, 5"),
         ("# " + "x" * FILE_NBYTES_MAX, "it can't be read: it is larger than"),
@@ -180,7 +180,7 @@ def test_drain_a_replica_and_a_node(run: Run, served: AdminThread) -> None:
     assert (code, json.loads(out)) == (0, {"node": "local", "is_drained": True, "replicas": [replica]})
     assert "drained: none" in run("status", *url(served))[1]
     assert run("drain", "local", *url(served))[1].startswith("drained: local takes no starts; ending: ")
-    assert run("undrain", "local", *url(served)) == (0, "takes starts: local\n", "")
+    assert run("undrain", "local", *url(served)) == (0, "undrained: local takes starts again\n", "")
     assert "drained" not in run("status", *url(served))[1]
     wait_until(lambda: served.served.replica_of(MODEL, "ready") not in {None, replica}, "the next replica")
     second = served.served.replica_of(MODEL, "ready")

@@ -191,7 +191,7 @@ class NodeClient:
             if self._has_answered:
                 raise NodeUnavailable(self.socket_path, PROBLEM_DIED, MEND_DIED) from None
             said = error.strerror or str(error)
-            raise NodeUnavailable(self.socket_path, f"no agent runs ({said})", MEND_UNAVAILABLE) from None
+            raise NodeUnavailable(self.socket_path, f"no agent is running ({said})", MEND_UNAVAILABLE) from None
         if not is_trusted(connection.peer_uid):
             connection.close()
             problem = f"it belongs to user {connection.peer_uid}"

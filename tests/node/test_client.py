@@ -143,7 +143,7 @@ def test_odd_answers(tmp_path: Path, answer: bytes, kind: type[NodeError], told:
 def test_nobody_there(tmp_path: Path) -> None:
     client = NodeClient(tmp_path / "none" / "socket")
     assert not client.is_there()
-    with pytest.raises(NodeUnavailable, match=r"no agent runs .*start one with"):
+    with pytest.raises(NodeUnavailable, match=r"no agent is running .*start one with"):
         client.report()
 
 
