@@ -132,7 +132,7 @@ def _order_of(options: RunOptions) -> ReplicaOrder:
     for setting in options.env or ():
         key, equals, value = setting.partition("=")
         if not (key and equals) or "\0" in setting:
-            wrong_usage("--env: it must be KEY=VALUE")
+            wrong_usage("--env: must be KEY=VALUE")
         environment[key] = value
     try:
         return ReplicaOrder(

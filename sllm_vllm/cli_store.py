@@ -237,7 +237,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         wrong_usage(f"{path}: no valid JSON ({error})")
     if not isinstance(values, dict):
-        wrong_usage(f"{path}: it must contain a JSON object")
+        wrong_usage(f"{path}: must contain a JSON object")
     return values
 
 
@@ -256,7 +256,7 @@ def _order(socket: Path, order: OrderName, name: str | None = None, *, wait: boo
     from sllm_vllm.store.protocol import Order
 
     if name is not None and not (1 <= len(name) <= _NAME_MAX and name.isprintable()):
-        wrong_usage(f"NAME: it must have 1 to {_NAME_MAX} printable characters")
+        wrong_usage(f"NAME: must have 1 to {_NAME_MAX} printable characters")
     with StoreClient(socket) as client:
         message = Order(order=order, checkpoint=name, wait=wait)
         return client.order(message, timeout_s=PREFETCH_S_MAX if wait else None)

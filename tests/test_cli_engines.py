@@ -147,7 +147,7 @@ def test_run_of_what_is_killed_names_the_signal(run: Run, served: ServedAgent) -
         (("-e", "NOVALUE", "m"), "KEY=VALUE"),
         (("-e", "=v", "m"), "KEY=VALUE"),
         (("--name", "a/b", "m"), "--name:"),
-        (("--slots", "2000", "m"), "--slots: it has to be 1024 or less"),
+        (("--slots", "2000", "m"), "--slots: must be at most 1024"),
         (("--slots", "0", "m"), "--slots"),
         (("--port", "70000", "m"), "--port"),
         (("",), "MODEL: "),

@@ -154,10 +154,10 @@ def test_node_serve_with_a_file(run: Run, configs: list[NodeConfig], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--slots", "0"), "--slots: it has to be 1 or more"),
+        (("--slots", "0"), "--slots: must be at least 1"),
         (("--memory", "much"), "no number of bytes"),
-        (("--memory", "1"), "--memory: it has to be 268435456 or more"),
-        (("--start-timeout", "1"), "--start-timeout: it has to be more than 5"),
+        (("--memory", "1"), "--memory: must be at least 268435456"),
+        (("--start-timeout", "1"), "--start-timeout: must be more than 5"),
         (("--config", "none.json"), "none.json"),
     ],
 )

@@ -195,13 +195,13 @@ def test_serve_takes_a_file_and_options_override_it(run: Run, served: list[Store
     ("arguments", "said"),
     [
         (("--memory", "much"), "'much' is no number of bytes"),
-        (("--memory", "1KiB"), "--memory: it has to be 2097152 or more"),
+        (("--memory", "1KiB"), "--memory: must be at least 2097152"),
         (("--memory", "9" * 400), "sllm-vllm: "),
-        (("--memory", "2MiB"), "no room for a slot"),
+        (("--memory", "2MiB"), "are less than one slot"),
         (("--slot-size", "5000"), "--slot-size: "),
-        (("--policy", "fifo"), "--policy: it has to be "),
-        (("--readers", "0"), "--readers: it has to be 1 or more"),
-        (("--metrics-port", "70000"), "--metrics-port: it has to be 65535 or less"),
+        (("--policy", "fifo"), "--policy: must be "),
+        (("--readers", "0"), "--readers: must be at least 1"),
+        (("--metrics-port", "70000"), "--metrics-port: must be at most 65535"),
         (("--config", "/nowhere.json"), "/nowhere.json: No such file"),
     ],
 )

@@ -36,7 +36,7 @@ def expand_config(arguments: Sequence[str], directory: Path | str) -> tuple[str,
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--config {name}: it is no valid YAML") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"--config {name}: it has to be a mapping of options")
+        raise ConfigError(f"--config {name}: must be a mapping of options")
     return with_config(arguments, values)
 
 

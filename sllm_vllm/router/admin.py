@@ -318,7 +318,7 @@ def read_model(body: bytes) -> ModelConfig:
     try:
         values = read_json(body.decode())
         if not isinstance(values, dict):
-            raise ConfigError("it has to be a mapping")
+            raise ConfigError("the body must be a mapping")
         return parse_router_config({"models": [values]}).models[0]
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8: byte {error.start} is wrong"

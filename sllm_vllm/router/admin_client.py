@@ -113,7 +113,7 @@ def read_admin_key(file: Path | None, *, is_elsewhere: bool = False) -> str:
 
 def _checked(key: str, place: str) -> str:
     if not _KEY.fullmatch(key):
-        raise ConfigError(f"{place}: a key has to be 1 to 1024 ASCII characters, no space among them")
+        raise ConfigError(f"{place}: a key must be 1 to 1024 printable ASCII characters without spaces")
     return key
 
 
@@ -191,6 +191,6 @@ def _split(url: str, place: str = "--url") -> tuple[str, int, str, bool]:
         parts, port = urlsplit(""), None
     is_plain = not (parts.username or parts.password or parts.query or parts.fragment)
     if parts.scheme not in {"http", "https"} or not parts.hostname or not is_plain:
-        raise ConfigError(f"{place}: it has to be like http://127.0.0.1:8000, without a user or a query")
+        raise ConfigError(f"{place}: must be a URL like http://127.0.0.1:8000, without a user or a query")
     is_tls = parts.scheme == "https"
     return parts.hostname, port or (443 if is_tls else 80), parts.path.rstrip("/"), is_tls

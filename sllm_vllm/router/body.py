@@ -74,7 +74,7 @@ class BodyReader:
 
     def _hold(self, piece: bytes, held: _Held) -> None:
         if self.nbytes + len(piece) > self._settings.bodies_nbytes_max:
-            raise overloaded("it holds as many bytes of requests as it may").closing()
+            raise overloaded("the bodies of all requests have reached their limit").closing()
         self.nbytes += len(piece)
         held.add(piece)
 

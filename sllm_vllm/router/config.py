@@ -157,14 +157,14 @@ class ModelConfig(ModelDefaults):
     @classmethod
     def _printable(cls, name: str) -> str:
         if not name.isprintable() or name != name.strip():
-            raise ValueError("it has to be printable characters, without a space at its ends")
+            raise ValueError("must be printable characters without leading or trailing spaces")
         return name
 
     @field_validator("source")
     @classmethod
     def _resolved(cls, source: str, info: ValidationInfo) -> str:
         if source.startswith("-"):
-            raise ValueError("it may not begin with '-'")
+            raise ValueError("must not begin with '-'")
         is_path = source in {".", ".."} or source.startswith(("./", "../", "~/"))
         return str(located(Path(source), info)) if is_path else source
 
@@ -361,13 +361,13 @@ class KeySource(_Section):
     @classmethod
     def _is_no_key(cls, values: object) -> object:
         if isinstance(values, str):
-            raise ValueError("no key may stand here; write {env: NAME}, {file: PATH} or {sha256: HEX}")
+            raise ValueError("a key must not be written here; use {env: NAME}, {file: PATH} or {sha256: HEX}")
         return values
 
     @model_validator(mode="after")
     def _says_one(self) -> Self:
         if [self.env, self.file, self.sha256].count(None) != 2:
-            raise ValueError("it has to be one of {env: NAME}, {file: PATH} and {sha256: HEX}")
+            raise ValueError("must be exactly one of {env: NAME}, {file: PATH} and {sha256: HEX}")
         return self
 
 
@@ -429,7 +429,7 @@ class RouterConfig(_Section):
         keys = info.data.get("keys")
         is_open = keys is not None and not keys.clients and not keys.insecure_no_keys
         if is_open and not is_loopback(server.host):
-            raise wrong_key(f"{server.host!r} is not loopback: give `keys.clients`, or say `insecure_no_keys`", "host")
+            raise wrong_key(f"{server.host!r} is not loopback: set `keys.clients` or `keys.insecure_no_keys`", "host")
         return server
 
     @field_validator("models")
@@ -438,7 +438,7 @@ class RouterConfig(_Section):
         found: set[str] = set()
         for index, model in enumerate(models):
             if model.name in found:
-                raise wrong_key(f"another model is called {model.name!r}", index, "name")
+                raise wrong_key(f"another model has the same name, {model.name!r}", index, "name")
             found.add(model.name)
         return models
 

@@ -182,9 +182,9 @@ def _digests(source: KeySource) -> list[str]:
         place, text = source.env, read_variable(source.env) or ""
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
-        raise ConfigError(f"{place} is empty or not set; it has to hold a key")
+        raise ConfigError(f"{place} is empty or not set; it must hold a key")
     if not all(map(_KEY.fullmatch, keys)):
-        raise ConfigError(f"{place}: a key has to be 1 to 1024 ASCII characters, no space among them")
+        raise ConfigError(f"{place}: a key must be 1 to 1024 printable ASCII characters without spaces")
     return [digest_of(key) for key in keys]
 
 
@@ -220,7 +220,9 @@ class Changes:
             ConfigError: names every such key.
         """
         if self.fixed:
-            raise ConfigError(f"{', '.join(self.fixed)}: can't change while the router runs; restart it, or undo that")
+            raise ConfigError(
+                f"{', '.join(self.fixed)}: can't be changed while the router runs; restart it, or undo the change"
+            )
 
 
 def compare(old: RouterConfig, new: RouterConfig) -> Changes:

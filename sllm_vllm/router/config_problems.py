@@ -47,24 +47,24 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "defaults": ModelDefaults,
 }
 _WORDS = {
-    "model_type": "it has to be a mapping",
-    "dict_type": "it has to be a mapping",
-    "tuple_type": "it has to be a list",
-    "string_type": "it has to be text; put it in quotes",
-    "path_type": "it has to be a path",
-    "int_type": "it has to be a whole number",
-    "int_from_float": "it has to be a whole number",
-    "bool_type": "it has to be true or false",
+    "model_type": "must be a mapping",
+    "dict_type": "must be a mapping",
+    "tuple_type": "must be a list",
+    "string_type": "must be text; put it in quotes",
+    "path_type": "must be a path",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_type": "must be true or false",
     "missing": "it is missing",
-    "greater_than": "it has to be more than {gt}",
-    "greater_than_equal": "it has to be {ge} or more",
-    "less_than": "it has to be less than {lt}",
-    "less_than_equal": "it has to be {le} or less",
-    "string_too_short": "it has to have {min_length} characters or more",
-    "string_too_long": "it has to have {max_length} characters or fewer",
-    "literal_error": "it has to be {expected}",
-    "string_pattern_mismatch": "it has to match {pattern}",
-    "too_long": "it has to have {max_length} entries or fewer",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must match {pattern}",
+    "too_long": "must have at most {max_length} entries",
 }
 """Messages for pydantic's error types."""
 
@@ -131,9 +131,7 @@ def diagnose(values: object, context: Mapping[str, object]) -> Diagnosis:
     """Find every problem of a file's values. Takes several validations, so call it only if the values are wrong."""
     found = Diagnosis()
     if not isinstance(values, dict):
-        found.problems.append(
-            Problem((), f"it has to be a mapping of sections: {', '.join(RouterConfig.model_fields)}")
-        )
+        found.problems.append(Problem((), f"must be a mapping of sections: {', '.join(RouterConfig.model_fields)}"))
         return found
     for key in values:
         if key not in RouterConfig.model_fields:
@@ -163,7 +161,7 @@ def _diagnose_models(values: dict[str, Any], found: Diagnosis, context: Mapping[
             found.models[index] = model
         name = values_of_one.get("name") if isinstance(values_of_one, dict) else None
         if isinstance(name, str) and first.setdefault(name, index) != index:
-            problem = f"models[{first[name]}] is called {shown(name)!r}, too"
+            problem = f"models[{first[name]}] has the same name, {shown(name)!r}"
             found.problems.append(Problem(("models", index, "name"), problem))
 
 

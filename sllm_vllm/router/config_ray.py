@@ -54,5 +54,5 @@ class RaySection(BaseModel):
     @classmethod
     def _is_known(cls, value: str) -> str:
         if value.partition(":")[0] not in SCHEMES:
-            raise ValueError(f"it has to begin with one of {', '.join(f'{name}:' for name in SCHEMES)}")
+            raise ValueError(f"must begin with one of {', '.join(f'{name}:' for name in SCHEMES)}")
         return value

@@ -238,7 +238,7 @@ class _YamlReader:
         key = self._value(event, inner)
         if isinstance(key, str):
             return key
-        self.document.add(inner, "a key has to be text; put it in quotes if it is", _line(event))
+        self.document.add(inner, "a key must be text; put it in quotes", _line(event))
         return str(key) if isinstance(event, yaml.ScalarEvent) else "?"
 
 

@@ -24,13 +24,13 @@ WORD_CHARS_MAX = 65_536
 """Longest argument or environment variable; Linux takes twice as much."""
 DURATION_S_MAX = 30 * 86400.0
 OWNED_OPTIONS = (
-    ("--model", "`source`"),
-    ("--served-model-name", "`name`"),
-    ("--revision", "`revision`"),
-    ("--host", "nothing: engines listen on loopback"),
-    ("--port", "nothing: the node picks one"),
-    ("--uds", "nothing: the node picks an address"),
-    ("--api-key", "nothing: the node makes one"),
+    ("--model", "write `source`"),
+    ("--served-model-name", "write `name`"),
+    ("--revision", "write `revision`"),
+    ("--host", "leave it out: engines listen on loopback"),
+    ("--port", "leave it out: the node picks one"),
+    ("--uds", "leave it out: the node picks an address"),
+    ("--api-key", "leave it out: the node makes one"),
 )
 """Arguments that may not be configured, because engines get them from elsewhere, and what to write instead."""
 OWNED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "VLLM_API_KEY")
@@ -64,7 +64,7 @@ def parse_duration(value: object) -> float:
         return float(value)
     match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None or (seconds := float(match[1]) * _UNIT_S[match[2]]) > DURATION_S_MAX:
-        raise ValueError("it has to be seconds, or text like 30s, 10m or 2h, 30 days at most")
+        raise ValueError("must be seconds, or text like 30s, 10m or 2h, at most 30 days")
     return seconds
 
 
@@ -72,7 +72,7 @@ def _keep_alive(value: object) -> float | None:
     if value is None or value == "auto":
         return None
     if value == -1 or (isinstance(value, str) and value.strip().lower() in _NEVER_ENDS):
-        raise ValueError("no replica stays without end for its keep_alive; write `min_replicas: 1` to keep one running")
+        raise ValueError("must not be unlimited; write `min_replicas: 1` to keep a replica running")
     try:
         return parse_duration(value)
     except ValueError as error:
@@ -85,20 +85,20 @@ def _nbytes(value: object) -> int | None:
     try:
         return parse_nbytes(value if isinstance(value, str) else "")
     except (ValueError, OverflowError):
-        raise ValueError("it has to be bytes, or text like 8GiB or 500MB") from None
+        raise ValueError("must be bytes, or text like 8GiB or 500MB") from None
 
 
 def _plain(text: str) -> str:
     if len(text) > WORD_CHARS_MAX:
-        raise ValueError(f"it is longer than {WORD_CHARS_MAX} characters")
+        raise ValueError(f"must have at most {WORD_CHARS_MAX} characters")
     if "\0" in text or _SURROGATE.search(text):
-        raise ValueError("it holds a character that no argument or path may have")
+        raise ValueError("must not contain a character that arguments and paths can't have")
     return text
 
 
 def _word(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("it has to be text or a number; put it in quotes")
+        raise ValueError("must be text or a number; put it in quotes")
     return _plain(str(value))
 
 
@@ -123,7 +123,7 @@ def _environment(value: object) -> object:
 
 def _variable(name: object) -> str:
     if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
-        raise ValueError("a variable's name has to be letters, digits and underscores")
+        raise ValueError("a variable's name must consist of letters, digits and underscores")
     if name in OWNED_VARIABLES:
         raise ValueError(f"{name} is set by the node for each engine; leave it out")
     return name
@@ -133,7 +133,7 @@ def _option(key: object) -> str:
     """Return an option in vLLM's spelling: ``max_model_len`` is ``--max-model-len``; the part after a dot is kept."""
     match = _OPTION.fullmatch(key) if isinstance(key, str) else None
     if match is None:
-        raise ValueError("a key has to be the name of an option of `vllm serve`, as max-model-len")
+        raise ValueError("a key must be the name of an option of `vllm serve`, such as max-model-len")
     return f"--{match[1].replace('_', '-')}{match[2]}"
 
 
@@ -204,7 +204,7 @@ def _owned(words: Sequence[str]) -> Iterator[tuple[str | int, str]]:
         name = word.partition("=")[0]
         for option, instead in OWNED_OPTIONS:
             if option_value([name], option) is not None:
-                yield index, f"{option} is not allowed here; write {instead}"
+                yield index, f"{option} is not allowed here; {instead}"
 
 
 def located(path: Path, info: ValidationInfo) -> Path:

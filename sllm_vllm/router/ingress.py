@@ -161,7 +161,7 @@ class Ingress:
 
     async def _forward(self, request: Request, report: Report, *, target: str, receive: Receive, send: Send) -> None:
         if self._num_requests > self._settings.requests_max:
-            raise overloaded(f"{self._settings.requests_max} requests at once are the most").closing()
+            raise overloaded(f"{self._settings.requests_max} requests at once is the limit").closing()
         if value_of(request.headers, b"content-encoding").lower() not in {b"", b"identity"}:
             raise ApiError(415, "A compressed body can't be read here.").closing()
         async with self._bodies.read(request.headers, receive) as body:

@@ -87,7 +87,7 @@ def is_anthropic(path: str) -> bool:
 
 def not_served(model: str, path: str) -> ApiError:
     """404 for a route that the model's engines lack because they serve another task."""
-    message = f"The model `{model[:NAME_CHARS_MAX]}` does not serve {path[:NAME_CHARS_MAX]}: its task is another."
+    message = f"The model `{model[:NAME_CHARS_MAX]}` does not serve {path[:NAME_CHARS_MAX]}: it has another task."
     return ApiError(404, message, code="route_not_served")
 
 
@@ -104,7 +104,7 @@ def unknown_model(model: str, known: Sequence[str]) -> ApiError:
     """404 that lists the served models."""
     shown = ", ".join(known[:NAMES_SHOWN_MAX]) or "none"
     more = f" and {len(known) - NAMES_SHOWN_MAX} more" if len(known) > NAMES_SHOWN_MAX else ""
-    message = f"The model `{model[:NAME_CHARS_MAX]}` does not exist. Served are: {shown}{more}."
+    message = f"The model `{model[:NAME_CHARS_MAX]}` does not exist. Served models: {shown}{more}."
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -117,12 +117,12 @@ def unauthorized() -> ApiError:
 
 def no_such_path(path: str) -> ApiError:
     """404 for a path that is not served."""
-    return ApiError(404, f"There is nothing at {path[:NAME_CHARS_MAX]}.", code="not_found")
+    return ApiError(404, f"Unknown path: {path[:NAME_CHARS_MAX]}.", code="not_found")
 
 
 def wrong_method(method: str, allowed: Sequence[str]) -> ApiError:
     """405 that names the allowed methods."""
-    error = ApiError(405, f"{method[:NAME_CHARS_MAX]} is not possible here, only {', '.join(allowed)}.")
+    error = ApiError(405, f"{method[:NAME_CHARS_MAX]} is not allowed here; use {', '.join(allowed)}.")
     error.headers.append((b"allow", ", ".join(allowed).encode()))
     return error
 
@@ -134,9 +134,9 @@ def engine_failed(problem: str) -> ApiError:
 
 def timed_out(problem: str) -> ApiError:
     """504 for any timeout."""
-    return ApiError(504, f"It took too long: {problem}.", kind="timeout_error", code="timeout")
+    return ApiError(504, f"The request timed out: {problem}.", kind="timeout_error", code="timeout")
 
 
 def overloaded(problem: str) -> ApiError:
     """503 for a request that is refused before the gate is asked."""
-    return rejection(Rejected(503, "overloaded_error", f"The router is full: {problem}.", code="overloaded"))
+    return rejection(Rejected(503, "overloaded_error", f"The router is overloaded: {problem}.", code="overloaded"))

@@ -91,5 +91,5 @@ class IngressSettings(BaseModel):
     @classmethod
     def _are_digests(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
         if not all(_DIGEST.fullmatch(digest) for digest in digests):
-            raise ValueError("each has to be 64 lower-case hexadecimal digits, as `sha256sum` prints them")
+            raise ValueError("each must be 64 lower-case hexadecimal digits, as `sha256sum` prints them")
         return digests

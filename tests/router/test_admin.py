@@ -149,7 +149,7 @@ async def test_deploying_again_says_what_changes(served: ServedAdmin) -> None:
     [
         (b"", "line 1: no valid JSON"),
         (b"\xff", "it is not UTF-8: byte 0 is wrong"),
-        (b"[]", "it has to be a mapping"),
+        (b"[]", "the body must be a mapping"),
         (b"[" * 5000, "no valid JSON"),
         (b'{"name": "a", "name": "b"}', "line 1: name: 'name' stands here twice"),
         (b"{}", "name: it is missing"),

@@ -71,27 +71,25 @@ def test_keep_alive_is_auto_or_a_duration(written: object, keep_alive: float | N
 
 def test_wrong_keep_alive_says_what_may_be_written() -> None:
     said = model_refusal(keep_alive="soon")
-    assert said == (
-        "models[0].keep_alive: it has to be seconds, or text like 30s, 10m or 2h, 30 days at most; or `auto`"
-    )
+    assert said == ("models[0].keep_alive: must be seconds, or text like 30s, 10m or 2h, at most 30 days; or `auto`")
 
 
 @pytest.mark.parametrize("written", [-1, "-1", "forever", "Forever", "infinite"])
 def test_a_keep_alive_without_end_points_to_min_replicas(written: object) -> None:
     said = model_refusal(keep_alive=written)
-    assert said.startswith("models[0].keep_alive: no replica stays without end")
-    assert said.endswith("write `min_replicas: 1` to keep one running")
+    assert said.startswith("models[0].keep_alive: must not be unlimited")
+    assert said.endswith("write `min_replicas: 1` to keep a replica running")
 
 
 @pytest.mark.parametrize("written", ["much", "9" * 400, True, 1.5])
 def test_size_is_bytes_or_text(written: object) -> None:
     assert parse_router_config({"node": {"memory": "8GiB", "kv_memory": 64 * MIB}}).node.memory == 8 * GIB
-    assert refusal({"node": {"memory": written}}) == "node.memory: it has to be bytes, or text like 8GiB or 500MB"
+    assert refusal({"node": {"memory": written}}) == "node.memory: must be bytes, or text like 8GiB or 500MB"
 
 
 def test_size_below_its_least_is_refused() -> None:
-    assert refusal({"node": {"memory": "1MiB"}}).startswith("node.memory: it has to be 268435456 or more")
-    assert refusal({"server": {"body_bytes": None}}).startswith("server.body_bytes: it has to be a whole number")
+    assert refusal({"node": {"memory": "1MiB"}}).startswith("node.memory: must be at least 268435456")
+    assert refusal({"server": {"body_bytes": None}}).startswith("server.body_bytes: must be a whole number")
 
 
 @pytest.mark.parametrize("key", ["min_replicas", "max_replicas", "priority", "ongoing_max", "accelerators"])
@@ -124,18 +122,18 @@ def test_engine_arguments_are_words_or_a_mapping(written: object, words: tuple[s
 @pytest.mark.parametrize(
     ("written", "problem"),
     [
-        ("--max-model-len 512", ": it has to be a list"),
-        ([True], ": it has to be text or a number; put it in quotes"),
-        (["a\0b"], ": it holds a character that no argument or path may have"),
-        (["x" * 65_537], ": it is longer than 65536 characters"),
-        (["\ud800"], ": it holds a character that no argument or path may have"),
+        ("--max-model-len 512", ": must be a list"),
+        ([True], ": must be text or a number; put it in quotes"),
+        (["a\0b"], ": must not contain a character that arguments and paths can't have"),
+        (["x" * 65_537], ": must have at most 65536 characters"),
+        (["\ud800"], ": must not contain a character that arguments and paths can't have"),
         (
             {"max model len": 1},
-            ".max model len: a key has to be the name of an option of `vllm serve`, as max-model-len",
+            ".max model len: a key must be the name of an option of `vllm serve`, such as max-model-len",
         ),
-        ({5: 1}, ".5: a key has to be the name of an option of `vllm serve`, as max-model-len"),
+        ({5: 1}, ".5: a key must be the name of an option of `vllm serve`, such as max-model-len"),
         ({"hf-overrides": {"a": {1}}}, ".hf-overrides: --hf-overrides: its value can't be written as JSON"),
-        (["--port=80"], "[0]: --port is not allowed here; write nothing: the node picks one"),
+        (["--port=80"], "[0]: --port is not allowed here; leave it out: the node picks one"),
         ({"served_model_name": "x"}, ".served_model_name: --served-model-name is not allowed here; write `name`"),
         (["--revision", "main"], "[0]: --revision is not allowed here; write `revision`"),
     ],
@@ -148,7 +146,7 @@ def test_an_order_takes_as_many_arguments_as_a_model_may_have() -> None:
     config = model(engine_arguments=["--a"] * ARGUMENTS_MAX, revision="main", source="org/m")
     order = ReplicaOrder(model=config.source, arguments=config.engine_order_arguments())
     assert len(order.arguments) == ARGUMENTS_MAX + 2
-    assert "it has to have 240 entries or fewer" in model_refusal(engine_arguments=["--a"] * (ARGUMENTS_MAX + 1))
+    assert "must have at most 240 entries" in model_refusal(engine_arguments=["--a"] * (ARGUMENTS_MAX + 1))
 
 
 def test_engines_know_the_model_by_the_name_that_clients_say() -> None:
@@ -161,12 +159,12 @@ def test_engines_know_the_model_by_the_name_that_clients_say() -> None:
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [
-        ({"A": True}, ".A: it has to be text or a number; put it in quotes"),
-        ({"A": None}, ".A: it has to be text or a number; put it in quotes"),
-        ({"A B": "1"}, ".A B: a variable's name has to be letters, digits and underscores"),
-        ({1: "1"}, ".1: a variable's name has to be letters, digits and underscores"),
+        ({"A": True}, ".A: must be text or a number; put it in quotes"),
+        ({"A": None}, ".A: must be text or a number; put it in quotes"),
+        ({"A B": "1"}, ".A B: a variable's name must consist of letters, digits and underscores"),
+        ({1: "1"}, ".1: a variable's name must consist of letters, digits and underscores"),
         ({"VLLM_API_KEY": "1"}, ".VLLM_API_KEY: VLLM_API_KEY is set by the node for each engine; leave it out"),
-        ([], ": it has to be a mapping"),
+        ([], ": must be a mapping"),
     ],
 )
 def test_wrong_environment_is_refused(environment: object, problem: str) -> None:
@@ -199,7 +197,7 @@ def test_name_is_printable_and_short(name: object) -> None:
 def test_name_is_needed_once_each() -> None:
     assert refusal({"models": [{}]}) == "models[0].name: it is missing"
     two = [{"name": "a"}, {"name": "b"}, {"name": "a"}]
-    assert refusal({"models": two}) == "models[2].name: models[0] is called 'a', too"
+    assert refusal({"models": two}) == "models[2].name: models[0] has the same name, 'a'"
 
 
 @pytest.mark.parametrize(
@@ -239,8 +237,8 @@ def test_more_replicas_at_least_than_at_most_are_refused() -> None:
 
 
 def test_a_model_of_another_kind_is_refused() -> None:
-    assert refusal({"defaults": {}, "models": [5]}) == "models[0]: it has to be a mapping"
-    assert model_refusal(revision=1.5) == "models[0].revision: it has to be text; put it in quotes"
+    assert refusal({"defaults": {}, "models": [5]}) == "models[0]: must be a mapping"
+    assert model_refusal(revision=1.5) == "models[0].revision: must be text; put it in quotes"
     with pytest.raises(ValidationError):
         RouterConfig.model_validate(5)
 
@@ -285,12 +283,12 @@ def test_what_can_not_be_merged_is_left_to_its_own_check(own: object) -> None:
 
 def test_an_environment_that_can_not_be_merged_is_left_to_its_own_check() -> None:
     values = {"defaults": {"environment": {"A": 1}}, "models": [{"name": "m", "environment": 5}]}
-    assert refusal(values) == "models[0].environment: it has to be a mapping"
+    assert refusal(values) == "models[0].environment: must be a mapping"
 
 
 def test_wrong_defaults_are_told_once() -> None:
     values = {"defaults": {"priority": "high"}, "models": [{"name": "a"}, {"name": "b"}]}
-    assert refusal(values) == "defaults.priority: it has to be a whole number"
+    assert refusal(values) == "defaults.priority: must be a whole number"
 
 
 def test_a_contradiction_with_the_defaults_is_found() -> None:
@@ -385,7 +383,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org"])
 def test_other_hosts_need_keys(host: str) -> None:
     said = refusal({"server": {"host": host}})
-    assert said == f"server.host: {host!r} is not loopback: give `keys.clients`, or say `insecure_no_keys`"
+    assert said == f"server.host: {host!r} is not loopback: set `keys.clients` or `keys.insecure_no_keys`"
     for keys in ({"clients": [{"env": "KEY"}]}, {"insecure_no_keys": True}):
         assert parse_router_config({"server": {"host": host}, "keys": keys}).server.host == host
     assert refusal({"server": {"host": host}, "keys": {"admin": [{"env": "KEY"}]}}).startswith("server.host: ")
@@ -394,7 +392,7 @@ def test_other_hosts_need_keys(host: str) -> None:
 
 def test_a_key_itself_is_refused_and_not_repeated() -> None:
     said = refusal({"keys": {"clients": ["secret-1"]}})
-    assert said == "keys.clients[0]: no key may stand here; write {env: NAME}, {file: PATH} or {sha256: HEX}"
+    assert said == "keys.clients[0]: a key must not be written here; use {env: NAME}, {file: PATH} or {sha256: HEX}"
 
 
 @pytest.mark.parametrize(

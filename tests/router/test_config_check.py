@@ -60,21 +60,21 @@ JSON_FILE = """{
 }"""
 EXPECTED = {
     (1, "servr"): "unknown key; did you mean `server`?",
-    (3, "server.port"): "it has to be a whole number",
+    (3, "server.port"): "must be a whole number",
     (6, "node.slots"): "'slots' stands here twice",
-    (9, "keys.clients[0]"): "SLLM_TEST_KEY is empty or not set; it has to hold a key",
+    (9, "keys.clients[0]"): "SLLM_TEST_KEY is empty or not set; it must hold a key",
     (10, "keys.clients[1].fil"): "unknown key; did you mean `file`?",
     (12, "defaults.queue_timout"): "unknown key; did you mean `queue_timeout`?",
-    (15, "models[0].keep_alive"): "it has to be seconds, or text like 30s, 10m or 2h, 30 days at most; or `auto`",
+    (15, "models[0].keep_alive"): "must be seconds, or text like 30s, 10m or 2h, at most 30 days; or `auto`",
     (16, "models[0].source"): "there is no FOLDER/lama; did you mean FOLDER/llama?",
     (18, "models[0].max_replicas"): "1 is less than min_replicas, 4",
-    (20, "models[0].engine_arguments.port"): "--port is not allowed here; write nothing: the node picks one",
-    (21, "models[0].engine_arguments.max model len"): "a key has to be the name of an option of `vllm serve`, as"
+    (20, "models[0].engine_arguments.port"): "--port is not allowed here; leave it out: the node picks one",
+    (21, "models[0].engine_arguments.max model len"): "a key must be the name of an option of `vllm serve`, such as"
     " max-model-len",
-    (22, "models[1].name"): "models[0] is called 'a', too",
+    (22, "models[1].name"): "models[0] has the same name, 'a'",
     (25, "models[2].accelerators"): "an engine of it takes 8 slots, and this node has 2",
     (26, "models[2].environment.VLLM_API_KEY"): "VLLM_API_KEY is set by the node for each engine; leave it out",
-    (26, "models[2].environment.A"): "it has to be text or a number; put it in quotes",
+    (26, "models[2].environment.A"): "must be text or a number; put it in quotes",
 }
 
 

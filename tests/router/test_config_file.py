@@ -75,7 +75,7 @@ def test_a_large_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing", "null", "- a", "text"])
 def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
-    said = f"it has to be a mapping of sections: {SECTIONS}"
+    said = f"must be a mapping of sections: {SECTIONS}"
     assert refusal(text, tmp_path / "a.yaml") == said
 
 
@@ -130,8 +130,8 @@ def test_a_number_that_would_be_printed_otherwise_stays_text(text: str) -> None:
         ("a: 1\nb: *x", "line 2: b: anchors and aliases (& and *) are not taken; write it out, or use `defaults`"),
         ("a: !!binary aGk=", "line 1: a: tags (!) are not taken; put it in quotes if it is text"),
         ("a: !x {}", "line 1: a: tags (!) are not taken; put it in quotes if it is text"),
-        ("a: 1\n5: 2", "line 2: 5: a key has to be text; put it in quotes if it is"),
-        ("? [a]\n: 2", "line 1: a key has to be text; put it in quotes if it is"),
+        ("a: 1\n5: 2", "line 2: 5: a key must be text; put it in quotes"),
+        ("? [a]\n: 2", "line 1: a key must be text; put it in quotes"),
         ("a: 1\n---\nb: 1", "line 2: a second document begins here; there can be one"),
         ("a: [1", "line 1: no valid YAML (expected ',' or ']', but got '<stream end>')"),
         ("a: 1\n\tb: 1", "line 2: no valid YAML (found character '\\t' that cannot start any token)"),
@@ -282,8 +282,8 @@ def test_what_needs_a_restart_is_refused_by_name() -> None:
     assert changes == Changes(live=("server.requests_max",), fixed=("server.port", "node.slots", "store.directory"))
     with pytest.raises(ConfigError) as raised:
         changes.require_live()
-    said = "server.port, node.slots, store.directory: can't change while the router runs; restart it, or undo that"
-    assert str(raised.value) == said
+    keys = "server.port, node.slots, store.directory"
+    assert str(raised.value) == f"{keys}: can't be changed while the router runs; restart it, or undo the change"
 
 
 # -------------------------------------------------------------------------------------------------------------- schema
