@@ -235,7 +235,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         wrong_usage(f"{path}: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        wrong_usage(f"{path}: no valid JSON ({error})")
+        wrong_usage(f"{path}: not valid JSON ({error})")
     if not isinstance(values, dict):
         wrong_usage(f"{path}: must contain a JSON object")
     return values

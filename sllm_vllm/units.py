@@ -32,7 +32,7 @@ def parse_nbytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is no number of bytes; write it like 16GiB, 500MB or 4096")
+        raise ValueError(f"{text!r} is not a number of bytes; write it like 16GiB, 500MB or 4096")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

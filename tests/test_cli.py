@@ -186,10 +186,10 @@ def test_list_shows_broken_checkpoints_too(run: Run, checkpoint: Checkpoint, sto
     broken, sound = json.loads(out)
     assert code == 0
     assert (broken["name"], sound["name"]) == ("broken", checkpoint.path.name)
-    assert "no valid JSON" in broken["error"]
+    assert "not valid JSON" in broken["error"]
     assert (sound["error"], sound["nbytes"]) == (None, checkpoint.manifest.nbytes)
     _, out, _ = run("list")
-    assert re.search(r"^broken .*  broken: .*no valid JSON", out, re.MULTILINE)
+    assert re.search(r"^broken .*  broken: .*not valid JSON", out, re.MULTILINE)
     told = r"\S+ KiB  bfloat16 tp=2 vllm=1.2.3 +\S+ s  never +/models/tiny$"
     assert re.search(rf"^{checkpoint.path.name} +{told}", out, re.MULTILINE)
     assert re.search(r"^2 checkpoints, \S+ KiB$", out, re.MULTILINE)

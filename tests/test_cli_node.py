@@ -155,7 +155,7 @@ def test_node_serve_with_a_file(run: Run, configs: list[NodeConfig], tmp_path: P
     ("arguments", "told"),
     [
         (("--slots", "0"), "--slots: must be at least 1"),
-        (("--memory", "much"), "no number of bytes"),
+        (("--memory", "much"), "not a number of bytes"),
         (("--memory", "1"), "--memory: must be at least 268435456"),
         (("--start-timeout", "1"), "--start-timeout: must be more than 5"),
         (("--config", "none.json"), "none.json"),

@@ -147,7 +147,7 @@ def test_deploy_from_stdin(run: Run, served: AdminThread, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("name: [", "no valid YAML"),
+        ("name: [", "not valid YAML"),
         ("{name: a, nam: b}", "nam: unknown key; did you mean `name`?"),
         ("models: []", "there is no model in it"),
         ("", "must be a mapping"),

@@ -194,7 +194,7 @@ def test_serve_takes_a_file_and_options_override_it(run: Run, served: list[Store
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--memory", "much"), "'much' is no number of bytes"),
+        (("--memory", "much"), "'much' is not a number of bytes"),
         (("--memory", "1KiB"), "--memory: must be at least 2097152"),
         (("--memory", "9" * 400), "sllm-vllm: "),
         (("--memory", "2MiB"), "are less than one slot"),

@@ -34,7 +34,7 @@ def expand_config(arguments: Sequence[str], directory: Path | str) -> tuple[str,
     except OSError as error:
         raise ConfigError(f"--config {name}: it can't be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"--config {name}: it is no valid YAML") from None
+        raise ConfigError(f"--config {name}: it is not valid YAML") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--config {name}: must be a mapping of options")
     return with_config(arguments, values)

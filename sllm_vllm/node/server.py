@@ -289,7 +289,7 @@ def _tail(request: web.Request) -> int | None:
     if value is None:
         return None
     if not (value.isascii() and value.isdigit() and len(value) <= 13 and int(value) <= TAIL_NBYTES_MAX):
-        raise _BadRequest("tail", "it is no number of bytes", "give a whole number, or leave it out")
+        raise _BadRequest("tail", "it is not a number of bytes", "give a whole number, or leave it out")
     return int(value)
 
 

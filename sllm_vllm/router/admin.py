@@ -260,7 +260,7 @@ class AdminApp:
         if target is not None and target not in self._controller.core.cluster.replicas:
             raise _unknown("replica", target)
         if problem := self._controller.migrate(call.name, target):
-            raise ApiError(409, f"It is not moved: {problem}.", code=_CONFLICT)
+            raise ApiError(409, f"The request is not moved: {problem}.", code=_CONFLICT)
         return Reply({"request": call.name, "target": self._controller.core.requests[call.name].target}, 202)
 
     async def _nodes(self, call: Call) -> Reply:
@@ -293,7 +293,7 @@ class AdminApp:
     async def _story(self, call: Call) -> Reply:
         story = self._controller.core.story(call.name)[-_last(call) :]
         if not story:
-            raise ApiError(404, f"Nothing is remembered of `{call.name[:NAME_CHARS_MAX]}`.", code="not_found")
+            raise ApiError(404, f"No events are remembered for `{call.name[:NAME_CHARS_MAX]}`.", code="not_found")
         return Reply(views.events_view(story, self._controller.now_s()))
 
     # ------------------------------------------------------------------------------------------------ the whole router
@@ -321,7 +321,7 @@ def read_model(body: bytes) -> ModelConfig:
             raise ConfigError("the body must be a mapping")
         return parse_router_config({"models": [values]}).models[0]
     except UnicodeDecodeError as error:
-        problem = f"it is not UTF-8: byte {error.start} is wrong"
+        problem = f"it is not UTF-8: byte {error.start} is invalid"
     except ConfigError as error:
         problem = str(error).removeprefix("models[0]").lstrip(".: ")
     raise ApiError(400, problem, code="invalid_model")
@@ -335,7 +335,7 @@ def _target(body: bytes) -> str | None:
         values = None
     target = values.get("to") if isinstance(values, dict) else 0
     if not isinstance(target, str | None):
-        raise ApiError(400, 'The body has to be nothing, or {"to": REPLICA}.', param="to")
+        raise ApiError(400, 'The body must be empty or {"to": REPLICA}.', param="to")
     return target
 
 
@@ -351,7 +351,7 @@ def _last(call: Call) -> int:
     text = call.query.get("last", str(EVENTS_DEFAULT))
     num = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
     if not 1 <= num <= EVENTS_MAX:
-        raise ApiError(400, f"`last` has to be a number from 1 to {EVENTS_MAX}.", param="last")
+        raise ApiError(400, f"`last` must be a number from 1 to {EVENTS_MAX}.", param="last")
     return num
 
 

@@ -113,7 +113,7 @@ def _read_small(body: bytes) -> Admission:
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"The body is not UTF-8: byte {error.start} is wrong.") from None
+        raise ApiError(400, f"The body is not UTF-8: byte {error.start} is invalid.") from None
     try:
         model, prefix = _walk(text)
     except json.JSONDecodeError as error:
@@ -171,7 +171,7 @@ def _walk(text: str) -> tuple[object, str]:
     at = _skip(text, 0)
     if text[at : at + 1] != "{":
         _decoder.decode(text)
-        raise ApiError(400, "The body has to be a JSON object.")
+        raise ApiError(400, "The body must be a JSON object.")
     at = _skip(text, at + 1)
     is_first = True
     for _ in range(MEMBERS_MAX):

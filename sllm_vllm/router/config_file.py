@@ -147,7 +147,7 @@ def decode_text(data: bytes, nbytes_max: int) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _unreadable(f"it is not UTF-8: byte {error.start} is wrong") from None
+        raise _unreadable(f"it is not UTF-8: byte {error.start} is invalid") from None
 
 
 def _unreadable(problem: str) -> InvalidConfig:

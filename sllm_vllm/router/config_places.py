@@ -81,7 +81,7 @@ def _source_problems(models: Mapping[int, ModelConfig], directory: Path) -> Iter
         if problem := source_problem(model):
             yield Problem(("models", index, "source"), problem)
         elif not os.path.isabs(model.source) and (directory / model.source).is_dir():
-            problem = f"taken for a name on the Hub; write ./{model.source} if the directory beside this file is meant"
+            problem = f"taken as a name on the Hub; for the directory beside this file write ./{model.source}"
             yield Problem(("models", index, "source"), problem, is_warning=True)
 
 
@@ -100,7 +100,7 @@ def source_problem(model: ModelConfig) -> str | None:
         return f"{path} can't be read: {error.strerror}"
     if any(name in MODEL_FILES or name.endswith(".gguf") for name in names):
         return None
-    return f"{path} holds no model: neither {' nor '.join(MODEL_FILES)} is in it"
+    return f"{path} holds no model: it has neither {' nor '.join(MODEL_FILES)}"
 
 
 def _nearest(path: Path) -> str:
@@ -125,13 +125,13 @@ def _slot_problems(node: NodeSection, models: Mapping[int, ModelConfig]) -> Iter
     for index, model in models.items():
         if model.num_accelerators > num_slots:
             key = "engine_arguments" if model.accelerators is None else "accelerators"
-            problem = f"an engine of it takes {model.num_accelerators} slots, and this node has {num_slots}"
+            problem = f"each of its engines takes {model.num_accelerators} slots, but this node has {num_slots}"
             yield Problem(("models", index, key), problem)
     if hardware.gpus and num_slots > len(hardware.gpus):
-        yield Problem(("node", "slots"), f"{num_slots} slots, and this machine has {len(hardware.gpus)} GPUs for them")
+        yield Problem(("node", "slots"), f"{num_slots} slots, but this machine has {len(hardware.gpus)} GPUs for them")
     num_kept = _num_kept(models.values())
     if num_kept > num_slots:
-        problem = f"their min_replicas take {num_kept} slots together, and this node has {num_slots}: not all will run"
+        problem = f"their min_replicas take {num_kept} slots in total, but this node has {num_slots}: not all will run"
         yield Problem(("models",), problem, is_warning=True)
 
 

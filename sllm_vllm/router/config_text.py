@@ -101,15 +101,15 @@ def parse_json(text: str) -> Document:
     try:
         document.values = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        document.fail(f"no valid JSON ({error.msg})", error.lineno)
+        document.fail(f"not valid JSON ({error.msg})", error.lineno)
     except (ValueError, RecursionError) as error:
-        document.fail(f"no valid JSON ({error})")
+        document.fail(f"not valid JSON ({error})")
     _scan_json(text, document)
     return document
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 @dataclass(slots=True)
@@ -155,7 +155,7 @@ def _open_key(document: Document, frame: _Frame, place: Place, *, line: int) -> 
 
 
 def _twice(key: str) -> str:
-    return f"{shown(key)!r} stands here twice"
+    return f"duplicate key {shown(key)!r}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- YAML
@@ -172,11 +172,11 @@ def parse_yaml(text: str) -> Document:
         reader.read_document()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else None
-        reader.document.fail(f"no valid YAML ({error.problem})", line)
+        reader.document.fail(f"not valid YAML ({error.problem})", line)
     except yaml.reader.ReaderError as error:
-        reader.document.fail(f"no valid YAML ({error.reason})")
+        reader.document.fail(f"not valid YAML ({error.reason})")
     except (ValueError, OverflowError) as error:  # e.g. a number in an escape or directive is out of range
-        reader.document.fail(f"no valid YAML ({error})")
+        reader.document.fail(f"not valid YAML ({error})")
     return reader.document
 
 
@@ -196,18 +196,18 @@ class _YamlReader:
         next(self._events)
         last = next(self._events)
         if not isinstance(last, yaml.StreamEndEvent):
-            self.document.fail("a second document begins here; there can be one", _line(last))
+            self.document.fail("a second document begins here; only one is allowed", _line(last))
 
     def _value(self, event: Any, place: Place) -> object:  # noqa: ANN401
         line = _line(event)
         self.document.note(place, line)
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            problem = "anchors and aliases (& and *) are not taken; write it out, or use `defaults`"
+            problem = "anchors and aliases (& and *) are not supported; write the value out, or use `defaults`"
             self.document.add(place, problem, line)
             if isinstance(event, yaml.AliasEvent):
                 return None
         if event.tag is not None:
-            self.document.add(place, "tags (!) are not taken; put it in quotes if it is text", line)
+            self.document.add(place, "tags (!) are not supported; put the value in quotes if it is text", line)
         if isinstance(event, yaml.ScalarEvent):
             return _plain_value(event.value) if event.style in {None, ""} else event.value
         if len(place) >= DEPTH_MAX:

@@ -158,7 +158,7 @@ def _drop_escaped(quotes: NDArray[np.bool_], data: NDArray[np.uint8], was_odd: b
 def _members(body: bytes | memoryview, marks: _Marks) -> Iterator[Member]:
     begin, end = marks.begin, marks.end
     if begin is None or _trimmed(body, 0, begin) != (begin, begin) or body[begin : begin + 1] != b"{":
-        raise NotJson("it has to be an object")
+        raise NotJson("it must be an object")
     if end is None or body[end : end + 1] != b"}":
         raise NotJson("its end is missing")
     if _trimmed(body, end + 1, len(body)) != (len(body), len(body)):

@@ -141,8 +141,8 @@ def test_corrupt_chunk_of_many_tensors_names_some_on_one_line(tmp_path: Path) ->
 DAMAGES: dict[str, tuple[str, Change, type[CheckpointError], str]] = {
     "no directory": ("", shutil.rmtree, CheckpointMissing, "there is no such file"),
     "no manifest": (MANIFEST, Path.unlink, CheckpointMissing, "there is no such file"),
-    "manifest empty": (MANIFEST, lambda path: os.truncate(path, 0), CheckpointInvalid, "no valid JSON"),
-    "manifest half written": (MANIFEST, lambda path: os.truncate(path, 300), CheckpointInvalid, "no valid JSON"),
+    "manifest empty": (MANIFEST, lambda path: os.truncate(path, 0), CheckpointInvalid, "not valid JSON"),
+    "manifest half written": (MANIFEST, lambda path: os.truncate(path, 300), CheckpointInvalid, "not valid JSON"),
     "manifest a link": (MANIFEST, replace_by_link, CheckpointInvalid, "symbolic link"),
     "manifest a FIFO": (MANIFEST, replace_by_fifo, CheckpointInvalid, "no regular file"),
     "manifest a socket": (MANIFEST, replace_by_socket, CheckpointUnreadable, "can't be opened"),

@@ -118,7 +118,7 @@ def test_missing_header_is_named(kind: bytes) -> None:
         (b'{"model": "a", "n": "' + b"x" * SMALL_NBYTES + b'"} {}', "closes what is not open"),
         (b'{"model": "a", "n": "' + b"x" * SMALL_NBYTES + b'"} x', "follows its end"),
         (b'{"model" "a", "n": "' + b"x" * SMALL_NBYTES + b'"}', "JSON object"),
-        (b'["' + b"x" * SMALL_NBYTES + b'"]', "has to be an object"),
+        (b'["' + b"x" * SMALL_NBYTES + b'"]', "must be an object"),
     ],
 )
 def test_what_is_wrong_with_a_large_body_is_said(body: bytes, message: str) -> None:

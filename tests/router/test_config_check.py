@@ -61,7 +61,7 @@ JSON_FILE = """{
 EXPECTED = {
     (1, "servr"): "unknown key; did you mean `server`?",
     (3, "server.port"): "must be a whole number",
-    (6, "node.slots"): "'slots' stands here twice",
+    (6, "node.slots"): "duplicate key 'slots'",
     (9, "keys.clients[0]"): "SLLM_TEST_KEY is empty or not set; it must hold a key",
     (10, "keys.clients[1].fil"): "unknown key; did you mean `file`?",
     (12, "defaults.queue_timout"): "unknown key; did you mean `queue_timeout`?",
@@ -72,7 +72,7 @@ EXPECTED = {
     (21, "models[0].engine_arguments.max model len"): "a key must be the name of an option of `vllm serve`, such as"
     " max-model-len",
     (22, "models[1].name"): "models[0] has the same name, 'a'",
-    (25, "models[2].accelerators"): "an engine of it takes 8 slots, and this node has 2",
+    (25, "models[2].accelerators"): "each of its engines takes 8 slots, but this node has 2",
     (26, "models[2].environment.VLLM_API_KEY"): "VLLM_API_KEY is set by the node for each engine; leave it out",
     (26, "models[2].environment.A"): "must be text or a number; put it in quotes",
 }
@@ -147,7 +147,7 @@ def test_what_is_valid_is_valid(file: Path) -> None:
     ("source", "problem"),
     [
         ("./none/llama", "there is no FOLDER/none/llama, nor FOLDER/none"),
-        ("./empty", "FOLDER/empty holds no model: neither config.json nor params.json is in it"),
+        ("./empty", "FOLDER/empty holds no model: it has neither config.json nor params.json"),
         ("./llama", None),
         ("./file.gguf", None),
         ("org/llama", None),
@@ -182,8 +182,8 @@ def test_slots_are_those_of_the_gpus(file: Path, monkeypatch: pytest.MonkeyPatch
     )
     wrong, warning = sorted(check_on_this_machine(file).problems, key=lambda problem: problem.is_warning)
     assert (wrong.line, wrong.key) == (2, "models[0].engine_arguments")
-    assert wrong.problem == "an engine of it takes 4 slots, and this node has 2"
-    assert (warning.key, "take 3 slots together" in warning.problem) == ("models", True)
+    assert wrong.problem == "each of its engines takes 4 slots, but this node has 2"
+    assert (warning.key, "take 3 slots in total" in warning.problem) == ("models", True)
     file.write_text("node: {slots: 3}\n")
     assert [problem.key for problem in check_on_this_machine(file).problems] == ["node.slots"]
 

@@ -64,7 +64,7 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: it can't be read: No such file or directory"):
         read_router_config(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"a: \xff")
-    with pytest.raises(ConfigError, match="it is not UTF-8: byte 3 is wrong"):
+    with pytest.raises(ConfigError, match="it is not UTF-8: byte 3 is invalid"):
         read_router_config(tmp_path / "binary.yaml")
 
 
@@ -125,18 +125,24 @@ def test_a_number_that_would_be_printed_otherwise_stays_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: 1\nb:\n  c: 1\n  c: 2", "line 4: b.c: 'c' stands here twice"),
-        ("a: &x 1", "line 1: a: anchors and aliases (& and *) are not taken; write it out, or use `defaults`"),
-        ("a: 1\nb: *x", "line 2: b: anchors and aliases (& and *) are not taken; write it out, or use `defaults`"),
-        ("a: !!binary aGk=", "line 1: a: tags (!) are not taken; put it in quotes if it is text"),
-        ("a: !x {}", "line 1: a: tags (!) are not taken; put it in quotes if it is text"),
+        ("a: 1\nb:\n  c: 1\n  c: 2", "line 4: b.c: duplicate key 'c'"),
+        (
+            "a: &x 1",
+            "line 1: a: anchors and aliases (& and *) are not supported; write the value out, or use `defaults`",
+        ),
+        (
+            "a: 1\nb: *x",
+            "line 2: b: anchors and aliases (& and *) are not supported; write the value out, or use `defaults`",
+        ),
+        ("a: !!binary aGk=", "line 1: a: tags (!) are not supported; put the value in quotes if it is text"),
+        ("a: !x {}", "line 1: a: tags (!) are not supported; put the value in quotes if it is text"),
         ("a: 1\n5: 2", "line 2: 5: a key must be text; put it in quotes"),
         ("? [a]\n: 2", "line 1: a key must be text; put it in quotes"),
-        ("a: 1\n---\nb: 1", "line 2: a second document begins here; there can be one"),
-        ("a: [1", "line 1: no valid YAML (expected ',' or ']', but got '<stream end>')"),
-        ("a: 1\n\tb: 1", "line 2: no valid YAML (found character '\\t' that cannot start any token)"),
-        ("a: \x01", "no valid YAML (special characters are not allowed)"),
-        ('"\\UFFFFFFFF"', "no valid YAML ("),
+        ("a: 1\n---\nb: 1", "line 2: a second document begins here; only one is allowed"),
+        ("a: [1", "line 1: not valid YAML (expected ',' or ']', but got '<stream end>')"),
+        ("a: 1\n\tb: 1", "line 2: not valid YAML (found character '\\t' that cannot start any token)"),
+        ("a: \x01", "not valid YAML (special characters are not allowed)"),
+        ('"\\UFFFFFFFF"', "not valid YAML ("),
         ("[" * (DEPTH_MAX + 1), "line 1: it is nested too deeply"),
         ("\n" + "{a: " * 100_000, "line 2: it is nested too deeply"),
     ],
@@ -164,12 +170,12 @@ def test_json_is_read_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"a": 1,\n "b": {"c": 1,\n\n "c" : 2}}', "line 4: b.c: 'c' stands here twice"),
-        ('{"a": 1, "\\u0061": 2}', "line 1: a: 'a' stands here twice"),
-        ('{"a":\n 1,}', "line 2: no valid JSON ("),
-        ('{"a": NaN}', "no valid JSON (NaN is no number)"),
-        (f'{{"a": {"9" * 5000}}}', "no valid JSON ("),
-        ("[" * 100_000, "no valid JSON ("),
+        ('{"a": 1,\n "b": {"c": 1,\n\n "c" : 2}}', "line 4: b.c: duplicate key 'c'"),
+        ('{"a": 1, "\\u0061": 2}', "line 1: a: duplicate key 'a'"),
+        ('{"a":\n 1,}', "line 2: not valid JSON ("),
+        ('{"a": NaN}', "not valid JSON (NaN is not a number)"),
+        (f'{{"a": {"9" * 5000}}}', "not valid JSON ("),
+        ("[" * 100_000, "not valid JSON ("),
         ("\n" + "[" * (DEPTH_MAX + 1) + "]" * (DEPTH_MAX + 1), "line 2: it is nested too deeply"),
     ],
 )

@@ -233,14 +233,14 @@ def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
         return result
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
+        raise ValueError(f"{constant} is not a number")
 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()  # raises if a surrogate has no partner
     except (ValueError, RecursionError) as error:
-        raise CheckpointInvalid(path, f"the {what} is no valid JSON ({_one_line(error)})", _MEND) from None
+        raise CheckpointInvalid(path, f"the {what} is not valid JSON ({_one_line(error)})", _MEND) from None
     if not isinstance(value, dict):
         raise CheckpointInvalid(path, f"the {what} is no JSON object", _MEND)
     return value

@@ -234,7 +234,7 @@ def test_broken_manifest_is_refused(name: str) -> None:
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_number_that_is_none_is_refused_everywhere(constant: str) -> None:
     raw = json.dumps(VALID | {"ignored": "HERE"}).replace('"HERE"', constant)
-    assert f"{constant} is no number" in refusal(raw.encode())
+    assert f"{constant} is not a number" in refusal(raw.encode())
 
 
 def test_keys_that_are_there_twice_are_refused_at_every_depth() -> None:
