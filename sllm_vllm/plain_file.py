@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 _ALWAYS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-NOT_REGULAR = "it is no regular file"
+NOT_REGULAR = "it is not a regular file"
 
 
 def open_plain(path: Path | str, flags: int, mode: int = 0o600) -> int:

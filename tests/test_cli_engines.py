@@ -339,7 +339,7 @@ def test_stop_all(run: Run, served: ServedAgent) -> None:
 def test_stop_of_an_unknown_one_stops_none(run: Run, served: ServedAgent) -> None:
     served.order("slow", id="a")
     code, _, err = run("stop", "a", "zz")
-    assert (code, err) == (1, "sllm-vllm: zz: 0 replicas have ids that begin so; give more of the id\n")
+    assert (code, err) == (1, "sllm-vllm: zz: 0 replicas have ids with this prefix; give more of the id\n")
     assert state_of(served, "a") != "stopped"
 
 

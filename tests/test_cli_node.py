@@ -101,7 +101,7 @@ def test_node_stop_returns_when_it_is_gone(run: Run, node_dir: Path) -> None:
 def test_node_stop_that_takes_too_long(run: Run, served: ServedAgent) -> None:
     code, _, err = run("node", "stop", "--timeout", "0.1")  # the agent is in this process, which stays
     assert (code, served.was_told_to_stop.is_set()) == (1, True)
-    assert "the agent still runs after 0.1 s" in err
+    assert "the agent is still running after 0.1 s" in err
 
 
 @pytest.fixture

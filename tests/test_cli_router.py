@@ -302,7 +302,7 @@ def test_the_address_comes_from_this_machines_router(
     assert port is not None
     write_url(folder, host, port)
     code, _, err = run("status")
-    assert (code, "no router runs on this machine now (the last one listened at http://" in err) == (1, True)
+    assert (code, "no router is running on this machine (the last one listened at http://" in err) == (1, True)
     with socket.socket(socket.AF_UNIX) as listener:  # as the router's process has it
         listener.bind(str(folder / "socket"))
         listener.listen()

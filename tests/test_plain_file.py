@@ -63,7 +63,7 @@ def fifo(tmp_path: Path) -> Path:
 def test_a_fifo_is_refused_at_once_and_left_alone(fifo: Path, flags: int) -> None:
     error = in_time(lambda: open_plain(fifo, flags))
     assert isinstance(error, OSError)
-    assert (error.strerror, fifo.is_fifo()) == ("it is no regular file", True)
+    assert (error.strerror, fifo.is_fifo()) == ("it is not a regular file", True)
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/"])
@@ -156,7 +156,7 @@ def test_a_router_refuses_a_fifo_or_does_without_it(tmp_path: Path, name: str, s
         process = subprocess.Popen([COMMAND, "serve", str(tmp_path / "router.yaml")], stdout=output, stderr=output)
     try:
         assert ends_by(process, log, "event=router_serving") == status
-        assert re.search(rf"{re.escape(name)}.*no regular file", log.read_text())
+        assert re.search(rf"{re.escape(name)}.*not a regular file", log.read_text())
     finally:
         process.kill()
         process.wait()

@@ -186,7 +186,7 @@ def _open_beneath(directory: Path, parts: tuple[str, ...]) -> int:
         fd = step
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise CheckpointInvalid(directory.joinpath(*parts), "it is no regular file", "convert the model again")
+        raise CheckpointInvalid(directory.joinpath(*parts), "it is not a regular file", "convert the model again")
     return fd
 
 
@@ -201,7 +201,7 @@ def _open_error(error: OSError, shown: Path, inside: bool) -> CheckpointError:
     if error.errno == errno.ENOENT:
         return CheckpointMissing(shown, "there is no such file", "convert the model (`sllm-vllm convert`)")
     if inside and error.errno in (errno.ELOOP, errno.ENOTDIR):
-        return CheckpointInvalid(shown, "it is a symbolic link or no directory: refused", "convert the model again")
+        return CheckpointInvalid(shown, "it is a symbolic link or not a directory: refused", "convert the model again")
     if error.errno == errno.ENOTDIR:
-        return CheckpointMissing(shown, "it is no directory", "give the directory of a checkpoint")
-    return CheckpointUnreadable(shown, f"it can't be opened ({error.strerror})", "mend its owner or permissions")
+        return CheckpointMissing(shown, "it is not a directory", "give the directory of a checkpoint")
+    return CheckpointUnreadable(shown, f"it can't be opened ({error.strerror})", "fix its owner or permissions")

@@ -120,7 +120,7 @@ class CheckpointRepository:
             return []
         except OSError as error:
             problem = f"it can't be listed ({error.strerror})"
-            raise CheckpointUnreadable(self.root, problem, "mend its owner or permissions") from None
+            raise CheckpointUnreadable(self.root, problem, "fix its owner or permissions") from None
         return [found for name in names if (found := self._open_or_error(name)) is not None]
 
     def _open_or_error(self, name: str) -> Checkpoint | CheckpointError | None:

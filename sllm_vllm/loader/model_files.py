@@ -46,7 +46,7 @@ def _module_folders(path: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except ValueError:
-        raise ConfigError(f"{path}: it is no JSON; fix it") from None
+        raise ConfigError(f"{path}: it is not JSON; fix it") from None
     if isinstance(modules, dict):
         modules = modules.get("modules", [])
     return [str(PurePosixPath(str(m.get("path", "")))) for m in modules if isinstance(m, dict)]
@@ -96,9 +96,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: it can't be read ({error.strerror}); give a model's directory") from None
     except ValueError:
-        raise ConfigError(f"{path}: it is no JSON; mend it") from None
+        raise ConfigError(f"{path}: it is not JSON; fix it") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: it is no JSON object; mend it")
+        raise ConfigError(f"{path}: it is not a JSON object; fix it")
     return config
 
 

@@ -96,4 +96,4 @@ def _read_errors(path: Path) -> Iterator[None]:
         yield
     except _READ_ERRORS as error:
         detail = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path}: it is no sound tensorizer file ({type(error).__name__}: {detail})") from None
+        raise ConfigError(f"{path}: it is not a valid tensorizer file ({type(error).__name__}: {detail})") from None

@@ -99,10 +99,10 @@ def _require_reachable(model: str, arguments: Sequence[str]) -> None:
     """Refuse arguments that make an engine listen at another address, or for everyone."""
     for name in UNREACHABLE_OPTIONS:
         if has_option(arguments, name):
-            raise OrderRefused(model, f"{name}: an engine listens where the agent says", "leave it out")
+            raise OrderRefused(model, f"{name}: the agent chooses the address", "leave it out")
     for name in UNGUARDED_OPTIONS:
         if has_option(arguments, name):
-            raise OrderRefused(model, f"{name}: it opens a port that asks for no key", "leave it out")
+            raise OrderRefused(model, f"{name}: it opens a port that needs no key", "leave it out")
 
 
 class NodeAgent:
@@ -262,7 +262,7 @@ class NodeAgent:
                 return found[0].id
         if not rows:
             raise ReplicaUnknown(prefix, "no replica has this id", "see `sllm-vllm ps --all`")
-        raise ReplicaUnknown(prefix, f"{len(rows)} replicas have ids that begin so", "give more of the id")
+        raise ReplicaUnknown(prefix, f"{len(rows)} replicas have ids with this prefix", "give more of the id")
 
     async def watch(self, replica_id: str) -> AsyncIterator[ReplicaReport]:
         """Yield the replica's report now, at every change, and ten times a second while it starts; returns once it has

@@ -132,7 +132,7 @@ class NodeClient:
             with self._death_told():
                 self._checked(self._sent(connection, "POST", "/v1/stop"))
             if wait_s is not None and not self._is_gone(process, wait_s):
-                raise NodeError(self.socket_path, f"the agent still runs after {wait_s:g} s", MEND_DIED)
+                raise NodeError(self.socket_path, f"the agent is still running after {wait_s:g} s", MEND_DIED)
 
     def _is_gone(self, process: int, wait_s: float) -> bool:
         if process >= 0:
@@ -148,7 +148,7 @@ class NodeClient:
 
     def _path_of(self, replica_id: str) -> str:
         if not re.fullmatch(NAME_PATTERN, replica_id):
-            raise ReplicaUnknown(replica_id, "no replica can have such an id", "see `sllm-vllm ps --all`")
+            raise ReplicaUnknown(replica_id, "this is not a valid replica id", "see `sllm-vllm ps --all`")
         return f"/v1/replicas/{replica_id}"
 
     def _ask(self, method: str, path: str, kind: type[Message], *, body: bytes | None = None) -> Message:

@@ -28,7 +28,7 @@ def expand_config(arguments: Sequence[str], directory: Path | str) -> tuple[str,
     if name is None:
         return tuple(arguments)
     if not name.endswith((".yaml", ".yml")):
-        raise ConfigError(f"--config {name}: vLLM reads .yaml and .yml files alone")
+        raise ConfigError(f"--config {name}: vLLM reads only .yaml and .yml files")
     try:
         values = yaml.safe_load(_read(Path(directory, name)))
     except OSError as error:
@@ -45,7 +45,7 @@ def _read(path: Path) -> bytes:
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(number, "rb") as file:
         if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise OSError(0, "it is no regular file")
+            raise OSError(0, "it is not a regular file")
         data = file.read(CONFIG_NBYTES_MAX + 1)
     if len(data) > CONFIG_NBYTES_MAX:
         raise OSError(0, f"it is larger than {CONFIG_NBYTES_MAX} bytes")

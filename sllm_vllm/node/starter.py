@@ -158,7 +158,7 @@ async def open_starter(config: NodeConfig) -> EngineStarter:
     )
     num_slots = config.slots or default_num_slots(hardware)
     if hardware.gpus and num_slots > len(hardware.gpus) and config.ray_address is None:
-        raise ConfigError(f"{num_slots} slots are wanted, and there are {len(hardware.gpus)} GPUs")
+        raise ConfigError(f"{num_slots} slots are configured, but there are {len(hardware.gpus)} GPUs")
     if config.store_socket is not None:
         environment["SLLM_STORE_SOCKET"] = str(config.store_socket)
     if config.migration:

@@ -135,7 +135,7 @@ class AdminApp:
             return
         except Exception:  # top of a run loop
             logger.exception("event=admin_failed method=%s path=%r", scope["method"], scope["path"][:NAME_CHARS_MAX])
-            await _send_error(send, ApiError(500, "The router failed; its log says how.", kind=SERVER))
+            await _send_error(send, ApiError(500, "The router failed; see its log.", kind=SERVER))
 
     def _require_key(self, scope: Message) -> None:
         key = bearer_key(values_of(scope["headers"], b"authorization"))

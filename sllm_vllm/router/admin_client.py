@@ -31,7 +31,7 @@ _URL_NBYTES_MAX = 4096
 _KEY = re.compile(r"[!-~]{1,1024}")
 
 
-_NO_OTHER = f"something else than a router listens there; say where the router is with --url or {URL_VARIABLE}"
+_NO_OTHER = f"something other than a router listens there; say where the router is with --url or {URL_VARIABLE}"
 _NO_ROUTER = f"start one with `sllm-vllm serve CONFIG`, or say where it is with --url or {URL_VARIABLE}"
 
 
@@ -83,7 +83,7 @@ def _recorded_url(node_dir: Path) -> str | None:
         channel.close()
         if str(owner) == pid and is_trusted(uid):
             return url
-    raise ConfigError(f"no router runs on this machine now (the last one listened at {url}); {_NO_ROUTER}")
+    raise ConfigError(f"no router is running on this machine (the last one listened at {url}); {_NO_ROUTER}")
 
 
 def read_admin_key(file: Path | None, *, is_elsewhere: bool = False) -> str:
@@ -150,7 +150,7 @@ class AdminClient:
         try:
             reply = json.loads(data)
         except (ValueError, RecursionError):
-            raise AdminError(f"{self._shown}: status {status}, and no JSON: {_NO_OTHER}") from None
+            raise AdminError(f"{self._shown}: status {status}, not JSON: {_NO_OTHER}") from None
         if status >= 300:
             raise self._refusal(status, reply)
         return reply

@@ -226,14 +226,14 @@ def _prefix(beginning: str) -> str:
 
 
 def _twice(where: str) -> ApiError:
-    return ApiError(400, f"`model` stands in the {where} twice.", param="model")
+    return ApiError(400, f"`model` appears twice in the {where}.", param="model")
 
 
 def _model(value: object) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or not 0 < len(value) <= MODEL_CHARS_MAX:
-        raise ApiError(400, f"`model` has to be a text of 1 to {MODEL_CHARS_MAX} characters.", param="model")
+        raise ApiError(400, f"`model` must be a string of 1 to {MODEL_CHARS_MAX} characters.", param="model")
     return value
 
 
@@ -246,7 +246,7 @@ def _read_form(body: Body, content_type: bytes) -> Admission:
     if len(models) > 1:
         raise _twice("form")
     if models and models[0].is_file:
-        raise ApiError(400, "`model` has to be a field of the form, without a file name.", param="model")
+        raise ApiError(400, "`model` must be a form field without a file name.", param="model")
     try:
         model = models[0].value.decode() if models else None
     except UnicodeDecodeError:

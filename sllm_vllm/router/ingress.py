@@ -135,7 +135,7 @@ class Ingress:
         except Exception:  # top of a run loop
             logger.exception("request failed id=%s path=%r", request.id, request.path)
             if report.status is None:
-                failure = ApiError(500, "The router failed; its log says how.", kind=SERVER)
+                failure = ApiError(500, "The router failed; see its log.", kind=SERVER)
                 await self._tell(request, report, error=failure, send=send)
         finally:
             self._num_requests -= 1
@@ -163,7 +163,7 @@ class Ingress:
         if self._num_requests > self._settings.requests_max:
             raise overloaded(f"{self._settings.requests_max} requests at once is the limit").closing()
         if value_of(request.headers, b"content-encoding").lower() not in {b"", b"identity"}:
-            raise ApiError(415, "A compressed body can't be read here.").closing()
+            raise ApiError(415, "Compressed bodies are not supported.").closing()
         async with self._bodies.read(request.headers, receive) as body:
             admission = self._named(await self._read(request, body))
             request.model = admission.model
@@ -298,7 +298,7 @@ def _engine_target(request: Request) -> str:
     if not is_listed:
         raise no_such_path(request.path)
     if not _QUERY.fullmatch(request.query):
-        raise ApiError(400, "The query holds a character that has to be escaped.")
+        raise ApiError(400, "The query holds a character that must be escaped.")
     return f"{path}?{request.query.decode()}" if request.query else path
 
 

@@ -173,7 +173,7 @@ def _with_digests(config: RouterConfig) -> RouterConfig:
         for which in ("clients", "admin")
     )
     if not clients and not config.keys.insecure_no_keys:
-        raise ConfigError("who may use it: give `keys.clients`, or say `keys.insecure_no_keys: true`")
+        raise ConfigError("no access is configured: set `keys.clients` or `keys.insecure_no_keys: true`")
     keys = {
         "clients": clients,
         "admin": admin,

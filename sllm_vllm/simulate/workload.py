@@ -145,7 +145,7 @@ def _rows(path: Path, num_rows: int) -> list[tuple[float, int, int]]:
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}; give the path of a csv file") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is no trace ({error!r}); its columns must be {','.join(COLUMNS)}") from error
+        raise ConfigError(f"{path} is not a trace ({error!r}); its columns must be {','.join(COLUMNS)}") from error
 
 
 def _row(row: dict[str, str]) -> tuple[float, int, int]:

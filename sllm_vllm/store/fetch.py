@@ -131,7 +131,7 @@ class _Fetch:
                         self._take(piece)
                         deadline.reschedule(asyncio.get_running_loop().time() + self._stall_s)
         except TimeoutError:
-            problem = f"it stalls: nothing came for {self._stall_s:g} s"
+            problem = f"it stalls: no data arrived for {self._stall_s:g} s"
             raise RemoteUnreachable(self._file.shown, problem, "try again later") from None
         if self.done < nbytes:
             problem = f"its answer ended at byte {self._start + self.done} of {self._start + nbytes}"

@@ -193,7 +193,7 @@ class Places:
     def _checked(self, name: str) -> Path:
         path = self.repository.root / name
         if Path(name).name != name or name.startswith("."):
-            raise CheckpointMissing(path, "this is no name of a checkpoint", "see `sllm-vllm list`")
+            raise CheckpointMissing(path, "this is not the name of a checkpoint", "see `sllm-vllm list`")
         return path
 
     def _paths(self) -> list[Path]:

@@ -187,7 +187,9 @@ class Remote:
         try:
             yield
         except TimeoutError:
-            raise RemoteUnreachable(self.shown_file(name, path), "it stalls: nothing came for long", MEND_TRY) from None
+            raise RemoteUnreachable(
+                self.shown_file(name, path), "it stalls: no data arrived for long", MEND_TRY
+            ) from None
         except (BaseError, FileNotFoundError, NotImplementedError, PermissionError) as error:
             raise _translated(error, self.shown_file(name, path)) from None
         except (aiohttp.ClientError, OSError) as error:
@@ -268,7 +270,7 @@ def open_checkpoint_url(
         parent_url = parts._replace(path=parent or "/").geturl()
         remote = open_remote(parent_url, endpoint=endpoint, redirect_hosts=redirect_hosts)
     if not is_legal_name(name):
-        raise ConfigError(f"{_shown(parts)}: {name[:255]!r} is no name for a checkpoint; end the URL with one")
+        raise ConfigError(f"{_shown(parts)}: {name[:255]!r} is not a checkpoint name; end the URL with one")
     return remote, name
 
 
@@ -280,7 +282,7 @@ def _split(url: str) -> SplitResult:
         raise ConfigError(f"a remote's URL can't be read; give one of {_SCHEMES}") from None
     has_host = bool(parts.hostname) if parts.scheme in {"http", "https", "s3", "hf"} else not parts.netloc
     if parts.scheme not in {"file", "http", "https", "s3", "hf"} or not has_host or not port_is_sound:
-        raise ConfigError(f"{_shown(parts)}: no URL of a remote; give one of {_SCHEMES}")
+        raise ConfigError(f"{_shown(parts)}: not the URL of a remote; give one of {_SCHEMES}")
     if parts.query or parts.fragment:
         raise ConfigError(f"{_shown(parts)}: a remote's URL may have no query; give credentials in another way")
     if ".." in unquote(parts.path).split("/"):
@@ -320,7 +322,7 @@ def _open_hub(
     repository, *subfolder = parts.path.strip("/").split("/")
     repository, _, revision = repository.partition("@")
     if not repository:
-        raise ConfigError(f"{_shown(parts)}: no URL of a repository; give hf://org/name[@revision][/subfolder]")
+        raise ConfigError(f"{_shown(parts)}: not the URL of a repository; give hf://org/name[@revision][/subfolder]")
     base = (endpoint or constants.ENDPOINT).rstrip("/")
     where = [parts.netloc, repository, "resolve", quote(unquote(revision or "main"), safe=""), *subfolder]
     token = get_token()

@@ -97,7 +97,7 @@ async def push_checkpoint(
         return Transferred(place, nbytes, was_there=True)
     if there is not None:
         if not overwrite:
-            raise WriteError(place, "another checkpoint lies there", "give --overwrite or another URL")
+            raise WriteError(place, "there is another checkpoint", "give --overwrite or another URL")
         await remote.remove(name, MANIFEST_NAME)  # otherwise readers could see a mix of old and new partitions
     progress = _Progress(on_progress, nbytes)
     for record in checkpoint.manifest.partitions:
@@ -112,7 +112,7 @@ def _read_manifest(checkpoint: Checkpoint) -> bytes:
     try:
         raw = read_plain(path, MANIFEST_NBYTES_MAX)
     except OSError as error:
-        raise CheckpointUnreadable(path, f"it can't be read ({error.strerror})", "mend its permissions") from None
+        raise CheckpointUnreadable(path, f"it can't be read ({error.strerror})", "fix its permissions") from None
     if parse_manifest(raw, str(path)) != checkpoint.manifest:
         raise CheckpointCorrupt(path, "it changed since it was opened", "try again")
     return raw
@@ -196,7 +196,7 @@ def _is_there(target: Path, raw: bytes) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise CheckpointUnreadable(target, f"it can't be read ({error.strerror})", "mend its permissions") from None
+        raise CheckpointUnreadable(target, f"it can't be read ({error.strerror})", "fix its permissions") from None
     if there != raw:
         raise WriteError(target, "another checkpoint has this name", "remove it (`sllm-vllm rm`) or set a store_dir")
     return True

@@ -144,16 +144,16 @@ DAMAGES: dict[str, tuple[str, Change, type[CheckpointError], str]] = {
     "manifest empty": (MANIFEST, lambda path: os.truncate(path, 0), CheckpointInvalid, "not valid JSON"),
     "manifest half written": (MANIFEST, lambda path: os.truncate(path, 300), CheckpointInvalid, "not valid JSON"),
     "manifest a link": (MANIFEST, replace_by_link, CheckpointInvalid, "symbolic link"),
-    "manifest a FIFO": (MANIFEST, replace_by_fifo, CheckpointInvalid, "no regular file"),
+    "manifest a FIFO": (MANIFEST, replace_by_fifo, CheckpointInvalid, "not a regular file"),
     "manifest a socket": (MANIFEST, replace_by_socket, CheckpointUnreadable, "can't be opened"),
-    "manifest a directory": (MANIFEST, replace_by_directory, CheckpointInvalid, "no regular file"),
+    "manifest a directory": (MANIFEST, replace_by_directory, CheckpointInvalid, "not a regular file"),
     "no partitions": (PARTITION_DIR, shutil.rmtree, CheckpointMissing, "there is no such file"),
-    "partitions a link": (PARTITION_DIR, replace_by_link, CheckpointInvalid, "symbolic link or no directory"),
-    "partitions a file": (PARTITION_DIR, replace_by_file, CheckpointInvalid, "symbolic link or no directory"),
+    "partitions a link": (PARTITION_DIR, replace_by_link, CheckpointInvalid, "symbolic link or not a directory"),
+    "partitions a file": (PARTITION_DIR, replace_by_file, CheckpointInvalid, "symbolic link or not a directory"),
     "no partition": (PARTITION, Path.unlink, CheckpointMissing, "there is no such file"),
     "partition a link": (PARTITION, replace_by_link, CheckpointInvalid, "symbolic link"),
-    "partition a FIFO": (PARTITION, replace_by_fifo, CheckpointInvalid, "no regular file"),
-    "partition a directory": (PARTITION, replace_by_directory, CheckpointInvalid, "no regular file"),
+    "partition a FIFO": (PARTITION, replace_by_fifo, CheckpointInvalid, "not a regular file"),
+    "partition a directory": (PARTITION, replace_by_directory, CheckpointInvalid, "not a regular file"),
     "partition empty": (PARTITION, lambda path: os.truncate(path, 0), CheckpointCorrupt, "it has 0 bytes"),
     "partition one byte short": (PARTITION, resize(-1), CheckpointCorrupt, "the manifest says"),
     "partition one byte long": (PARTITION, resize(1), CheckpointCorrupt, "the manifest says"),
@@ -172,7 +172,7 @@ def test_damaged_checkpoint_is_refused(checkpoint: Checkpoint, damage: str) -> N
 
 def test_file_in_place_of_the_directory_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CheckpointMissing, match="it is no directory"):
+    with pytest.raises(CheckpointMissing, match="it is not a directory"):
         open_checkpoint(tmp_path / "file")
 
 

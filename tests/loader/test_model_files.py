@@ -75,7 +75,9 @@ def test_a_model_without_config_is_left_alone(tmp_path: Path) -> None:
     assert names_in(tmp_path) == set()
 
 
-@pytest.mark.parametrize(("text", "problem"), [(None, "can't be read"), ("{", "no JSON;"), ("[]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "problem"), [(None, "can't be read"), ("{", "not JSON;"), ("[]", "not a JSON object")]
+)
 def test_a_config_that_is_none(tmp_path: Path, text: str | None, problem: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)

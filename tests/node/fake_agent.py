@@ -150,7 +150,7 @@ class FakeAgent:
     def find(self, prefix: str) -> str:
         found = [name for name in self.replicas if name.startswith(prefix)]
         if len(found) != 1:
-            raise ReplicaUnknown(prefix, f"{len(found)} replicas have ids that begin so", "give more of the id")
+            raise ReplicaUnknown(prefix, f"{len(found)} replicas have ids with this prefix", "give more of the id")
         return found[0]
 
     @contextlib.contextmanager

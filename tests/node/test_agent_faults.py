@@ -151,7 +151,7 @@ async def test_more_slots_than_gpus_are_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before = descriptors()
     agent = NodeAgent(node_config(tmp_path, gpus=None))
-    with pytest.raises(ConfigError, match="2 slots are wanted, and there are 1 GPUs"):
+    with pytest.raises(ConfigError, match="2 slots are configured, but there are 1 GPUs"):
         await agent.start()
     adopt_no_more()
     assert descriptors() == before

@@ -78,7 +78,7 @@ def test_refusals_are_what_the_agent_said(served: ServedAgent) -> None:
         served.client.stop_replica("none")
     with pytest.raises(ReplicaUnknown, match="0 replicas"):
         next(served.client.watch("none"))
-    with pytest.raises(ReplicaUnknown, match="no replica can have such an id"):
+    with pytest.raises(ReplicaUnknown, match="this is not a valid replica id"):
         served.client.replica("../report")
     with pytest.raises(NodeError, match="no daemon of the store") as caught:
         served.client.prefetch("no-store")

@@ -144,14 +144,14 @@ def page(body: bytes, status: int = 200) -> Iterator[AdminClient]:
             thread.join()
 
 
-ELSEWHERE = "something else than a router listens there; say where the router is with --url or SLLM_URL"
+ELSEWHERE = "something other than a router listens there; say where the router is with --url or SLLM_URL"
 
 
 @pytest.mark.parametrize(
     ("body", "status", "told"),
     [
-        (b"<html>", 200, f"status 200, and no JSON: {ELSEWHERE}"),
-        (b"[" * 100_000, 200, f"status 200, and no JSON: {ELSEWHERE}"),
+        (b"<html>", 200, f"status 200, not JSON: {ELSEWHERE}"),
+        (b"[" * 100_000, 200, f"status 200, not JSON: {ELSEWHERE}"),
         (b"{}", 302, f"status 302: {ELSEWHERE}"),
         (b'{"error": "no"}', 404, f"status 404: {ELSEWHERE}"),
         (b'{"error": {"message": "two\\nlines"}}', 500, "two lines"),

@@ -210,7 +210,7 @@ def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
     path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "folder": tmp_path}[kind]
     if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(InvalidConfig, match=r"it is no regular file|Is a directory"):
+    with pytest.raises(InvalidConfig, match=r"it is not a regular file|Is a directory"):
         read_checked_config(path)
 
 

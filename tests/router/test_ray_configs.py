@@ -103,7 +103,7 @@ def insecure(directory: Path) -> Path:
 def test_nobody_is_let_in_without_a_key_unless_it_is_said(tmp_path: Path) -> None:
     path = tmp_path / "router.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in read("demo.yaml").items() if key != "keys"}))
-    with pytest.raises(ConfigError, match="who may use it"):
+    with pytest.raises(ConfigError, match="no access is configured"):
         build(Arguments(config=str(path)))
 
 

@@ -239,5 +239,5 @@ def test_commands_of_this_machine_find_the_router_and_its_key(tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
     assert (
         done.returncode,
-        b"no router runs on this machine now (the last one listened at http://" in done.stderr,
+        b"no router is running on this machine (the last one listened at http://" in done.stderr,
     ) == (1, True)

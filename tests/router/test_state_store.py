@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_is_told_apart_and_loses_nothing(tmp_path: Path) -> 
 
 def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "state")
-    with pytest.raises(StateError, match="state: it can't be used: it is no regular file"):
+    with pytest.raises(StateError, match="state: it can't be used: it is not a regular file"):
         asyncio.run(SqliteStore(tmp_path / "state").get("a"))
 
 

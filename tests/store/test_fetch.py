@@ -100,7 +100,7 @@ async def test_answer_that_never_begins_is_noticed() -> None:
 
 async def test_stall_for_ever_ends() -> None:
     with faulty_server({URL_PATH: DATA}, forever=Fault(stops_after=0, how="stall")) as server:
-        with pytest.raises(RemoteUnreachable, match=r"it stalls: nothing came for 0\.2 s \(attempts: 2\)"):
+        with pytest.raises(RemoteUnreachable, match=r"it stalls: no data arrived for 0\.2 s \(attempts: 2\)"):
             await fetch(server, limits=Limits(retries_max=1, stall_s=0.2))
         assert len(server.requests) <= 2
 

@@ -301,7 +301,7 @@ def test_what_is_no_remote_is_refused_without_secrets(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://host/.hidden", "http://host/a%2Fb", "http://host/", "s3://bucket", "file:///"])
 def test_last_component_must_be_a_name(url: str) -> None:
-    with pytest.raises(ConfigError, match="no name for a checkpoint"):
+    with pytest.raises(ConfigError, match="not a checkpoint name"):
         open_checkpoint_url(url)
 
 

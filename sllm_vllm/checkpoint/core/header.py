@@ -55,7 +55,7 @@ def check_header(raw: bytes, tensors: Sequence[TensorRecord], path: str) -> None
     found = parse_json(raw[LENGTH_NBYTES:], path, "safetensors header")
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointInvalid(path, "its safetensors metadata is no map of texts", "convert the model again")
+        raise CheckpointInvalid(path, "its safetensors metadata is not a map of strings", "convert the model again")
     for tensor in tensors:
         dtype, shape = safetensors_view(tensor.dtype, tuple(tensor.shape), tensor.item_nbytes)
         wanted = {"dtype": dtype, "shape": shape, "data_offsets": [tensor.offset, tensor.end]}

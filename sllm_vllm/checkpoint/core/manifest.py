@@ -242,7 +242,7 @@ def parse_json(raw: bytes, path: str, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(path, f"the {what} is not valid JSON ({_one_line(error)})", _MEND) from None
     if not isinstance(value, dict):
-        raise CheckpointInvalid(path, f"the {what} is no JSON object", _MEND)
+        raise CheckpointInvalid(path, f"the {what} is not a JSON object", _MEND)
     return value
 
 

@@ -288,7 +288,7 @@ def test_manifest_above_the_limit_is_refused_unparsed() -> None:
 
 
 def test_parse_json_names_what_it_was_given() -> None:
-    with pytest.raises(CheckpointInvalid, match="a/file: the tea is no JSON object"):
+    with pytest.raises(CheckpointInvalid, match="a/file: the tea is not a JSON object"):
         parse_json(b"[1]", "a/file", "tea")
 
 
