@@ -46,7 +46,7 @@ def find_unused(repository: CheckpointRepository, *, vllm_version: str | None) -
 
 
 def _reason(manifest: Manifest, sources: _Sources, vllm_version: str | None) -> str | None:
-    if vllm_version is not None and manifest.layout.vllm_version != vllm_version:
+    if vllm_version is not None and _public(manifest.layout.vllm_version) != _public(vllm_version):
         return f"it is for vLLM {manifest.layout.vllm_version}, installed is {vllm_version}"
     if not manifest.source.files:
         return "it was written by an earlier version of sllm-vllm"
@@ -57,6 +57,11 @@ def _reason(manifest: Manifest, sources: _Sources, vllm_version: str | None) -> 
     if is_from_hub(manifest.source.files):
         return None  # an engine finds it by the model's commit alone, and it may be the only copy here
     return f"{manifest.source.model} is not on this machine"
+
+
+def _public(version: str) -> str:
+    """A version without its local part: a build's metadata says 0.32.0+cpu where ``vllm.__version__`` says 0.32.0."""
+    return version.partition("+")[0]
 
 
 class _Sources:

@@ -83,6 +83,14 @@ def test_checkpoint_of_another_vllm_is_not(repository: CheckpointRepository, mod
     assert find_unused(repository, vllm_version=None) == []
 
 
+def test_builds_of_one_vllm_are_not_told_apart(repository: CheckpointRepository, model: Path) -> None:
+    """The metadata of a build has a local part that ``vllm.__version__``, which a checkpoint records, may lack."""
+    convert(repository, model)
+    assert find_unused(repository, vllm_version=f"{VLLM}+cpu") == []
+    convert(repository, model, vllm_version=f"{VLLM}+cu129")
+    assert unused(repository) == {}
+
+
 def test_checkpoint_that_was_made_elsewhere_is_kept_for_equal_weights(
     repository: CheckpointRepository, model: Path
 ) -> None:
