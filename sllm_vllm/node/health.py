@@ -65,7 +65,7 @@ async def ask_health(session: aiohttp.ClientSession, url: str, *, answer_s: floa
     except TimeoutError:
         return f"no answer within {answer_s:g} s"
     except (aiohttp.ClientError, OSError) as error:
-        return None if is_shortage(error) else f"{error or type(error).__name__}"
+        return None if is_shortage(error) else str(error) or type(error).__name__
 
 
 async def _ask(session: aiohttp.ClientSession, url: str) -> str:

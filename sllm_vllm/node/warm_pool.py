@@ -29,7 +29,7 @@ FORKS_MAX = 500
 """A parent is replaced after this many forks, whatever its state."""
 LOG_NBYTES_MAX = 1 << 20
 """A longer log is emptied when a parent starts; a parent that has imported prints little."""
-READY_MAX_S = 180.0
+READY_MAX_S = 600.0
 FORK_MAX_S = 10.0
 RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_S_MAX = 60.0
@@ -200,7 +200,7 @@ class WarmPool:
             try:
                 parent = await self._import()
             except Exception as error:  # top of a run loop
-                self._problem = f"the warm parent does not start ({error or type(error).__name__}), see {self._log}"
+                self._problem = f"the warm parent does not start ({_words(error)}), see {self._log}"
                 logger.warning("event=warm_parent_failed reason=%r next_attempt_s=%.0f", self._problem, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RESTART_PAUSE_S_MAX)
@@ -255,6 +255,7 @@ class WarmPool:
                 received = asyncio.get_running_loop().sock_recv(ours, ORDER_NBYTES_MAX)
                 data = await within(READY_MAX_S, received)
                 if not data:
+                    process.kill()  # it may only have closed its end
                     raise OSError(f"it ended with status {await process.wait()}")
                 return _Parent(process, ours, WarmReady.model_validate_json(data))
             except BaseException:
@@ -279,3 +280,9 @@ class WarmPool:
         os.set_inheritable(channel, channel == target)
         command = [sys.executable, "-m", "sllm_vllm.node.warm_parent", str(target)]
         return os.posix_spawn(sys.executable, command, self._environment, file_actions=actions, setsid=True)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"it has not imported vLLM within {READY_MAX_S:.0f} s"
+    return str(error) or type(error).__name__

@@ -258,7 +258,7 @@ class EtcdStore:
                 found: dict[str, Any] = await answer.json(content_type=None)
                 return found
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise StateError(f"{self._server}: {error or type(error).__name__}") from None
+            raise StateError(f"{self._server}: {str(error) or type(error).__name__}") from None
 
 
 class _Unauthenticated(StateError):

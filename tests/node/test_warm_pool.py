@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from sllm_vllm.node import warm_pool
 from sllm_vllm.node.warm_pool import WarmPool
+from tests.node.agent_bench import until
 
 
 def parent() -> Any:
@@ -77,3 +79,24 @@ async def test_an_error_that_was_not_foreseen_does_not_end_the_keeper(
     async with asyncio.timeout(60):
         await again.wait()
     await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("keeps_channel", "told"), [(True, "it has not imported vLLM within 1 s"), (False, "it ended with status -9")]
+)
+async def test_a_parent_that_never_gets_ready_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_channel: bool, told: str
+) -> None:
+    """The message of a TimeoutError is empty; one that has closed its end of the channel may run on."""
+    monkeypatch.setattr(warm_pool, "RESTART_PAUSE_S", 600.0)
+    monkeypatch.setattr(warm_pool, "READY_MAX_S", 1.0)
+
+    def spawn(pool: WarmPool, channel: int, log: int) -> int:
+        return subprocess.Popen(["sleep", "600"], pass_fds=[channel] if keeps_channel else []).pid
+
+    monkeypatch.setattr(WarmPool, "_spawn", spawn)
+    pool = WarmPool({}, tmp_path / "log")
+    await until(lambda: "does not start" in pool.problem, "the attempt to fail")
+    problem = pool.problem
+    await pool.close()
+    assert problem.startswith(f"the warm parent does not start ({told}), see ")
