@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport, StartReport
 
 INTERRUPTED = 130
+OWN_OPTIONS = frozenset(
+    {"--name", "--port", "--slots", "--wait", "--env", "-e", "--detach", "-d", "--node-dir", "--json"}
+)
+"""Options of ``run`` that have no meaning for an engine's ``vllm serve``."""
 REPLICA_CUT = ("model", "reason")
 """What a narrow terminal shows less of, in a table of replicas."""
 
@@ -101,10 +106,11 @@ def run(options: RunOptions) -> None:
 
     Prints the engine's address when it is ready.
 
-    Starts the agent if none is running. Ctrl-C during the start stops the engine.
+    Starts the agent if none is running. Ctrl-C or SIGTERM during the start stops the engine.
     """
     from sllm_vllm.node.model_path import require_model
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left that no one waits for
     order = _order_of(options)
     require_model(order.model, order.directory)  # before an agent is started for it
     client = _client_or_start(options.node_dir)
@@ -128,6 +134,9 @@ def _order_of(options: RunOptions) -> ReplicaOrder:
 
     from sllm_vllm.node.protocol import ReplicaOrder
 
+    misplaced = sorted({word.partition("=")[0] for word in options.arguments or ()} & OWN_OPTIONS)
+    if misplaced:
+        wrong_usage(*(f"{option}: put it before MODEL; the rest goes to `vllm serve`" for option in misplaced))
     environment = {}
     for setting in options.env or ():
         key, equals, value = setting.partition("=")

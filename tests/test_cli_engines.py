@@ -65,7 +65,7 @@ def test_run_hands_everything_after_the_model_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ("--slots", "2", "--port", "8123", "--name", "x", "--wait", "-e", "A=1", "--env", "B=c=d", "--json")
-    words = ("--help", "--json", "-d", "--", "--port", "1", "-e", "plain", "--node-dir=/y")
+    words = ("--help", "--no-such", "-O3", "--", "--seed", "1", "-x", "plain", "--dtype=float32")
     code, out, _ = run("run", *options, "m/ready", *words)
     assert (code, json.loads(out)["state"]) == (0, "ready")
     order = served.agent.orders[0]
@@ -150,6 +150,9 @@ def test_run_of_what_is_killed_names_the_signal(run: Run, served: ServedAgent) -
         (("--slots", "2000", "m"), "--slots: must be at most 1024"),
         (("--slots", "0", "m"), "--slots"),
         (("--port", "70000", "m"), "--port"),
+        (("m", "--name", "one"), "--name: put it before MODEL"),
+        (("m", "--dtype", "float32", "--port=8000"), "--port: put it before MODEL"),
+        (("m", "-d"), "-d: put it before MODEL"),
         (("",), "MODEL: "),
         ((), "MODEL"),
     ],
@@ -191,12 +194,13 @@ def test_run_tells_why_no_agent_starts(run: Run, node_dir: Path, monkeypatch: py
     assert (code, err.splitlines()[-1]) == (1, "  no GPU 7")
 
 
-def test_an_interrupt_stops_what_starts(served: ServedAgent) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_what_starts(served: ServedAgent, how: signal.Signals) -> None:
     process = subprocess.Popen(
         command("run", "--name", "s", "m/slow"), stderr=subprocess.PIPE, preexec_fn=heed_interrupts
     )
     wait_until(lambda: served.do(lambda: served.agent.num_streams) == 1, "the command to watch")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"interrupted: stopping s\n")
     assert state_of(served, "s") == "stopped"
