@@ -77,7 +77,7 @@ def _work(work: Callable[[Workspace], int], workspace: Workspace) -> NoReturn:
     status = 1
     try:
         status = work(workspace)
-    except BaseException:  # top level: print the error and turn it into a status
+    except BaseException:  # top of a run loop: print the error and turn it into a status
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     os._exit(status)

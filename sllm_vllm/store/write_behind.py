@@ -143,7 +143,7 @@ class WriteBehind:
             start = time.monotonic()
             try:
                 await device.in_writer(lambda: staged.write(chunks, view))
-            except Exception as error:  # handed to the waiting task, which raises it
+            except Exception as error:  # top of a run loop: handed to the waiting task, which raises it
                 written.set_exception(error)
             else:
                 store.meters["write"].book(nbytes, start, time.monotonic())
