@@ -362,7 +362,7 @@ class RouterCore:
         if request is None or request.replica is None:
             return
         self.moves.called_off(request, now_s)
-        self.suspects.add(request.replica, now_s)
+        self.suspects.add(request.replica, event.sign, now_s)
         is_held = self._failures.failed(request, event, now_s)
         request.away_s += now_s - request.dispatched_s
         self._leave_replica(event.request, request, now_s)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from sllm_vllm.router.core.facts import FailureSign
+
 SUSPECT_S = 1.0
 """How long a failing replica gets no requests."""
+UNREACHED_S = 10.0
+"""The same for a replica that accepts no connection: it has most likely ended, which its agent reports within seconds.
+
+Sent there again before that, a request would use up its attempts.
+"""
 
 
 class Suspects:
@@ -15,9 +22,10 @@ class Suspects:
     def __contains__(self, replica: object) -> bool:
         return replica in self._until_s
 
-    def add(self, replica: str, now_s: float) -> None:
+    def add(self, replica: str, sign: FailureSign, now_s: float) -> None:
         """Note that a replica failed a request."""
-        self._until_s[replica] = now_s + SUSPECT_S
+        for_s = UNREACHED_S if sign is FailureSign.UNREACHED else SUSPECT_S
+        self._until_s[replica] = max(now_s + for_s, self._until_s.get(replica, now_s))
 
     def discard(self, replica: str) -> None:
         """Forget a replica that is gone."""

@@ -160,6 +160,30 @@ def test_a_request_waits_no_longer_than_it_may_in_all_its_waits() -> None:
     assert bench.books.rejected[request].why is Refusal.TOO_LATE
 
 
+def test_a_request_is_not_sent_again_to_a_replica_that_could_not_be_reached_while_its_end_is_about_to_be_told() -> None:
+    """Its agent may take seconds to see that all of an engine's processes have ended."""
+    bench = bench_with(num_slots=1)
+    request = bench.ask("a")
+    dead = bench.start()
+    bench.notice(request, FailureSign.UNREACHED)
+    bench.wait(5.0)
+    assert request in bench.books.waiting
+    bench.crash(dead)
+    while not bench.starting:  # it died young
+        bench.wait(1.0)
+    bench.start()
+    assert request in bench.books.running
+
+
+def test_a_replica_that_could_not_be_reached_for_a_moment_gets_requests_again() -> None:
+    bench = bench_with(num_slots=1)
+    request = bench.ask("a")
+    bench.start()
+    bench.notice(request, FailureSign.UNREACHED)
+    bench.wait(11.0)
+    assert request in bench.books.running
+
+
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
