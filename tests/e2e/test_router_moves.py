@@ -136,6 +136,7 @@ def test_streams_move_and_their_clients_see_nothing_of_it(router: RouterUnderTes
         asking = router.post_later(pool, "llama", **ASKED)
         wait_until(lambda: router.admin("requests").body["requests"], "the request")
         (request,) = router.admin("requests").body["requests"]
+        wait_until(lambda: "FirstToken" in kinds(router, request["id"]), "the engine to have it")
         target = next(name for name in replicas(router) if name != request["replica"])
         ordered = router.admin(f"requests/{request['id']}/migrate", "POST", {"to": target})
         assert (ordered.status, ordered.body["target"]) == (202, target)
