@@ -25,11 +25,12 @@ fix: $(READY) ## mend what ruff can mend, and format
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 
-check: $(READY) ## ruff, formatting, types, import rules
+check: $(READY) ## ruff, formatting, types, import rules, prose
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python tools/prose.py
 
 WORKERS ?= 2
 # Two at a time: a server on real vLLM starts on one processor, and takes 3 GB.

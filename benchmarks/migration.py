@@ -122,7 +122,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", default=",".join(map(str, PROMPTS)), help="tokens of prompts, with commas")
-    parser.add_argument("--rounds", type=int, help="of each way and prompt; by itself fewer for long prompts")
+    parser.add_argument("--rounds", type=int, help="of each way and prompt; default: fewer for long prompts")
     parser.add_argument("--size", default="1.2GB", help="of the model, as random_models.py has it")
     parser.add_argument("--json", type=Path, help="file for the lines of JSON")
     parser.add_argument("--cache", type=Path, default=CACHE_DEFAULT, help="directory for models")

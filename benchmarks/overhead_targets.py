@@ -146,7 +146,7 @@ PEERS = (
         package="ray[serve]",
         version="2.60.0",
         setting=f"RAY_SERVE_THROUGHPUT_OPTIMIZED=1, one proxy, one replica with max_ongoing_requests={ONGOING_MAX}"
-        " (by itself 5, and streams would wait for each other); no access log, no dashboard",
+        " (default: 5, and streams would wait for each other); no access log, no dashboard",
         command=_ray_serve,
         environment={"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_USAGE_STATS_ENABLED": "0"},
     ),

@@ -63,7 +63,7 @@ def node_root(node_dir: Path | None) -> Path:
 
 
 def client_of(node_dir: Path | None) -> NodeClient:
-    """Whom to ask; nobody may be there."""
+    """The client of this machine's agent, which may not be running."""
     from sllm_vllm.node.client import NodeClient
 
     return NodeClient(node_root(node_dir) / "socket")
@@ -193,7 +193,7 @@ def _started(client: NodeClient, accepted: ReplicaReport) -> ReplicaReport:
 
 
 class _StartLine:
-    """One line on stderr that tells how far a start is; nothing where nobody watches, and nothing of it stays."""
+    """A live line on stderr with the progress of a start; removed at the end, and not shown off a terminal."""
 
     def __init__(self) -> None:
         self._live: Live | None = None
@@ -413,6 +413,6 @@ def _wait_ended(client: NodeClient, full_id: str) -> dict[str, object]:
         for report in client.watch(full_id):
             if report.has_ended:
                 return {"id": full_id, "state": report.state, "reason": report.reason}
-    except ReplicaUnknown:  # so many ended after it that it was forgotten
+    except ReplicaUnknown:  # forgotten: too many others have ended since
         pass
     return {"id": full_id, "state": "stopped", "reason": ""}

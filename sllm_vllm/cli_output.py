@@ -19,7 +19,7 @@ _CUT_WIDTH_MIN = 8
 
 
 def progress_bar() -> Progress:
-    """Bars on stderr, with bytes and rate; nothing of them stays, and nothing is shown where nobody watches."""
+    """Bars on stderr, with bytes and rate; removed at the end, and not shown off a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -26,7 +26,7 @@ def open_key(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: the key can't be made or read ({error.strerror}); remove what is there") from None
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o077 or not key:
-        raise ConfigError(f"{path}: it must be a key of this user that nobody else can read; remove it")
+        raise ConfigError(f"{path}: it must belong to this user and be readable by no one else; remove it")
     return key
 
 

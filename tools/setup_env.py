@@ -304,8 +304,8 @@ def mend_wheel_tag(info: Path, wrong: str, right: str) -> bool:
     if new == old:
         return False
     rows = list(csv.reader((info / "RECORD").read_text().splitlines()))
-    mended = (f"{info.name}/WHEEL", *digest(new.encode()))
-    replace_text(info / "RECORD", record_text([mended if row[0] == mended[0] else row for row in rows]))
+    fixed = (f"{info.name}/WHEEL", *digest(new.encode()))
+    replace_text(info / "RECORD", record_text([fixed if row[0] == fixed[0] else row for row in rows]))
     replace_text(info / "WHEEL", new)
     return True
 

@@ -36,7 +36,7 @@ def why_engine_unable(config: Any) -> str:
     if getattr(model, "return_sampling_mask", False) or getattr(model, "enable_return_routed_experts", False):
         return "this engine returns sampling masks or routed experts, which are not carried along"
     if getattr(config, "watermark_config", None) is not None:
-        return "this engine marks its output, and nobody has looked how that goes on"
+        return "this engine watermarks its output, which was not tried with moves"
     if config.speculative_config is not None:
         return "this engine speculates: the draws of a step depend on where it began"
     if config.kv_transfer_config is not None:  # and runner V1 raises KeyError for a request marked as preempted

@@ -266,7 +266,7 @@ class Controller:
 
     def call_off_move(self, request: str, order: MoveOrder) -> None:
         """Call off a migration of which it is unknown whether the order was followed."""
-        self._tell(MoveFailed(request, order.target.replica, "whoever streams it began anew"))
+        self._tell(MoveFailed(request, order.target.replica, "its ingress has restarted"))
 
     def _samples(self, order: MoveOrder, report: MoveReport) -> tuple[ResumeSample, ...]:
         target = self.core.cluster.replicas.get(order.target.replica)
@@ -429,7 +429,7 @@ class Controller:
         if on_order is not None:
             on_order(order)
         else:  # it has ended, or is not followed yet
-            self._tell(MoveFailed(request, order.target.replica, "nobody streams it"))
+            self._tell(MoveFailed(request, order.target.replica, "no ingress streams it"))
 
     def _ticket_of(self, request: str, replica: str) -> Ticket:
         """Return the ticket of a request that the core knows, for a replica that is ready."""

@@ -203,7 +203,7 @@ class RemoteGate:
             if follower is not None:
                 follower(order)
             else:
-                self.not_moved(held.ticket, order, MoveReport(), reason="nobody streams it", is_lasting=False)
+                self.not_moved(held.ticket, order, MoveReport(), reason="no ingress streams it", is_lasting=False)
 
     def _note(self, note: Note) -> None:
         if not self._has_entered.is_set() and not isinstance(note, Left):

@@ -275,7 +275,7 @@ class Baseline:
         """End a replica that has no requests."""
         assert not view.ongoing, f"{view.id} has {len(view.ongoing)} requests"
         view.phase = Phase.STOPPING
-        self.orders.append(StopReplica(view.id, view.node, "its slots are needed, or nobody asks"))
+        self.orders.append(StopReplica(view.id, view.node, "its slots are needed, or it is idle"))
 
     def _preempt(self, view: View, now_s: float) -> None:
         view.phase = Phase.LEAVING

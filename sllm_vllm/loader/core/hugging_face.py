@@ -270,7 +270,7 @@ def _rules_for(layout: Layout) -> tuple[_Rule, ...]:
         raise NoWayBack(f"it is quantised ({layout.quantization}); only plain weights are exported")
     rules = RULES.get(layout.model_class.removeprefix("vllm.model_executor.models."))
     if rules is None:
-        raise NoWayBack(f"for {layout.model_class} nobody has written down yet how vLLM fuses its weights")
+        raise NoWayBack(f"for {layout.model_class} it is not yet known how vLLM fuses its weights")
     return rules
 
 

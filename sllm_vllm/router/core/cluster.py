@@ -352,7 +352,7 @@ class Cluster:
         self._idle.validate({n.id: ((n.num_free, n.num_free + n.num_evictable), n.idle_since_s) for n in idle})
         held = {(*holding, node.id) for node in nodes for holding in node.tiers.items()}
         assert held == {(*holding, name) for holding, names in self._holders.items() for name in names}
-        assert all(self._holders.values()), "nobody holds it"
+        assert all(self._holders.values()), "a checkpoint without a holder"
         for shortlist in self._shortlists:
             shortlist.validate()
 

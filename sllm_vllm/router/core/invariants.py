@@ -32,7 +32,9 @@ def _validate_requests(core: RouterCore) -> None:
         ready = core.cluster.replicas_of(model, ReplicaState.READY)
         if any(core.requests[facts.id].is_ordinary for facts in core.queues.in_order(model)):
             fit = [one for one in ready if one.id not in core.suspects and not core.trials.is_closed(one)]
-            assert all(len(one.ongoing) >= state.spec.ongoing_max for one in fit), f"{model}: somebody waits in vain"
+            assert all(len(one.ongoing) >= state.spec.ongoing_max for one in fit), (
+                f"{model}: a request waits although a replica has room"
+            )
     for replica in core.cluster.replicas.values():
         for request_id in replica.ongoing:
             places = (core.requests[request_id].replica, core.requests[request_id].target)
@@ -58,7 +60,7 @@ def _validate_pending(core: RouterCore) -> None:
     assert len(set(holds)) == len(holds)
     assert {name for name, one in core.cluster.replicas.items() if not one.model} == set(holds)
     for pending in core.scaling.pending.all():
-        assert pending.victims, f"{pending.replica} waits for nobody"
+        assert pending.victims, f"{pending.replica} waits without a victim"
         for victim in pending.victims:
             assert core.cluster.replicas[victim].state in (ReplicaState.DRAINING, ReplicaState.STOPPING)
 

@@ -43,7 +43,7 @@ def what_it_waits_for(state: ModelState, scaling: Scaling, now_s: float) -> tupl
         return f"all its replicas are busy: {num} requests on {len(ready)}", _retry_s(state.service_s)
     # 4. No node is large enough, or 5. other models hold the slots.
     if not fits_somewhere(cluster, spec.accelerators):
-        return f"it takes {spec.accelerators} slots, and no node that takes starts has so many", RETRY_S_MAX
+        return f"it takes {spec.accelerators} slots, and no node that takes starts has as many", RETRY_S_MAX
     others = [one for one in cluster.replicas.values() if one.model]
     if not others:
         return "its start could not begin in time", _retry_s(startup_s)

@@ -152,7 +152,7 @@ def test_who_waits_for_a_drained_cluster_is_told_so() -> None:
     bench.wait(21.0)
     rejected = bench.books.rejected[request]
     assert rejected.why is Refusal.TOO_LATE
-    assert rejected.reason == "it takes 1 slots, and no node that takes starts has so many"
+    assert rejected.reason == "it takes 1 slots, and no node that takes starts has as many"
 
 
 def test_a_start_right_after_its_node_joined_is_planned_with_the_parent_that_imports() -> None:
