@@ -52,6 +52,8 @@ from sllm_vllm.units import KIB
 _LOCKS = ".locks"
 _REJECTED = ".rejected"
 _STAGING = ".staging"
+_RECORD_NBYTES_MAX = 4 * MANIFEST_NBYTES_MAX
+"""Of one rank; above what a manifest may have, so that publishing says why it is refused."""
 _TRASH = ".trash"
 _USED = ".used"
 
@@ -335,7 +337,7 @@ class Staging:
     def _record(self, rank: int) -> Partition | None:
         """Return the record of a rank's finished partition if it exists, is valid and has our chunk size, else None."""
         try:
-            value = json.loads(read_plain(self._record_path(rank), MANIFEST_NBYTES_MAX))
+            value = json.loads(read_plain(self._record_path(rank), _RECORD_NBYTES_MAX))
             partition = Partition.model_validate(value["partition"])
             complete = (self.path / partition.path).stat().st_size == partition.nbytes
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
