@@ -236,7 +236,7 @@ def test_calibrate_says_what_it_chose_and_that_a_daemon_disturbs(
     kept = read_calibration(store / ".store")
     assert kept is not None
     assert (code, err.count("\n")) == (0, 1)
-    assert "disturbs" in err
+    assert "distort" in err
     assert out.splitlines()[0].startswith("read: a temporary file")
     assert out.splitlines()[-1] == f"chosen: readers {kept.readers}, writers {kept.writers}"
     assert len(re.findall(r"^(read|write) .* GB/s +\d+%", out, re.MULTILINE)) == 3
