@@ -40,10 +40,12 @@ def test_a_file_is_named_in_two_words_as_vllm_reads_no_other() -> None:
 
 
 def test_a_file_that_vllm_would_not_take_is_refused(tmp_path: Path) -> None:
-    for name, text in {"list": "- a", "key": "1: 2", "tag": "a: !!python/object:os.system x", "open": "a: ["}.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=f"--config {name}.yaml: it "):
-            expand_config(("--config", f"{name}.yaml"), tmp_path)
+    mapping, yaml = "must be a mapping of options", "it is not valid YAML"
+    wrong = {"- a": mapping, "1: 2": mapping, "a: !!python/object:os.system x": yaml, "a: [": yaml}
+    for text, problem in wrong.items():
+        (tmp_path / "wrong.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=f"--config wrong.yaml: {problem}"):
+            expand_config(("--config", "wrong.yaml"), tmp_path)
     os.mkfifo(tmp_path / "fifo.yaml")
     (tmp_path / "large.yaml").write_text("#" * (CONFIG_NBYTES_MAX + 1))
     for name, problem in {"fifo.yaml": "regular", "large.yaml": "larger", "gone.yml": "No such file"}.items():
