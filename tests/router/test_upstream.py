@@ -309,7 +309,7 @@ def test_a_full_queue_of_connections_is_waited_for(run: Callable[[Any], None]) -
         with bound() as (server, url):
             server.listen(0)
             asked = [asyncio.create_task(upstream.post(url, target="/", headers=[], body=b"{}")) for _ in range(4)]
-            for _ in range(100):  # whoever would fail, would
+            for _ in range(100):  # often enough that a refused connection would show
                 await asyncio.sleep(0.001)
             assert not any(one.done() for one in asked)
             async with asyncio.timeout(60):
