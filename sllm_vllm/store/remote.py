@@ -353,7 +353,10 @@ def _open_s3(parts: SplitResult, endpoint: str | None, redirect_hosts: Sequence[
     def sign(key: str) -> str:
         return obstore.sign(writer, "GET", key, SIGNED_FOR)
 
-    base = obstore.sign(anonymous, "GET", "x", SIGNED_FOR).partition("?")[0].removesuffix("/x")
+    try:
+        base = obstore.sign(anonymous, "GET", "x", SIGNED_FOR).partition("?")[0].removesuffix("/x")
+    except BaseError:  # its text quotes the endpoint, which may hold a password
+        raise ConfigError(f"{_shown(parts)}: the S3 endpoint is not a URL; check AWS_ENDPOINT_URL") from None
     is_public = (read_variable("AWS_SKIP_SIGNATURE") or "").lower() in {"1", "true", "on", "yes", "y"}
     source = HttpSource(base, {}, redirect_hosts, sign=None if is_public else sign)
     return Remote(_shown(parts), source, lambda: writer)

@@ -102,6 +102,12 @@ async def test_s3_endpoint_may_be_an_argument(s3_environment: S3, monkeypatch: p
     assert await remote.read_manifest("argument") == b"{}"
 
 
+def test_s3_endpoint_that_is_no_url_is_refused_without_its_words() -> None:
+    with pytest.raises(ConfigError, match="the S3 endpoint is not a URL") as refused:
+        open_remote("s3://bucket/a", endpoint=f"no url {SECRET}")
+    assert SECRET not in str(refused.value)
+
+
 async def test_public_bucket_is_read_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     with faulty_server({"/bucket/a%20b/m/manifest.json": b"{}", f"/bucket/a%20b/m/{PATH}": DATA}) as server:
