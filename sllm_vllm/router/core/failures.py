@@ -97,13 +97,18 @@ class Failures:
         request.is_held = self.deaths.failed(replica_id, name, event.sign)
         return request.is_held
 
-    def again(self, request: Request, reason: str, now_s: float) -> None:
-        """Send a request to another replica, or continue its answer there, if it may still be tried; else refuse it."""
+    def again(self, request: Request, reason: str, now_s: float, *, was_reached: bool = True) -> None:
+        """Send a request to another replica, or continue its answer there, if it may still be tried; else refuse it.
+
+        Tries of replicas that could not be reached are limited only by the request's deadline.
+        """
         if request.facts.model not in self._models:
             self._refuse(request, Refusal.DELETED, reason)
+        elif not was_reached:
+            self._enqueue(request, now_s)
         elif request.has_begun:
             self._resume(request, reason, now_s)
-        elif request.attempt >= self._limits.attempts_max:
+        elif request.attempt - request.num_unreached >= self._limits.attempts_max:
             self._refuse(request, Refusal.ENGINE_FAILED, reason)
         else:
             self._enqueue(request, now_s)

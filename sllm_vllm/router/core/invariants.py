@@ -40,7 +40,7 @@ def _validate_requests(core: RouterCore) -> None:
             places = (core.requests[request_id].replica, core.requests[request_id].target)
             assert replica.id in places, f"{request_id} is not on {replica.id}"
     for request_id, request in core.requests.items():
-        assert request.attempt <= core.limits.attempts_max + request.num_resumes
+        assert request.attempt - request.num_unreached <= core.limits.attempts_max + request.num_resumes
         assert request.is_held == (request_id in core.deaths)
         replica_id = request.replica
         if replica_id is not None and replica_id in core.cluster.replicas:

@@ -78,7 +78,7 @@ class CopyLimits:
 class RouterLimits:
     """All limits of the core.
 
-    ``waiting_max``: most waiting requests of all models. ``attempts_max``: most replicas that a request is sent to.
+    ``waiting_max``: most waiting requests of all models. ``attempts_max``: most replicas that get a request.
     ``story_max``: events and actions that are remembered.
     """
 

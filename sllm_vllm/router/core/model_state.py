@@ -91,8 +91,10 @@ class Request:
     replica: str | None = None
     dispatched_s: float = 0.0
     away_s: float = 0.0
-    """Seconds spent on replicas that failed it; not queueing time."""
+    """Seconds spent on replicas that got it and failed it; not queueing time."""
     attempt: int = 0
+    num_unreached: int = 0
+    """Attempts whose replica could not be reached. They don't count: no engine got the request."""
     was_alone: bool = False
     """No other request was on its replica when it was sent there, so the time to its first byte is its prefill."""
     is_answered: bool = False

@@ -40,7 +40,7 @@ from sllm_vllm.router.core.events import (
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import PrefillSample, RequestFacts, StartSample
+from sllm_vllm.router.core.facts import FailureSign, PrefillSample, RequestFacts, StartSample
 from sllm_vllm.router.core.failures import Failures
 from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.limits import RouterLimits
@@ -364,11 +364,15 @@ class RouterCore:
         self.moves.called_off(request, now_s)
         self.suspects.add(request.replica, event.sign, now_s)
         is_held = self._failures.failed(request, event, now_s)
-        request.away_s += now_s - request.dispatched_s
+        was_reached = event.sign is not FailureSign.UNREACHED
+        if was_reached:
+            request.away_s += now_s - request.dispatched_s
+        else:
+            request.num_unreached += 1
         self._leave_replica(event.request, request, now_s)
         self._touched[request.facts.model] = None
         if not is_held:
-            self._failures.again(request, event.reason, now_s)
+            self._failures.again(request, event.reason, now_s, was_reached=was_reached)
 
     def _replica_ready(self, event: ReplicaReady, now_s: float) -> None:
         replica = self.cluster.replicas.get(event.replica)
@@ -464,7 +468,7 @@ class RouterCore:
         if state.back_off.reason and not self._has_replica(facts.model):
             self._reject_no_start(facts.id, state, now_s)
         else:
-            why, retry_s = what_it_waits_for(state, self.scaling, now_s)
+            why, retry_s = what_it_waits_for(state, self.scaling, self.suspects, now_s)
             self._reject(facts.id, Refusal.TOO_LATE, why, retry_after_s=retry_s)
 
     def _refuse(self, request: Request, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.facts import ModelSpec
@@ -26,8 +26,11 @@ def due_s(spec: ModelSpec, cluster: Cluster) -> float | None:
     return min(times, default=None)
 
 
-def what_it_waits_for(state: ModelState, scaling: Scaling, now_s: float) -> tuple[str, float]:
-    """Return what a waiting request waits for, as text, and after how many seconds to retry."""
+def what_it_waits_for(state: ModelState, scaling: Scaling, suspects: Container[str], now_s: float) -> tuple[str, float]:
+    """Return what a waiting request waits for, as text, and after how many seconds to retry.
+
+    ``suspects``: IDs of the replicas that get no requests because they have just failed one.
+    """
     spec, cluster = state.spec, scaling.cluster
     # 1. An engine is starting.
     if coming := _coming(spec, cluster):
@@ -37,8 +40,10 @@ def what_it_waits_for(state: ModelState, scaling: Scaling, now_s: float) -> tupl
     if pending := scaling.pending.of_model(spec.name):
         victims = [cluster.replicas[name] for name in sorted(pending[0].victims)]
         return f"its engine starts when these have ended: {_listed(victims, now_s)}", _retry_s(startup_s)
-    # 3. All its replicas are full.
+    # 3. Its replicas have just failed requests, or they are full.
     if ready := cluster.replicas_of(spec.name, ReplicaState.READY):
+        if all(one.id in suspects for one in ready):
+            return f"all its replicas have just failed requests: {_listed(ready, now_s)}", RETRY_S_MIN
         num = sum(len(one.ongoing) for one in ready)
         return f"all its replicas are busy: {num} requests on {len(ready)}", _retry_s(state.service_s)
     # 4. No node is large enough, or 5. other models hold the slots.

@@ -142,7 +142,7 @@ def test_time_that_a_request_was_with_a_replica_that_failed_it_is_no_time_of_wai
     replica = bench.start(seconds=10.0)
     bench.wait(100.0)
     bench.crash(replica)
-    bench.notice(request, FailureSign.UNREACHED)
+    bench.notice(request, FailureSign.REFUSED)
     bench.wait(5.0)
     assert request in bench.books.waiting
     bench.start()
@@ -155,7 +155,7 @@ def test_a_request_waits_no_longer_than_it_may_in_all_its_waits() -> None:
     replica = bench.start(seconds=10.0)
     bench.wait(100.0)
     bench.crash(replica)
-    bench.notice(request, FailureSign.UNREACHED)
+    bench.notice(request, FailureSign.REFUSED)
     bench.wait(10.0)
     assert bench.books.rejected[request].why is Refusal.TOO_LATE
 
@@ -182,6 +182,34 @@ def test_a_replica_that_could_not_be_reached_for_a_moment_gets_requests_again() 
     bench.notice(request, FailureSign.UNREACHED)
     bench.wait(11.0)
     assert request in bench.books.running
+
+
+def test_replicas_that_could_not_be_reached_use_up_no_attempts() -> None:
+    """A lost node takes several replicas with it, and no engine got the request."""
+    bench = bench_with(num_slots=4, max_replicas=4, target_ongoing=1, ongoing_max=1)
+    fillers = [bench.ask("a") for _ in range(4)]
+    replicas = {bench.start() for _ in range(4)}
+    for filler in fillers:
+        bench.end(filler)
+    request = bench.ask("a")
+    tried = set()
+    for _ in range(3):
+        tried.add(bench.books.running[request])
+        bench.notice(request, FailureSign.UNREACHED)
+    assert len(tried) == 3
+    assert {bench.books.running[request]} == replicas - tried
+
+
+def test_a_request_that_reaches_no_replica_is_told_so_at_its_deadline() -> None:
+    bench = bench_with(queue_s_max=25.0)
+    request = bench.ask("a")
+    bench.start()
+    for _ in range(3):
+        bench.notice(request, FailureSign.UNREACHED)
+        bench.wait(11.0)
+    rejected = bench.books.rejected[request]
+    assert rejected.why is Refusal.TOO_LATE
+    assert rejected.reason.startswith("all its replicas have just failed requests: a on n")
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -216,7 +244,7 @@ def test_a_request_is_sent_to_so_many_replicas_and_then_told() -> None:
     for _ in range(2):
         bench.crash(bench.start())
         bench.wait(1.0)
-        bench.notice(request, FailureSign.UNREACHED)
+        bench.notice(request, FailureSign.REFUSED)
         bench.wait(1.0)
     assert bench.books.rejected[request].why is Refusal.ENGINE_FAILED
 
