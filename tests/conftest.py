@@ -12,6 +12,10 @@ ModelDir = Callable[..., Path]
 
 prepare_environment()
 
+# Helpers that assert say what differs, as tests do.
+HELPERS = ("resumed", "ray_bench", "servers", "faulty_http", "checkpoint", "e2e", "loader", "node", "router", "store")
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in HELPERS))
+
 with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may have torch and pytest alone
     from hypothesis import HealthCheck, settings
 
