@@ -115,7 +115,7 @@ def _validated(values: object, context: Mapping[str, object]) -> tuple[RouterCon
         if not found.problems:  # each section is valid, but not all together
             found.problems.append(Problem((), error.errors(include_url=False, include_input=False)[0]["msg"]))
         return None, found
-    sections = {name: getattr(config, name) for name in _LIVE_SECTIONS + _FIXED_SECTIONS}
+    sections = {name: getattr(config, name) for name in (*_LIVE_SECTIONS, *_FIXED_SECTIONS, "defaults")}
     return config, Diagnosis(sections=sections, models=dict(enumerate(config.models)))
 
 

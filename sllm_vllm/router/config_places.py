@@ -13,9 +13,10 @@ from sllm_vllm.config import visible_gpus
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.core.launch import default_num_slots
 from sllm_vllm.node.hardware import detect_hardware
-from sllm_vllm.router.config import KeysSection, ModelConfig, NodeSection, RouterConfig
+from sllm_vllm.node.vllm_options import unknown_options
+from sllm_vllm.router.config import KeysSection, ModelConfig, ModelDefaults, NodeSection, RouterConfig
 from sllm_vllm.router.config_file import Checked, check_router_config, read_key_digests
-from sllm_vllm.router.config_problems import Diagnosis, InvalidConfig, Problem, below, with_lines
+from sllm_vllm.router.config_problems import Diagnosis, InvalidConfig, Place, Problem, below, with_lines
 
 MODEL_FILES = ("config.json", "params.json")
 """Files of which a model's directory holds at least one; the second is Mistral's."""
@@ -64,6 +65,7 @@ def _problems_here(found: Diagnosis, directory: Path) -> Iterator[Problem]:
         return
     if node.engine_command is None:  # another engine may name its models differently
         yield from _source_problems(found.models, directory)
+        yield from _option_problems(found)
     yield from _slot_problems(node, found.models)
 
 
@@ -83,6 +85,20 @@ def _source_problems(models: Mapping[int, ModelConfig], directory: Path) -> Iter
         elif not os.path.isabs(model.source) and (directory / model.source).is_dir():
             problem = f"taken as a name on the Hub; for the directory beside this file write ./{model.source}"
             yield Problem(("models", index, "source"), problem, is_warning=True)
+
+
+def _option_problems(found: Diagnosis) -> Iterator[Problem]:
+    defaults = found.sections.get("defaults")
+    common = set(defaults.engine_arguments) if isinstance(defaults, ModelDefaults) else set()
+    places: list[tuple[Place, Iterable[str]]] = [(("defaults",), sorted(common))]
+    places += [
+        (("models", num), [word for word in one.engine_arguments if word not in common])
+        for num, one in found.models.items()
+    ]
+    for place, arguments in places:
+        for option, near in unknown_options(arguments):
+            hint = f"; did you mean {near}?" if near else ""
+            yield Problem((*place, "engine_arguments"), f"vLLM has no option {option}{hint}", is_warning=True)
 
 
 def source_problem(model: ModelConfig) -> str | None:

@@ -168,6 +168,19 @@ def test_a_name_that_is_a_directory_beside_the_file_is_a_warning(file: Path) -> 
     assert [(problem.is_warning, "write ./llama" in problem.problem) for problem in problems] == [(True, True)]
 
 
+def test_options_that_vllm_does_not_have_are_warnings_once_each(file: Path) -> None:
+    file.write_text(
+        "defaults: {engine_arguments: {enfore-eager: true}}\n"
+        "models:\n- {name: a, source: org/a, engine_arguments: {max-modle-len: 512}}\n- {name: b, source: org/b}\n"
+    )
+    problems = check_on_this_machine(file).problems
+    assert [str(problem) for problem in problems] == [
+        "line 1: defaults.engine_arguments: vLLM has no option --enfore-eager; did you mean --enforce-eager?",
+        "line 3: models[0].engine_arguments: vLLM has no option --max-modle-len; did you mean --max-model-len?",
+    ]
+    assert all(problem.is_warning for problem in problems)
+
+
 def test_sources_of_another_engine_are_its_own_matter(file: Path) -> None:
     file.write_text("node: {engine_command: [fake]}\nmodels: [{name: a, source: /no/where}]\n")
     assert check_on_this_machine(file).problems == []

@@ -468,7 +468,7 @@ class RouterCore:
         if state.back_off.reason and not self._has_replica(facts.model):
             self._reject_no_start(facts.id, state, now_s)
         else:
-            why, retry_s = what_it_waits_for(state, self.scaling, self.suspects, now_s)
+            why, retry_s = what_it_waits_for(state, self.scaling, now_s, suspects=self.suspects)
             self._reject(facts.id, Refusal.TOO_LATE, why, retry_after_s=retry_s)
 
     def _refuse(self, request: Request, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:

@@ -26,7 +26,9 @@ def due_s(spec: ModelSpec, cluster: Cluster) -> float | None:
     return min(times, default=None)
 
 
-def what_it_waits_for(state: ModelState, scaling: Scaling, suspects: Container[str], now_s: float) -> tuple[str, float]:
+def what_it_waits_for(
+    state: ModelState, scaling: Scaling, now_s: float, *, suspects: Container[str]
+) -> tuple[str, float]:
     """Return what a waiting request waits for, as text, and after how many seconds to retry.
 
     ``suspects``: IDs of the replicas that get no requests because they have just failed one.
