@@ -6,16 +6,18 @@ A body goes out as a client would send it. Streams are folded token by token: wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import urllib.error
 import urllib.request
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, parse_resume, sign_resume
+from tests.waiting import wait_until
 
 REQUEST_MAX_S = 300.0
 TAKE_OVER_TRIES_MAX = 5
@@ -110,7 +112,7 @@ class Client:
             answer.add(found)
         return answer
 
-    def chunks(self, path: str, body: dict[str, Any], resume: Resume | None = None) -> Iterator[dict[str, Any]]:
+    def chunks(self, path: str, body: dict[str, Any], resume: Resume | None = None) -> Generator[dict[str, Any]]:
         """What comes, as it comes: chunks of a stream, or the one answer."""
         whole = {"model": self.model, "return_token_ids": True, **body}
         if whole.get("stream"):
@@ -171,20 +173,31 @@ def take_over(
 ) -> tuple[dict[str, Any], Answer]:
     """Stream until every choice has so many tokens or has ended, ask our route what the request has, and hang up.
 
-    Returns what the route said, and what the client had been sent. The engine may be done before it is asked, as in
-    life: then it is tried again.
+    Returns what the route said, and what the client had been sent, when the engine has dropped the request: the last
+    bits of another request's logprobs depend on what is computed with it. The engine may be done before it is asked,
+    as in life: then it is tried again.
     """
     for _ in range(TAKE_OVER_TRIES_MAX):
         sent, id_, streamed = Answer(), uuid.uuid4().hex, {**body, "stream": True}
+        route = f"/sllm/requests/{id_}/tokens"
         named = replace(client, headers={**client.headers, "X-Request-Id": id_})
-        for found in named.chunks(path, streamed, resume):
-            sent.add(found)
-            done = [len(one.token_ids) >= num_tokens or one.ending is not None for one in sent.choices.values()]
-            if len(done) == body.get("n", 1) and all(done):
-                with contextlib.suppress(urllib.error.HTTPError):
-                    return client.get(f"/sllm/requests/{id_}/tokens"), sent
-                break
+        told = None
+        with contextlib.closing(named.chunks(path, streamed, resume)) as chunks:
+            for found in chunks:
+                sent.add(found)
+                done = [len(one.token_ids) >= num_tokens or one.ending is not None for one in sent.choices.values()]
+                if len(done) == body.get("n", 1) and all(done):
+                    with contextlib.suppress(urllib.error.HTTPError):
+                        told = client.get(route)
+                    break
+        wait_until(functools.partial(_is_gone, client, route), "the engine to drop the request")
+        if told is not None:
+            return told, sent
     raise AssertionError("it ended first each time")
+
+
+def _is_gone(client: Client, route: str) -> bool:
+    return client.status(route) == 404
 
 
 def carried(told: dict[str, Any]) -> Resume:
