@@ -129,7 +129,7 @@ class WarmPool:
             if parent is None:
                 raise NotWarm(self._problem)
             if await asyncio.to_thread(installation) != parent.ready.installation:
-                self._drop("vLLM or sllm-vllm was installed anew")
+                self._drop(parent, "vLLM or sllm-vllm was installed anew")
                 raise NotWarm(self._problem)
             return await self._fork(parent, order.model_copy(update={"number": next(self._numbers)}), output)
 
@@ -137,7 +137,8 @@ class WarmPool:
         """End the warm parent."""
         self._keeper.cancel()
         await asyncio.gather(self._keeper, return_exceptions=True)
-        self._drop("the agent is stopping")
+        if self._parent is not None:
+            self._drop(self._parent, "the agent is stopping")
 
     async def wait_import(self, timeout_s: float) -> None:
         """Wait until the parent that is importing is ready or has failed; no longer than ``timeout_s``."""
@@ -160,7 +161,7 @@ class WarmPool:
             received = loop.sock_recv(parent.channel, ORDER_NBYTES_MAX)
             answer = WarmAnswer.model_validate_json(await within(FORK_MAX_S, received))
         except (OSError, TimeoutError, ValidationError) as error:
-            self._drop(f"the warm parent did not answer ({type(error).__name__})")
+            self._drop(parent, f"the warm parent did not answer ({type(error).__name__})")
             raise NotWarm(self._problem) from None
         else:
             process = self._born(parent, order, answer)  # an error here is not the parent's fault
@@ -171,21 +172,22 @@ class WarmPool:
         parent.num_forks += 1
         self.num_forks += 1
         if parent.num_forks >= self._forks_max:
-            self._drop(f"it has forked {parent.num_forks} times")
+            self._drop(parent, f"it has forked {parent.num_forks} times")
         return process
 
     def _born(self, parent: _Parent, order: WarmOrder, answer: WarmAnswer) -> EngineProcess:
         """The process of an answer: our child, which waits for our word to begin."""
         if answer.number != order.number or answer.pid is None:
-            self._drop(answer.problem or "the warm parent answered out of turn")
+            self._drop(parent, answer.problem or "the warm parent answered out of turn")
             raise NotWarm(self._problem)
         return EngineProcess(answer.pid)
 
-    def _drop(self, reason: str) -> None:
-        """End the parent; the keeper then starts another one."""
-        if self._parent is not None:
-            logger.info("event=warm_parent_dropped pid=%d reason=%r", self._parent.ready.pid, reason)
-            self._parent.close()
+    def _drop(self, parent: _Parent, reason: str) -> None:
+        """End a parent; the keeper then starts another one. Does nothing if the keeper has already noticed its end."""
+        if self._parent is not parent:
+            return
+        logger.info("event=warm_parent_dropped pid=%d reason=%r", parent.ready.pid, reason)
+        parent.close()
         self._parent, self._problem = None, f"{reason}; another one is importing"
         self._warm.clear()
         self._import_began_s = time.monotonic()  # the keeper's next step
@@ -225,7 +227,7 @@ class WarmPool:
             await asyncio.wait([ended, wanted], return_when=asyncio.FIRST_COMPLETED)
             if ended.done() and self._parent is parent:
                 parent.has_died = True
-                self._drop(f"the warm parent ended with status {ended.result()}")
+                self._drop(parent, f"the warm parent ended with status {ended.result()}")
         finally:
             ended.cancel()
             wanted.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from sllm_vllm.node import warm_pool
-from sllm_vllm.node.warm_pool import WarmPool
+from sllm_vllm.node.warm_order import WarmOrder, installation
+from sllm_vllm.node.warm_pool import NotWarm, WarmPool
 from tests.node.agent_bench import until
 
 
@@ -100,3 +102,48 @@ async def test_a_parent_that_never_gets_ready_is_told(
     problem = pool.problem
     await pool.close()
     assert problem.startswith(f"the warm parent does not start ({told}), see ")
+
+
+async def test_a_parent_whose_end_is_seen_twice_is_replaced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its process's end, and by the fork that it does not answer."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    died, imports, imported = asyncio.Event(), asyncio.Queue[int](), asyncio.Event()
+
+    def parent_of(pid: int, ended: asyncio.Event) -> Any:
+        ready = SimpleNamespace(pid=pid, seconds=1.0, installation=installation())
+        return SimpleNamespace(
+            ready=ready, process=SimpleNamespace(wait=ended.wait), channel=ours, num_forks=0, has_died=False, close=str
+        )
+
+    async def start(pool: WarmPool) -> Any:
+        imports.put_nowait(1)
+        if pool.pid is None and not died.is_set():
+            return parent_of(1, died)
+        await imported.wait()
+        return parent_of(2, asyncio.Event())
+
+    monkeypatch.setattr(WarmPool, "_start", start)
+    monkeypatch.setattr(warm_pool, "RESTART_PAUSE_S", 0.01)
+    pool = WarmPool({}, tmp_path / "log")
+    async with asyncio.timeout(60):
+        assert await pool.wait_warm(60)
+        await imports.get()
+        order = WarmOrder(number=0, arguments=(), environment={}, directory="/", num_threads=1)
+        with theirs, ours:
+            fork = asyncio.create_task(pool.fork(order, theirs.fileno()))
+            await asyncio.get_running_loop().sock_recv(theirs, 1 << 20)
+            died.set()
+            await imports.get()
+            theirs.close()
+            with pytest.raises(NotWarm):
+                await fork
+        imported.set()
+        assert await pool.wait_warm(60)
+        for _ in range(20):
+            await asyncio.sleep(0)
+    assert (pool.pid, imports.qsize()) == (2, 0)
+    await pool.close()
