@@ -148,7 +148,7 @@ def _request_row(request: Mapping[str, Any]) -> dict[str, object]:
 def _model_row(model: Mapping[str, Any]) -> dict[str, object]:
     replicas = " ".join(f"{num} {state}" for state, num in model["replicas"].items() if num)
     back_off = model["back_off"]
-    failed = "" if back_off is None else f"{back_off['num_failures']} failed starts: {back_off['reason']}"
+    failed = "" if back_off is None else f"{back_off['num_failures']} failures in a row: {back_off['reason']}"
     counts = {"ongoing": model["ongoing"], "waiting": model["waiting"]}
     return {"model": model["name"], "replicas": replicas or "-", **counts, "problem": failed}
 
@@ -208,7 +208,10 @@ def deploy(
     *,
     as_json: Json = False,
 ) -> None:
-    """Add or change models of a running router. Its configuration file is not changed."""
+    """Add or change models of a running router. Its configuration file is not changed.
+
+    A file with `models` may have `defaults` for them; those of the router's own configuration do not apply.
+    """
     models = _read_models(file)
     client = _client(url, key_file)
     done: list[dict[str, Any]] = []
@@ -253,7 +256,10 @@ def _document_of(path: Path, file: str) -> Document:
 
 
 def delete(name: ModelName, url: Url = None, key_file: KeyFile = None, *, as_json: Json = False) -> None:
-    """Stop serving a model. Running requests are finished, waiting ones are refused."""
+    """Stop serving a model. Running requests are finished, waiting ones are refused.
+
+    It stays deleted after a restart, until it is deployed or its entry in the configuration file is changed.
+    """
     reply = _client(url, key_file).delete("models", name)
     print_done(reply, f"deleted: {reply['deleted']}", as_json=as_json)
 

@@ -47,6 +47,8 @@ ESTIMATES_NAME = "estimates.json"
 STATE_NAME = "state.sqlite"
 NODE_NAME = "local"
 SAVE_S = 60.0
+SHOWN_MAX = 8
+"""Deleted models that are named in a log line; the others are only counted."""
 _BACKLOG = 2048
 _AGENT_CLIENTS = 8
 """Connections to the agent's own socket for which file descriptors are reserved."""
@@ -166,7 +168,9 @@ class RouterProcess:
         serving.add_done_callback(ended)
         host, port = listener.getsockname()[:2]
         write_url(self._node.node_dir, host, port)
-        logger.info("event=router_serving url=http://%s:%d models=%d", host, port, len(self._config.models))
+        logger.info(
+            "event=router_serving url=http://%s:%d models=%d%s", host, port, len(self._running.models), self._deleted()
+        )
         try:
             await ending.wait()
         finally:
@@ -213,8 +217,18 @@ class RouterProcess:
         _warn(self._path, warnings)
         num_changed = len(changes.restarted) + len(changes.adjusted)
         told = f"added {len(changes.added)}, removed {len(changes.removed)}, changed {num_changed}"
+        told += self._deleted()
         logger.info("event=reloaded path=%s %s", self._path, told)
         return told
+
+    def _deleted(self) -> str:
+        """Words about models of the file that were deleted through the API; empty if there are none."""
+        deleted = [model.name for model in self._config.models if model.name not in self._running.models]
+        if not deleted:
+            return ""
+        more = f" and {len(deleted) - SHOWN_MAX} more" if len(deleted) > SHOWN_MAX else ""
+        names = ", ".join(deleted[:SHOWN_MAX])
+        return f"; not served until they are deployed or changed in the file, as they were deleted: {names}{more}"
 
     def _check_model(self, model: ModelConfig) -> None:
         require_model(self._config.node, model)

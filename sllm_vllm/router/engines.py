@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -285,8 +286,12 @@ def tier_of(start: StartReport) -> Tier:
 
 
 def reason_of(report: ReplicaReport) -> str:
-    """Why a replica ended: the exception behind it, and the engine's own last line."""
-    last = next((line.strip() for line in reversed(report.tail) if line.strip()), "")
+    """Why a replica ended: the exception behind it, and the engine's own last line.
+
+    The last line of a process that was killed is not about its end.
+    """
+    tail = () if report.status == -signal.SIGKILL else report.tail
+    last = next((line.strip() for line in reversed(tail) if line.strip()), "")
     words = [report.reason, report.cause] if report.cause else [report.reason, last]
     told = ": ".join(word for word in words if word)
     if report.cause and last and report.cause not in last:

@@ -204,9 +204,7 @@ class Ingress:
     def _require_key(self, request: Request) -> None:
         if self._keys.is_open:
             return
-        keys = [bearer_key(values_of(request.headers, b"authorization"))]
-        if request.is_anthropic or _is_models(request.path):  # Anthropic's clients list models, too
-            keys += values_of(request.headers, b"x-api-key")[:1]
+        keys = [bearer_key(values_of(request.headers, b"authorization")), *values_of(request.headers, b"x-api-key")[:1]]
         if not any(self._keys.allow(key) for key in keys if key):
             raise unauthorized()
 

@@ -208,3 +208,7 @@ def test_the_reason_of_an_end_is_the_exception_and_the_last_line() -> None:
     told = reason_of(FAILED.model_copy(update={"cause": cause, "tail": (f"(Worker pid=1) {cause}",)}))
     assert told == f"exited with status 1: {cause}"
     assert reason_of(FAILED.model_copy(update={"tail": ()})) == "exited with status 1"
+
+
+def test_the_last_line_of_a_killed_engine_is_no_reason() -> None:
+    assert reason_of(FAILED.model_copy(update={"status": -9, "reason": "ended by signal 9"})) == "ended by signal 9"

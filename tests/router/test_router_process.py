@@ -146,6 +146,16 @@ def test_a_reload_adds_removes_and_changes_models_and_a_broken_file_changes_noth
         assert "node.slots" in str(refused.body)
 
 
+def test_a_model_that_was_deleted_through_the_api_is_named_by_a_reload_and_by_the_next_start(tmp_path: Path) -> None:
+    write_config(tmp_path, "fine", "family")
+    told = "; not served until they are deployed or changed in the file, as they were deleted: family"
+    with running_router(tmp_path) as router:
+        assert router.admin("models/family", "DELETE").status == 200
+        assert router.admin("reload", "POST").body == {"changed": f"added 0, removed 0, changed 0{told}"}
+    with running_router(tmp_path) as router:
+        assert f"models=1{told}" in router.log
+
+
 def test_changed_arguments_reach_the_next_engine_and_no_request_is_lost(tmp_path: Path) -> None:
     write_config(tmp_path, "fine")
     with running_router(tmp_path) as router, ThreadPoolExecutor(8) as pool:

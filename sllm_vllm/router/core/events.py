@@ -240,7 +240,7 @@ class Refusal(Enum):
     UNKNOWN_MODEL = "unknown model"
     QUEUE_FULL = "queue full"
     TOO_LATE = "no capacity in time"
-    NO_START = "its engine does not start"
+    NO_START = "its engine fails again and again"
     DELETED = "the model was deleted"
     ENGINE_FAILED = "its engine failed"
     KILLED_ENGINE = "this request, or one like it, ended its engine"
