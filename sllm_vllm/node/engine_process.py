@@ -90,6 +90,19 @@ class EngineProcess:
         self._ended.set_result(status)
 
 
+def closing_inherited() -> list[tuple[int, int]]:
+    """Return ``posix_spawn`` actions that close every descriptor from 3 on that a child would inherit.
+
+    Python opens none that are inherited, but C++ libraries do: Ray's and gRPC's listening sockets, for example.
+    """
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, as that of this listing is
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                found.append((os.POSIX_SPAWN_CLOSE, int(name)))
+    return found
+
+
 def start_cold(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -113,6 +126,7 @@ def start_cold(
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_DUP2, output, 1),
         (os.POSIX_SPAWN_DUP2, output, 2),
+        *closing_inherited(),
     ]
     pid = os.posix_spawn(sys.executable, words, dict(environment), file_actions=actions, setsid=True)
     return EngineProcess(pid)

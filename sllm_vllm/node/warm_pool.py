@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from sllm_vllm.node.engine_process import EngineProcess
+from sllm_vllm.node.engine_process import EngineProcess, closing_inherited
 from sllm_vllm.node.running_time import within
 from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, WarmReady, installation
 from sllm_vllm.plain_file import open_plain
@@ -274,6 +274,7 @@ class WarmPool:
         """Start the parent's process, which inherits only its end of the socket."""
         target = 3 if channel != 3 else channel
         actions = [
+            *closing_inherited(),
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, log, 1),
             (os.POSIX_SPAWN_DUP2, log, 2),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,20 @@ def test_an_engine_does_not_outlive_its_agent() -> None:
     agent.kill()
     agent.wait()
     wait_until(lambda: not is_alive(engine), "the engine to end with its agent")
+
+
+async def test_an_engine_inherits_no_descriptor_that_a_library_left_inheritable(tmp_path: Path) -> None:
+    """It listened on the same ports as Ray did in its agent's process."""
+    pipe = OutputPipe(BoundedLog(tmp_path / "log", 1 << 20), list[str]().append)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.set_inheritable(True)
+        command = [sys.executable, "-c", "import signal; signal.pause()"]
+        process = start_cold(command, child_environment(), pipe.writer)
+        pipe.close_writer()
+        held = Path(f"/proc/{process.pid}/fd")
+        own = {"0", "1", "2"}
+        await asyncio.to_thread(wait_until, lambda: set(os.listdir(held)) == own, "the engine to hold its own alone")
+        process.kill()
+        async with asyncio.timeout(TIMEOUT_S):
+            await process.wait()
+            await pipe.wait_closed()
