@@ -147,7 +147,7 @@ async def test_a_thousand_requests_that_are_wrong_harm_nobody(tmp_path: Path) ->
         for head in (
             b"authorization: Bearer wrong\r\n",
             b"authorization: Basic x\r\n",
-            b"x-api-key: %b\r\n" % KEY.encode(),
+            b"x-api-key: wrong\r\n",
         ):
             assert await whole_status(router.address, head, key=b"") == 401
         await asyncio.to_thread(wait_until, lambda: router.num_descriptors() <= descriptors, "them to be closed")
