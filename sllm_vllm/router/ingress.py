@@ -26,7 +26,6 @@ from sllm_vllm.router.keys import Keys, bearer_key
 from sllm_vllm.router.openai_errors import (
     SERVER,
     ApiError,
-    is_anthropic,
     no_such_path,
     overloaded,
     unauthorized,
@@ -80,11 +79,6 @@ class Request:
     id: str
     began_s: float = field(default_factory=time.monotonic)
     model: str = ""
-
-    @property
-    def is_anthropic(self) -> bool:
-        """Whether it is for Anthropic's API, whose clients send their key in x-api-key."""
-        return is_anthropic(self.path)
 
 
 class Ingress:
