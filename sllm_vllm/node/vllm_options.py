@@ -50,7 +50,11 @@ def _known_names() -> frozenset[str]:
 
 
 def _names_in(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError):  # written for a newer Python; without it only fewer options are known
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--"):
