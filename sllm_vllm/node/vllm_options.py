@@ -22,8 +22,8 @@ _OPTION_CHARS_MAX = 64
 def unknown_options(arguments: Iterable[str]) -> Iterator[tuple[str, str | None]]:
     """Yield each long option that vLLM does not know, and the most similar one that it knows.
 
-    Yields nothing if vLLM is not installed. More names count as known than are options, so an option may be wrong and
-    not be found; options that a plugin of vLLM adds are found although they are right.
+    Yields nothing if vLLM is not installed or its source can't be parsed. More names count as known than are options,
+    so an option may be wrong and not be found; options that a plugin of vLLM adds are found although they are right.
     """
     written = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
     known = _known_names() if written else frozenset()
@@ -46,15 +46,14 @@ def _known_names() -> frozenset[str]:
         return frozenset()
     root = Path(next(iter(found.submodule_search_locations)))
     paths = {path for pattern in _SOURCES for path in root.glob(pattern)}
-    return frozenset(name for path in paths for name in _names_in(path))
+    try:
+        return frozenset(name for path in paths for name in _names_in(path))
+    except (OSError, SyntaxError):  # with one file missing, its options would be reported as unknown
+        return frozenset()
 
 
 def _names_in(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError):  # written for a newer Python; without it only fewer options are known
-        return
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--"):

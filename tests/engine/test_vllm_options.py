@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,18 @@ def test_vllm_is_not_imported() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told == "[('--xyzzy', None)] False False\n"
+
+
+def test_nothing_is_told_of_a_vllm_that_cannot_be_parsed(tmp_path: Path) -> None:
+    (tmp_path / "vllm" / "config").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").touch()
+    (tmp_path / "vllm" / "config" / "model.py").write_text("class A:\n    a: int\n")
+    (tmp_path / "vllm" / "config" / "later.py").write_text("a new syntax\n")
+    code = "from sllm_vllm.node.vllm_options import unknown_options as u; print(list(u(['--xyzzy'])))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))}
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert told == "[]\n"
+    (tmp_path / "vllm" / "config" / "later.py").unlink()
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert told == "[('--xyzzy', None)]\n"
