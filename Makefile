@@ -42,7 +42,7 @@ cover: $(READY) ## the same with branch coverage, which must be 90 %
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not e2e_long and not gpu" --cov --cov-report=term $(ARGS)
 
 e2e: $(READY) ## every test on real vLLM, the longer matrix too
-	@$(BIN)/pytest -m "e2e or e2e_long" $(ARGS)
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "e2e or e2e_long" $(ARGS)
 
 # The newest vLLM with a CPU build is the one of .venv; the oldest that pyproject.toml allows gets an environment of its own.
 OLDEST := 0.26.0

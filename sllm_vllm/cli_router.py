@@ -6,7 +6,7 @@ Everything but typer is imported inside the commands.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -210,7 +210,7 @@ def deploy(
 ) -> None:
     """Add or change models of a running router. Its configuration file is not changed.
 
-    A file with `models` may have `defaults` for them; those of the router's own configuration do not apply.
+    A file with `models` may have `defaults` for them, which take precedence over those of the router's configuration.
     """
     models = _read_models(file)
     client = _client(url, key_file)
@@ -219,6 +219,7 @@ def deploy(
         done.append(client.post("models", body=model))
         if not as_json:
             typer.echo(f"{done[-1]['done']}: {done[-1]['name']}")
+            _warn(done[-1]["warnings"])
     if as_json:
         print_json(done)
 
@@ -243,6 +244,11 @@ def _read_models(file: str) -> list[dict[str, Any]]:
     except InvalidConfig as error:
         raise InvalidConfig(below(error.problems, ("models", 0)) if is_one else error.problems, file) from None
     return [model.model_dump(mode="json", exclude_unset=True) for model in found.config.models]
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def _document_of(path: Path, file: str) -> Document:
@@ -322,6 +328,8 @@ def reload(url: Url = None, key_file: KeyFile = None, *, as_json: Json = False) 
     """Reload the router's configuration file."""
     reply = _client(url, key_file).post("reload")
     print_done(reply, f"reloaded: {reply['changed']}", as_json=as_json)
+    if not as_json:
+        _warn(reply["warnings"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- why

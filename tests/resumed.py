@@ -20,7 +20,7 @@ from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_toke
 from tests.waiting import wait_until
 
 REQUEST_MAX_S = 300.0
-TAKE_OVER_TRIES_MAX = 5
+TAKE_OVER_TRIES_MAX = 50
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 

@@ -45,9 +45,12 @@ class Nginx:
     url: str
     access_log: Path
 
-    @property
-    def requests(self) -> list[str]:
-        """Status, request line, Range and Authorization of each request, in order."""
+    def requests(self, num: int) -> list[str]:
+        """Status, request line, Range and Authorization of the ``num`` requests that were made, in order.
+
+        nginx logs a request after the client has its answer.
+        """
+        wait_until(lambda: len(self.access_log.read_text().splitlines()) >= num, "nginx to log its requests")
         return self.access_log.read_text().splitlines()
 
 

@@ -208,7 +208,7 @@ def test_drain_of_what_starts_or_is_unknown(run: Run, served: AdminThread) -> No
 
 def test_reload(run: Run, served: AdminThread) -> None:
     served.served.reloads += ["added 1", ConfigError("router.yaml: it is wrong")]
-    assert run("reload", *url(served)) == (0, "reloaded: added 1\n", "")
+    assert run("reload", *url(served)) == (0, "reloaded: added 1\n", "warning: a warning\n")
     code, _, err = run("reload", *url(served))
     assert (code, err.count("\n"), "router.yaml: it is wrong" in err) == (1, 1, True)
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qs
 
@@ -20,7 +20,7 @@ from sllm_vllm.errors import ConfigError
 from sllm_vllm.router import admin_views as views
 from sllm_vllm.router.body import BodyReader
 from sllm_vllm.router.collector import registry_of
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config import ModelConfig, ModelDefaults
 from sllm_vllm.router.config_file import parse_router_config
 from sllm_vllm.router.config_text import read_json
 from sllm_vllm.router.controller import Controller
@@ -78,6 +78,14 @@ class Reply:
     kind: str = _JSON
 
 
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload changed, in words, and the warnings about the file."""
+
+    changed: str
+    warnings: Sequence[str] = ()
+
+
 Handler = Callable[[Call], Awaitable[Reply]]
 
 
@@ -86,9 +94,10 @@ class AdminApp:
 
     Args:
         key_digests: SHA-256 of each admin key.
-        reload: reads the configuration again and returns what changed; raises ConfigError.
+        reload: reads the configuration again and applies it; raises ConfigError.
         keep: stores the model served under a name, so that it survives a restart; None removes it; raises StateError.
-        check: raises ConfigError for a model that this machine can't serve. Default: accepts every model.
+        check: raises ConfigError for a model that this machine can't serve, and returns warnings about one that it can.
+            Default: accepts every model.
     """
 
     def __init__(
@@ -96,9 +105,9 @@ class AdminApp:
         controller: Controller,
         *,
         key_digests: Iterable[str],
-        reload: Callable[[], Awaitable[str]],
+        reload: Callable[[], Awaitable[Reloaded]],
         keep: Callable[[str, ModelConfig | None], Awaitable[None]],
-        check: Callable[[ModelConfig], None] = lambda _: None,
+        check: Callable[[ModelConfig], Sequence[str]] = lambda _: (),
     ) -> None:
         self._controller = controller
         self._keep = keep
@@ -106,8 +115,13 @@ class AdminApp:
         self._keys = Keys(key_digests)
         self._scrape_keys = Keys(())
         self._reload = reload
+        self._defaults = ModelDefaults()
         self._bodies = BodyReader(_SETTINGS)
         self._routes = self._all_routes()
+
+    def set_defaults(self, defaults: ModelDefaults) -> None:
+        """Replace the settings of deployed models that do not set them themselves."""
+        self._defaults = defaults
 
     def set_keys(self, key_digests: Iterable[str]) -> None:
         """Replace the admin keys."""
@@ -197,9 +211,9 @@ class AdminApp:
         return Reply(views.model_view(self._controller, call.name))
 
     async def _deploy(self, call: Call) -> Reply:
-        model = read_model(call.body)
+        model = read_model(call.body, self._defaults)
         try:
-            await asyncio.to_thread(self._check, model)
+            warnings = await asyncio.to_thread(self._check, model)
         except ConfigError as error:
             raise ApiError(400, str(error), code="invalid_model") from None
         await self._controller.measure([model])
@@ -209,7 +223,8 @@ class AdminApp:
         done = _change(before, model)
         logger.info("event=deployed model=%r change=%s", model.name, done)
         status = 201 if before is None else 200
-        return Reply({"done": done, **views.model_view(self._controller, model.name)}, status)
+        view = views.model_view(self._controller, model.name)
+        return Reply({"done": done, "warnings": list(warnings), **view}, status)
 
     async def _delete(self, call: Call) -> Reply:
         self._require_model(call.name)
@@ -300,7 +315,8 @@ class AdminApp:
 
     async def _reload_now(self, call: Call) -> Reply:
         try:
-            return Reply({"changed": await self._reload()})
+            done = await self._reload()
+            return Reply({"changed": done.changed, "warnings": list(done.warnings)})
         except ConfigError as error:
             raise ApiError(400, str(error), code="invalid_config") from None
 
@@ -309,8 +325,8 @@ class AdminApp:
         return Reply(text, kind=CONTENT_TYPE_LATEST)
 
 
-def read_model(body: bytes) -> ModelConfig:
-    """Parse a model from JSON with the keys of the configuration's `models`.
+def read_model(body: bytes, defaults: ModelDefaults) -> ModelConfig:
+    """Parse a model from JSON with the keys of the configuration's `models`, over the defaults.
 
     Raises:
         ApiError: 400; its message is one line that says what is wrong.
@@ -319,7 +335,8 @@ def read_model(body: bytes) -> ModelConfig:
         values = read_json(body.decode())
         if not isinstance(values, dict):
             raise ConfigError("the body must be a mapping")
-        return parse_router_config({"models": [values]}).models[0]
+        told = defaults.model_dump(mode="json", exclude_unset=True)
+        return parse_router_config({"defaults": told, "models": [values]}).models[0]
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8: byte {error.start} is invalid"
     except ConfigError as error:

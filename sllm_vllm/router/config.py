@@ -412,7 +412,8 @@ class RouterConfig(_Section):
     poison: PoisonSection = PoisonSection()
     ray: RaySection = RaySection()
     defaults: ModelDefaults = Field(
-        default=ModelDefaults(), description="settings merged into each model of this file; the model's own win"
+        default=ModelDefaults(),
+        description="settings of every model, of this file or deployed later, that does not set them itself",
     )
     models: tuple[ModelConfig, ...] = Field(
         default=(), max_length=10_000, description="models to serve; more can be deployed while the router runs"
@@ -420,8 +421,9 @@ class RouterConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_defaults(cls, values: object) -> object:
-        return merged_models(values) if isinstance(values, dict) else values
+    def _with_defaults(cls, values: object, info: ValidationInfo) -> object:
+        is_merged = (info.context or {}).get("is_merged", False)
+        return merged_models(values) if isinstance(values, dict) and not is_merged else values
 
     @field_validator("server")
     @classmethod

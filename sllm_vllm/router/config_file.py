@@ -95,13 +95,16 @@ def check_document(document: Document, *, directory: Path) -> Checked:
     return Checked(config, with_lines(found, document.lines), diagnosis, document.lines)
 
 
-def parse_router_config(values: object, *, directory: Path | None = None) -> RouterConfig:
+def parse_router_config(values: object, *, directory: Path | None = None, is_merged: bool = False) -> RouterConfig:
     """Validate a configuration's values. Paths are relative to ``directory``; without one they stay as they are.
+
+    Args:
+        is_merged: the values were dumped from a configuration, so its models have the defaults already.
 
     Raises:
         InvalidConfig: names every wrong key.
     """
-    config, diagnosis = _validated(values, {"directory": directory or ""})
+    config, diagnosis = _validated(values, {"directory": directory or "", "is_merged": is_merged})
     if config is None:
         raise InvalidConfig(diagnosis.problems)
     return config

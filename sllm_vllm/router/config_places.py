@@ -45,16 +45,17 @@ def read_checked_config(path: Path) -> tuple[RouterConfig, list[Problem]]:
     return found.config, found.problems
 
 
-def require_model(node: NodeSection, model: ModelConfig) -> None:
-    """Check that a model can run here.
+def require_model(node: NodeSection, model: ModelConfig) -> list[str]:
+    """Check that a model can run here. Returns warnings.
 
     Raises:
         InvalidConfig: its directory does not exist or holds no model, or it takes more slots than the node has.
     """
     found = Diagnosis(sections={"node": node}, models={0: model})
-    wrong = [problem for problem in _problems_here(found, Path("/")) if not problem.is_warning]
-    if wrong:
-        raise InvalidConfig(below(wrong, ("models", 0)))
+    problems = below(list(_problems_here(found, Path("/"))), ("models", 0))
+    if wrong := [problem for problem in problems if not problem.is_warning]:
+        raise InvalidConfig(wrong)
+    return [str(problem) for problem in problems]
 
 
 def _problems_here(found: Diagnosis, directory: Path) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,15 +216,31 @@ def located(path: Path, info: ValidationInfo) -> Path:
 def merge_arguments(defaults: object, own: object) -> object:
     """Merge a model's engine arguments with the defaults.
 
-    Mappings are merged key by key, so that null removes a default. Otherwise the model's words follow the defaults'.
+    A mapping replaces the options that it has, so that null removes a default. A list of words follows the defaults.
     """
     try:
         if isinstance(defaults, dict) and isinstance(own, dict):
             return {_option(key): value for key, value in (*defaults.items(), *own.items())}
         first, last = engine_words(defaults), engine_words(own)
+        if isinstance(first, list) and isinstance(own, dict):
+            first = _without(first, {_option(key) for key in own})
     except ValueError:  # the validation of the model reports it
         return own
     return [*first, *last] if isinstance(first, list) and isinstance(last, list) else own
+
+
+def _without(words: Iterable[str], options: Set[str]) -> list[str]:
+    """Return words without some options, their opposites, and their values."""
+    dropped = {*options, *(f"--no-{option[2:]}" for option in options)}
+    left: list[str] = []
+    is_left = True
+    for word in words:
+        if word.startswith("--"):
+            name, dot, part = word.partition("=")[0].partition(".")
+            is_left = f"{name.replace('_', '-')}{dot}{part}" not in dropped
+        if is_left:
+            left.append(word)
+    return left
 
 
 def is_loopback(host: str) -> bool:

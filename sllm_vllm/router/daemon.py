@@ -22,7 +22,7 @@ from sllm_vllm.file_limit import connections_within, raise_file_limit
 from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import CLOSE_S_MAX, WORDS, descriptors_kept, locked_node, served
-from sllm_vllm.router.admin import AdminApp
+from sllm_vllm.router.admin import AdminApp, Reloaded
 from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
 from sllm_vllm.router.config import ModelConfig, RouterConfig
 from sllm_vllm.router.config_file import Changes, compare, read_key_digests, with_known_models
@@ -149,6 +149,7 @@ class RouterProcess:
         self._admin = AdminApp(
             controller, key_digests=digests, reload=self.reload, keep=self._kept.keep, check=self._check_model
         )
+        self._admin.set_defaults(self._config.defaults)
         self._admin.set_scrape_keys(await asyncio.to_thread(_scrape_digests, self._config))
         self._app = RouterApp(Ingress(controller, settings), self._admin)
         return self._app, settings
@@ -193,8 +194,8 @@ class RouterProcess:
                 "the key as {file: PATH}"
             )
 
-    async def reload(self) -> str:
-        """Read the file again and apply it; returns what changed.
+    async def reload(self) -> Reloaded:
+        """Read the file again and apply it.
 
         Raises:
             ConfigError: it is wrong, or changes what can't change while the router serves; nothing was applied.
@@ -211,6 +212,7 @@ class RouterProcess:
             self._running.set_waiting_max(config.server.waiting_max)
             await self._running.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
             self._config = config
+            self._admin.set_defaults(config.defaults)
             self._admin.set_keys(digests)
             self._admin.set_scrape_keys(scrape_digests)
             self._app.replace(Ingress(self._running, settings))
@@ -219,7 +221,7 @@ class RouterProcess:
         told = f"added {len(changes.added)}, removed {len(changes.removed)}, changed {num_changed}"
         told += self._deleted()
         logger.info("event=reloaded path=%s %s", self._path, told)
-        return told
+        return Reloaded(told, [str(warning) for warning in warnings])
 
     def _deleted(self) -> str:
         """Words about models of the file that were deleted through the API; empty if there are none."""
@@ -230,8 +232,8 @@ class RouterProcess:
         names = ", ".join(deleted[:SHOWN_MAX])
         return f"; not served until they are deployed or changed in the file, as they were deleted: {names}{more}"
 
-    def _check_model(self, model: ModelConfig) -> None:
-        require_model(self._config.node, model)
+    def _check_model(self, model: ModelConfig) -> list[str]:
+        return require_model(self._config.node, model)
 
     async def _reload_or_tell(self) -> None:
         try:

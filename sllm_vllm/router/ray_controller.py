@@ -20,7 +20,7 @@ import ray
 from sllm_vllm.errors import ConfigError, NodeError
 from sllm_vllm.node.core.ray_nodes import RayNodeFacts, nodes_for_agents
 from sllm_vllm.node.ray_agent import RayNode, agent_on, forget_agent, log_as_actor
-from sllm_vllm.router.admin import AdminApp
+from sllm_vllm.router.admin import AdminApp, Reloaded
 from sllm_vllm.router.config import RouterConfig
 from sllm_vllm.router.config_file import compare, parse_router_config, read_key_digests
 from sllm_vllm.router.controller import Bounds, Controller
@@ -58,7 +58,7 @@ class RayController:
 
     def __init__(self, told: str, directory: str, version: float) -> None:
         log_as_actor()
-        self._config = _read(told)
+        self._config = read_told(told)
         self._directory = Path(directory)
         self._version = version
         self._starting: asyncio.Task[GateService] | None = None
@@ -97,7 +97,7 @@ class RayController:
         service = await self._service()
         if version <= self._version:
             return ""
-        config = await asyncio.to_thread(_read, told)
+        config = await asyncio.to_thread(read_told, told)
         try:
             changes = await asyncio.to_thread(compare, self._config, config)
             changes.require_live()
@@ -108,6 +108,7 @@ class RayController:
         await self._controller.measure((*changes.added, *changes.restarted))
         self._controller.set_waiting_max(config.server.waiting_max)
         await self._controller.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
+        self._admin.set_defaults(config.defaults)
         self._admin.set_keys(_admin_digests(config))
         self._admin.set_scrape_keys(read_key_digests(config.keys.metrics, "keys.metrics"))
         service.set_settings(config.ingress_settings(_client_digests(config)))
@@ -160,6 +161,7 @@ class RayController:
         await controller.start(self._loops)
         service = GateService(controller, config.ingress_settings(_client_digests(config)), clock=time.monotonic)
         self._admin = AdminApp(controller, key_digests=_admin_digests(config), reload=_no_reload, keep=self._kept.keep)
+        self._admin.set_defaults(config.defaults)
         self._admin.set_scrape_keys(read_key_digests(config.keys.metrics, "keys.metrics"))
         loop = asyncio.get_running_loop()
         first_s = loop.time() + (RETURN_S if was_there else 0.0)
@@ -267,8 +269,9 @@ def _end_process(reason: str) -> None:
     os._exit(1)
 
 
-def _read(told: str) -> RouterConfig:
-    return parse_router_config(json.loads(told))
+def read_told(told: str) -> RouterConfig:
+    """Return the configuration that ``link_of`` wrote as JSON."""
+    return parse_router_config(json.loads(told), is_merged=True)
 
 
 def _client_digests(config: RouterConfig) -> tuple[str, ...]:
@@ -283,5 +286,5 @@ def _store_of(config: RouterConfig) -> StateStore:
     return RayStore() if config.ray.state.startswith("ray:") else open_state_store(config.ray.state)
 
 
-async def _no_reload() -> str:
+async def _no_reload() -> Reloaded:
     raise ConfigError("the file is read where the application is deployed from: deploy it again with `serve`")

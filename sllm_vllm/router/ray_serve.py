@@ -6,7 +6,6 @@ to use. Keys are read where the application is built; the cluster gets only thei
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -25,10 +24,10 @@ from sllm_vllm.config import router_config_path
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.ray_agent import NAMESPACE
 from sllm_vllm.router.config import RouterConfig
-from sllm_vllm.router.config_file import parse_router_config, read_key_digests, read_router_config
+from sllm_vllm.router.config_file import read_key_digests, read_router_config
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, Ticket
-from sllm_vllm.router.ray_controller import RayController
+from sllm_vllm.router.ray_controller import RayController, read_told
 from sllm_vllm.router.remote import Answer, ControllerGone, Held, News, Note, Unknown, Welcome
 from sllm_vllm.router.remote_app import RemoteApp
 from sllm_vllm.router.watch import Message
@@ -142,7 +141,7 @@ def build(arguments: Arguments) -> serve.Application:
     if said is None:
         raise ConfigError("no configuration: give config=FILE to :build, or set SLLM_ROUTER_CONFIG")
     link = link_of(said)
-    config = parse_router_config(json.loads(link[0]))
+    config = read_told(link[0])
 
     def make_app() -> RemoteApp:
         return RemoteApp(RayLink(*link), name=f"{os.uname().nodename}-{uuid.uuid4().hex[:12]}")

@@ -26,7 +26,7 @@ from sllm_vllm.node.protocol import (
     StartReport,
     WarmReport,
 )
-from sllm_vllm.router.admin import AdminApp
+from sllm_vllm.router.admin import AdminApp, Reloaded
 from sllm_vllm.router.config import ModelConfig
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.facts import RequestFacts
@@ -267,11 +267,11 @@ async def serving_admin(
     controller = Controller(waiting_max=100, directory=directory)
     reloads: list[str | ConfigError] = []
 
-    async def reload() -> str:
+    async def reload() -> Reloaded:
         told = reloads.pop(0)
         if isinstance(told, ConfigError):
             raise told
-        return told
+        return Reloaded(told, ["a warning"])
 
     kept: dict[str, ModelConfig | None] = {}
 
@@ -280,9 +280,10 @@ async def serving_admin(
             raise UNKEEPABLE[name]("it can't be kept")
         kept[name] = model
 
-    def check(model: ModelConfig) -> None:
+    def check(model: ModelConfig) -> list[str]:
         if model.source == MISSING:
             raise ConfigError(f"{MISSING}: No such file or directory")
+        return [f"{word}: not an option" for word in model.engine_arguments if word.startswith("--nonsense")]
 
     digests = [digest_of(key) for key in keys]
     admin = AdminApp(controller, key_digests=digests, reload=reload, keep=keep, check=check)

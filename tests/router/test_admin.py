@@ -14,6 +14,7 @@ import pytest
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.protocol import CheckpointReport
 from sllm_vllm.router.admin import BODY_NBYTES_MAX, EVENTS_MAX
+from sllm_vllm.router.config import ModelDefaults
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.keys import digest_of
 from tests.router.fake_gate import until
@@ -131,6 +132,24 @@ async def test_deploy_a_model_and_see_it(served: ServedAdmin) -> None:
     ]
     assert served.node.orders[0].environment["HF_TOKEN"] == HUB_TOKEN
     assert not served.node.orders[0].takes_socket  # that node may be another machine
+
+
+async def test_a_deployed_model_has_the_defaults_that_it_does_not_set(served: ServedAdmin) -> None:
+    defaults = ModelDefaults.model_validate(
+        {"queue_max": 5, "keep_alive": 60, "engine_arguments": {"max-model-len": 512, "seed": 1}}
+    )
+    served.admin.set_defaults(defaults)
+    await served.deploy(MODEL, keep_alive=None, engine_arguments={"seed": 2})
+    kept = served.controller.models[MODEL]
+    assert (kept.queue_max, kept.keep_alive) == (5, None)
+    assert kept.engine_arguments == ("--max-model-len=512", "--seed=2")
+
+
+async def test_warnings_are_passed_on(served: ServedAdmin) -> None:
+    assert (await served.deploy(MODEL, engine_arguments=["--nonsense=1"]))["warnings"] == [
+        "--nonsense=1: not an option"
+    ]
+    assert (await served.deploy(MODEL))["warnings"] == []
 
 
 async def test_deploying_again_says_what_changes(served: ServedAdmin) -> None:
@@ -385,7 +404,7 @@ async def test_explain_a_model_that_fits_nowhere(served: ServedAdmin) -> None:
 async def test_reload_says_what_changed(served: ServedAdmin) -> None:
     served.reloads.append("added 1")
     answer = await served.ask("POST", f"{V1}/reload")
-    assert (answer.status, answer.json) == (200, {"changed": "added 1"})
+    assert (answer.status, answer.json) == (200, {"changed": "added 1", "warnings": ["a warning"]})
 
 
 async def test_reload_of_a_wrong_configuration(served: ServedAdmin) -> None:

@@ -265,6 +265,8 @@ def test_defaults_are_merged_under_each_model() -> None:
         ({"seed": 2, "dtype": "auto"}, {"seed": None}, "dtype=auto"),
         (["--seed=2"], ["--seed=3"], "seed=2 seed=3"),
         ({"seed": 2}, ["--seed=3"], "seed=2 seed=3"),
+        (["--seed", "2", "--dtype=auto"], {"seed": None}, "dtype=auto"),
+        (["--max_model_len=1", "--no-enforce-eager"], {"max-model-len": 3, "enforce-eager": None}, "max-model-len=3"),
     ],
 )
 def test_engine_arguments_of_defaults_are_merged(defaults: object, own: object, merged: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 from sllm_vllm.config import child_environment
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.config_file import parse_router_config
+from sllm_vllm.router.ray_controller import read_told
 from sllm_vllm.router.ray_serve import Arguments, build, link_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -120,8 +120,21 @@ def test_agents_of_a_cluster_know_which_variables_hold_keys(tmp_path: Path, monk
     monkeypatch.setenv("ROUTER_KEY", "a-key")
     path = tmp_path / "router.yaml"
     path.write_text("keys: {clients: [{env: ROUTER_KEY}], hidden_variables: [OTHER_KEY]}\n")
-    config = parse_router_config(json.loads(link_of(str(path))[0]))
+    config = read_told(link_of(str(path))[0])
     assert config.node_config().secret_variables == ("OTHER_KEY", "ROUTER_KEY")
+
+
+def test_a_cluster_does_not_merge_the_defaults_again(tmp_path: Path) -> None:
+    """A model may set what is the default of no configuration but this one's, and null removes an argument."""
+    path = tmp_path / "router.yaml"
+    defaults = "{keep_alive: 60, engine_arguments: {seed: 1, enforce-eager: true}}"
+    path.write_text(
+        f"keys: {{insecure_no_keys: true}}\ndefaults: {defaults}\n"
+        "models: [{name: m, keep_alive: null, engine_arguments: {seed: null}}]\n"
+    )
+    told = link_of(str(path))[0]
+    model = read_told(told).models[0]
+    assert (model.keep_alive, model.engine_arguments) == (None, ("--enforce-eager",))
 
 
 def test_without_a_configuration_it_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
