@@ -63,17 +63,17 @@ sim: $(READY) ## the router's core beside five other policies, on a virtual cloc
 	@$(BIN)/sllm-vllm simulate $(ARGS)
 
 sim-store: $(READY) ## what the store's policies are worth on a trace, on a virtual clock; ARGS="--trace FILE" for a real one
-	@$(BIN)/python -m benchmarks.store_sim $(ARGS)
+	@$(BIN)/python -m benchmarks.store.sim $(ARGS)
 
 bench: $(READY) ## load time beside the other loaders; ARGS="--help" for its options
-	@$(BIN)/python benchmarks/loading.py $(ARGS)
+	@$(BIN)/python -m benchmarks.loading $(ARGS)
 
 demo: $(READY) ## what it is good for: weights, then many models behind one address
-	@$(BIN)/python benchmarks/demo.py $(ARGS)
-	@$(BIN)/python -m benchmarks.router_demo
+	@$(BIN)/python -m benchmarks.demo.loading $(ARGS)
+	@$(BIN)/python -m benchmarks.demo.router
 
 demo-ray: $(READY) ## four models on a Ray cluster of three nodes on this machine, whose parts are killed under load
-	@$(BIN)/python -m benchmarks.ray_demo $(ARGS)
+	@$(BIN)/python -m benchmarks.ray.demo $(ARGS)
 
 # On a GPU machine there may be no .venv, and PYTHON may have torch and pytest alone. So only the files that have such a
 # test are collected, and options of pytest's plug-ins are left out.

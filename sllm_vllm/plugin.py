@@ -10,7 +10,7 @@ from types import ModuleType
 
 import wrapt
 
-from sllm_vllm.start_hint import StartHint, plan_hint
+from sllm_vllm.store.start_hint import StartHint, plan_hint
 
 _OURS = "sllm"
 _MODEL_LOADERS = "vllm.model_executor.model_loader"
@@ -30,7 +30,7 @@ def register() -> None:
 
 def _register_now(module: ModuleType) -> None:
     """Import our loader; its class registers itself with ``module``, vLLM's package of loaders."""
-    import sllm_vllm.loader.vllm_loader  # noqa: F401 (imported only for its side effect, once vLLM's loaders are)
+    import sllm_vllm.loader.vllm.loader  # noqa: F401 (imported only for its side effect, once vLLM's loaders are)
 
 
 class _WithoutOurs(logging.Filter):

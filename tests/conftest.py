@@ -34,7 +34,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelDir:
 
     def make(architecture: str = "llama", *, dtype: str = "bfloat16", seed: int = 0, size: str = "tiny") -> Path:
         # Imported here, because it loads torch and transformers.
-        from benchmarks.random_models import write_random_model
+        from benchmarks.common.random_models import write_random_model
 
         path = root / f"{architecture}-{size}-{dtype}-{seed}"
         if not path.exists():

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ray_cluster
-from benchmarks.ray_cluster import ADMIN_KEY, RayCluster, sections_of
+from benchmarks.ray import cluster as ray_cluster
+from benchmarks.ray.cluster import ADMIN_KEY, RayCluster, sections_of
 from tests.router.router_process import FAKE_ENGINE, Cut, RouterUnderTest, Stream
 from tests.waiting import wait_until
 

@@ -24,7 +24,7 @@ LOADED = """
 import sys
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-print("vllm.model_executor.model_loader" in sys.modules, "sllm_vllm.loader.vllm_loader" in sys.modules)
+print("vllm.model_executor.model_loader" in sys.modules, "sllm_vllm.loader.vllm.loader" in sys.modules)
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.config.load import LoadConfig
 print(type(get_model_loader(LoadConfig(load_format="sllm"))).__name__)

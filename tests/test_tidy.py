@@ -23,8 +23,8 @@ ARGUMENTS_MAX = 6
 UNDECIDED_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "manager.py"}
 RUN_LOOP_MARK = "# top of a run loop"
 EDGES = {
-    "vllm": re.compile(r"sllm_vllm/(loader/(vllm_\w+|convert)|node/warm_parent|engine/\w+)\.py"),
-    "ray": re.compile(r"sllm_vllm/(node|router)/ray_\w+\.py"),
+    "vllm": re.compile(r"sllm_vllm/(loader/vllm/\w+|convert/rank|node/warm_parent|engine/\w+)\.py"),
+    "ray": re.compile(r"sllm_vllm/ray/\w+\.py"),
 }
 """Where alone each of them is imported."""
 

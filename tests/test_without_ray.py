@@ -14,10 +14,10 @@ from tests.router.router_process import running_router, write_config
 
 BLOCKED = {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent / "without_ray", Path(__file__).parents[1])))}
 OF_RAY = {
-    "sllm_vllm.node.ray_agent",
-    "sllm_vllm.router.ray_controller",
-    "sllm_vllm.router.ray_serve",
-    "sllm_vllm.router.ray_state",
+    "sllm_vllm.ray.agent",
+    "sllm_vllm.ray.controller",
+    "sllm_vllm.ray.serve",
+    "sllm_vllm.ray.state",
 }
 _IMPORT_ALL = """
 import importlib, json, pkgutil, sllm_vllm

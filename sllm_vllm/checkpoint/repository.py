@@ -45,8 +45,8 @@ from sllm_vllm.checkpoint.core.manifest import (
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from sllm_vllm.checkpoint.writer import WrittenPartition, sync_directory, write_errors, write_file_durably
 from sllm_vllm.config import MANIFEST_MARKS_MAX, MANIFEST_NBYTES_MAX
+from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.errors import CheckpointError, CheckpointMissing, CheckpointUnreadable, NotConvertible, WriterBusy
-from sllm_vllm.plain_file import read_plain
 from sllm_vllm.units import KIB
 
 _LOCKS = ".locks"

@@ -38,7 +38,7 @@ from sllm_vllm.checkpoint.fingerprint import (
     record_of,
 )
 from sllm_vllm.config import SOURCE_RECORD_NBYTES_MAX
-from sllm_vllm.plain_file import read_plain
+from sllm_vllm.daemon.plain_file import read_plain
 
 Effort = Literal["unknown", "named", "all"]
 

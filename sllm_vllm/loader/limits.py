@@ -16,8 +16,8 @@ from sllm_vllm.checkpoint.checksum import checksum
 from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.checkpoint.writer import write_file_durably
 from sllm_vllm.config import CHUNK_NBYTES_DEFAULT
+from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.loader.report import HopName
-from sllm_vllm.plain_file import read_plain
 from sllm_vllm.units import KIB, MIB
 
 LIMITS_NAME = ".limits.json"

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from sllm_vllm import __version__
 from sllm_vllm.config import NodeConfig
+from sllm_vllm.daemon.file_limit import Spare
+from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.errors import ConfigError, NodeError, OrderRefused, ReplicaUnknown
-from sllm_vllm.file_limit import Spare
 from sllm_vllm.node.core.agent import AgentCore, AgentLimits
 from sllm_vllm.node.core.events import (
     Action,
@@ -58,7 +59,6 @@ from sllm_vllm.node.residency import hint_store, prefetch_checkpoint, read_resid
 from sllm_vllm.node.sessions import reap_adopted
 from sllm_vllm.node.sockets import EngineSockets, SocketReservation
 from sllm_vllm.node.starter import open_starter
-from sllm_vllm.run_loops import RunLoops
 
 logger = logging.getLogger(__name__)
 

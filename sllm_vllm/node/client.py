@@ -21,9 +21,9 @@ from urllib.parse import urlencode
 from pydantic import BaseModel, ValidationError
 
 from sllm_vllm.config import REPLY_NBYTES_MAX
+from sllm_vllm.daemon.unix_listener import is_trusted, open_channel
 from sllm_vllm.errors import NodeBusy, NodeError, NodeUnavailable, OrderRefused, ReplicaUnknown
 from sllm_vllm.node.protocol import NAME_PATTERN, NodeReport, ReplicaOrder, ReplicaReport
-from sllm_vllm.unix_listener import is_trusted, open_channel
 
 MEND_UNAVAILABLE = "start one with `sllm-vllm node serve` or `sllm-vllm run`"
 PROBLEM_DIED = "the agent ended in the middle"

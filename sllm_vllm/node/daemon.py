@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 from sllm_vllm.config import NodeConfig, default_node_dir
-from sllm_vllm.ending import Ending, Stopped
+from sllm_vllm.daemon.ending import Ending, Stopped
+from sllm_vllm.daemon.file_limit import connections_within, raise_file_limit
+from sllm_vllm.daemon.run_loops import RunLoops
+from sllm_vllm.daemon.unix_listener import DaemonWords, listening, locked, make_private_directory
 from sllm_vllm.errors import NodeBusy, NodeError
-from sllm_vllm.file_limit import connections_within, raise_file_limit
 from sllm_vllm.node.client import NodeClient
 from sllm_vllm.node.server import CONNECTIONS_MAX, Agent, Server
-from sllm_vllm.run_loops import RunLoops
-from sllm_vllm.unix_listener import DaemonWords, listening, locked, make_private_directory
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.node.core.events import EngineHealthy, EngineUnhealthy, Event
 from sllm_vllm.node.core.failure import FailureWords
 from sllm_vllm.node.core.load_line import read_load_line
@@ -20,7 +21,6 @@ from sllm_vllm.node.logs import BoundedLog, OutputPipe
 from sllm_vllm.node.protocol import StartReport
 from sllm_vllm.node.running_time import within
 from sllm_vllm.node.sessions import end_session
-from sllm_vllm.run_loops import RunLoops
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from sllm_vllm.file_limit import Spare
+from sllm_vllm.daemon.file_limit import Spare
 from sllm_vllm.node.cold_start import command_of
 from sllm_vllm.node.sessions import kill_group, kill_members
 

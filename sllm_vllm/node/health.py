@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import aiohttp
 
+from sllm_vllm.daemon.run_loops import is_shortage
+from sllm_vllm.daemon.socket_url import HOST, socket_of_url
 from sllm_vllm.node.running_time import within
-from sllm_vllm.run_loops import is_shortage
-from sllm_vllm.socket_url import HOST, socket_of_url
 
 EAGER_S = 0.02
 """Between checks in the first seconds of a start; a refused connection costs a fraction of a millisecond."""

@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sllm_vllm.daemon.plain_file import open_plain
+from sllm_vllm.daemon.unix_listener import DaemonWords, make_private_directory
 from sllm_vllm.errors import NodeError, NodeUnavailable
 from sllm_vllm.node.client import NodeClient
-from sllm_vllm.plain_file import open_plain
 from sllm_vllm.units import KIB, MIB
-from sllm_vllm.unix_listener import DaemonWords, make_private_directory
 
 BUSY_STATUS = 3
 """Exit status of ``node serve`` where another agent has the directory: no failure for a client that accepts any
@@ -33,7 +33,7 @@ def serve_command(options: Sequence[str]) -> list[str]:
     program = Path(sys.executable).with_name("sllm-vllm")
     if program.exists():
         return [sys.executable, str(program), "node", "serve", *options]
-    return [sys.executable, "-c", "from sllm_vllm.cli import main; main()", "node", "serve", *options]
+    return [sys.executable, "-c", "from sllm_vllm.cli.main import main; main()", "node", "serve", *options]
 
 
 def start_in_background(node_dir: Path, command: Sequence[str], *, start_s: float = START_S) -> NodeClient:

@@ -14,7 +14,7 @@ from pathlib import Path
 import aiofiles
 import aiofiles.os
 
-from sllm_vllm.plain_file import open_plain
+from sllm_vllm.daemon.plain_file import open_plain
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from sllm_vllm.checkpoint.reader import open_checkpoint
 from sllm_vllm.config import NodeConfig, default_store_socket
 from sllm_vllm.errors import CheckpointError, StoreError, StoreUnavailable
 from sllm_vllm.node.protocol import CheckpointReport
-from sllm_vllm.start_hint import plan_hint
 from sllm_vllm.store.channel import send_hint
 from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Order
+from sllm_vllm.store.start_hint import plan_hint
 
 _ASK_S = 5.0
 _REPORTS_MAX = 4096

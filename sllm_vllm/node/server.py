@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sllm_vllm.daemon.unix_listener import is_trusted, peer_of
 from sllm_vllm.errors import (
     CheckpointError,
     CheckpointMissing,
@@ -29,7 +30,6 @@ from sllm_vllm.errors import (
     StoreUnavailable,
 )
 from sllm_vllm.node.protocol import REQUEST_NBYTES_MAX, NodeReport, ReplicaOrder, ReplicaReport
-from sllm_vllm.unix_listener import is_trusted, peer_of
 
 logger = logging.getLogger(__name__)
 

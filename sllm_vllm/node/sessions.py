@@ -9,8 +9,8 @@ import os
 import signal
 from collections.abc import Collection
 
+from sllm_vllm.daemon.run_loops import is_shortage
 from sllm_vllm.node.orphans import TRACKER_S_MAX, all_processes, is_tracker
-from sllm_vllm.run_loops import is_shortage
 
 _POLL_S = 0.01
 

@@ -59,7 +59,7 @@ _MODULES = (
     "uvicorn.lifespan.on",
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
-    "sllm_vllm.loader.vllm_loader",
+    "sllm_vllm.loader.vllm.loader",
 )
 """Modules that every server imports in one of its three processes; beside ``_ROUTES``."""
 _ROUTES = ("api_router", "serving", "batch_serving", "offline_docs")

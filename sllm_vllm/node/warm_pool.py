@@ -18,10 +18,10 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
+from sllm_vllm.daemon.plain_file import open_plain
 from sllm_vllm.node.engine_process import EngineProcess, closing_inherited
 from sllm_vllm.node.running_time import within
 from sllm_vllm.node.warm_order import ORDER_NBYTES_MAX, WarmAnswer, WarmOrder, WarmReady, installation
-from sllm_vllm.plain_file import open_plain
 
 logger = logging.getLogger(__name__)
 

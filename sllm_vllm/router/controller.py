@@ -13,8 +13,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.node.protocol import NodeReport, ReplicaReport
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import (
     Action,
@@ -46,16 +47,15 @@ from sllm_vllm.router.core.facts import RequestFacts, ResumeSample, Tier
 from sllm_vllm.router.core.limits import CopyLimits, MoveLimits, PoisonLimits, RouterLimits, ScalingLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
+from sllm_vllm.router.engine_client.model_lengths import ModelLengths
 from sllm_vllm.router.engines import Node
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
+from sllm_vllm.router.http.refusals import rejected, stopping
 from sllm_vllm.router.member import Member
-from sllm_vllm.router.model_lengths import ModelLengths
-from sllm_vllm.router.movability import Movability
+from sllm_vllm.router.migration.movability import Movability
 from sllm_vllm.router.node_orders import NodeOrders
 from sllm_vllm.router.pauses import in_slices
-from sllm_vllm.router.refusals import rejected, stopping
 from sllm_vllm.router.weights_size import weights_nbytes
-from sllm_vllm.run_loops import RunLoops
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sllm_vllm.metrics import REQUEST_BUCKETS, RouterMetric
-from sllm_vllm.router.client_state import ClientCounts
 from sllm_vllm.router.core.events import (
     Action,
     Event,
@@ -20,6 +19,7 @@ from sllm_vllm.router.core.events import (
 )
 from sllm_vllm.router.core.facts import StartSample
 from sllm_vllm.router.gate import MoveReport, Outcome, Ticket
+from sllm_vllm.router.http.client_state import ClientCounts
 
 START_KINDS = ("warm", "cold", "unknown")
 

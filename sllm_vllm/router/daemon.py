@@ -16,30 +16,30 @@ from pathlib import Path
 import uvloop
 
 from sllm_vllm.config import read_variable
-from sllm_vllm.ending import Ending, Stopped
+from sllm_vllm.daemon.ending import Ending, Stopped
+from sllm_vllm.daemon.file_limit import connections_within, raise_file_limit
+from sllm_vllm.daemon.key_file import open_key
+from sllm_vllm.daemon.run_loops import RunLoops
+from sllm_vllm.daemon.unix_listener import listening, make_private_directory
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.file_limit import connections_within, raise_file_limit
-from sllm_vllm.key_file import open_key
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import CLOSE_S_MAX, WORDS, descriptors_kept, locked_node, served
-from sllm_vllm.router.admin import AdminApp, Reloaded
-from sllm_vllm.router.admin_client import ADMIN_KEY_NAME, write_url
-from sllm_vllm.router.config import ModelConfig, RouterConfig
-from sllm_vllm.router.config_file import Changes, compare, read_key_digests, with_known_models
-from sllm_vllm.router.config_places import read_checked_config, require_model
-from sllm_vllm.router.config_problems import Problem
+from sllm_vllm.router.admin.app import AdminApp, Reloaded
+from sllm_vllm.router.admin.client import ADMIN_KEY_NAME, write_url
+from sllm_vllm.router.config.file import Changes, compare, read_key_digests, with_known_models
+from sllm_vllm.router.config.keys import digest_of
+from sllm_vllm.router.config.places import read_checked_config, require_model
+from sllm_vllm.router.config.problems import Problem
+from sllm_vllm.router.config.sections import ModelConfig, RouterConfig
+from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.controller import Bounds, Controller
-from sllm_vllm.router.estimates_file import read_estimates, write_record
-from sllm_vllm.router.ingress import Ingress
-from sllm_vllm.router.kept_models import KeptModels
-from sllm_vllm.router.keys import digest_of
+from sllm_vllm.router.http.deadline import Message, Receive, Send
+from sllm_vllm.router.http.ingress import Ingress
+from sllm_vllm.router.http.serve import serve_app
 from sllm_vllm.router.pauses import freeze_heap, no_collections
-from sllm_vllm.router.serve import serve_app
-from sllm_vllm.router.settings import IngressSettings
-from sllm_vllm.router.state_store import SqliteStore, StateError
-from sllm_vllm.router.watch import Message, Receive, Send
-from sllm_vllm.run_loops import RunLoops
-from sllm_vllm.unix_listener import listening, make_private_directory
+from sllm_vllm.router.state.estimates import read_estimates, write_record
+from sllm_vllm.router.state.models import KeptModels
+from sllm_vllm.router.state.store import SqliteStore, StateError
 
 logger = logging.getLogger(__name__)
 

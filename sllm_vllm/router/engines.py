@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from sllm_vllm.errors import NodeError, NodeUnavailable
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport, StartReport
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.core.events import Event, ReplicaEnded, ReplicaReady
 from sllm_vllm.router.core.facts import FoundReplica, RequestFacts, StartSample, Tier
 

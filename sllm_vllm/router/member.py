@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
+from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.core.events import Event
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.engines import Engines, Node
 from sllm_vllm.router.node_watch import NodeWatch
-from sllm_vllm.run_loops import RunLoops
 
 
 class Member:

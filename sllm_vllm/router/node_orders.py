@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.core.events import CopyCheckpoint, PrefetchModel, StartReplica, StopReplica
 from sllm_vllm.router.member import Member
 

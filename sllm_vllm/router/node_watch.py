@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from sllm_vllm.errors import NodeUnavailable, SllmError
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.core.events import Event, NodeJoined, NodeReported
 from sllm_vllm.router.core.facts import FoundReplica, Tier
 from sllm_vllm.router.engines import Node

@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sllm_vllm.checkpoint.core.manifest import DATA_ALIGNMENT
 from sllm_vllm.checkpoint.writer import write_errors, write_file_durably
+from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.plain_file import read_plain
 from sllm_vllm.units import MIB
 
 CALIBRATION_NAME = "calibration.json"

@@ -10,8 +10,8 @@ import socket
 import struct
 from pathlib import Path
 
+from sllm_vllm.daemon.unix_listener import is_trusted, open_channel, peer_of, short_address
 from sllm_vllm.errors import SllmError, StoreRefused, StoreUnavailable
-from sllm_vllm.unix_listener import is_trusted, open_channel, peer_of, short_address
 
 __all__ = ["MEND_UNAVAILABLE", "PROTOCOL_VERSION", "connect_to", "peer_of", "send_hint", "short_address"]
 

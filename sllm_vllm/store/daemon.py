@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sllm_vllm.config import StoreConfig
-from sllm_vllm.ending import Ending, Stopped
+from sllm_vllm.daemon.ending import Ending, Stopped
+from sllm_vllm.daemon.file_limit import connections_within, raise_file_limit
+from sllm_vllm.daemon.run_loops import RunLoops
+from sllm_vllm.daemon.unix_listener import DaemonWords, listening, locked, make_private_directory
 from sllm_vllm.errors import ConfigError, StoreBusy, StoreError
-from sllm_vllm.file_limit import connections_within, raise_file_limit
-from sllm_vllm.run_loops import RunLoops
 from sllm_vllm.store.calibrate import read_calibration
 from sllm_vllm.store.orders import Orders
 from sllm_vllm.store.places import Places
@@ -23,7 +24,6 @@ from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.server import Server
 from sllm_vllm.store.status import Status
 from sllm_vllm.store.store import Store
-from sllm_vllm.unix_listener import DaemonWords, listening, locked, make_private_directory
 
 if TYPE_CHECKING:
     from sllm_vllm.store.remote import Remote

@@ -12,8 +12,8 @@ from typing import Any
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.writer import write_file_durably
+from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.errors import SllmError, StoreRefused
-from sllm_vllm.plain_file import read_plain
 from sllm_vllm.store.core.events import PrefetchEnded
 from sllm_vllm.store.places import Placed
 from sllm_vllm.store.protocol import Find, Hint, Order, Reply

@@ -32,8 +32,8 @@ from sllm_vllm.checkpoint.reader import RankPartition
 from sllm_vllm.checkpoint.repository import CheckpointRepository, is_legal_name
 from sllm_vllm.checkpoint.writer import sync_directory, write_errors, write_file_durably
 from sllm_vllm.config import MANIFEST_NBYTES_MAX
+from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.errors import CheckpointCorrupt
-from sllm_vllm.plain_file import read_plain
 
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -19,6 +19,7 @@ from sllm_vllm.checkpoint.core.manifest import DATA_ALIGNMENT, MANIFEST_NAME, Ma
 from sllm_vllm.checkpoint.reader import MEND_CORRUPT, Checkpoint, RankPartition
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.config import MANIFEST_NBYTES_MAX, StoreConfig
+from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.errors import (
     CheckpointCorrupt,
     CheckpointInvalid,
@@ -28,7 +29,6 @@ from sllm_vllm.errors import (
     RemoteMissing,
     WriteError,
 )
-from sllm_vllm.plain_file import read_plain
 from sllm_vllm.store.fetch import FetchLimits, fetch_header, fetch_manifest, fetch_span
 from sllm_vllm.store.remote import Remote, open_checkpoint_url
 from sllm_vllm.store.staged_file import StagedCheckpoint, StagedPartition

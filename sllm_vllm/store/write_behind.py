@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.config import MANIFEST_NBYTES_MAX
+from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.errors import (
     CheckpointError,
     CheckpointUnreadable,
@@ -24,7 +25,6 @@ from sllm_vllm.errors import (
     StoreError,
     WriteError,
 )
-from sllm_vllm.plain_file import read_plain
 from sllm_vllm.store.core.events import GiveSpan
 from sllm_vllm.store.core.schedule import Urgency
 from sllm_vllm.store.devices import Device

@@ -16,12 +16,13 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cold_start, cold_start_cycles
-from benchmarks.cold_start_cycles import Cycle, cycles_table_of, cycles_verdict, growth_of
-from benchmarks.cold_start_engine import LogFollower, session_cpu_s
-from benchmarks.cold_start_memory import Memory, memory_table_of
-from benchmarks.cold_start_plot import COLORS, draw, groups_of, merged, read_lines, title_of
-from benchmarks.cold_start_report import (
+from benchmarks.cold_start import __main__ as cold_start
+from benchmarks.cold_start import cycles as cold_start_cycles
+from benchmarks.cold_start.cycles import Cycle, cycles_table_of, cycles_verdict, growth_of
+from benchmarks.cold_start.engine import LogFollower, session_cpu_s
+from benchmarks.cold_start.memory import Memory, memory_table_of
+from benchmarks.cold_start.plot import COLORS, draw, groups_of, merged, read_lines, title_of
+from benchmarks.cold_start.report import (
     FIRST_TOKEN,
     PHASE_NAMES,
     REST,
@@ -38,7 +39,7 @@ from benchmarks.cold_start_report import (
     verdicts_of,
     ways_in_turn,
 )
-from benchmarks.cold_start_run import files_of
+from benchmarks.cold_start.run import files_of
 from sllm_vllm.node.core.phases import Phase
 from sllm_vllm.units import MIB
 

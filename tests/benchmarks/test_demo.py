@@ -17,13 +17,13 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from rich.console import Console
 
-from benchmarks import vllm_server
-from benchmarks.bytecode import bytecode_environment
-from benchmarks.cached_model import SIZES, ensure_model, model_path
-from benchmarks.demo import Start, problems_of, table_of
-from benchmarks.load_spans import SpanReceiver, logged_load_s
-from benchmarks.supervise import ROOT, Workspace
-from benchmarks.vllm_server import Completion, ServerFailed, VllmServer
+from benchmarks.common import vllm_server
+from benchmarks.common.cached_model import SIZES, ensure_model, model_path
+from benchmarks.common.supervise import ROOT, Workspace
+from benchmarks.common.vllm_server import Completion, ServerFailed, VllmServer
+from benchmarks.demo.loading import Start, problems_of, table_of
+from benchmarks.loading.bytecode import bytecode_environment
+from benchmarks.loading.spans import SpanReceiver, logged_load_s
 from sllm_vllm.config import child_environment
 from tests.benchmarks.process_tree import Identity, alive, descendants, read_until
 
@@ -105,7 +105,7 @@ def test_third_start_that_did_not_load_is_a_problem(outcome: str) -> None:
 
 
 def test_sizes_are_those_of_the_random_models() -> None:
-    from benchmarks import random_models
+    from benchmarks.common import random_models
 
     assert set(SIZES) == set(random_models.SIZES)
 
@@ -200,7 +200,7 @@ def tmp() -> Iterator[Path]:
 @pytest.fixture
 def demo(cache: Path, tmp: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The demo on a tiny model, with a temporary directory of its own."""
-    command = [sys.executable, "benchmarks/demo.py", "--size", "tiny", "--cache", str(cache)]
+    command = [sys.executable, "benchmarks/demo/loading.py", "--size", "tiny", "--cache", str(cache)]
     environment = child_environment(TMPDIR=str(tmp))
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     yield process
@@ -244,7 +244,7 @@ def test_failing_server_is_told_with_its_log(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (cache / "llama-tiny").mkdir(parents=True)
     (cache / "llama-tiny" / "model.safetensors").write_bytes(b"no weights")
-    command = [sys.executable, "benchmarks/demo.py", "--size", "tiny", "--cache", str(cache)]
+    command = [sys.executable, "benchmarks/demo/loading.py", "--size", "tiny", "--cache", str(cache)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False)
     assert done.returncode == 1
     assert f"the whole log is in {cache / 'failed.log'}" in done.stdout

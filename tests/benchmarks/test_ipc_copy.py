@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.load_by_ipc import load_by_ipc
+from benchmarks.loading.by_ipc import load_by_ipc
+from benchmarks.loading.ipc_copy import CopierProcess, open_memory, share_memory
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.config import LoaderConfig, default_store_socket
 from sllm_vllm.errors import StoreUnavailable
-from sllm_vllm.loader.ipc_copy import CopierProcess, open_memory, share_memory
 from tests.loader.test_module_state import Tied, assert_equal, stored
 from tests.store.lease_daemon import LeaseDaemon, Script
 

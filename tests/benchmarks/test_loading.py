@@ -14,16 +14,27 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import claimed_memory, loading, page_cache
-from benchmarks.device_limits import Limits, measure_limits, read_direct_s
-from benchmarks.disturbance import Disturbance
-from benchmarks.load_formats import PLAIN_REFERENCE, missing, plain_loaders, vllm_loaders
-from benchmarks.load_job import OURS, OURS_RESIDENT, REFERENCE, Answer, ChildFailed, Job, Loader, Measurement, run_child
-from benchmarks.loading import BenchFailed, chosen
-from benchmarks.loading_report import limit_of, limits_as_json, rows_of, table_of, verdicts_of
-from benchmarks.page_cache import COLD_MAX, PageCacheRefused, Tier, prepare, residency
-from benchmarks.peak_memory import PeakMemory
-from benchmarks.supervise import ROOT
+from benchmarks.common.disturbance import Disturbance
+from benchmarks.common.supervise import ROOT
+from benchmarks.loading import __main__ as loading
+from benchmarks.loading import claimed_memory, page_cache
+from benchmarks.loading.__main__ import BenchFailed, chosen
+from benchmarks.loading.formats import PLAIN_REFERENCE, missing, plain_loaders, vllm_loaders
+from benchmarks.loading.job import (
+    OURS,
+    OURS_RESIDENT,
+    REFERENCE,
+    Answer,
+    ChildFailed,
+    Job,
+    Loader,
+    Measurement,
+    run_child,
+)
+from benchmarks.loading.page_cache import COLD_MAX, PageCacheRefused, Tier, prepare, residency
+from benchmarks.loading.peak_memory import PeakMemory
+from benchmarks.loading.report import limit_of, limits_as_json, rows_of, table_of, verdicts_of
+from benchmarks.store.device_limits import Limits, measure_limits, read_direct_s
 from sllm_vllm.units import MIB
 from tests.benchmarks.process_tree import alive, descendants
 
@@ -282,7 +293,15 @@ def test_job_survives_its_way_to_the_child(job: Job) -> None:
 def test_run_without_vllm(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     """Children, page cache, digests and rows of a real run, on a tiny model."""
     cache, lines = tmp_path / "cache", tmp_path / "lines.jsonl"
-    command = [sys.executable, "benchmarks/loading.py", "--no-vllm", "--model", str(model_dir()), "--rounds", "1"]
+    command = [
+        sys.executable,
+        "benchmarks/loading/__main__.py",
+        "--no-vllm",
+        "--model",
+        str(model_dir()),
+        "--rounds",
+        "1",
+    ]
     command += ["--cache", str(cache), "--json", str(lines), "--store", "row"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False)
     if "give a --cache on a disk" in done.stdout or "which is not cold" in done.stdout:

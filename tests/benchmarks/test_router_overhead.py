@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks.overhead_client import Client, Found, Load, Read, fault_of, read_events
-from benchmarks.overhead_engine import MODEL, answer_of
-from benchmarks.overhead_processes import Tree
-from benchmarks.overhead_report import (
+from benchmarks.common.supervise import ROOT, Workspace
+from benchmarks.common.vllm_server import HOST, free_port
+from benchmarks.router.overhead import Outcome, Plan
+from benchmarks.router.overhead_client import Client, Found, Load, Read, fault_of, read_events
+from benchmarks.router.overhead_engine import MODEL, answer_of
+from benchmarks.router.overhead_processes import Tree
+from benchmarks.router.overhead_report import (
     DIRECT,
     OURS,
     OpenMemory,
@@ -28,10 +31,7 @@ from benchmarks.overhead_report import (
     tables_of,
     verdicts_of,
 )
-from benchmarks.overhead_targets import PEERS, Peer, TargetFailed, ensure_peer
-from benchmarks.router_overhead import Outcome, Plan
-from benchmarks.supervise import ROOT, Workspace
-from benchmarks.vllm_server import HOST, free_port
+from benchmarks.router.overhead_targets import PEERS, Peer, TargetFailed, ensure_peer
 from tests.waiting import wait_until
 
 CHUNKS = 5
@@ -41,7 +41,14 @@ CHUNKS = 5
 def engine() -> Iterator[int]:
     """The port of a fake engine."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "benchmarks" / "overhead_engine.py"), "serve", "m", "--port", str(port)]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "router" / "overhead_engine.py"),
+        "serve",
+        "m",
+        "--port",
+        str(port),
+    ]
     process = subprocess.Popen(command)
     try:
         wait_until(lambda: listens(port), "the engine")
@@ -234,7 +241,7 @@ def test_every_peer_has_a_version_and_says_its_setting() -> None:
 @pytest.mark.e2e_long
 def test_the_benchmark_runs_whole_without_peers(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
-    command = [sys.executable, "-m", "benchmarks.router_overhead", "--peers", "none", "--quick", "--seconds", "0.2"]
+    command = [sys.executable, "-m", "benchmarks.router.overhead", "--peers", "none", "--quick", "--seconds", "0.2"]
     command += ["--cache", str(tmp_path / "cache"), "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import early_prefetch, io_schedule, serve_hinting, store_shares
-from benchmarks.load_formats import plain_loaders, vllm_loaders
-from benchmarks.load_job import OURS, OURS_RESIDENT, REFERENCE
-from benchmarks.loading_report import rows_of, verdicts_of
-from benchmarks.plain_checkpoint import module_for, write_plain_checkpoint
-from benchmarks.shares import Share
-from benchmarks.store_daemon import DaemonFailed, StoreDaemon
-from benchmarks.store_job import StoreJob, StoreJobFailed
-from benchmarks.store_setting import SMALL_PAGE_SLOT_NBYTES, StoreSetting, data_nbytes, forget_on_disk, load_job
+from benchmarks.loading.formats import plain_loaders, vllm_loaders
+from benchmarks.loading.job import OURS, OURS_RESIDENT, REFERENCE
+from benchmarks.loading.plain_checkpoint import module_for, write_plain_checkpoint
+from benchmarks.loading.report import rows_of, verdicts_of
+from benchmarks.store import early_prefetch, io_schedule, serve_hinting
+from benchmarks.store import hops as store_shares
+from benchmarks.store.daemon import DaemonFailed, StoreDaemon
+from benchmarks.store.job import StoreJob, StoreJobFailed
+from benchmarks.store.setting import SMALL_PAGE_SLOT_NBYTES, StoreSetting, data_nbytes, forget_on_disk, load_job
+from benchmarks.store.shares import Share
 from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.loader.module_state import named_state
 from sllm_vllm.store import channel

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import store_sim
-from benchmarks.store_sim import Result, Settings, simulate
+from benchmarks.store import sim as store_sim
+from benchmarks.store.sim import Result, Settings, simulate
 from sllm_vllm.store.core.cache import Cache
 from sllm_vllm.units import GIB
 

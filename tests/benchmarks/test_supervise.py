@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.supervise import ROOT
+from benchmarks.common.supervise import ROOT
 from tests.benchmarks.process_tree import alive, descendants, read_until
 
 TIMEOUT_S = 30.0
 SCRIPT = """
 import subprocess, sys
 from pathlib import Path
-from benchmarks.supervise import run_supervised
+from benchmarks.common.supervise import run_supervised
 
 def work(workspace):
     (workspace.run / "half-written").write_text("x")

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from sllm_vllm.node.protocol import ReplicaReport
+from sllm_vllm.router.config.settings import IngressSettings, MoveSettings
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
-from sllm_vllm.router.ingress import Ingress
-from sllm_vllm.router.serve import serve_app
-from sllm_vllm.router.settings import IngressSettings, MoveSettings
+from sllm_vllm.router.http.ingress import Ingress
+from sllm_vllm.router.http.serve import serve_app
 from tests.e2e.real_agent import order, ready, warm_agent
 from tests.resumed import Answer, Client
 from tests.waiting import wait_until

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from benchmarks.random_models import ARCHITECTURES, POOLING_ARCHITECTURES
+from benchmarks.common.random_models import ARCHITECTURES, POOLING_ARCHITECTURES
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.protocol import ReplicaReport
 from tests.conftest import ModelDir

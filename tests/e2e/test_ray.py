@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from benchmarks.ray_cluster import sections_of
+from benchmarks.ray.cluster import sections_of
 from tests.conftest import ModelDir
 from tests.ray_bench import RayBench, ray_bench
 from tests.router.router_process import Cut, is_alive

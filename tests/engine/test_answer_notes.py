@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sllm_vllm.engine.answer_notes import AnswerNotes
-from sllm_vllm.router.token_log import LOG_NBYTES_MAX, TokenLog
+from sllm_vllm.router.migration.token_log import LOG_NBYTES_MAX, TokenLog
 
 EVENT = b'data: {"choices": []}\n\n'
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.random_models import ARCHITECTURES
+from benchmarks.common.random_models import ARCHITECTURES
 from tests.conftest import ModelDir
 from tests.vllm_fill import Fill, engine_config, join_model_parallel, run_ranks, tensors_after_load_weights
 

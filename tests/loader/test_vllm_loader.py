@@ -179,7 +179,7 @@ def test_a_checkpoint_beside_config_json_is_the_model_itself(loads: Loads) -> No
 
 
 def test_a_store_that_cannot_be_made_serves_unconverted(loads: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sllm_vllm.loader.vllm_source.ModelSource.start_reading", None)  # weights are not read for it
+    monkeypatch.setattr("sllm_vllm.loader.vllm.source.ModelSource.start_reading", None)  # weights are not read for it
     loads.store.parent.joinpath("file").write_text("")
     loads.store = loads.store.parent / "file" / "store"
     assert loads.load() == "unconverted"

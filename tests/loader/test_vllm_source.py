@@ -32,7 +32,7 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_and_its_snapshot_are_one_source(snapshot: Path) -> None:
-    from sllm_vllm.loader.vllm_source import locate
+    from sllm_vllm.loader.vllm.source import locate
 
     by_name, by_path = locate(model_config("org/name")), locate(model_config(snapshot))
     assert by_name == by_path
@@ -40,14 +40,14 @@ def test_a_name_and_its_snapshot_are_one_source(snapshot: Path) -> None:
 
 
 def test_another_download_dir_is_where_a_names_weights_are(snapshot: Path, tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import locate
+    from sllm_vllm.loader.vllm.source import locate
 
     found = locate(model_config("org/name"), str(tmp_path / "downloads"))
     assert found.directory == tmp_path / "downloads" / "models--org--name" / "snapshots" / COMMIT
 
 
 def test_snapshot_without_a_real_commit_is_a_plain_directory(snapshot: Path) -> None:
-    from sllm_vllm.loader.vllm_source import locate
+    from sllm_vllm.loader.vllm.source import locate
 
     from_ray = snapshot.rename(snapshot.with_name("0" * 40))
     found = locate(model_config(from_ray))
@@ -55,7 +55,7 @@ def test_snapshot_without_a_real_commit_is_a_plain_directory(snapshot: Path) -> 
 
 
 def test_two_sources_of_one_name_and_commit_are_two_keys(tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import source_of
+    from sllm_vllm.loader.vllm.source import source_of
 
     fingerprints = set()
     for content in (b"here", b"else"):
@@ -67,7 +67,7 @@ def test_two_sources_of_one_name_and_commit_are_two_keys(tmp_path: Path) -> None
 
 
 def test_weights_that_are_still_to_be_downloaded(snapshot: Path, tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import ModelSource, locate
+    from sllm_vllm.loader.vllm.source import ModelSource, locate
 
     source = ModelSource(locate(model_config("org/name")), SourceRecords(tmp_path / "store"))
     source.start_reading(afresh=False)
@@ -77,7 +77,7 @@ def test_weights_that_are_still_to_be_downloaded(snapshot: Path, tmp_path: Path)
 
 
 def test_weights_that_change_while_they_are_loaded_are_not_converted(tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import ModelSource, locate
+    from sllm_vllm.loader.vllm.source import ModelSource, locate
 
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"before")
@@ -91,7 +91,7 @@ def test_weights_that_change_while_they_are_loaded_are_not_converted(tmp_path: P
 @pytest.mark.parametrize("begins_reading", [True, False])
 def test_link_to_a_deployment_that_was_set_to_and_fro_during_the_load(tmp_path: Path, begins_reading: bool) -> None:
     """The files are the same before and after; what was loaded may be the other deployment's."""
-    from sllm_vllm.loader.vllm_source import ModelSource, locate
+    from sllm_vllm.loader.vllm.source import ModelSource, locate
 
     for version in ("v1", "v2"):
         (tmp_path / version).mkdir()
@@ -117,7 +117,7 @@ def set_link(link: Path, target: Path) -> None:
 
 
 def test_file_links_that_were_set_to_and_fro_during_the_load(tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import ModelSource, locate
+    from sllm_vllm.loader.vllm.source import ModelSource, locate
 
     model = tmp_path / "model"
     model.mkdir()
@@ -134,7 +134,7 @@ def test_file_links_that_were_set_to_and_fro_during_the_load(tmp_path: Path) -> 
 
 def test_load_by_name_during_which_the_name_moved_on_is_not_converted(snapshot: Path, tmp_path: Path) -> None:
     """The stock loader asks the Hub again: it has loaded the new commit, whose files lie elsewhere."""
-    from sllm_vllm.loader.vllm_source import ModelSource, locate
+    from sllm_vllm.loader.vllm.source import ModelSource, locate
 
     (snapshot / "model.safetensors").write_bytes(b"weights")
     source = ModelSource(locate(model_config("org/name")), SourceRecords(tmp_path / "store"))
@@ -145,7 +145,7 @@ def test_load_by_name_during_which_the_name_moved_on_is_not_converted(snapshot: 
 
 
 def test_load_of_a_commit_by_name_has_no_name_that_moves(snapshot: Path, tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import ModelSource, locate
+    from sllm_vllm.loader.vllm.source import ModelSource, locate
 
     (snapshot / "model.safetensors").write_bytes(b"weights")
     source = ModelSource(locate(model_config("org/name", revision=COMMIT)), SourceRecords(tmp_path / "store"))
@@ -154,7 +154,7 @@ def test_load_of_a_commit_by_name_has_no_name_that_moves(snapshot: Path, tmp_pat
 
 
 def test_weights_of_a_second_model_keep_a_module_from_being_converted() -> None:
-    from sllm_vllm.loader.vllm_source import require_weights_here
+    from sllm_vllm.loader.vllm.source import require_weights_here
 
     sources = [SimpleNamespace(model_or_path="/a"), SimpleNamespace(model_or_path="org/audio")]
     module: Any = SimpleNamespace(secondary_weights=sources)
@@ -165,21 +165,21 @@ def test_weights_of_a_second_model_keep_a_module_from_being_converted() -> None:
 
 
 def test_a_name_that_is_not_in_the_cache_has_no_source_yet(snapshot: Path) -> None:
-    from sllm_vllm.loader.vllm_source import locate
+    from sllm_vllm.loader.vllm.source import locate
 
     with pytest.raises(ConfigError, match="org/other: it is not in the Hugging Face cache yet"):
         locate(model_config("org/other"))
 
 
 def test_a_file_has_no_source(tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import locate
+    from sllm_vllm.loader.vllm.source import locate
 
     with pytest.raises(ConfigError, match=r"model\.gguf: it is not in the Hugging Face cache yet"):
         locate(model_config(tmp_path / "model.gguf"))
 
 
 def test_weights_in_an_object_store_have_no_fingerprint(tmp_path: Path) -> None:
-    from sllm_vllm.loader.vllm_source import locate
+    from sllm_vllm.loader.vllm.source import locate
 
     with pytest.raises(ConfigError, match=r"s3://bucket/model: .* no fingerprint"):
         locate(model_config(tmp_path, model_weights="s3://bucket/model"))

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm import cli
+from sllm_vllm.cli import main as cli
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 def command(*arguments: str) -> list[str]:
     """The entry point as a process."""
-    return [sys.executable, "-c", "from sllm_vllm.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from sllm_vllm.cli.main import main; main()", *arguments]
 
 
 def caller(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sllm_vllm.config import NodeConfig
+from sllm_vllm.daemon.unix_listener import listening, make_private_directory
 from sllm_vllm.errors import OrderRefused, ReplicaUnknown, StoreUnavailable
 from sllm_vllm.node.client import NodeClient
 from sllm_vllm.node.daemon import WORDS, serve
@@ -33,7 +34,6 @@ from sllm_vllm.node.protocol import (
     WarmReport,
 )
 from sllm_vllm.node.server import Agent, Server
-from sllm_vllm.unix_listener import listening, make_private_directory
 
 KEY = "sk-this-is-secret"
 T = TypeVar("T")

@@ -10,8 +10,8 @@ import pytest
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.core.launch import num_slots_of
 from sllm_vllm.node.engine_config import CONFIG_NBYTES_MAX, expand_config
-from sllm_vllm.router.config import ModelConfig
-from sllm_vllm.router.config_values import engine_words
+from sllm_vllm.router.config.sections import ModelConfig
+from sllm_vllm.router.config.values import engine_words
 
 
 def write(directory: Path, text: str) -> None:

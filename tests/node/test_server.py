@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sllm_vllm.daemon.unix_listener import open_channel
 from sllm_vllm.errors import (
     CheckpointCorrupt,
     CheckpointMissing,
@@ -30,7 +31,6 @@ from sllm_vllm.errors import (
 )
 from sllm_vllm.node.protocol import REQUEST_NBYTES_MAX
 from sllm_vllm.node.server import CONNECTIONS_MAX
-from sllm_vllm.unix_listener import open_channel
 from tests.node.fake_agent import KEY, ServedAgent, agent_process
 from tests.waiting import wait_until
 

@@ -18,12 +18,12 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from sllm_vllm.router.client_state import ClientCounts
+from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
-from sllm_vllm.router.ingress import Ingress
-from sllm_vllm.router.serve import serve_app
-from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.http.client_state import ClientCounts
+from sllm_vllm.router.http.ingress import Ingress
+from sllm_vllm.router.http.serve import serve_app
 
 ENGINE_KEY = "the-engines-own-key"
 MODELS = ("meta/tiny", "other")

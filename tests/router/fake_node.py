@@ -26,16 +26,16 @@ from sllm_vllm.node.protocol import (
     StartReport,
     WarmReport,
 )
-from sllm_vllm.router.admin import AdminApp, Reloaded
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.admin.app import AdminApp, Reloaded
+from sllm_vllm.router.config.keys import digest_of
+from sllm_vllm.router.config.sections import ModelConfig
+from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Outcome
-from sllm_vllm.router.keys import digest_of
-from sllm_vllm.router.serve import serve_app
-from sllm_vllm.router.settings import IngressSettings
-from sllm_vllm.router.state_store import StateBusy, StateDamaged, StateError, StateFull
-from sllm_vllm.router.watch import Message, Receive, Send
+from sllm_vllm.router.http.deadline import Message, Receive, Send
+from sllm_vllm.router.http.serve import serve_app
+from sllm_vllm.router.state.store import StateBusy, StateDamaged, StateError, StateFull
 from tests.router.fake_gate import Answer, until
 
 T = TypeVar("T")

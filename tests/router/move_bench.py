@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from sllm_vllm.router.settings import IngressSettings, MoveSettings
+from sllm_vllm.router.config.settings import IngressSettings, MoveSettings
 from tests.router.fake_gate import MODELS, FakeGate, Served, serving, until
 from tests.router.moving_engine import MovingEngine, moving_engines, text_of
 

@@ -27,8 +27,8 @@ from tests.waiting import wait_until
 _WITH_OTHER_LIMITS = """
 import json, sys
 from pathlib import Path
-from sllm_vllm.cli_store import log_to_stderr
-from sllm_vllm.router.config import RouterConfig
+from sllm_vllm.cli.store import log_to_stderr
+from sllm_vllm.router.config.sections import RouterConfig
 from sllm_vllm.router.daemon import serve
 
 def change(name, limits):

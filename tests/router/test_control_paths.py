@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.router.settings import IngressSettings
+from sllm_vllm.router.config.settings import IngressSettings
 from tests.router.fake_gate import EngineProcess, FakeGate, Served, running_engine, serving
 
 CONTROLS = (

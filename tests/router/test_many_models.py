@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import pytest
 
-from benchmarks.many_models import watched, works_of, write_models
+from benchmarks.router.many_models import watched, works_of, write_models
 from sllm_vllm.router import controller as controller_module
-from sllm_vllm.router.config import RouterConfig
-from sllm_vllm.router.config_file import compare, parse_router_config
-from sllm_vllm.router.config_text import read_yaml
+from sllm_vllm.router.config.file import compare, parse_router_config
+from sllm_vllm.router.config.sections import RouterConfig
+from sllm_vllm.router.config.text import read_yaml
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.events import ModelDeployed, RequestArrived
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.router_streams import MODEL, Plan, limits_of, problem_of, stream_all
-from sllm_vllm.router.upstream import IDLE_MAX
+from benchmarks.router.streams import MODEL, Plan, limits_of, problem_of, stream_all
+from sllm_vllm.router.engine_client.connection import IDLE_MAX
 from tests.router.router_process import running_router, write_config
 from tests.waiting import wait_until
 

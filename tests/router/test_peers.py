@@ -12,8 +12,8 @@ import pytest
 
 from sllm_vllm.errors import NodeError
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport
-from sllm_vllm.router.admin_views import nodes_view, stores_view
-from sllm_vllm.router.config import ModelConfig
+from sllm_vllm.router.admin.views import nodes_view, stores_view
+from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.controller import Bounds, Controller
 from sllm_vllm.router.core import copies
 from sllm_vllm.router.core.facts import RequestFacts

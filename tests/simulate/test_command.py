@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sllm_vllm.cli import simulate as command
+from sllm_vllm.cli.simulate import OURS, Options, run_simulation
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.simulate import command
-from sllm_vllm.simulate.command import OURS, Options, run_simulation
 from sllm_vllm.simulate.decisions import Decisions, crowded, growth_rows, measure, with_models, with_nodes
 from sllm_vllm.simulate.hardware import ModelClass
 from sllm_vllm.simulate.policy import Policy

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint, verify_checkpoint
-from sllm_vllm.cli_transfer import add_transfer_commands
+from sllm_vllm.cli.transfer import add_transfer_commands
 from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import (
     CheckpointCorrupt,
@@ -404,7 +404,7 @@ class Last:
 
 sys.last_of_all = Last()
 asyncio.selector_events.BaseSelectorEventLoop._write_to_self = wake_late
-from sllm_vllm.cli import main
+from sllm_vllm.cli.main import main
 main()
 """
 

@@ -1,0 +1,1 @@
+"""The command line, `sllm-vllm`: one module for each group of commands."""

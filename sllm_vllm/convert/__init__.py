@@ -1,0 +1,1 @@
+"""Conversion between checkpoints of this package and the formats of others, outside of serving."""

@@ -1,0 +1,1 @@
+"""What every daemon of this package needs: sockets, keys, descriptors, signals, run loops."""

@@ -1,0 +1,1 @@
+"""Everything that runs on a Ray cluster: agents, the controller, and the Serve application."""

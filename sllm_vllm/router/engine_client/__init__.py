@@ -1,0 +1,1 @@
+"""How the router talks to engines: connections, headers, and vLLM's routes."""

@@ -1,0 +1,1 @@
+"""What a router keeps across restarts: deployed models and learned estimates."""
