@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from sllm_vllm.daemon.socket_url import socket_of_url
+from sllm_vllm.daemon.unix_listener import socket_of_url
 
 
 class _SocketConnection(http.client.HTTPConnection):

@@ -8,7 +8,7 @@ import socket
 import struct
 from pathlib import Path
 
-from sllm_vllm.node.sessions import living_members
+from sllm_vllm.node.engine_process import living_members
 
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _LISTEN = "0A"

@@ -25,8 +25,8 @@ from benchmarks.common.vllm_server import stream_completion
 from benchmarks.demo.loading import questions
 from benchmarks.loading.report import Verdict
 from sllm_vllm.node.agent import NodeAgent
-from sllm_vllm.node.memory import pss_nbytes
-from sllm_vllm.node.sessions import living_members
+from sllm_vllm.node.engine_process import living_members
+from sllm_vllm.node.hardware import pss_nbytes
 from sllm_vllm.units import MIB
 
 SETTLED_CYCLE = 5

@@ -22,10 +22,10 @@ from benchmarks.common.vllm_server import HOST, LOG_LINES_SHOWN, MODEL_NAME, STA
 from sllm_vllm.config import NodeConfig
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.core.phases import StartPhases
-from sllm_vllm.node.health import EAGER_S, ask_health
+from sllm_vllm.node.engine import EAGER_S, ask_health
+from sllm_vllm.node.engine_process import end_session, reap_adopted
 from sllm_vllm.node.orphans import all_processes
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
-from sllm_vllm.node.sessions import end_session, reap_adopted
 
 KV_CACHE_NBYTES = 1 << 28
 ENGINE_ARGUMENTS = ("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(KV_CACHE_NBYTES))

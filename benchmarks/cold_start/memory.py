@@ -18,7 +18,7 @@ from benchmarks.cold_start.engine import EngineFailed, Ready, our_engine, runnin
 from benchmarks.common.supervise import Workspace
 from benchmarks.common.vllm_server import stream_completion
 from benchmarks.demo.loading import questions
-from sllm_vllm.node.memory import pss_nbytes, session_pss_nbytes
+from sllm_vllm.node.hardware import pss_nbytes, session_pss_nbytes
 from sllm_vllm.units import MIB
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllm_vllm.node.memory import pss_nbytes
+from sllm_vllm.node.hardware import pss_nbytes
 
 _TICKS_HZ = os.sysconf("SC_CLK_TCK")
 _IDLE_FIELDS = (3, 4)  # idle, waiting for a device

@@ -11,7 +11,7 @@ import typer
 
 from sllm_vllm.cli.output import print_section, print_table
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.router.core.limits import MoveLimits, RouterLimits
+from sllm_vllm.router.core.facts import MoveLimits, RouterLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.simulate import decisions, metrics
 from sllm_vllm.simulate.baselines import baselines

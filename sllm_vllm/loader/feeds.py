@@ -24,14 +24,12 @@ from sllm_vllm.errors import (
     StoreUnavailable,
 )
 from sllm_vllm.loader.core.plan import LoadPlan
-from sllm_vllm.loader.cuda_pool_sink import RegisterWay
 from sllm_vllm.loader.cuda_sink import CudaSink
-from sllm_vllm.loader.pipeline import ChunkPipeline
+from sllm_vllm.loader.pipeline import ChunkPipeline, DiskSource
 from sllm_vllm.loader.report import HopCounter
 from sllm_vllm.loader.sink import ChunkSink, HostSink
-from sllm_vllm.loader.source import DiskSource
 from sllm_vllm.loader.span_lease import SpanLease, open_lease
-from sllm_vllm.loader.span_ways import CopyWay, MapWay, SpanWay
+from sllm_vllm.loader.span_ways import CopyWay, MapWay, RegisterWay, SpanWay
 from sllm_vllm.loader.store_feed import ChunkFeed, StoreFeed
 from sllm_vllm.units import MIB
 

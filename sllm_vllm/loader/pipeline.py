@@ -10,13 +10,86 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from sllm_vllm.loader.cpus import reader_cpus, run_on
+from sllm_vllm.checkpoint.chunk_file import ChunkFile
+from sllm_vllm.checkpoint.reader import RankPartition
+from sllm_vllm.errors import CheckpointUnreadable
+from sllm_vllm.loader.report import HopCounter
 from sllm_vllm.loader.sink import ChunkSink
-from sllm_vllm.loader.source import ChunkSource
+
+# Chooses the processors that the loader's own threads run on. vLLM pins a CPU worker's main thread to its compute
+# cores before it loads the model. Threads inherit that, so readers would compete with the packing for those cores. The
+# affinity that this process had before is that of its parent.
+
+
+def reader_cpus(parent_pid: int) -> set[int]:
+    """Processors for readers: the parent's without those this thread is pinned to, or the latter if none are left."""
+    own = os.sched_getaffinity(0)
+    try:
+        allowed = os.sched_getaffinity(parent_pid)
+    except OSError:  # the parent is another user's process, or has ended
+        return own
+    return (allowed - own) or own
+
+
+def run_on(cpus: set[int]) -> None:
+    """Move the calling thread to ``cpus``; it keeps its affinity if the system refuses."""
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError:
+        return
+
+
+# Sources of chunks; today only the disk. A source is used by several threads at once.
+
+
+class ChunkSource(Protocol):
+    """Provides the chunks of one partition. Thread-safe."""
+
+    def read(self, chunk: int, buffer: memoryview) -> int:
+        """Read a chunk into the page-aligned ``buffer``, and verify it if the source does that.
+
+        Returns:
+            Number of bytes.
+
+        Raises:
+            CheckpointCorrupt: the bytes differ from those that were written.
+            CheckpointUnreadable: the device failed.
+        """
+        ...
+
+
+class DiskSource:
+    """Reads chunks from the partition's file in this process, without a daemon."""
+
+    def __init__(self, partition: RankPartition, file: ChunkFile, *, verify: bool, counter: HopCounter) -> None:
+        self._partition = partition
+        self._file = file
+        self._verify = verify
+        self._counter = counter
+
+    def read(self, chunk: int, buffer: memoryview) -> int:
+        """See ``ChunkSource``."""
+        offset, nbytes = self._partition.chunk_range(chunk)
+        start = time.perf_counter()
+        try:
+            tier = self._file.read_into(buffer, offset, nbytes)
+        except OSError as error:
+            problem = f"chunk {chunk} can't be read ({error.strerror})"
+            raise CheckpointUnreadable(
+                self._file.path, problem, "mend the device, or remove and convert again"
+            ) from None
+        read = time.perf_counter()
+        self._counter.add("read_disk" if tier == "disk" else "read_cache", nbytes, start_s=start, end_s=read)
+        if self._verify:
+            self._partition.check_chunk(chunk, buffer[:nbytes])
+            self._counter.add("verify", nbytes, start_s=read, end_s=time.perf_counter())
+        return nbytes
+
 
 READERS_MAX = 4
 """Default number of readers, unless there are fewer processors: with more readers than processors, they only pass the

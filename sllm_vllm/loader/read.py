@@ -13,10 +13,9 @@ from sllm_vllm.errors import CheckpointInvalid
 from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.loader.feeds import LoadJob, lease_or_none, store_feed
 from sllm_vllm.loader.module_state import ModuleTarget
-from sllm_vllm.loader.pipeline import ChunkPipeline
+from sllm_vllm.loader.pipeline import ChunkPipeline, DiskSource
 from sllm_vllm.loader.report import HopCounter
 from sllm_vllm.loader.sink import HostSink
-from sllm_vllm.loader.source import DiskSource
 from sllm_vllm.loader.span_ways import CopyWay
 from sllm_vllm.loader.store_feed import ChunkFeed
 

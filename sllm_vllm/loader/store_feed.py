@@ -20,8 +20,7 @@ from typing import Protocol, Self
 
 from sllm_vllm.errors import StoreError
 from sllm_vllm.loader.core.plan import LoadPlan
-from sllm_vllm.loader.cpus import reader_cpus, run_on
-from sllm_vllm.loader.pipeline import ChunkPipeline
+from sllm_vllm.loader.pipeline import ChunkPipeline, reader_cpus, run_on
 from sllm_vllm.loader.sink import ChunkSink
 from sllm_vllm.loader.span_lease import Span, SpanLease
 from sllm_vllm.loader.span_ways import SpanWay

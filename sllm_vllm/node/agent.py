@@ -47,16 +47,15 @@ from sllm_vllm.node.core.launch import (
     option_value,
 )
 from sllm_vllm.node.core.replica import ENDED, WELL_ONCE, ReplicaRow, State
-from sllm_vllm.node.engine import Engine
+from sllm_vllm.node.engine import Engine, ReplicaRecord, new_id
 from sllm_vllm.node.engine_config import expand_config
+from sllm_vllm.node.engine_process import reap_adopted
 from sllm_vllm.node.logs import BoundedLog, read_log, remove_log, remove_old_logs
 from sllm_vllm.node.model_path import require_model
 from sllm_vllm.node.orphans import DeathWatch, Record, sweep
 from sllm_vllm.node.ports import PortReservation, Ports
 from sllm_vllm.node.protocol import EngineTiming, NodeReport, ReplicaOrder, ReplicaReport, SlotReport
-from sllm_vllm.node.replica_record import ReplicaRecord, new_id
 from sllm_vllm.node.residency import hint_store, prefetch_checkpoint, read_residency
-from sllm_vllm.node.sessions import reap_adopted
 from sllm_vllm.node.sockets import EngineSockets, SocketReservation
 from sllm_vllm.node.starter import open_starter
 

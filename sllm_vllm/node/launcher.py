@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from sllm_vllm.daemon.plain_file import open_plain
@@ -14,6 +15,35 @@ from sllm_vllm.daemon.unix_listener import DaemonWords, make_private_directory
 from sllm_vllm.errors import NodeError, NodeUnavailable
 from sllm_vllm.node.client import NodeClient
 from sllm_vllm.units import KIB, MIB
+
+# Selects the vLLM plugins that an engine loads, so that ours for live migration is among them. Reads what is
+# installed.
+
+
+OURS = "sllm"
+_ENDPOINTS = "vllm.endpoint_plugins"
+
+
+def moving_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables to add to the environment of engines whose requests can be moved.
+
+    vLLM loads plugins that add routes only if ``VLLM_PLUGINS`` names them, and then it loads no other plugins than
+    those named. So all plugins that it would load by default are named, too, except for those that add routes.
+    """
+    named = environment.get("VLLM_PLUGINS")
+    names = set(named.split(",")) if named is not None else _loaded_by_themselves()
+    return {"SLLM_MIGRATION": "1", "VLLM_PLUGINS": ",".join(sorted({*names, OURS} - {""}))}
+
+
+def _loaded_by_themselves() -> set[str]:
+    found = entry_points()
+    return {
+        one.name
+        for group in found.groups
+        if group.startswith("vllm.") and group != _ENDPOINTS
+        for one in found.select(group=group)
+    }
+
 
 BUSY_STATUS = 3
 """Exit status of ``node serve`` where another agent has the directory: no failure for a client that accepts any

@@ -13,9 +13,9 @@ import stat
 import tempfile
 from pathlib import Path
 
-from sllm_vllm.daemon.socket_url import url_of_socket
+from sllm_vllm.daemon.unix_listener import url_of_socket
 from sllm_vllm.node.core.launch import Place
-from sllm_vllm.node.scratch import is_private, short_name
+from sllm_vllm.node.starter import is_private, short_name
 
 PATH_NBYTES_MAX = 107
 """Longest path in an address of Linux, without the zero at its end."""

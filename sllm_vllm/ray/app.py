@@ -8,7 +8,7 @@ from typing import Protocol
 from sllm_vllm.ray.gate import RemoteGate
 from sllm_vllm.ray.session import ControllerGone, ControllerLink
 from sllm_vllm.router.config.settings import IngressSettings
-from sllm_vllm.router.http.body import BodyReader
+from sllm_vllm.router.http.admission import BodyReader
 from sllm_vllm.router.http.deadline import Message, Receive, Send, send_last
 from sllm_vllm.router.http.errors import SERVER, ApiError
 from sllm_vllm.router.http.ingress import Ingress

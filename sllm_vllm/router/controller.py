@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections import ChainMap, deque
@@ -43,19 +44,54 @@ from sllm_vllm.router.core.events import (
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import RequestFacts, ResumeSample, Tier
-from sllm_vllm.router.core.limits import CopyLimits, MoveLimits, PoisonLimits, RouterLimits, ScalingLimits
+from sllm_vllm.router.core.facts import (
+    CopyLimits,
+    MoveLimits,
+    PoisonLimits,
+    RequestFacts,
+    ResumeSample,
+    RouterLimits,
+    ScalingLimits,
+    Tier,
+)
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engine_client.model_lengths import ModelLengths
 from sllm_vllm.router.engines import Node
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
-from sllm_vllm.router.http.refusals import rejected, stopping
-from sllm_vllm.router.member import Member
+from sllm_vllm.router.http.errors import rejected, stopping
 from sllm_vllm.router.migration.movability import Movability
-from sllm_vllm.router.node_orders import NodeOrders
+from sllm_vllm.router.node_watch import Member, NodeOrders
 from sllm_vllm.router.pauses import in_slices
-from sllm_vllm.router.weights_size import weights_nbytes
+
+# The size of a model's weights before it has a checkpoint, from its source files. Blocking: call it in a thread.
+
+
+_KINDS = ("*.safetensors", "*.bin", "*.pt")
+"""vLLM reads only the first of these kinds that exists."""
+_CONSOLIDATED = "consolidated"
+"""Some sources hold the same weights twice: in files with this prefix and in files without it."""
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
+
+
+def weights_nbytes(source: Path) -> int:
+    """Bytes of the weight files in a directory; 0 if it is not a directory, can't be read, or holds none."""
+    if not os.path.isdir(source):  # a Hub name, which saves three searches; also False if the path is too long
+        return 0
+    for kind in _KINDS:
+        try:
+            files = [path for path in source.glob(kind) if path.name not in _NO_WEIGHTS]
+            nbytes = _total_nbytes([path for path in files if not path.name.startswith(_CONSOLIDATED)] or files)
+        except OSError:
+            return 0
+        if nbytes:
+            return nbytes
+    return 0
+
+
+def _total_nbytes(files: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
 
 logger = logging.getLogger(__name__)
 

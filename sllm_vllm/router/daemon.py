@@ -18,7 +18,7 @@ import uvloop
 from sllm_vllm.config import read_variable
 from sllm_vllm.daemon.ending import Ending, Stopped
 from sllm_vllm.daemon.file_limit import connections_within, raise_file_limit
-from sllm_vllm.daemon.key_file import open_key
+from sllm_vllm.daemon.plain_file import open_key
 from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.daemon.unix_listener import listening, make_private_directory
 from sllm_vllm.errors import ConfigError

@@ -7,13 +7,23 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.errors import NodeUnavailable, SllmError
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport
 from sllm_vllm.router.config.sections import ModelConfig
-from sllm_vllm.router.core.events import Event, NodeJoined, NodeReported
-from sllm_vllm.router.core.facts import FoundReplica, Tier
-from sllm_vllm.router.engines import Node
+from sllm_vllm.router.core.events import (
+    CopyCheckpoint,
+    Event,
+    NodeJoined,
+    NodeReported,
+    PrefetchModel,
+    StartReplica,
+    StopReplica,
+)
+from sllm_vllm.router.core.facts import FoundReplica, RequestFacts, Tier
+from sllm_vllm.router.engines import Engines, Node
 from sllm_vllm.router.pauses import in_slices
 
 logger = logging.getLogger(__name__)
@@ -190,3 +200,133 @@ def _hops_of(report: NodeReport) -> dict[Tier, float]:
     """The store's measured disk speed, which no load from disk can exceed."""
     bps = report.hops.get("disk", {}).get("bps")
     return {Tier.DISK: bps} if isinstance(bps, int | float) and bps > 0 else {}
+
+
+# One node as the controller sees it: its replicas, its reports, and the tasks that keep both up to date. Runs on the
+# controller's loop.
+
+
+class Member:
+    """A node, from when it joins until it is lost.
+
+    Args:
+        models: the served models.
+        tell: called with the node's events.
+        on_lost: called once, with the reason, if its agent does not answer (any more).
+        num_nodes: returns the number of nodes, this one included.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        node: Node,
+        models: Mapping[str, ModelConfig],
+        *,
+        tell: Callable[[Event], None],
+        on_lost: Callable[[str], None],
+        num_nodes: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self.name = name
+        self._when_lost = on_lost
+        self._is_lost = False
+        self.watch = NodeWatch(name, node, models, tell=tell, on_lost=self._lost, num_nodes=num_nodes)
+        self.engines = Engines(name, node, tell, on_lost=self._lost, on_pulled=self.watch.refresh)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def report(self) -> NodeReport | None:
+        """The node's last report."""
+        return self.watch.report
+
+    def checkpoint_of(self, model: ModelConfig) -> CheckpointReport | None:
+        """A model's checkpoint on the node, according to the last report."""
+        return self.watch.checkpoint_of(model)
+
+    def checkpoint_url(self, model: ModelConfig) -> str | None:
+        """The URL, key included, where other nodes can pull a model's checkpoint; None if they can't."""
+        checkpoint = self.checkpoint_of(model)
+        peer = "" if self.report is None else self.report.peer
+        return f"{peer}/{checkpoint.name}" if checkpoint is not None and peer else None
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the node has reported, and its agent's loops work according to its last report."""
+        return self.report is not None and not self.report.problem
+
+    async def join(self, requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]], loops: RunLoops) -> None:
+        """Add the node with the replicas that already run on it, and begin to follow it.
+
+        Args:
+            requests: returns, by replica, the requests that ingresses stream from it.
+            loops: runs the loops that follow the node.
+
+        Raises:
+            NodeError: its agent does not answer.
+        """
+        await self.watch.join(lambda report: self.engines.find(report.replicas, requests()))
+        self._tasks = [
+            loops.start(f"reports of {self.name}", self.watch.follow_report),
+            loops.start(f"warm parent of {self.name}", self.watch.follow_warm),
+        ]
+
+    async def close(self) -> None:
+        """Stop following the node."""
+        self._is_lost = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.watch.close()
+        await self.engines.close()
+
+    def _lost(self, reason: str) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            self._when_lost(reason)
+
+
+# Turns the core's actions into orders to node agents: start, stop, prefetch and copy checkpoints. Runs on the
+# controller's loop.
+
+
+NodeAction = StartReplica | StopReplica | PrefetchModel | CopyCheckpoint
+
+
+class NodeOrders:
+    """Gives orders to members. The controller keeps both mappings up to date.
+
+    Args:
+        directory: the engines' working directory.
+    """
+
+    def __init__(self, members: Mapping[str, Member], models: Mapping[str, ModelConfig], directory: Path) -> None:
+        self._members = members
+        self._models = models
+        self.directory = directory
+
+    def give(self, action: NodeAction) -> None:
+        """Carry out an action; the member reports the results as events."""
+        member = self._members[action.node]
+        match action:
+            case StartReplica():
+                logger.info("event=start replica=%s model=%r node=%s", action.replica, action.model, action.node)
+                model = self._models[action.model]
+                directory, peer = str(self.directory), self._peer_of(model, member)
+                member.engines.start(action.replica, model, directory, timeout_s=action.timeout_s, peer=peer)
+            case StopReplica():
+                logger.info("event=stop replica=%s reason=%r", action.replica, action.reason)
+                member.engines.stop(action.replica)
+            case PrefetchModel():
+                member.engines.prefetch(self._models[action.model])
+                member.watch.prefetch_ordered(action.model)
+            case CopyCheckpoint():
+                logger.info("event=copy model=%r source=%s node=%s", action.model, action.source, action.node)
+                peer = self._members[action.source].checkpoint_url(self._models[action.model])
+                if peer is not None:
+                    member.engines.copy(peer)
+
+    def _peer_of(self, model: ModelConfig, member: Member) -> str | None:
+        """Where a start on the node can pull its checkpoint from; None if the node has it, or no other node does."""
+        if member.checkpoint_of(model) is not None:
+            return None
+        others = (one.checkpoint_url(model) for one in self._members.values() if one is not member)
+        return next((url for url in others if url is not None), None)

@@ -11,7 +11,7 @@ from math import log
 from statistics import fmean
 
 from sllm_vllm.router.core.events import Event, ModelDeployed, NodeJoined, NodeReported, RequestArrived
-from sllm_vllm.router.core.limits import RouterLimits
+from sllm_vllm.router.core.facts import RouterLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.simulate.hardware import Cluster
 from sllm_vllm.simulate.metrics import percentile

@@ -19,10 +19,10 @@ from sllm_vllm.router.core.events import (
     StopReplica,
 )
 from sllm_vllm.router.core.facts import StartSample, Tier
-from sllm_vllm.simulate.agenda import Agenda
 from sllm_vllm.simulate.hardware import Cluster
 from sllm_vllm.simulate.machines import SimulatedNode, SimulatedReplica, Stage, keep
 from sllm_vllm.simulate.run import Run
+from sllm_vllm.simulate.world import Agenda
 
 NOTICE_S = 0.01
 """Delay between the two ways in which a dead engine is noticed: by its requests, or by its node."""

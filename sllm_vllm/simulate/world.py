@@ -7,8 +7,9 @@ or of the world.
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from sllm_vllm.router.core.events import (
@@ -30,13 +31,41 @@ from sllm_vllm.router.core.events import (
     Ticked,
 )
 from sllm_vllm.router.core.facts import RequestFacts, ResumeSample
-from sllm_vllm.simulate.agenda import Agenda
 from sllm_vllm.simulate.engines import NOTICE_S, Engines
 from sllm_vllm.simulate.hardware import Cluster
 from sllm_vllm.simulate.machines import SimulatedReplica, Stage
 from sllm_vllm.simulate.policy import Order, Policy, PreemptRequest, Validated
 from sllm_vllm.simulate.run import End, Outcome, Run
 from sllm_vllm.simulate.workload import SimulatedRequest
+
+# The virtual clock: planned callbacks, run in the order of time. Owned by ``World``.
+
+
+class Agenda:
+    """Callbacks for the same time run in the order in which they were planned."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._planned: list[tuple[float, int, Callable[[], None]]] = []
+        self._num_planned = 0
+
+    def at(self, at_s: float, happen: Callable[[], None]) -> None:
+        """Plan a callback for a time."""
+        self._num_planned += 1
+        heapq.heappush(self._planned, (at_s, self._num_planned, happen))
+
+    def after(self, seconds: float, happen: Callable[[], None]) -> None:
+        """Plan a callback for ``seconds`` from now."""
+        self.at(self.now_s + seconds, happen)
+
+    def step(self, until_s: float) -> bool:
+        """Run the next callback; returns False if none is planned by ``until_s``."""
+        if not self._planned or self._planned[0][0] > until_s:
+            return False
+        self.now_s, _, happen = heapq.heappop(self._planned)
+        happen()
+        return True
+
 
 TICK_S = 0.5
 PATIENCE_S = 3600.0

@@ -25,7 +25,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from sllm_vllm.daemon.key_file import open_key
+from sllm_vllm.daemon.plain_file import open_key
 from sllm_vllm.daemon.run_loops import is_shortage
 from sllm_vllm.errors import SllmError
 from sllm_vllm.metrics import SERIES_MAX, StoreMetric

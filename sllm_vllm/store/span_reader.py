@@ -19,8 +19,7 @@ from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import CheckpointUnreadable, RemoteError, SllmError
 from sllm_vllm.store.core.events import PartitionSpec, StartRead
 from sllm_vllm.store.core.schedule import Urgency
-from sllm_vllm.store.devices import Device
-from sllm_vllm.store.hops import HopMeter
+from sllm_vllm.store.devices import Device, HopMeter
 from sllm_vllm.store.pool import Pool
 
 if TYPE_CHECKING:

@@ -35,8 +35,7 @@ from sllm_vllm.store.core.events import (
     StartRead,
 )
 from sllm_vllm.store.core.policy import policy_named
-from sllm_vllm.store.devices import Device
-from sllm_vllm.store.hops import HopMeter
+from sllm_vllm.store.devices import Device, HopMeter
 from sllm_vllm.store.places import Placed, Places
 from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.protocol import Leased

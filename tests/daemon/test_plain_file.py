@@ -15,8 +15,7 @@ import pytest
 
 from sllm_vllm.checkpoint.repository import CheckpointRepository, VerifiedMarks
 from sllm_vllm.checkpoint.source_records import SourceRecords
-from sllm_vllm.daemon.key_file import open_key
-from sllm_vllm.daemon.plain_file import open_plain, read_plain
+from sllm_vllm.daemon.plain_file import open_key, open_plain, read_plain
 from sllm_vllm.daemon.unix_listener import locked
 from sllm_vllm.errors import ConfigError, NodeError
 from sllm_vllm.loader.limits import LIMITS_NAME, read_limits

@@ -15,8 +15,8 @@ import pytest
 
 from sllm_vllm.config import NodeConfig
 from sllm_vllm.node.agent import NodeAgent
+from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
-from sllm_vllm.node.sessions import living_members
 from tests.vllm_server import SERVER_ENVIRONMENT
 
 WARM_MAX_S = 400.0

@@ -18,9 +18,9 @@ import pytest_asyncio
 from sllm_vllm.errors import OrderRefused
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.core.phases import Phase
+from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import all_processes
 from sllm_vllm.node.protocol import ReplicaReport
-from sllm_vllm.node.sessions import living_members
 from tests.conftest import ModelDir
 from tests.e2e.real_agent import (
     PROMPTS,

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.config import child_environment
+from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import all_processes
-from sllm_vllm.node.sessions import living_members
 from tests.conftest import ModelDir
 from tests.vllm_server import SERVER_ENVIRONMENT
 from tests.waiting import wait_until

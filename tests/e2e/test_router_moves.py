@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from sllm_vllm.daemon.socket_url import socket_of_url
-from sllm_vllm.node.sessions import living_members
+from sllm_vllm.daemon.unix_listener import socket_of_url
+from sllm_vllm.node.engine_process import living_members
 from tests.conftest import ModelDir
 from tests.e2e.move_bench import write_slow_plugin
 from tests.e2e.test_router_faults import wait_long

@@ -16,14 +16,13 @@ from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.config import LoaderConfig
 from sllm_vllm.loader import feeds
 from sllm_vllm.loader.core.plan import LoadPlan
-from sllm_vllm.loader.cuda_pool_sink import RegisterWay
 from sllm_vllm.loader.cuda_sink import CudaSink
 from sllm_vllm.loader.feeds import LoadJob
 from sllm_vllm.loader.load import load_module, start_load
 from sllm_vllm.loader.report import HopCounter, LoadReport
 from sllm_vllm.loader.sink import ChunkSink
 from sllm_vllm.loader.span_lease import SpanLease
-from sllm_vllm.loader.span_ways import CopyWay, SpanWay
+from sllm_vllm.loader.span_ways import CopyWay, RegisterWay, SpanWay
 from tests.loader.test_module_state import Tied, assert_equal, stored
 from tests.store.lease_daemon import LeaseDaemon, Script
 

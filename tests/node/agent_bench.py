@@ -19,9 +19,9 @@ import pytest
 from sllm_vllm.config import NodeConfig
 from sllm_vllm.node import agent as agent_module
 from sllm_vllm.node.agent import NodeAgent
-from sllm_vllm.node.health import http_base, session_to
+from sllm_vllm.node.engine import http_base, session_to
+from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
-from sllm_vllm.node.sessions import living_members
 from sllm_vllm.units import GIB
 from tests.waiting import DEADLINE_S, wait_until
 

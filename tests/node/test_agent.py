@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.daemon.socket_url import socket_of_url
+from sllm_vllm.daemon.unix_listener import socket_of_url
 from sllm_vllm.errors import NodeError, OrderRefused, ReplicaUnknown, StoreUnavailable
 from sllm_vllm.node.agent import NodeAgent
+from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import find_process
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder
-from sllm_vllm.node.sessions import living_members
 from tests.listening import listening_addresses as session_listeners
 from tests.listening import servers_of
 from tests.node.agent_bench import Bench, ask, descriptors, node_config, running_agent, text_of

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.daemon.socket_url import socket_of_url
+from sllm_vllm.daemon.unix_listener import socket_of_url
+from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import find_process
-from sllm_vllm.node.sessions import living_members
 from tests.node.agent_bench import ask, node_config, running_agent
 from tests.waiting import wait_until
 

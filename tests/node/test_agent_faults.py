@@ -14,9 +14,9 @@ import pytest
 
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.agent import NodeAgent
+from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import find_process
 from sllm_vllm.node.protocol import ReplicaReport
-from sllm_vllm.node.sessions import living_members
 from tests.node.agent_bench import Bench, adopt_no_more, ask, descriptors, node_config, running_agent, until
 from tests.waiting import DEADLINE_S
 

@@ -19,9 +19,9 @@ import aiohttp
 import pytest
 import uvloop
 
-from sllm_vllm.daemon.socket_url import url_of_socket
+from sllm_vllm.daemon.unix_listener import url_of_socket
 from sllm_vllm.node.client import NodeClient
-from sllm_vllm.node.health import ask_health, http_base, keep_asking, session_to, wait_healthy
+from sllm_vllm.node.engine import ask_health, http_base, keep_asking, session_to, wait_healthy
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import ReplicaOrder
 from sllm_vllm.node.running_time import within

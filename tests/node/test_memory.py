@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sllm_vllm.node.memory import pss_nbytes, session_pss_nbytes
+from sllm_vllm.node.hardware import pss_nbytes, session_pss_nbytes
 from sllm_vllm.units import MIB
 
 BLOCK_NBYTES = 64 * MIB

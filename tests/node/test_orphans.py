@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.node import orphans
-from sllm_vllm.node.memory import pss_nbytes
+from sllm_vllm.node.hardware import pss_nbytes
 from sllm_vllm.node.orphans import DeathWatch, Record, find_process, sweep
 from tests.waiting import wait_until
 

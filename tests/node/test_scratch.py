@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.node.scratch import Scratch
+from sllm_vllm.node.starter import Scratch
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from sllm_vllm.node.engine_process import end_session, living_members, reap_adopted
 from sllm_vllm.node.orphans import find_process
-from sllm_vllm.node.sessions import end_session, living_members, reap_adopted
 from tests.waiting import wait_until
 
 TIMEOUT_S = 60
@@ -86,7 +86,7 @@ async def test_a_session_is_ended_without_its_leader(leader: subprocess.Popen[st
 
 async def test_a_session_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose members can't be killed, as those that wait for a dead disk can't."""
-    monkeypatch.setattr("sllm_vllm.node.sessions.living_members", lambda session: [2**22 + 1])
+    monkeypatch.setattr("sllm_vllm.node.engine_process.living_members", lambda session: [2**22 + 1])
     async with asyncio.timeout(TIMEOUT_S):
         assert not await end_session(5, timeout_s=0.05)
 

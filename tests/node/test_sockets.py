@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.daemon.socket_url import socket_of_url, url_of_socket
+from sllm_vllm.daemon.unix_listener import socket_of_url, url_of_socket
 from sllm_vllm.node.sockets import PATH_NBYTES_MAX, EngineSockets
 
 

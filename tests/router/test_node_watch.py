@@ -16,13 +16,12 @@ from sllm_vllm.node.protocol import CheckpointReport, NodeReport, ReplicaOrder, 
 from sllm_vllm.router import engines, node_watch
 from sllm_vllm.router.admin.views import explain_view, nodes_view
 from sllm_vllm.router.config.sections import ModelConfig
-from sllm_vllm.router.controller import Controller
+from sllm_vllm.router.controller import Controller, weights_nbytes
 from sllm_vllm.router.core.cluster import ReplicaState
 from sllm_vllm.router.core.events import PrefetchModel, ReplicaEnded
 from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.node_watch import NodeWatch
-from sllm_vllm.router.weights_size import weights_nbytes
 from tests.router.fake_gate import until
 from tests.router.fake_node import FakeNode
 

@@ -15,7 +15,7 @@ from sllm_vllm.node.protocol import CheckpointReport, NodeReport
 from sllm_vllm.router.admin.views import nodes_view, stores_view
 from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.controller import Bounds, Controller
-from sllm_vllm.router.core import copies
+from sllm_vllm.router.core import foresight as copies
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Ticket
 from tests.router.fake_gate import until

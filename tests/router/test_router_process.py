@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.config import child_environment
-from sllm_vllm.daemon.socket_url import socket_of_url
+from sllm_vllm.daemon.unix_listener import socket_of_url
 from tests.benchmarks.process_tree import descendants
 from tests.listening import listening_addresses
 from tests.router.router_process import is_alive, running_router, write_config

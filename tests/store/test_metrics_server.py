@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sllm_vllm.daemon.key_file import open_key
+from sllm_vllm.daemon.plain_file import open_key
 from sllm_vllm.errors import ConfigError, StoreUnavailable
 from sllm_vllm.metrics import SERIES_MAX, StoreMetric
 from sllm_vllm.store.metrics_server import HEAD_NBYTES_MAX, KEY_NAME, SCRAPES_MAX, MetricsServer, Status

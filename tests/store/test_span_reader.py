@@ -10,8 +10,7 @@ import pytest
 from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import CheckpointUnreadable, DiskFull, SllmError
 from sllm_vllm.store.core.events import StartRead
-from sllm_vllm.store.devices import Device
-from sllm_vllm.store.hops import HopMeter
+from sllm_vllm.store.devices import Device, HopMeter
 from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.remote import Remote
 from sllm_vllm.store.span_reader import KnownPartition, SpanFile, SpanReader, spec_of

@@ -27,7 +27,7 @@ from sllm_vllm.router.config.text import read_json
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.cluster import ReplicaState
 from sllm_vllm.router.engine_client.headers import Headers, values_of
-from sllm_vllm.router.http.body import BodyReader
+from sllm_vllm.router.http.admission import BodyReader
 from sllm_vllm.router.http.deadline import Ended, Message, Receive, Send
 from sllm_vllm.router.http.errors import (
     NAME_CHARS_MAX,

@@ -20,8 +20,7 @@ from sllm_vllm.router.core.cluster import Node, Replica, ReplicaState
 from sllm_vllm.router.core.events import Action, Event
 from sllm_vllm.router.core.facts import Estimate, Term
 from sllm_vllm.router.core.model_state import ModelState, Prediction
-from sllm_vllm.router.core.placement import Plan, best_plan
-from sllm_vllm.router.core.starving import fits_somewhere
+from sllm_vllm.router.core.placement import Plan, best_plan, fits_somewhere
 
 Record = dict[str, Any]
 _SECRET_OPTIONS = ("--hf-token", "--hf_token")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from sllm_vllm.router.config.values import Count, Duration
-from sllm_vllm.router.core.limits import PoisonLimits
+from sllm_vllm.router.core.facts import PoisonLimits
 
 
 class PoisonSection(BaseModel):

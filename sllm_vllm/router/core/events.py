@@ -318,3 +318,18 @@ class CopyCheckpoint:
 
 
 Action = StartReplica | StopReplica | Dispatch | MoveRequest | RejectRequest | PrefetchModel | CopyCheckpoint
+
+
+# Selects events and actions for the story of a request, replica, model or node. Pure.
+
+
+_FIELDS = ("request", "replica", "model", "node", "target", "source")
+
+
+def is_about(what: Event | Action, name: str) -> bool:
+    """Whether an event or action refers to the request, replica, model or node of this name."""
+    if name in (getattr(what, field, None) for field in _FIELDS):
+        return True
+    facts: RequestFacts | None = getattr(what, "facts", None)
+    spec: ModelSpec | None = getattr(what, "spec", None)
+    return (facts is not None and name in (facts.id, facts.model)) or (spec is not None and name == spec.name)

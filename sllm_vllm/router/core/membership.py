@@ -2,15 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from sllm_vllm.router.core.cluster import Replica, ReplicaState
-from sllm_vllm.router.core.events import NodeJoined, NodeReported
-from sllm_vllm.router.core.model_state import ModelState
+from sllm_vllm.router.core.events import ModelDeployed, NodeJoined, NodeReported
+from sllm_vllm.router.core.facts import FoundReplica, ModelSpec, RequestFacts
+from sllm_vllm.router.core.model_state import ModelState, Picture, Request
 from sllm_vllm.router.core.queues import ModelQueues
-from sllm_vllm.router.core.recovery import Recovery
 from sllm_vllm.router.core.scaling import Scaling
+
+# Deploying, changing and deleting models. Pure; part of ``RouterCore``.
+
+
+class Deployments:
+    """Which models are served, and how. ``requests`` is only read.
+
+    ``reject_deleted``: forgets a waiting request and tells its client that the model was deleted.
+    """
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        models: dict[str, ModelState],
+        queues: ModelQueues,
+        *,
+        requests: dict[str, Request],
+        strays: set[str],
+        reject_deleted: Callable[[str, str], None],
+    ) -> None:
+        self._scaling = scaling
+        self._models = models
+        self._queues = queues
+        self._requests = requests
+        self._strays = strays
+        self._reject_deleted = reject_deleted
+
+    def deployed(self, event: ModelDeployed, now_s: float) -> None:
+        """Deploy a new model, or change one that is deployed."""
+        spec = event.spec
+        for node, tier in event.tiers.items():
+            if node in self._scaling.cluster.nodes:
+                self._scaling.cluster.set_tier(node, spec.name, tier)
+        known = self._models.get(spec.name)
+        if known is None:
+            self._models[spec.name] = ModelState(spec, num_ongoing=self._num_left(spec.name))
+        else:
+            self._change(known, spec, now_s)
+        self._scaling.pin(spec.name)
+
+    def _num_left(self, model: str) -> int:
+        """Count the requests still on replicas from before the model was deleted.
+
+        Scans all requests, but only if there may be some.
+        """
+        if model not in self._strays:
+            return 0
+        self._strays.discard(model)
+        return sum(one.replica is not None and one.facts.model == model for one in self._requests.values())
+
+    def _change(self, known: ModelState, spec: ModelSpec, now_s: float) -> None:
+        is_changed = spec.generation != known.spec.generation
+        old_nbytes, nbytes = known.spec.nbytes, spec.nbytes
+        # If nothing relevant changed, keep the known size: it may come from a checkpoint, which knows it better.
+        nbytes = (nbytes or old_nbytes) if is_changed else (old_nbytes or nbytes)
+        known.spec = replace(spec, nbytes=nbytes)
+        known.num_kept = self._queues.waiting(spec.name)
+        known.back_off.succeeded()  # the cause may have been fixed outside the router
+        if is_changed:
+            self._scaling.replace_generation(known, now_s)
+        self._scaling.reset_idle(spec.name, now_s)
+
+    def deleted(self, model: str, now_s: float) -> None:
+        """Reject its waiting requests, call off its starts, and drain its replicas."""
+        if model not in self._models:
+            return
+        while (facts := self._queues.pop(model)) is not None:
+            self._reject_deleted(facts.id, model)
+        for pending in self._scaling.pending.of_model(model):
+            self._scaling.call_off(pending, now_s)
+        if self._models.pop(model).num_ongoing:
+            self._strays.add(model)
+        self._scaling.forget_model(model)
+        for replica in self._scaling.cluster.replicas_of(model):
+            if replica.state is ReplicaState.ORDERED:
+                self._scaling.stop(replica.id, "its model was deleted", now_s)
+            self._scaling.drain(replica.id, now_s)
+
+
+# Taking over what an earlier process of the router left running: replicas and the requests on them. Pure. Part of
+# ``RouterCore``. The agents know which replicas run, and the processes that stream requests know which requests run;
+# here both are joined again. Nothing that runs is ended because its router restarted.
+
+
+class Recovery:
+    """Takes over replicas and requests as if they had been ordered here. ``touched`` gets their models."""
+
+    def __init__(self, scaling: Scaling, picture: Picture, *, touched: dict[str, None]) -> None:
+        self._scaling = scaling
+        self._cluster = scaling.cluster
+        self._models = picture.models
+        self._requests = picture.requests
+        self._strays = picture.strays
+        self._touched = touched
+
+    def replicas_found(self, found: Iterable[FoundReplica], node: str, now_s: float) -> None:
+        """Take over the replicas found on a node that just joined; outdated ones are drained or stopped."""
+        for one in found:
+            if one.id not in self._cluster.replicas and one.num_slots <= self._cluster.free_slots(node):
+                self._replica_found(one, node, now_s)
+
+    def request_found(self, facts: RequestFacts, replica_id: str, now_s: float) -> None:
+        """Take over a request that is being streamed from a replica.
+
+        A request that is known already, or whose replica is gone, is ignored.
+        """
+        replica = self._cluster.replicas.get(replica_id)
+        if replica is None or facts.id in self._requests:
+            return
+        if replica.state is ReplicaState.READY:
+            self._take_in(facts, replica, now_s)
+        elif replica.state is ReplicaState.DRAINING:
+            self._cluster.set_state(replica_id, ReplicaState.READY, now_s)
+            self._take_in(facts, replica, now_s)
+            self._cluster.set_state(replica_id, ReplicaState.DRAINING, now_s)
+            self._scaling.leaving[replica.model] = None
+
+    def _replica_found(self, found: FoundReplica, node: str, now_s: float) -> None:
+        replica = Replica(
+            id=found.id,
+            model=found.model,
+            node=node,
+            generation=found.generation,
+            lineage=found.lineage,
+            num_slots=found.num_slots,
+            state_since_s=now_s,
+            ordered_s=now_s,
+            ready_at_s=now_s,
+        )
+        self._cluster.add_replica(replica)
+        self._touched[found.model] = None
+        state = self._models.get(found.model)
+        is_current = state is not None and state.spec.generation == found.generation
+        if found.is_stopping:
+            self._cluster.set_state(found.id, ReplicaState.STOPPING, now_s)
+        elif found.is_ready:
+            self._cluster.set_state(found.id, ReplicaState.READY, now_s)
+            for facts in found.requests:
+                if facts.id not in self._requests:
+                    self._take_in(facts, replica, now_s)
+            if not is_current:
+                self._scaling.drain(found.id, now_s)
+            elif not replica.ongoing:
+                self._scaling.became_idle(replica, now_s)
+            self._scaling.pin(found.model)
+        elif not is_current:
+            self._scaling.stop(found.id, "its model was changed", now_s)
+
+    def _take_in(self, facts: RequestFacts, replica: Replica, now_s: float) -> None:
+        """Give a request its place on the replica. Its progress is unknown, so its first token is no sample."""
+        self._requests[facts.id] = Request(
+            facts,
+            arrived_s=now_s,
+            replica=replica.id,
+            dispatched_s=now_s,
+            attempt=1,
+            is_answered=True,
+            is_proven=True,
+            lineage=replica.lineage,
+            answered_s=now_s,
+        )
+        self._cluster.begin_request(replica.id, facts.id, prefix=facts.prefix, now_s=now_s)
+        if (state := self._models.get(facts.model)) is not None:
+            state.num_ongoing += 1
+        else:
+            self._strays.add(facts.model)
+        self._touched[facts.model] = None
 
 
 class Membership:

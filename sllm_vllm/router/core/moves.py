@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
-from sllm_vllm.router.core.dispatch import choose_replica
+from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState, choose_replica
 from sllm_vllm.router.core.events import MoveAsked, MoveFailed, MoveRequest, ReplicaMovable, RequestMoved
-from sllm_vllm.router.core.limits import MoveLimits
+from sllm_vllm.router.core.facts import MoveLimits
 from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.scaling import Scaling
 

@@ -7,11 +7,45 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
-from sllm_vllm.router.core.facts import Estimate, ModelSpec, Term, Tier
-from sllm_vllm.router.core.victims import Victim, choose_victims
+from sllm_vllm.router.core.cluster import Cluster, Node, Replica, ReplicaState
+from sllm_vllm.router.core.estimator import Estimator
+from sllm_vllm.router.core.facts import Estimate, ModelSpec, RequestFacts, Term, Tier
+from sllm_vllm.router.core.model_state import ModelState
+
+# Which replicas to stop to free slots, at the least cost. Pure; called by placement.
+
+
+class Victim(NamedTuple):
+    """A replica that may be stopped, and the expected cost of that: in any unit, never negative."""
+
+    id: str
+    num_slots: int
+    cost: float
+
+
+def choose_victims(idle: Sequence[Victim], num_slots_needed: int) -> tuple[str, ...] | None:
+    """Return the ids of the cheapest victims whose slots suffice; None if even all of them do not.
+
+    Exact: dynamic programming over the slots freed so far. Ties: fewer slots freed, fewer victims, then the ids.
+    """
+    if num_slots_needed <= 0:
+        return ()
+    if num_slots_needed == 1:
+        return (min(idle, key=lambda victim: (victim.cost, victim.num_slots, victim.id)).id,) if idle else None
+    best: dict[int, tuple[float, int, tuple[str, ...]]] = {0: (0.0, 0, ())}  # by slots: cost, number, ids
+    for victim in sorted(idle):
+        for slots, (cost, num, ids) in list(best.items()):
+            if slots >= num_slots_needed:
+                continue  # enough already: costs are not negative, so another victim is never better
+            freed = slots + victim.num_slots
+            more = (cost + victim.cost, num + 1, (*ids, victim.id))
+            if freed not in best or more < best[freed]:
+                best[freed] = more
+    enough = [(cost, slots, num, ids) for slots, (cost, num, ids) in best.items() if slots >= num_slots_needed]
+    return min(enough)[3] if enough else None
+
 
 SLACK_S = 0.1
 SLACK_SHARE = 0.05
@@ -354,3 +388,84 @@ class _Planner:
 def _queued(estimate: Estimate, seconds: float) -> Estimate:
     """Return the estimate with at least ``seconds`` of queueing; the two waits overlap."""
     return Estimate({**estimate.terms, Term.QUEUE: max(seconds, estimate.terms[Term.QUEUE])})
+
+
+# Where to make room for a starving model at the cost of busy replicas. Pure.
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A node, and its replicas that have to end: idle ones at once, busy ones when their requests have ended."""
+
+    node: str
+    victims: tuple[str, ...]
+    num_requests: int
+    """Requests on the victims, which must end first."""
+
+
+def find_room(cluster: Cluster, model: str, num_slots: int, *, may_end: Callable[[Replica], bool]) -> Room | None:
+    """Return the room with the fewest requests in the way; None if no node can free ``num_slots``.
+
+    Scans all nodes' counts, and the replicas of the nodes that can free enough slots.
+    """
+    rooms = (
+        _room_on(node, num_slots, _candidates(node, model, may_end))
+        for node in cluster.nodes.values()
+        if _is_enough(node, num_slots)
+    )
+    return min((room for room in rooms if room is not None), key=lambda one: (one.num_requests, one.node), default=None)
+
+
+def plan_in(
+    room: Room,
+    spec: ModelSpec,
+    cluster: Cluster,
+    *,
+    estimator: Estimator,
+    models: Mapping[str, ModelState],
+    head: RequestFacts | None,
+) -> Plan:
+    """Return the plan of a start in this room.
+
+    The running requests are assumed to take as long as their models' requests usually do.
+    """
+    tier, is_warm = cluster.tier(room.node, spec.name), cluster.nodes[room.node].is_warm
+    names = [cluster.replicas[victim].model for victim in room.victims]
+    service_s = {name: models[name].service_s if name in models else 0.0 for name in names}
+    queue_s = max(estimator.stop_s(name, room.node) + service_s[name] for name in names)
+    prompt_tokens = 0 if head is None else head.prompt_tokens
+    estimate = estimator.estimate_start(
+        spec, room.node, tier, is_warm=is_warm, prompt_tokens=prompt_tokens, queue_s=queue_s
+    )
+    return Plan(PlanKind.EVICT, room.node, tier, is_warm, estimate, room.victims)
+
+
+def fits_somewhere(cluster: Cluster, num_slots: int) -> bool:
+    """Whether any node that takes starts has ``num_slots`` slots in total, free or not."""
+    return any(node.num_slots >= num_slots and not node.is_cordoned for node in cluster.nodes.values())
+
+
+def _is_enough(node: Node, num_slots: int) -> bool:
+    return node.num_open >= 0 and node.num_free + node.num_evictable + node.num_busy >= num_slots
+
+
+def _room_on(node: Node, num_slots: int, candidates: Iterable[Replica]) -> Room | None:
+    """Choose replicas to end: those with the fewest requests first, on ties those that became ready first."""
+    num_free, num_requests = node.num_free, 0
+    victims: list[str] = []
+    for replica in sorted(candidates, key=_cost):
+        if num_free >= num_slots:
+            break
+        num_free += replica.num_slots
+        num_requests += len(replica.ongoing)
+        victims.append(replica.id)
+    return Room(node.id, tuple(victims), num_requests) if num_free >= num_slots and victims else None
+
+
+def _candidates(node: Node, model: str, may_end: Callable[[Replica], bool]) -> Iterable[Replica]:
+    replicas = [one for one in node.replicas.values() if one.state is ReplicaState.READY and not one.is_pinned]
+    return [one for one in replicas if one.model != model and may_end(one)]
+
+
+def _cost(replica: Replica) -> tuple[int, float, str]:
+    return len(replica.ongoing), replica.ready_s or 0.0, replica.id

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from sllm_vllm.router.core.cluster import Replica, ReplicaState
-from sllm_vllm.router.core.deployments import Deployments
-from sllm_vllm.router.core.dispatch import choose_replica
+from sllm_vllm.router.core.cluster import Replica, ReplicaState, choose_replica
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import (
     Action,
@@ -39,19 +37,16 @@ from sllm_vllm.router.core.events import (
     RequestMoved,
     Ticked,
     UndrainAsked,
+    is_about,
 )
-from sllm_vllm.router.core.facts import FailureSign, PrefillSample, RequestFacts, StartSample
-from sllm_vllm.router.core.failures import Failures
+from sllm_vllm.router.core.facts import FailureSign, PrefillSample, RequestFacts, RouterLimits, StartSample
+from sllm_vllm.router.core.failures import Failures, Suspects
 from sllm_vllm.router.core.invariants import validate
-from sllm_vllm.router.core.limits import RouterLimits
-from sllm_vllm.router.core.membership import Membership
+from sllm_vllm.router.core.membership import Deployments, Membership, Recovery
 from sllm_vllm.router.core.model_state import STEADY_S, ModelState, Picture, Request
 from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
-from sllm_vllm.router.core.recovery import Recovery
 from sllm_vllm.router.core.scaling import Scaling
-from sllm_vllm.router.core.story import is_about
-from sllm_vllm.router.core.suspects import Suspects
 from sllm_vllm.router.core.trials import Trials
 from sllm_vllm.router.core.waits import due_s, what_it_waits_for
 

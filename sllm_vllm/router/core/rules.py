@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
-from sllm_vllm.router.core.facts import ModelSpec
+from sllm_vllm.router.core.facts import ModelSpec, RouterLimits
 from sllm_vllm.router.core.keep_alive import keep_value_s
-from sllm_vllm.router.core.limits import RouterLimits
 from sllm_vllm.router.core.model_state import Picture
 from sllm_vllm.router.core.placement import Rules
 

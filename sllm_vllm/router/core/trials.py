@@ -13,9 +13,9 @@ its requests; then the suspect is tried beside them.
 from __future__ import annotations
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
-from sllm_vllm.router.core.limits import PoisonLimits
+from sllm_vllm.router.core.facts import PoisonLimits
+from sllm_vllm.router.core.failures import Suspects
 from sllm_vllm.router.core.model_state import Picture, Request
-from sllm_vllm.router.core.suspects import Suspects
 
 EMPTY_MAX = 8
 """Replicas examined for a suspect, those with the fewest requests first."""

@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.facts import ModelSpec
 from sllm_vllm.router.core.model_state import ModelState
+from sllm_vllm.router.core.placement import fits_somewhere
 from sllm_vllm.router.core.scaling import Scaling
-from sllm_vllm.router.core.starving import fits_somewhere
 
 LATE_SHARE = 0.25
 """How much later than predicted a start may be, as a share of its predicted time, before requests stop waiting."""

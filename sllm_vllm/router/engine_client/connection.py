@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from sllm_vllm.daemon.socket_url import HOST, socket_of_url
+from sllm_vllm.daemon.unix_listener import HOST, socket_of_url
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.engine_client.headers import Headers

@@ -22,8 +22,7 @@ from sllm_vllm.router.config.keys import Keys, bearer_key
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.engine_client.headers import Headers, shown_id, value_of, values_of
 from sllm_vllm.router.gate import Gate, ServedModel
-from sllm_vllm.router.http.admission import Admission, BodyBounds, digest_of, is_small, read_body
-from sllm_vllm.router.http.body import Body, BodyReader
+from sllm_vllm.router.http.admission import Admission, Body, BodyBounds, BodyReader, digest_of, is_small, read_body
 from sllm_vllm.router.http.deadline import Ended, Message, Receive, Send, send_last, telling_slow
 from sllm_vllm.router.http.errors import (
     SERVER,

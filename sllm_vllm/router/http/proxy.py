@@ -23,7 +23,7 @@ from sllm_vllm.router.engine_client.connection import EngineConnection, EngineFa
 from sllm_vllm.router.engine_client.headers import Headers, for_client
 from sllm_vllm.router.engine_client.proving import Proving
 from sllm_vllm.router.gate import Gate, How, MoveOrder, Outcome, Rejected, Ticket
-from sllm_vllm.router.http.body import Body
+from sllm_vllm.router.http.admission import Body
 from sllm_vllm.router.http.deadline import Ended, Receive, Send, Watch, send_last
 from sllm_vllm.router.http.errors import SERVER, ApiError, engine_failed, not_served, rejection, timed_out
 from sllm_vllm.router.migration.leg import Asked, Leg, is_core_dead, is_event_stream

@@ -18,10 +18,8 @@ from sllm_vllm.router.engine_client.api import read_reply
 from sllm_vllm.router.engine_client.connection import Diverted, EngineConnection, EngineFailed, Upstream
 from sllm_vllm.router.engine_client.headers import Headers, for_engine, value_of
 from sllm_vllm.router.gate import Failure, Gate, MoveOrder, MoveReport, Ticket
-from sllm_vllm.router.http.admission import is_small
-from sllm_vllm.router.http.body import Body
-from sllm_vllm.router.migration.moved_body import MovedBody, NotMovable
-from sllm_vllm.router.migration.resumed_body import resumed_body
+from sllm_vllm.router.http.admission import Body, is_small
+from sllm_vllm.router.migration.moved_body import MovedBody, NotMovable, resumed_body
 from sllm_vllm.router.migration.token_log import TokenLog
 from sllm_vllm.router.migration.transcript import Continuation, NotAligned, Transcript, split_events
 

@@ -35,8 +35,7 @@ from sllm_vllm.router.engine_client.connection import EngineConnection, EngineFa
 from sllm_vllm.router.engine_client.headers import Headers
 from sllm_vllm.router.gate import Gate, MoveOrder, MoveReport
 from sllm_vllm.router.migration.leg import Leg, drop_answer, is_event_stream
-from sllm_vllm.router.migration.moved_body import MovedBody, NotMovable
-from sllm_vllm.router.migration.resumed_body import resumed_body
+from sllm_vllm.router.migration.moved_body import MovedBody, NotMovable, resumed_body
 from sllm_vllm.router.migration.transcript import NotAligned
 
 logger = logging.getLogger(__name__)

@@ -27,13 +27,13 @@ from sllm_vllm.store.core.events import (
     ReadFailed,
     SpansReleased,
     StartRead,
+    Story,
 )
 from sllm_vllm.store.core.invariants import validate
 from sllm_vllm.store.core.partition import Lease, Partition, Slot
 from sllm_vllm.store.core.policy import Policy, Usage
 from sllm_vllm.store.core.slots import Slots
 from sllm_vllm.store.core.snapshot import Counters, Snapshot, snapshot_of
-from sllm_vllm.store.core.story import Story
 
 UNUSED_MAX = 64
 """Most partitions that stay known with no span in memory and no lease, prefetch or pin."""

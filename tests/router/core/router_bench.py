@@ -38,8 +38,7 @@ from sllm_vllm.router.core.events import (
     Ticked,
     UndrainAsked,
 )
-from sllm_vllm.router.core.facts import FailureSign, ModelSpec, RequestFacts, StartSample, Tier
-from sllm_vllm.router.core.limits import RouterLimits
+from sllm_vllm.router.core.facts import FailureSign, ModelSpec, RequestFacts, RouterLimits, StartSample, Tier
 from sllm_vllm.router.core.router import RouterCore
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sllm_vllm.router.core import shortlist
-from sllm_vllm.router.core.cluster import NEXT, Cluster, Replica, ReplicaState
+from sllm_vllm.router.core.cluster import NEXT, PREFIXES_MAX, Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.facts import Tier
-from sllm_vllm.router.core.prefixes import PREFIXES_MAX
 
 MODELS = ("a", "b", "c")
 LOOKED_AT = 4

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
-from sllm_vllm.router.core.copies import LOOK_S, Copies
 from sllm_vllm.router.core.events import CopyCheckpoint
-from sllm_vllm.router.core.facts import ModelSpec, Tier
-from sllm_vllm.router.core.limits import CopyLimits
+from sllm_vllm.router.core.facts import CopyLimits, ModelSpec, Tier
+from sllm_vllm.router.core.foresight import LOOK_S, Copies
 from sllm_vllm.router.core.model_state import ModelState
 
 LIMITS = CopyLimits(holders_max=3, at_once_max=2, copy_s_max=100.0)

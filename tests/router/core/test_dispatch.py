@@ -8,7 +8,7 @@ from random import Random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sllm_vllm.router.core.dispatch import choose_replica
+from sllm_vllm.router.core.cluster import choose_replica
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

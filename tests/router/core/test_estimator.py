@@ -10,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sllm_vllm.router.core.estimator import DEFAULTS, Estimator, StartDefaults
-from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, StartSample, Term, Tier
-from sllm_vllm.router.core.samples import (
+from sllm_vllm.router.core.estimator import (
+    DEFAULTS,
     RECORD_KEYS_MAX,
+    Estimator,
+    StartDefaults,
 )
+from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, StartSample, Term, Tier
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -7,8 +7,7 @@ import random
 import pytest
 
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
-from sllm_vllm.router.core.hungry import SPARE, Hungry
-from sllm_vllm.router.core.queues import ModelQueues
+from sllm_vllm.router.core.queues import SPARE, Hungry, ModelQueues
 
 
 @pytest.mark.parametrize("seed", range(20))

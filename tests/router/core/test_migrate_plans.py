@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from sllm_vllm.router.core.cluster import ReplicaState
 from sllm_vllm.router.core.events import DrainAsked
-from sllm_vllm.router.core.facts import Tier
-from sllm_vllm.router.core.limits import MoveLimits, RouterLimits
+from sllm_vllm.router.core.facts import MoveLimits, RouterLimits, Tier
 from tests.router.core.router_bench import RouterBench
 
 LARGE, SMALL = 20_000_000_000, 200_000_000

@@ -12,8 +12,7 @@ from sllm_vllm.router.core.events import (
     ReplicaMovable,
     RequestMoved,
 )
-from sllm_vllm.router.core.facts import ResumeSample
-from sllm_vllm.router.core.limits import MoveLimits, RouterLimits
+from sllm_vllm.router.core.facts import MoveLimits, ResumeSample, RouterLimits
 from tests.router.core.router_bench import RouterBench
 
 

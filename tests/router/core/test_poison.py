@@ -9,8 +9,7 @@ import pytest
 
 from sllm_vllm.router.core.deaths import Deaths, DigestTable
 from sllm_vllm.router.core.events import FirstToken, NodeLost, Refusal, ReplicaEnded, RequestFailed
-from sllm_vllm.router.core.facts import FailureSign, RequestFacts
-from sllm_vllm.router.core.limits import PoisonLimits, RouterLimits
+from sllm_vllm.router.core.facts import FailureSign, PoisonLimits, RequestFacts, RouterLimits
 from tests.router.core.router_bench import RouterBench
 
 POISON = "digest of the poison"

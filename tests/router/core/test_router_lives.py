@@ -6,8 +6,7 @@ import pytest
 
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.events import PrefetchModel, Refusal, Ticked
-from sllm_vllm.router.core.facts import FailureSign, Tier
-from sllm_vllm.router.core.limits import RouterLimits
+from sllm_vllm.router.core.facts import FailureSign, RouterLimits, Tier
 from sllm_vllm.router.core.model_state import BACK_OFF_S_MAX, FAILURES_MAX, STEADY_S, BackOff
 from tests.router.core.router_bench import RouterBench
 

@@ -6,8 +6,8 @@ import pytest
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.events import DrainAsked
-from sllm_vllm.router.core.limits import RouterLimits, ScalingLimits
-from sllm_vllm.router.core.starving import Room, find_room
+from sllm_vllm.router.core.facts import RouterLimits, ScalingLimits
+from sllm_vllm.router.core.placement import Room, find_room
 from tests.router.core.router_bench import RouterBench
 
 STARVE_S = 30.0

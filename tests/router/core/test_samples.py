@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sllm_vllm.router.core.samples import POINTS_MAX, SAMPLE_WEIGHTS, fit_line, weighted_median
+from sllm_vllm.router.core.estimator import POINTS_MAX, SAMPLE_WEIGHTS, fit_line, weighted_median
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

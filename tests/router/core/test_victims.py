@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllm_vllm.router.core.victims import Victim, choose_victims
+from sllm_vllm.router.core.placement import Victim, choose_victims
 
 costs = st.integers(0, 6).map(lambda quarters: quarters / 4)  # sums of these are exact
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from sllm_vllm.daemon.socket_url import url_of_socket
+from sllm_vllm.daemon.unix_listener import url_of_socket
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.engine_client.connection import (

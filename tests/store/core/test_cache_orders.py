@@ -7,6 +7,8 @@ import pytest
 from sllm_vllm.store.core import cache as cache_module
 from sllm_vllm.store.core.cache import UNUSED_MAX
 from sllm_vllm.store.core.events import (
+    IDS_MAX,
+    LINES_MAX,
     DropSpan,
     EvictAsked,
     FailLease,
@@ -24,7 +26,6 @@ from sllm_vllm.store.core.events import (
     StartRead,
 )
 from sllm_vllm.store.core.snapshot import Counters, LeaseRow, PartitionRow
-from sllm_vllm.store.core.story import IDS_MAX, LINES_MAX
 from tests.store.core.cache_bench import Bench, only
 
 # ------------------------------------------------------------------------------------------------- rule 6: prefetches
