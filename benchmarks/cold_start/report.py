@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.loading.report import Verdict
-from sllm_vllm.node.core.phases import Phase
+from sllm_vllm.node.core.phases import StartPhase
 
 Way = Literal["stock", "cold", "warm"]
 Tier = Literal["disk warm", "disk cold", "store"]
@@ -27,7 +27,7 @@ TENTHS_FROM_S = 10.0
 """From this value on, a table shows tenths of a second instead of hundredths."""
 REST, FIRST_TOKEN = "rest", "first_token"
 """Added to the phases of a start: time that no line of its log accounts for; time from healthy to the first token."""
-PHASE_NAMES = {phase.name.lower(): phase.value for phase in Phase if phase is not Phase.READY}
+PHASE_NAMES = {phase.name.lower(): phase.value for phase in StartPhase if phase is not StartPhase.READY}
 PHASE_NAMES |= {REST: "not accounted for", FIRST_TOKEN: "first token"}
 """Phases in words, in their order."""
 

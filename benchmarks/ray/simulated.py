@@ -17,7 +17,7 @@ from sllm_vllm.node.protocol import (
     StartReport,
     WarmReport,
 )
-from sllm_vllm.ray.session import Answer, ControllerGone, Held, News, Note, Unknown, Welcome
+from sllm_vllm.ray.session import Answer, ControllerGone, Held, News, Note, SessionWelcome, Unknown
 from sllm_vllm.ray.sessions import GateService
 from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.config.settings import IngressSettings
@@ -144,7 +144,7 @@ class SimulatedController:
         """Processor seconds that this process has used so far."""
         return time.process_time()
 
-    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+    async def enter(self, ingress: str, held: Sequence[Held]) -> SessionWelcome:
         """See ``ControllerLink``."""
         return await self._service.enter(ingress, held)
 
@@ -172,9 +172,9 @@ class SimulatedLink:
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - Ray has no types
         self._actor = actor
 
-    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+    async def enter(self, ingress: str, held: Sequence[Held]) -> SessionWelcome:
         """See ``ControllerLink``."""
-        welcome: Welcome = await self._actor.enter.remote(ingress, held)
+        welcome: SessionWelcome = await self._actor.enter.remote(ingress, held)
         return welcome
 
     async def acquire(self, ingress: str, facts: RequestFacts) -> Answer:

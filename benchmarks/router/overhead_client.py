@@ -1,8 +1,9 @@
 """The client that measures the router's overhead: many streams at once over raw sockets, each timed and checked.
 
-``python -m benchmarks.router.overhead_client`` reads a ``Load`` as a line of JSON, connects, prints ``{"at": "ready"}``, waits
-for a line, and runs. It prints ``{"at": "open"}`` when every stream has its first event, and its ``Found`` at the end.
-It is a process of its own, so that its cost is the same with any target. Answers are checked after the load has ended.
+``python -m benchmarks.router.overhead_client`` reads a ``Load`` as a line of JSON, connects, prints ``{"at":
+"ready"}``, waits for a line, and runs. It prints ``{"at": "open"}`` when every stream has its first event, and its
+``Found`` at the end. It is a process of its own, so that its cost is the same with any target. Answers are checked
+after the load has ended.
 """
 
 from __future__ import annotations

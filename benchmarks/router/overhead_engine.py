@@ -1,7 +1,7 @@
 """A fake engine for measuring the router's overhead: one process with uvloop that streams at a given pace.
 
-It uses next to no processor time. Run it as ``python benchmarks/router/overhead_engine.py serve MODEL --host H --port P …``,
-or with ``--uds PATH``. Unknown arguments are ignored, so that a router can start it in place of ``vllm serve``. It
+It uses next to no processor time. Run it as ``python benchmarks/router/overhead_engine.py serve MODEL --host H --port P
+…``, or with ``--uds PATH``. Unknown arguments are ignored, so that a router can start it in place of ``vllm serve``. It
 requires no API key. A chat's ``max_tokens`` is the number of pieces in the answer. ``pace_ms=P`` in the last message
 sends them P milliseconds apart, the first one at once. The answer is ``answer_of``, so that every stream can be
 checked.

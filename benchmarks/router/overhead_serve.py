@@ -1,7 +1,7 @@
 """What a Ray Serve user would put in front of an engine: a deployment that streams requests through with aiohttp.
 
-Run it as ``python -P benchmarks/router/overhead_serve.py BACKEND PORT TMP``, with the Python of an environment that has Ray.
-It starts its own cluster in TMP, with one HTTP proxy and one replica, prints ``serving`` and runs until SIGTERM.
+Run it as ``python -P benchmarks/router/overhead_serve.py BACKEND PORT TMP``, with the Python of an environment that has
+Ray. It starts its own cluster in TMP, with one HTTP proxy and one replica, prints ``serving`` and runs until SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``vllm`` with or without the plugin's hint to the store's daemon.
 
-Run it as ``python -m benchmarks.store.serve_hinting yes|no serve …``. Both variants start in the same way, so that only the
-hint makes a difference.
+Run it as ``python -m benchmarks.store.serve_hinting yes|no serve …``. Both variants start in the same way, so that only
+the hint makes a difference.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class _Folder(BaseModel):
     contents: dict[str, str]
 
 
-class _Record(BaseModel):
+class _SightingsRecord(BaseModel):
     """``sightings`` are keyed by a file's real path, because snapshots in a Hub cache share files."""
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -152,7 +152,7 @@ class SourceRecords:
         return found
 
     def _identified(
-        self, directory: Path, files: Sequence[SourceFile], *, look: _Look, record: _Record | None
+        self, directory: Path, files: Sequence[SourceFile], *, look: _Look, record: _SightingsRecord | None
     ) -> Identified:
         began_ns, start = time.time_ns(), time.perf_counter()
         digests = read_digests(look.unknown) if look.unknown else []
@@ -165,7 +165,7 @@ class SourceRecords:
             nbytes_read=sum(file.state.nbytes for file in look.unknown),
             seconds=time.perf_counter() - start,
         )
-        old = record or _Record()
+        old = record or _SightingsRecord()
         seen = {}
         for file in files:
             if file.is_weights and file.name not in look.believed:
@@ -181,12 +181,12 @@ class SourceRecords:
             place = place.parent.parent
         return self._root / _SOURCES / f"{digest(os.fsencode(place))}.json"
 
-    def _read(self, directory: Path) -> _Record | None:
+    def _read(self, directory: Path) -> _SightingsRecord | None:
         """Return the record for a directory; None if there is none."""
         path = self._path(directory)
         return _parse(path) if os.path.lexists(path) else None
 
-    def _write(self, directory: Path, old: _Record | None, new: _Record) -> None:
+    def _write(self, directory: Path, old: _SightingsRecord | None, new: _SightingsRecord) -> None:
         path = self._path(directory)
         if new == old:
             return
@@ -215,16 +215,18 @@ class SourceRecords:
             os.close(fd)
 
 
-def _parse(path: Path) -> _Record:
+def _parse(path: Path) -> _SightingsRecord:
     """Read a record. Returns an empty one with ``is_whole`` false if it can't be read or is invalid."""
     try:
-        return _Record.model_validate_json(read_plain(path, SOURCE_RECORD_NBYTES_MAX))
+        return _SightingsRecord.model_validate_json(read_plain(path, SOURCE_RECORD_NBYTES_MAX))
     except (OSError, ValidationError):
         pass
-    return _Record(is_whole=False)
+    return _SightingsRecord(is_whole=False)
 
 
-def _updated(old: _Record, *, sightings: dict[str, list[_Sighting]], folders: dict[str, _Folder]) -> _Record:
+def _updated(
+    old: _SightingsRecord, *, sightings: dict[str, list[_Sighting]], folders: dict[str, _Folder]
+) -> _SightingsRecord:
     """Return ``old`` with the new sightings and folders added.
 
     Drops folders that no longer exist, and all old sightings once there are more than ``_PATHS_MAX`` paths.
@@ -233,10 +235,10 @@ def _updated(old: _Record, *, sightings: dict[str, list[_Sighting]], folders: di
     if len(merged) > _PATHS_MAX:
         merged, is_whole = sightings, False
     kept = {name: folder for name, folder in old.folders.items() if os.path.isdir(name)}
-    return _Record(is_whole=is_whole, sightings=merged, folders=kept | folders)
+    return _SightingsRecord(is_whole=is_whole, sightings=merged, folders=kept | folders)
 
 
-def _look(files: Sequence[SourceFile], record: _Record | None, *, effort: Effort = "unknown") -> _Look:
+def _look(files: Sequence[SourceFile], record: _SightingsRecord | None, *, effort: Effort = "unknown") -> _Look:
     look = _Look()
     for file in files:
         seen = record.sightings.get(file.real) if record is not None else None
@@ -252,7 +254,7 @@ def _look(files: Sequence[SourceFile], record: _Record | None, *, effort: Effort
     return look
 
 
-def _is_first_sight(file: SourceFile, seen: object, record: _Record | None) -> bool:
+def _is_first_sight(file: SourceFile, seen: object, record: _SightingsRecord | None) -> bool:
     """Whether a file was never seen before and its name in a Hub cache can be trusted."""
     is_named = file.is_weights and file.blob is not None and file.is_as_downloaded
     return is_named and seen is None and (record is None or record.is_whole)

@@ -28,7 +28,7 @@ node_app = command_group("node", "The agent that runs engines on this machine's 
 
 
 @dataclass(kw_only=True)
-class ServeOptions:
+class AgentOptions:
     """What ``serve`` takes; the names are ``NodeConfig``'s but for units. None: as the file says, or the default."""
 
     config: Annotated[Path | None, typer.Option(help="JSON file with settings; options override it.")] = None
@@ -64,8 +64,8 @@ _FIELD_OF = {"memory": "memory_bytes", "kv_memory": "kv_bytes", "start_timeout":
 
 
 @node_app.command()
-@with_options(ServeOptions)
-def serve(options: ServeOptions) -> None:
+@with_options(AgentOptions)
+def serve(options: AgentOptions) -> None:
     """Run the agent.
 
     SIGTERM, SIGINT or `sllm-vllm node stop` stops it and its engines.
@@ -84,7 +84,7 @@ def serve(options: ServeOptions) -> None:
     raise typer.Exit(status)
 
 
-def _node_config(options: ServeOptions) -> NodeConfig:
+def _node_config(options: AgentOptions) -> NodeConfig:
     """The agent's settings: the file's, overridden by the options."""
     from sllm_vllm.config import NodeConfig
 

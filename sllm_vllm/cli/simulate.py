@@ -15,9 +15,9 @@ from sllm_vllm.router.core.facts import MoveLimits, RouterLimits
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.simulate import decisions, metrics
 from sllm_vllm.simulate.baselines import baselines
-from sllm_vllm.simulate.hardware import Cluster, ModelClass
+from sllm_vllm.simulate.hardware import HardwareCluster, ModelClass
 from sllm_vllm.simulate.plot import write_cdfs
-from sllm_vllm.simulate.policy import Policy
+from sllm_vllm.simulate.policy import SchedulingPolicy
 from sllm_vllm.simulate.presets import preset
 from sllm_vllm.simulate.run import Run
 from sllm_vllm.simulate.workload import SimulatedRequest, draw_requests, read_trace
@@ -83,13 +83,13 @@ def _print_tables(title: str, summaries: Mapping[str, list[metrics.Figures]]) ->
     print_section("what it cost, means", metrics.table(summaries, metrics.COSTS))
 
 
-def policies(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], Policy]]:
+def policies(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], SchedulingPolicy]]:
     """All policies that can be simulated, by name."""
     unmoved = RouterLimits(moves=MoveLimits(is_on=False))
     return {OURS: RouterCore, UNMOVED: lambda: RouterCore(unmoved), **baselines(classes, seed)}
 
 
-def _chosen(cluster: Cluster, options: Options) -> list[str]:
+def _chosen(cluster: HardwareCluster, options: Options) -> list[str]:
     known = list(policies(cluster.classes(), 0))
     unknown = [name for name in options.policies if name not in known]
     if unknown:
@@ -99,11 +99,11 @@ def _chosen(cluster: Cluster, options: Options) -> list[str]:
     return known if cluster.num_nodes <= COMPARED_NODES_MAX else [OURS]
 
 
-def _run_seeds(name: str, cluster: Cluster, options: Options) -> list[Run]:
+def _run_seeds(name: str, cluster: HardwareCluster, options: Options) -> list[Run]:
     return [_run(name, cluster, seed, options=options) for seed in range(options.seeds)]
 
 
-def _run(name: str, cluster: Cluster, seed: int, *, options: Options) -> Run:
+def _run(name: str, cluster: HardwareCluster, seed: int, *, options: Options) -> Run:
     policy = policies(cluster.classes(), seed)[name]()
     requests = requests_of(cluster, seed, options=options)
     world = World(cluster, policy, seed=seed, is_validated=options.validate)
@@ -115,7 +115,7 @@ def _run(name: str, cluster: Cluster, seed: int, *, options: Options) -> Run:
         raise
 
 
-def requests_of(cluster: Cluster, seed: int, *, options: Options) -> list[SimulatedRequest]:
+def requests_of(cluster: HardwareCluster, seed: int, *, options: Options) -> list[SimulatedRequest]:
     """The run's requests, the same for every policy."""
     models, traffic = list(cluster.classes()), cluster.traffic
     if options.trace is None:
@@ -149,7 +149,7 @@ def _waits(runs: Mapping[str, list[Run]]) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def _print_decisions(cluster: Cluster, options: Options) -> int:
+def _print_decisions(cluster: HardwareCluster, options: Options) -> int:
     loads = {"as it is": cluster, "crowded": decisions.crowded(cluster)}
     found = {load: decisions.measure(loaded, options.requests, seed=0) for load, loaded in loads.items()}
     by_models = _grown(cluster, options.requests, sizes=decisions.NUM_MODELS, sized=decisions.with_models)
@@ -175,6 +175,10 @@ def _print_decisions(cluster: Cluster, options: Options) -> int:
 
 
 def _grown(
-    cluster: Cluster, num_requests: int, *, sizes: Sequence[int], sized: Callable[[Cluster, int], Cluster]
+    cluster: HardwareCluster,
+    num_requests: int,
+    *,
+    sizes: Sequence[int],
+    sized: Callable[[HardwareCluster, int], HardwareCluster],
 ) -> dict[int, decisions.Decisions]:
     return {size: decisions.measure(sized(cluster, size), num_requests, seed=0) for size in sizes}

@@ -85,7 +85,7 @@ def store_root(store_dir: Path | None) -> Path:
 
 
 @dataclass(kw_only=True)
-class ServeOptions:
+class StoreOptions:
     """What ``serve`` takes; the names are ``StoreConfig``'s but for units. None: as the file says, or the default."""
 
     config: Annotated[Path | None, typer.Option(help="JSON file with settings; options override it.")] = None
@@ -145,8 +145,8 @@ _FIELD_OF = {
 
 
 @store_app.command()
-@with_options(ServeOptions)
-def serve(options: ServeOptions) -> None:
+@with_options(StoreOptions)
+def serve(options: StoreOptions) -> None:
     """Run the daemon. SIGTERM, SIGINT or `sllm-vllm store stop` stops it."""
     config = _store_config(options)
     from sllm_vllm.store.daemon import serve as serve_store
@@ -164,7 +164,7 @@ def log_to_stderr() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-def _store_config(options: ServeOptions) -> StoreConfig:
+def _store_config(options: StoreOptions) -> StoreConfig:
     """The daemon's settings: the file's, overridden by the options."""
     from sllm_vllm.config import StoreConfig
 

@@ -93,7 +93,7 @@ def _compare_rank(job: RankJob, compared: Path, source: VllmConfig, *, tell: Tel
     state = _load_rank(job, source, target, tell=tell)
     partition = checkpoint.partition(job.rank)
     tell(StageBegun(job.rank, "compare", partition.record.nbytes))
-    progress, differing, missing = _Progress(job.rank, tell), list[str](), set(state)
+    progress, differing, missing = _RankProgress(job.rank, tell), list[str](), set(state)
     for name, tensor in read_tensors(partition, LoaderConfig(store_dir=compared.parent, store=False, verify="always")):
         missing.discard(name)
         if name not in state or not _holds_the_same(state[name], tensor):
@@ -221,7 +221,7 @@ def _write_rank(
             state = _load_rank(job, *configs, tell=tell)
             tensors = storable_tensors(state, job.request.model)
             tell(StageBegun(job.rank, "write", sum(tensor.spec.nbytes for tensor in tensors)))
-            progress = _Progress(job.rank, tell)
+            progress = _RankProgress(job.rank, tell)
             written = write_partition(
                 staging.path, job.rank, tensors, chunk_nbytes=staging.chunk_nbytes, on_progress=progress.add
             )
@@ -240,7 +240,7 @@ def _load_rank(job: RankJob, source: VllmConfig, target: VllmConfig, *, tell: Te
     with set_default_torch_dtype(target.model_config.dtype), torch.device("cpu"):
         module = initialize_model(vllm_config=target, model_config=target.model_config)
     transient = TransientBuffers(module)
-    progress = _Progress(job.rank, tell)
+    progress = _RankProgress(job.rank, tell)
     tell(StageBegun(job.rank, "read", _source_nbytes(Path(source.model_config.model))))
     with set_current_vllm_config(target):
         _SourceLoader(source.load_config, progress.add).load_weights(module, source.model_config)
@@ -285,7 +285,7 @@ def _source_nbytes(directory: Path) -> int | None:
     return None
 
 
-class _Progress:
+class _RankProgress:
     """Sends progress events for every few MiB, not for every tensor."""
 
     def __init__(self, rank: int, tell: Tell) -> None:

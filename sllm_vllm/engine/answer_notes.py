@@ -44,10 +44,10 @@ class AnswerNotes:
         if engine is None:
             await self._app(scope, receive, send)
         else:
-            await self._app(scope, receive, _Answer(engine, scope, send).send)
+            await self._app(scope, receive, _NotedAnswer(engine, scope, send).send)
 
 
-class _Answer:
+class _NotedAnswer:
     """Rewrites the messages of one answer."""
 
     def __init__(self, engine: Any, scope: Message, send: Send) -> None:

@@ -25,6 +25,7 @@ from sllm_vllm.errors import ConfigError, NodeError, OrderRefused, ReplicaUnknow
 from sllm_vllm.node.core.agent import AgentCore, AgentLimits
 from sllm_vllm.node.core.events import (
     Action,
+    AgentTicked,
     EngineExited,
     EngineNotStarted,
     EngineStarted,
@@ -37,7 +38,6 @@ from sllm_vllm.node.core.events import (
     StopAsked,
     TellState,
     TerminateEngine,
-    Ticked,
 )
 from sllm_vllm.node.core.launch import (
     UNGUARDED_OPTIONS,
@@ -470,7 +470,7 @@ class NodeAgent:
         stood_s, self._ticked_s = now_s - self._ticked_s - _TICK_S, now_s
         if stood_s > _STALL_S:
             logger.warning("event=agent_stood_still seconds=%.1f", stood_s)
-        self._happened(Ticked())
+        self._happened(AgentTicked())
         with self._spare.lent():
             self._death_watch.ensure()
         self._reap_adopted()

@@ -17,7 +17,7 @@ from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.daemon.unix_listener import DaemonWords, listening, locked, make_private_directory
 from sllm_vllm.errors import NodeBusy, NodeError
 from sllm_vllm.node.client import NodeClient
-from sllm_vllm.node.server import CONNECTIONS_MAX, Agent, Server
+from sllm_vllm.node.server import CONNECTIONS_MAX, Agent, AgentServer
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ async def served(agent: Agent, listener: socket.socket, *, ending: Ending, loops
         ConfigError: the process may open too few files.
     """
     limit, kept = raise_file_limit(), descriptors_kept(agent.num_slots)
-    server = Server(agent, stop=ending.stop, connections_max=connections_within(limit, CONNECTIONS_MAX, kept=kept))
+    server = AgentServer(agent, stop=ending.stop, connections_max=connections_within(limit, CONNECTIONS_MAX, kept=kept))
     await server.start()
     accepting = loops.start("the agent's socket", lambda: server.accept(listener))
     try:

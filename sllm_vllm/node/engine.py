@@ -21,7 +21,7 @@ from sllm_vllm.daemon.unix_listener import HOST, socket_of_url
 from sllm_vllm.node.core.events import EngineHealthy, EngineUnhealthy, Event
 from sllm_vllm.node.core.failure import FailureWords
 from sllm_vllm.node.core.load_line import read_load_line
-from sllm_vllm.node.core.phases import Phase, StartPhases
+from sllm_vllm.node.core.phases import StartPhase, StartPhases
 from sllm_vllm.node.core.replica import ReplicaRow, State
 from sllm_vllm.node.engine_process import EngineProcess, end_session
 from sllm_vllm.node.logs import BoundedLog, OutputPipe
@@ -218,7 +218,7 @@ class Engine:
 
     def _log_phase(self) -> None:
         self._phase = self._phases.phase
-        if self._phase is not Phase.READY:  # the agent reports READY, after the first healthy answer
+        if self._phase is not StartPhase.READY:  # the agent reports READY, after the first healthy answer
             self._on_change()
 
     def _at_s(self) -> float:

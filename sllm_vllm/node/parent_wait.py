@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sllm_vllm.node.core.parent_wait import ParentForecast
-from sllm_vllm.node.core.phases import Phase
+from sllm_vllm.node.core.phases import StartPhase
 from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.protocol import StartReport
 from sllm_vllm.units import KIB
@@ -22,7 +22,9 @@ from sllm_vllm.units import KIB
 logger = logging.getLogger(__name__)
 
 FILE_NBYTES_MAX = 64 * KIB
-COLD_PHASES = tuple(phase.name.lower() for phase in (Phase.PROCESS, Phase.IMPORTS, Phase.INSPECT, Phase.WORKERS))
+COLD_PHASES = tuple(
+    phase.name.lower() for phase in (StartPhase.PROCESS, StartPhase.IMPORTS, StartPhase.INSPECT, StartPhase.WORKERS)
+)
 """The phases of a cold start that a forked engine skips."""
 
 

@@ -12,11 +12,11 @@ ARGUMENTS_MAX = 256
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 
-class _Message(BaseModel):
+class _AgentMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ReplicaOrder(_Message):
+class ReplicaOrder(_AgentMessage):
     """The order of a replica. ``model`` and ``arguments`` are those of ``vllm serve``."""
 
     model: str = Field(min_length=1, max_length=4096)
@@ -57,7 +57,7 @@ class ReplicaOrder(_Message):
         return self
 
 
-class StartReport(_Message):
+class StartReport(_AgentMessage):
     """How far a replica's start is, and how long each phase took, from the moment it got its slots."""
 
     phase: str
@@ -75,7 +75,7 @@ class StartReport(_Message):
     """The fields of the loader's log line: outcome, source, seconds of each part."""
 
 
-class ReplicaReport(_Message):
+class ReplicaReport(_AgentMessage):
     """A replica as shown to users and to the router."""
 
     id: str
@@ -119,7 +119,7 @@ class ReplicaReport(_Message):
         return self.state in {"stopped", "failed"}
 
 
-class SlotReport(_Message):
+class SlotReport(_AgentMessage):
     """One accelerator slot."""
 
     slot: int
@@ -128,7 +128,7 @@ class SlotReport(_Message):
     replica: str | None
 
 
-class WarmReport(_Message):
+class WarmReport(_AgentMessage):
     """The warm parent."""
 
     pid: int | None
@@ -141,7 +141,7 @@ class WarmReport(_Message):
     pss_nbytes: int | None = None
 
 
-class CheckpointReport(_Message):
+class CheckpointReport(_AgentMessage):
     """Where a checkpoint of this node is stored."""
 
     name: str
@@ -153,7 +153,7 @@ class CheckpointReport(_Message):
     """The model as given to ``vllm serve`` when the checkpoint was made; empty if the checkpoint is not on disk."""
 
 
-class EngineTiming(_Message):
+class EngineTiming(_AgentMessage):
     """One completed start, with the phases that it took."""
 
     replica: str
@@ -162,7 +162,7 @@ class EngineTiming(_Message):
     start: StartReport
 
 
-class NodeReport(_Message):
+class NodeReport(_AgentMessage):
     """The state of a whole node."""
 
     version: str

@@ -108,7 +108,7 @@ class _BadRequest(NodeError):
     """An invalid request."""
 
 
-class Server:
+class AgentServer:
     """Accepts connections and answers them, from ``start`` to ``close``.
 
     Args:

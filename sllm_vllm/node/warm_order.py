@@ -14,11 +14,11 @@ ORDER_NBYTES_MAX = 1 << 17
 """Largest order: the arguments and the environment of an engine."""
 
 
-class _Message(BaseModel):
+class _WarmMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class WarmReady(_Message):
+class WarmReady(_WarmMessage):
     """The parent has imported everything; ``seconds`` is how long that took."""
 
     pid: int
@@ -26,7 +26,7 @@ class WarmReady(_Message):
     installation: str
 
 
-class WarmOrder(_Message):
+class WarmOrder(_WarmMessage):
     """Fork a server. ``arguments`` are those after ``vllm serve``; ``cpus``: where it may run, empty for everywhere."""
 
     number: int
@@ -37,7 +37,7 @@ class WarmOrder(_Message):
     num_threads: int = Field(ge=1)
 
 
-class WarmAnswer(_Message):
+class WarmAnswer(_WarmMessage):
     """The engine's pid, or why there is none."""
 
     number: int

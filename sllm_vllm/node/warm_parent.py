@@ -78,7 +78,7 @@ _FORKING = (
 _REGISTRY = "vllm.model_executor.models.registry"
 
 
-class Refused(Exception):
+class ForkRefused(Exception):
     """The order can't be carried out here; the message says why. A cold start can do it."""
 
 
@@ -140,14 +140,14 @@ def check_forkable() -> None:
     """Check that a fork now gives a sound process.
 
     Raises:
-        Refused: another thread runs (its locks would stay locked in the child), or CUDA is initialised.
+        ForkRefused: another thread runs (its locks would stay locked in the child), or CUDA is initialised.
     """
     threads = os.listdir("/proc/self/task")
     if len(threads) != 1:
-        raise Refused(f"the warm parent has {len(threads)} threads")
+        raise ForkRefused(f"the warm parent has {len(threads)} threads")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        raise Refused("CUDA is initialised in the warm parent")
+        raise ForkRefused("CUDA is initialised in the warm parent")
 
 
 def die_with_parent(parent: int) -> None:
@@ -174,10 +174,10 @@ def _parser() -> Any:
 def _answer(order: WarmOrder, fds: list[int], channel: socket.socket, *, parser: Any) -> WarmAnswer:
     try:
         if len(fds) != _NUM_FDS:
-            raise Refused(f"{len(fds)} descriptors came with the order instead of {_NUM_FDS}")
+            raise ForkRefused(f"{len(fds)} descriptors came with the order instead of {_NUM_FDS}")
         check_forkable()
         return WarmAnswer(number=order.number, pid=_fork_engine(order, fds, channel, parser=parser))
-    except (Refused, OSError) as error:
+    except (ForkRefused, OSError) as error:
         return WarmAnswer(number=order.number, problem=str(error))
     finally:
         for fd in fds:
@@ -202,7 +202,7 @@ def _fork_engine(order: WarmOrder, fds: list[int], channel: socket.socket, *, pa
         pid = int(pipe.read() or b"0")
     os.waitpid(middle, 0)
     if pid == 0:
-        raise Refused("the fork failed")
+        raise ForkRefused("the fork failed")
     return pid
 
 

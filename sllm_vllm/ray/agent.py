@@ -28,7 +28,7 @@ from sllm_vllm.errors import NodeBusy, NodeError, NodeUnavailable, SllmError
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.daemon import WORDS
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder, ReplicaReport
-from sllm_vllm.node.server import Server
+from sllm_vllm.node.server import AgentServer
 from sllm_vllm.ray.nodes import RayNodeFacts, config_there
 from sllm_vllm.ray.peer_server import PeerServer
 from sllm_vllm.store.transfer import pull_checkpoint
@@ -130,7 +130,7 @@ class RayAgent:
         agent = NodeAgent(config, loops=loops)
         await agent.start()
         self._held.push_async_callback(agent.close)
-        server = Server(agent, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        server = AgentServer(agent, stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
         await server.start()
         accepting = loops.start("the agent's socket", lambda: server.accept(listener))
         self._held.push_async_callback(server.close)

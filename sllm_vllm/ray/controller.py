@@ -21,13 +21,13 @@ from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.errors import ConfigError, NodeError
 from sllm_vllm.ray.agent import RayNode, agent_on, forget_agent, log_as_actor
 from sllm_vllm.ray.nodes import RayNodeFacts, nodes_for_agents
-from sllm_vllm.ray.session import Answer, Held, News, Note, Unknown, Welcome
+from sllm_vllm.ray.session import Answer, Held, News, Note, SessionWelcome, Unknown
 from sllm_vllm.ray.sessions import GateService
 from sllm_vllm.ray.state import RayStore
 from sllm_vllm.router.admin.app import AdminApp, Reloaded
 from sllm_vllm.router.config.file import compare, parse_router_config, read_key_digests
 from sllm_vllm.router.config.sections import RouterConfig
-from sllm_vllm.router.controller import Bounds, Controller
+from sllm_vllm.router.controller import Controller, ControllerLimits
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, Ticket
@@ -72,7 +72,7 @@ class RayController:
         self._joining: dict[str, asyncio.Task[None]] = {}
         self._saved_s = time.monotonic()
 
-    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+    async def enter(self, ingress: str, held: Sequence[Held]) -> SessionWelcome:
         """See ``ControllerLink``."""
         return await (await self._service()).enter(ingress, held)
 
@@ -147,7 +147,7 @@ class RayController:
         self._controller = controller = Controller(
             waiting_max=config.server.waiting_max,
             directory=self._directory,
-            bounds=Bounds(
+            bounds=ControllerLimits(
                 moves_max=config.migration.moves_max if config.migration.enabled else 0,
                 holders_max=config.ray.copies,
                 poison=config.poison.limits(),

@@ -15,6 +15,7 @@ from sllm_vllm.ray.session import (
     NOTES_MAX,
     Answer,
     Began,
+    CallRefused,
     ControllerGone,
     ControllerLink,
     Finished,
@@ -26,7 +27,6 @@ from sllm_vllm.ray.session import (
     Note,
     NotMoved,
     Proved,
-    Refused,
     Unknown,
 )
 from sllm_vllm.router.config.settings import IngressSettings
@@ -139,7 +139,7 @@ class RemoteGate:
                 if isinstance(answer, Ticket):
                     self._held[facts.id] = Held(facts, answer)
                     return answer
-                if isinstance(answer, Refused):
+                if isinstance(answer, CallRefused):
                     raise answer.error()
         except asyncio.CancelledError:
             self._note(Left(facts.id))

@@ -25,7 +25,7 @@ from sllm_vllm.errors import ConfigError
 from sllm_vllm.ray.agent import NAMESPACE
 from sllm_vllm.ray.app import RemoteApp
 from sllm_vllm.ray.controller import RayController, read_told
-from sllm_vllm.ray.session import Answer, ControllerGone, Held, News, Note, Unknown, Welcome
+from sllm_vllm.ray.session import Answer, ControllerGone, Held, News, Note, SessionWelcome, Unknown
 from sllm_vllm.router.config.file import read_key_digests, read_router_config
 from sllm_vllm.router.config.sections import RouterConfig
 from sllm_vllm.router.core.facts import RequestFacts
@@ -64,7 +64,7 @@ class RayLink:
         self._made_of = (told, directory, version)
         self._actor: Any = None
 
-    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+    async def enter(self, ingress: str, held: Sequence[Held]) -> SessionWelcome:
         """See ``ControllerLink``. Looks the actor up again: the last one may have ended for good."""
         told, _, version = self._made_of
         try:

@@ -37,7 +37,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
+class SessionWelcome:
     """What an ingress needs to know to begin a session."""
 
     settings: IngressSettings
@@ -45,7 +45,7 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class CallRefused:
     """``Rejected`` as a record."""
 
     status: int
@@ -55,7 +55,7 @@ class Refused:
     code: str | None
 
     @classmethod
-    def of(cls, rejected: Rejected) -> Refused:
+    def of(cls, rejected: Rejected) -> CallRefused:
         """Make the record of an error."""
         return cls(rejected.status, rejected.kind, rejected.message, rejected.retry_after_s, rejected.code)
 
@@ -69,7 +69,7 @@ class Unknown:
     """The controller has no session of this ingress, which has to enter (again)."""
 
 
-Answer = Ticket | Refused | Unknown
+Answer = Ticket | CallRefused | Unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class News:
 class ControllerLink(Protocol):
     """A connection to a remote controller. Every call raises ``ControllerGone`` if the controller does not answer."""
 
-    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+    async def enter(self, ingress: str, held: Sequence[Held]) -> SessionWelcome:
         """Begin a session, or begin it again, with everything that the ingress holds."""
         ...
 

@@ -17,6 +17,7 @@ from sllm_vllm.ray.session import (
     SILENT_S_MAX,
     Answer,
     Began,
+    CallRefused,
     Finished,
     Followed,
     Held,
@@ -26,9 +27,8 @@ from sllm_vllm.ray.session import (
     Note,
     NotMoved,
     Proved,
-    Refused,
+    SessionWelcome,
     Unknown,
-    Welcome,
 )
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.controller import Controller
@@ -102,7 +102,7 @@ class GateService:
 
     # --------------------------------------------------------------------------------------------------- for ingresses
 
-    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+    async def enter(self, ingress: str, held: Sequence[Held]) -> SessionWelcome:
         """See ``ControllerLink``."""
         before = self._sessions.get(ingress)
         session = self._sessions[ingress] = _Session(self._clock())
@@ -117,7 +117,7 @@ class GateService:
         for one in held:
             self._take_in(session, one)
         self._look_at_models()
-        return Welcome(self._settings, 0)
+        return SessionWelcome(self._settings, 0)
 
     async def acquire(self, ingress: str, facts: RequestFacts) -> Answer:
         """See ``ControllerLink``."""
@@ -140,7 +140,7 @@ class GateService:
         if facts.id in self._controller.core.requests:
             return await self._answer(ingress, facts, lambda: self._controller.retry(ticket, failure))
         if failure.has_begun:  # a restarted controller does not know where the answer can continue
-            return Refused.of(Rejected(502, "server_error", failure.reason, code="engine_failed"))
+            return CallRefused.of(Rejected(502, "server_error", failure.reason, code="engine_failed"))
         return await self._answer(ingress, facts, lambda: self._controller.acquire(facts))
 
     async def _answer(
@@ -154,7 +154,7 @@ class GateService:
         try:
             ticket = await asyncio.shield(asking)
         except Rejected as rejected:
-            return Refused.of(rejected)
+            return CallRefused.of(rejected)
         except asyncio.CancelledError:
             if asking.cancelled():  # its client left, so this answer is not read; or its ingress was dropped
                 return Unknown()

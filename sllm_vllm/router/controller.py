@@ -57,11 +57,11 @@ from sllm_vllm.router.core.facts import (
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.engine_client.model_lengths import ModelLengths
-from sllm_vllm.router.engines import Node
+from sllm_vllm.router.engines import AgentLink
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, ServedModel, Ticket
 from sllm_vllm.router.http.errors import rejected, stopping
 from sllm_vllm.router.migration.movability import Movability
-from sllm_vllm.router.node_watch import Member, NodeOrders
+from sllm_vllm.router.node_watch import NodeOrders, WatchedNode
 from sllm_vllm.router.pauses import in_slices
 
 # The size of a model's weights before it has a checkpoint, from its source files. Blocking: call it in a thread.
@@ -100,7 +100,7 @@ OUTCOMES_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ControllerLimits:
     """Configured limits of the core.
 
     ``moves_max``: requests that move between engines at once; 0 turns migration off. ``holders_max``: most nodes that
@@ -127,12 +127,12 @@ class Controller:
         *,
         waiting_max: int,
         directory: Path,
-        bounds: Bounds | None = None,
+        bounds: ControllerLimits | None = None,
         estimator: Estimator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scaling = ScalingLimits(name_suffix=f"-{secrets.token_hex(2)}")
-        bounds = bounds or Bounds()
+        bounds = bounds or ControllerLimits()
         moves = MoveLimits(is_on=bounds.moves_max > 0, moves_max=max(1, bounds.moves_max))
         copies = CopyLimits(holders_max=bounds.holders_max)
         limits = RouterLimits(
@@ -147,7 +147,7 @@ class Controller:
         """The values of ``_shown`` as a tuple; None after a change."""
         self._clock = clock
         self._loops = RunLoops()
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, WatchedNode] = {}
         self._orders = NodeOrders(self._members, self.models, directory)
         self._leaving: set[asyncio.Task[None]] = set()
         self._movability = Movability(self._tell) if bounds.moves_max else None
@@ -172,7 +172,7 @@ class Controller:
     async def add_node(
         self,
         name: str,
-        node: Node,
+        node: AgentLink,
         requests: Callable[[], Mapping[str, tuple[RequestFacts, ...]]] = dict,
         *,
         on_lost: Callable[[], None] = lambda: None,
@@ -193,7 +193,7 @@ class Controller:
             on_lost()
 
         count = self._members.__len__
-        member = Member(name, node, self.models, tell=self._tell, on_lost=lose, num_nodes=count)
+        member = WatchedNode(name, node, self.models, tell=self._tell, on_lost=lose, num_nodes=count)
         self._members[name] = member
         try:
             await member.join(requests, self._loops)
@@ -400,7 +400,7 @@ class Controller:
         member = self._member_of(replica)
         return None if member is None else member.engines.reports.get(replica)
 
-    def _member_of(self, replica: str) -> Member | None:
+    def _member_of(self, replica: str) -> WatchedNode | None:
         known = self.core.cluster.replicas.get(replica)
         return None if known is None else self._members.get(known.node)
 

@@ -32,7 +32,7 @@ from sllm_vllm.router.config.places import read_checked_config, require_model
 from sllm_vllm.router.config.problems import Problem
 from sllm_vllm.router.config.sections import ModelConfig, RouterConfig
 from sllm_vllm.router.config.settings import IngressSettings
-from sllm_vllm.router.controller import Bounds, Controller
+from sllm_vllm.router.controller import Controller, ControllerLimits
 from sllm_vllm.router.http.deadline import Message, Receive, Send
 from sllm_vllm.router.http.ingress import Ingress
 from sllm_vllm.router.http.serve import serve_app
@@ -247,7 +247,7 @@ class RouterProcess:
         self._running = controller = Controller(
             waiting_max=self._config.server.waiting_max,
             directory=self._path.absolute().parent,
-            bounds=Bounds(
+            bounds=ControllerLimits(
                 moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
                 poison=self._config.poison.limits(),
             ),

@@ -32,7 +32,7 @@ _FOUND = {"starting", "loading", "ready", "unwell", "stopping"}
 """States in which a replica has slots."""
 
 
-class Node(Protocol):
+class AgentLink(Protocol):
     """What the controller uses of a node agent, in this process or elsewhere."""
 
     @property
@@ -55,7 +55,7 @@ class Puller(Protocol):
     async def pull_checkpoint(self, url: str) -> None: ...
 
 
-class Engines:
+class NodeLink:
     """The replicas ordered on one node. ``reports`` holds the latest report of each that has not ended.
 
     Args:
@@ -67,7 +67,7 @@ class Engines:
     def __init__(
         self,
         name: str,
-        node: Node,
+        node: AgentLink,
         tell: Callable[[Event], None],
         *,
         on_lost: Callable[[str], None],

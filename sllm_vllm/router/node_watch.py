@@ -23,7 +23,7 @@ from sllm_vllm.router.core.events import (
     StopReplica,
 )
 from sllm_vllm.router.core.facts import FoundReplica, RequestFacts, Tier
-from sllm_vllm.router.engines import Engines, Node
+from sllm_vllm.router.engines import AgentLink, NodeLink
 from sllm_vllm.router.pauses import in_slices
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class NodeWatch:
     def __init__(
         self,
         name: str,
-        node: Node,
+        node: AgentLink,
         models: Mapping[str, ModelConfig],
         *,
         tell: Callable[[Event], None],
@@ -206,7 +206,7 @@ def _hops_of(report: NodeReport) -> dict[Tier, float]:
 # controller's loop.
 
 
-class Member:
+class WatchedNode:
     """A node, from when it joins until it is lost.
 
     Args:
@@ -219,7 +219,7 @@ class Member:
     def __init__(
         self,
         name: str,
-        node: Node,
+        node: AgentLink,
         models: Mapping[str, ModelConfig],
         *,
         tell: Callable[[Event], None],
@@ -230,7 +230,7 @@ class Member:
         self._when_lost = on_lost
         self._is_lost = False
         self.watch = NodeWatch(name, node, models, tell=tell, on_lost=self._lost, num_nodes=num_nodes)
-        self.engines = Engines(name, node, tell, on_lost=self._lost, on_pulled=self.watch.refresh)
+        self.engines = NodeLink(name, node, tell, on_lost=self._lost, on_pulled=self.watch.refresh)
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -298,7 +298,7 @@ class NodeOrders:
         directory: the engines' working directory.
     """
 
-    def __init__(self, members: Mapping[str, Member], models: Mapping[str, ModelConfig], directory: Path) -> None:
+    def __init__(self, members: Mapping[str, WatchedNode], models: Mapping[str, ModelConfig], directory: Path) -> None:
         self._members = members
         self._models = models
         self.directory = directory
@@ -324,7 +324,7 @@ class NodeOrders:
                 if peer is not None:
                     member.engines.copy(peer)
 
-    def _peer_of(self, model: ModelConfig, member: Member) -> str | None:
+    def _peer_of(self, model: ModelConfig, member: WatchedNode) -> str | None:
         """Where a start on the node can pull its checkpoint from; None if the node has it, or no other node does."""
         if member.checkpoint_of(model) is not None:
             return None

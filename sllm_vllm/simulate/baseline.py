@@ -37,7 +37,7 @@ from sllm_vllm.router.core.events import (
 )
 from sllm_vllm.router.core.facts import ModelSpec
 from sllm_vllm.simulate.policy import Order, PreemptRequest
-from sllm_vllm.simulate.views import NodeView, Phase, Placement, View, Waiter
+from sllm_vllm.simulate.views import NodeView, Placement, ReplicaPhase, View, Waiter
 
 STARVE_S = 30.0
 ATTEMPTS_MAX = 2
@@ -152,7 +152,7 @@ class Baseline:
             for _, request in [entry for entry in queue if entry[0] <= late_s]:
                 self._refuse(self.requests[request], Refusal.TOO_LATE)
         for view in list(self.views.values()):
-            is_idle = view.phase is Phase.READY and not view.ongoing and not view.num_incoming
+            is_idle = view.phase is ReplicaPhase.READY and not view.ongoing and not view.num_incoming
             if is_idle and now_s - view.since_s >= self._startup_s.get(view.model, 0.0):
                 self.stop(view)
         self._serve_all(now_s)
@@ -190,7 +190,7 @@ class Baseline:
             target.num_incoming -= 1
         if not view.ongoing:
             view.since_s = now_s
-            if view.phase is Phase.LEAVING:
+            if view.phase is ReplicaPhase.LEAVING:
                 self.stop(view)
 
     def _serve_all(self, now_s: float) -> None:
@@ -221,7 +221,7 @@ class Baseline:
             self.carry_out(placement, spec, now_s)
         return True
 
-    def replicas_of(self, model: str, *phases: Phase) -> list[View]:
+    def replicas_of(self, model: str, *phases: ReplicaPhase) -> list[View]:
         """The model's replicas in any of these phases."""
         return [view for view in self._replicas_of.get(model, {}).values() if view.phase in phases]
 
@@ -230,11 +230,11 @@ class Baseline:
         return self.specs[view.model].ongoing_max - len(view.ongoing) - view.num_incoming
 
     def _with_room(self, spec: ModelSpec) -> View | None:
-        ready = [view for view in self.replicas_of(spec.name, Phase.READY) if self.num_room(view) > 0]
+        ready = [view for view in self.replicas_of(spec.name, ReplicaPhase.READY) if self.num_room(view) > 0]
         return min(ready, key=lambda view: (len(view.ongoing), view.id), default=None)
 
     def _num_lacking(self, spec: ModelSpec) -> int:
-        serving = self.replicas_of(spec.name, Phase.HELD, Phase.STARTING, Phase.READY)
+        serving = self.replicas_of(spec.name, ReplicaPhase.HELD, ReplicaPhase.STARTING, ReplicaPhase.READY)
         num_requests = len(self.waiting.get(spec.name, ())) + sum(len(view.ongoing) for view in serving)
         return min(spec.max_replicas, -(-num_requests // spec.target_ongoing)) - len(serving)
 
@@ -266,19 +266,19 @@ class Baseline:
         node.num_free -= num_taken
 
     def _start_if_free(self, view: View) -> None:
-        if view.phase is Phase.HELD and not view.waits_for:
+        if view.phase is ReplicaPhase.HELD and not view.waits_for:
             assert view.num_held == view.num_slots, f"{view.id} has {view.num_held} of {view.num_slots} slots"
-            view.phase = Phase.STARTING
+            view.phase = ReplicaPhase.STARTING
             self.orders.append(StartReplica(view.id, view.model, 0, view.node))
 
     def stop(self, view: View) -> None:
         """End a replica that has no requests."""
         assert not view.ongoing, f"{view.id} has {len(view.ongoing)} requests"
-        view.phase = Phase.STOPPING
+        view.phase = ReplicaPhase.STOPPING
         self.orders.append(StopReplica(view.id, view.node, "its slots are needed, or it is idle"))
 
     def _preempt(self, view: View, now_s: float) -> None:
-        view.phase = Phase.LEAVING
+        view.phase = ReplicaPhase.LEAVING
         for request in sorted(view.ongoing):
             waiter = self.requests[request]
             waiter.was_preempted = True
@@ -290,14 +290,14 @@ class Baseline:
 
     def _begin_move(self, source: View, target: str, now_s: float) -> None:
         """Move a replica's requests to ``target``, a replica or a node to start one on."""
-        source.phase = Phase.LEAVING
+        source.phase = ReplicaPhase.LEAVING
         if target in self.nodes:
             view = self.carry_out(Placement(target), self.specs[source.model], now_s)
         else:
             view = self.views[target]
         self.targets[source.id] = view.id
         view.num_incoming += len(source.ongoing)
-        if view.phase is Phase.READY:
+        if view.phase is ReplicaPhase.READY:
             self._move_all(source, view)
 
     def _move_all(self, source: View, target: View) -> None:
@@ -305,10 +305,10 @@ class Baseline:
 
     def _ready(self, replica: str, now_s: float) -> None:
         view = self.views.get(replica)
-        if view is None or view.phase is not Phase.STARTING:
+        if view is None or view.phase is not ReplicaPhase.STARTING:
             return
         self._startup_s[view.model] = now_s - view.since_s
-        view.phase, view.since_s = Phase.READY, now_s
+        view.phase, view.since_s = ReplicaPhase.READY, now_s
         for source in [source for source, target in self.targets.items() if target == replica]:
             self._move_all(self.views[source], view)
         self._serve_all(now_s)
@@ -340,8 +340,8 @@ class Baseline:
 
     def _call_off(self, source: View) -> None:
         """Call off the moves from a replica: it stays, and starts that waited for its slots are given up."""
-        if source.phase is Phase.LEAVING:
-            source.phase = Phase.READY
+        if source.phase is ReplicaPhase.LEAVING:
+            source.phase = ReplicaPhase.READY
         for held in [view for view in self.views.values() if source.id in view.waits_for]:
             self._ended(held.id)
 
@@ -355,9 +355,13 @@ class Baseline:
         if oldest is None or now_s - oldest[0][0] <= STARVE_S:
             return
         views = list(self.views.values())
-        busy = [view for view in views if view.phase is Phase.READY and view.ongoing and view.model != oldest[1]]
-        if busy and not any(view.phase is Phase.LEAVING for view in views) and self._num_lacking(self.specs[oldest[1]]):
-            min(busy, key=lambda view: (len(view.ongoing), view.id)).phase = Phase.LEAVING
+        busy = [view for view in views if view.phase is ReplicaPhase.READY and view.ongoing and view.model != oldest[1]]
+        if (
+            busy
+            and not any(view.phase is ReplicaPhase.LEAVING for view in views)
+            and self._num_lacking(self.specs[oldest[1]])
+        ):
+            min(busy, key=lambda view: (len(view.ongoing), view.id)).phase = ReplicaPhase.LEAVING
 
     # --------------------------------------------------------------------------------------------------- for place
 
@@ -386,4 +390,4 @@ class Baseline:
         return None
 
     def _is_idle(self, view: View) -> bool:
-        return view.phase is Phase.READY and not view.ongoing and not view.num_incoming
+        return view.phase is ReplicaPhase.READY and not view.ongoing and not view.num_incoming

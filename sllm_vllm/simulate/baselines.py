@@ -12,7 +12,7 @@ from itertools import combinations
 from sllm_vllm.router.core.facts import ModelSpec
 from sllm_vllm.simulate.baseline import Baseline
 from sllm_vllm.simulate.hardware import ModelClass
-from sllm_vllm.simulate.views import NodeView, Phase, Placement, View
+from sllm_vllm.simulate.views import NodeView, Placement, ReplicaPhase, View
 
 MOVED_MAX = 2
 """Most replicas emptied for one start: enough for the largest model of the presets."""
@@ -86,7 +86,7 @@ class Shepherd(Baseline):
         return None
 
     def _is_preemptible(self, view: View, spec: ModelSpec) -> bool:
-        is_busy = view.phase is Phase.READY and bool(view.ongoing) and view.model != spec.name
+        is_busy = view.phase is ReplicaPhase.READY and bool(view.ongoing) and view.model != spec.name
         return is_busy and not any(self.requests[request].was_preempted for request in view.ongoing)
 
 
@@ -115,7 +115,7 @@ class ServerlessLLM(Baseline):
         busy = [
             view
             for view in self.views.values()
-            if view.node == node.id and view.phase is Phase.READY and view.ongoing and not view.num_incoming
+            if view.node == node.id and view.phase is ReplicaPhase.READY and view.ongoing and not view.num_incoming
         ]
         found = []
         for num_moved in range(1, MOVED_MAX + 1):
@@ -137,7 +137,7 @@ class ServerlessLLM(Baseline):
         pairs, move_s = [], 0.0
         for source in moved:
             spec = self.specs[source.model]
-            others = self.replicas_of(source.model, Phase.READY)
+            others = self.replicas_of(source.model, ReplicaPhase.READY)
             ready = [v.id for v in others if v.node in free and room[v.id] >= len(source.ongoing)]
             nodes = [self.nodes[name] for name, num_free in free.items() if num_free >= spec.accelerators]
             resume_s = sum(self._resume_s(request, now_s) for request in sorted(source.ongoing))

@@ -13,7 +13,7 @@ from statistics import fmean
 from sllm_vllm.router.core.events import Event, ModelDeployed, NodeJoined, NodeReported, RequestArrived
 from sllm_vllm.router.core.facts import RouterLimits
 from sllm_vllm.router.core.router import RouterCore
-from sllm_vllm.simulate.hardware import Cluster
+from sllm_vllm.simulate.hardware import HardwareCluster
 from sllm_vllm.simulate.metrics import percentile
 from sllm_vllm.simulate.policy import Order
 from sllm_vllm.simulate.workload import draw_requests
@@ -93,7 +93,7 @@ class Decisions:
         }
 
 
-def measure(cluster: Cluster, num_requests: int, *, seed: int) -> Decisions:
+def measure(cluster: HardwareCluster, num_requests: int, *, seed: int) -> Decisions:
     """Simulate the router's core and replay its events on a second core, which is timed. No request is refused
     because too many wait.
 
@@ -135,13 +135,13 @@ def _replay(recorded: Recorded, core: RouterCore) -> Decisions:
     )
 
 
-def crowded(cluster: Cluster) -> Cluster:
+def crowded(cluster: HardwareCluster) -> HardwareCluster:
     """The same cluster with more traffic than it can serve: queues grow, and models wait for slots."""
     traffic = replace(cluster.traffic, rate=CROWDING * cluster.traffic.rate)
     return replace(cluster, traffic=traffic, serving=replace(cluster.serving, queue_s_max=1e6, queue_max=1_000_000))
 
 
-def with_models(cluster: Cluster, num_models: int) -> Cluster:
+def with_models(cluster: HardwareCluster, num_models: int) -> HardwareCluster:
     """The same nodes and about the same traffic, with ``num_models`` models of the first class, all equally popular."""
     return replace(
         cluster,
@@ -151,7 +151,7 @@ def with_models(cluster: Cluster, num_models: int) -> Cluster:
     )
 
 
-def with_nodes(cluster: Cluster, num_nodes: int) -> Cluster:
+def with_nodes(cluster: HardwareCluster, num_nodes: int) -> HardwareCluster:
     """``num_nodes`` nodes, with the same traffic and number of models for each node."""
     share = num_nodes / cluster.num_nodes
     models = tuple((kind, max(1, round(count * share))) for kind, count in cluster.models)

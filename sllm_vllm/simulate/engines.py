@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Callable
 from functools import partial
@@ -19,21 +20,49 @@ from sllm_vllm.router.core.events import (
     StopReplica,
 )
 from sllm_vllm.router.core.facts import StartSample, Tier
-from sllm_vllm.simulate.hardware import Cluster
+from sllm_vllm.simulate.hardware import HardwareCluster
 from sllm_vllm.simulate.machines import SimulatedNode, SimulatedReplica, Stage, keep
 from sllm_vllm.simulate.run import Run
-from sllm_vllm.simulate.world import Agenda
+
+# The virtual clock: planned callbacks, run in the order of time. Owned by ``World``.
+
+
+class Agenda:
+    """Callbacks for the same time run in the order in which they were planned."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._planned: list[tuple[float, int, Callable[[], None]]] = []
+        self._num_planned = 0
+
+    def at(self, at_s: float, happen: Callable[[], None]) -> None:
+        """Plan a callback for a time."""
+        self._num_planned += 1
+        heapq.heappush(self._planned, (at_s, self._num_planned, happen))
+
+    def after(self, seconds: float, happen: Callable[[], None]) -> None:
+        """Plan a callback for ``seconds`` from now."""
+        self.at(self.now_s + seconds, happen)
+
+    def step(self, until_s: float) -> bool:
+        """Run the next callback; returns False if none is planned by ``until_s``."""
+        if not self._planned or self._planned[0][0] > until_s:
+            return False
+        self.now_s, _, happen = heapq.heappop(self._planned)
+        happen()
+        return True
+
 
 NOTICE_S = 0.01
 """Delay between the two ways in which a dead engine is noticed: by its requests, or by its node."""
 
 
-class Engines:
+class SimulatedEngines:
     """Nodes and the replicas on them. ``tell`` sends the policy an event; ``interrupt`` ends what ran on a replica."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: HardwareCluster,
         agenda: Agenda,
         run: Run,
         *,

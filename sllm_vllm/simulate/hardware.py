@@ -65,7 +65,7 @@ class NodeClass:
 
 
 @dataclass(frozen=True, slots=True)
-class Failures:
+class FaultRates:
     """What fails, and how often. ``noise_sigma``: sigma of the logarithm of a start's durations; ``outlier_share`` of
     them take ``outlier_factor`` times as long. ``leave_share`` of the clients leave after up to ``leave_s_max``."""
 
@@ -87,7 +87,7 @@ class Failures:
         return factor * rng.lognormvariate(0.0, self.noise_sigma)
 
 
-SMOOTH = Failures(noise_sigma=0.0, outlier_share=0.0)
+SMOOTH = FaultRates(noise_sigma=0.0, outlier_share=0.0)
 """No failures, and every start takes exactly its nominal time."""
 
 
@@ -103,7 +103,7 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class HardwareCluster:
     """Everything that a run needs except its requests. ``on_disk``: how many nodes have each model on disk at first."""
 
     name: str
@@ -111,7 +111,7 @@ class Cluster:
     node: NodeClass
     models: tuple[tuple[ModelClass, int], ...]
     traffic: Traffic
-    failures: Failures = SMOOTH
+    failures: FaultRates = SMOOTH
     serving: Serving = Serving()
     on_disk: int = 1_000_000
     is_in_memory: bool = False

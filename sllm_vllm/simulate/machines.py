@@ -10,7 +10,7 @@ from enum import Enum
 
 from sllm_vllm.router.core.facts import Tier
 from sllm_vllm.simulate.hardware import ModelClass, NodeClass
-from sllm_vllm.simulate.run import Outcome
+from sllm_vllm.simulate.run import RequestOutcome
 
 
 class Stage(Enum):
@@ -33,7 +33,7 @@ class SimulatedReplica:
     ordered_s: float
     stage: Stage = Stage.STARTING
     ready_s: float | None = None
-    ongoing: dict[str, Outcome] = field(default_factory=dict)
+    ongoing: dict[str, RequestOutcome] = field(default_factory=dict)
     """Requests in prefill or decode."""
     version: int = 0
     """Version of the batch: an end scheduled for an earlier version is ignored."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, nan
 from statistics import fmean
 
-from sllm_vllm.simulate.run import End, Outcome, Run
+from sllm_vllm.simulate.run import End, RequestOutcome, Run
 
 Figures = Mapping[str, float]
 """Values by metric, whose name ends in its unit. NaN where there was nothing to measure."""
@@ -99,7 +99,7 @@ def figures(run: Run) -> Figures:
     }
 
 
-def _slowest(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def _slowest(outcomes: Sequence[RequestOutcome]) -> dict[str, float]:
     """The parts of the startup wait, averaged over the 1 % of requests that waited longest for a ready replica."""
     sent = sorted((one for one in outcomes if one.startup_s is not None), key=lambda one: -(one.startup_s or 0.0))
     waits = [one.waits_s for one in sent[: ceil(len(sent) / 100)]]
@@ -107,7 +107,7 @@ def _slowest(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {name: mean([wait[place] for wait in waits]) for place, name in enumerate(names)}
 
 
-def _count(outcomes: Sequence[Outcome], end: End | None) -> int:
+def _count(outcomes: Sequence[RequestOutcome], end: End | None) -> int:
     return sum(outcome.end is end for outcome in outcomes)
 
 

@@ -20,7 +20,7 @@ class PreemptRequest:
 Order = Action | PreemptRequest
 
 
-class Policy(Protocol):
+class SchedulingPolicy(Protocol):
     """A scheduling policy. ``RouterCore`` is one without any adapter."""
 
     def handle(self, event: Event, now_s: float) -> Sequence[Order]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.simulate.hardware import Cluster, Failures, ModelClass, NodeClass, Serving
+from sllm_vllm.simulate.hardware import FaultRates, HardwareCluster, ModelClass, NodeClass, Serving
 from sllm_vllm.simulate.workload import GSM8K, Lengths, Traffic
 from sllm_vllm.units import GIB
 
@@ -47,13 +47,13 @@ A40_NODE = NodeClass(
     host_bps=24.0e9,  # pinned memory over PCIe 4 x16; assumed near its link
 )
 
-PAPER = Cluster(
+PAPER = HardwareCluster(
     name="paper",
     num_nodes=4,
     node=A40_NODE,
     models=((OPT_67, 32), (OPT_13, 16), (OPT_30, 8)),  # 1.3 TB in all, so every node's disk holds every model
     traffic=Traffic(rate=1.4, lengths=GSM8K),  # the highest rate of the paper's figures
-    failures=Failures(),
+    failures=FaultRates(),
 )
 """ServerlessLLM's second testbed and its mix of models, as described in the secondary literature.
 
@@ -90,13 +90,13 @@ H100_8B = ModelClass(
 H100_32B = replace(
     H100_8B, name="32b", nbytes=65 * 10**9, accelerators=2, prefill_rate=12_000.0, tpot_s=0.0139, init_s=3.0
 )
-BIG = Cluster(
+BIG = HardwareCluster(
     name="big",
     num_nodes=1000,
     node=H100_NODE,
     models=((H100_8B, 8000), (H100_32B, 2000)),
     traffic=Traffic(rate=1000.0, exponent=0.9, lengths=GSM8K),
-    failures=Failures(),
+    failures=FaultRates(),
     on_disk=8,  # nodes that have a model at first; the others fetch it
 )
 
@@ -111,7 +111,7 @@ SMALL = ModelClass(
     tpot_s=0.08,  # the same
     batch_slowdown=0.2,  # the same: decode leaves a CPU little to spare
 )
-HERE = Cluster(
+HERE = HardwareCluster(
     name="here",
     num_nodes=1,
     node=NodeClass(
@@ -124,14 +124,14 @@ HERE = Cluster(
     ),
     models=((SMALL, 3),),
     traffic=Traffic(rate=0.1, cv=4.0, lengths=Lengths(prompt_mean=40.0, output_mean=40.0)),
-    failures=Failures(),
+    failures=FaultRates(),
     serving=Serving(max_replicas=2),
 )
 
 PRESETS = {cluster.name: cluster for cluster in (PAPER, IN_MEMORY, BIG, HERE)}
 
 
-def preset(name: str) -> Cluster:
+def preset(name: str) -> HardwareCluster:
     """A cluster by its name.
 
     Raises:

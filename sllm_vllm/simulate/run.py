@@ -19,7 +19,7 @@ class End(Enum):
 
 
 @dataclass(slots=True)
-class Outcome:
+class RequestOutcome:
     """A request's outcome. ``first_s``: the time of its first token that was not discarded."""
 
     request: SimulatedRequest
@@ -69,7 +69,7 @@ class Outcome:
 class Run:
     """The result of one policy on one list of requests."""
 
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, RequestOutcome] = field(default_factory=dict)
     accelerator_s: float = 0.0
     """Sum over replicas of slots held times seconds, from the order on."""
     num_starts: int = 0

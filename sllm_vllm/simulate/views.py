@@ -8,7 +8,7 @@ from enum import Enum
 from sllm_vllm.router.core.facts import ModelSpec, Tier
 
 
-class Phase(Enum):
+class ReplicaPhase(Enum):
     """Where a replica is in its life cycle, as a policy sees it."""
 
     HELD = "held"
@@ -44,7 +44,7 @@ class View:
     num_slots: int
     num_held: int
     """Slots that are already reserved for it."""
-    phase: Phase = Phase.HELD
+    phase: ReplicaPhase = ReplicaPhase.HELD
     since_s: float = 0.0
     """When it was ordered, became ready, or its last request ended, whichever was last; keep-alive counts from then."""
     ongoing: set[str] = field(default_factory=set)

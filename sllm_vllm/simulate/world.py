@@ -7,9 +7,8 @@ or of the world.
 
 from __future__ import annotations
 
-import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from sllm_vllm.router.core.events import (
@@ -31,41 +30,12 @@ from sllm_vllm.router.core.events import (
     Ticked,
 )
 from sllm_vllm.router.core.facts import RequestFacts, ResumeSample
-from sllm_vllm.simulate.engines import NOTICE_S, Engines
-from sllm_vllm.simulate.hardware import Cluster
+from sllm_vllm.simulate.engines import NOTICE_S, Agenda, SimulatedEngines
+from sllm_vllm.simulate.hardware import HardwareCluster
 from sllm_vllm.simulate.machines import SimulatedReplica, Stage
-from sllm_vllm.simulate.policy import Order, Policy, PreemptRequest, Validated
-from sllm_vllm.simulate.run import End, Outcome, Run
+from sllm_vllm.simulate.policy import Order, PreemptRequest, SchedulingPolicy, Validated
+from sllm_vllm.simulate.run import End, RequestOutcome, Run
 from sllm_vllm.simulate.workload import SimulatedRequest
-
-# The virtual clock: planned callbacks, run in the order of time. Owned by ``World``.
-
-
-class Agenda:
-    """Callbacks for the same time run in the order in which they were planned."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._planned: list[tuple[float, int, Callable[[], None]]] = []
-        self._num_planned = 0
-
-    def at(self, at_s: float, happen: Callable[[], None]) -> None:
-        """Plan a callback for a time."""
-        self._num_planned += 1
-        heapq.heappush(self._planned, (at_s, self._num_planned, happen))
-
-    def after(self, seconds: float, happen: Callable[[], None]) -> None:
-        """Plan a callback for ``seconds`` from now."""
-        self.at(self.now_s + seconds, happen)
-
-    def step(self, until_s: float) -> bool:
-        """Run the next callback; returns False if none is planned by ``until_s``."""
-        if not self._planned or self._planned[0][0] > until_s:
-            return False
-        self.now_s, _, happen = heapq.heappop(self._planned)
-        happen()
-        return True
-
 
 TICK_S = 0.5
 PATIENCE_S = 3600.0
@@ -73,9 +43,11 @@ PATIENCE_S = 3600.0
 
 
 class World:
-    """One simulated run. Handles requests; ``Engines`` handles nodes and replicas."""
+    """One simulated run. Handles requests; ``SimulatedEngines`` handles nodes and replicas."""
 
-    def __init__(self, cluster: Cluster, policy: Policy, *, seed: int, is_validated: bool = False) -> None:
+    def __init__(
+        self, cluster: HardwareCluster, policy: SchedulingPolicy, *, seed: int, is_validated: bool = False
+    ) -> None:
         self.cluster = cluster
         self.policy = policy
         self.agenda = Agenda()
@@ -83,7 +55,9 @@ class World:
         self._leaving = random.Random(f"leaving {seed}")
         """Drawn from in the order of arrival, so that the same clients leave under every policy."""
         rng = random.Random(f"engines {seed}")
-        self.engines = Engines(cluster, self.agenda, self.result, rng=rng, tell=self.tell, interrupt=self._interrupt)
+        self.engines = SimulatedEngines(
+            cluster, self.agenda, self.result, rng=rng, tell=self.tell, interrupt=self._interrupt
+        )
         self._is_validated = is_validated
         self._num_open = 0
         """Requests that have not ended, including those that have not arrived yet."""
@@ -162,7 +136,7 @@ class World:
         ongoing_max = self.cluster.serving.ongoing_max
         assert len(replica.ongoing) < ongoing_max, f"{replica.id} has {ongoing_max} requests already"
 
-    def _begin(self, replica: SimulatedReplica, outcome: Outcome) -> None:
+    def _begin(self, replica: SimulatedReplica, outcome: RequestOutcome) -> None:
         replica.ongoing[outcome.request.id] = outcome
         first_s = replica.begin_prefill(outcome.request.prompt_tokens, self.agenda.now_s)
         self.agenda.at(first_s, partial(self._first_token, replica, outcome, outcome.num_dispatches))
@@ -200,19 +174,19 @@ class World:
     # ------------------------------------------------------------------------------------------------- the requests
 
     def _arrive(self, request: SimulatedRequest) -> None:
-        self.result.outcomes[request.id] = outcome = Outcome(request)
+        self.result.outcomes[request.id] = outcome = RequestOutcome(request)
         failures = self.cluster.failures
         if self._leaving.random() < failures.leave_share:
             self.agenda.after(self._leaving.uniform(0.0, failures.leave_s_max), partial(self._leave, outcome))
         self.tell(RequestArrived(RequestFacts(request.id, request.model, prompt_tokens=request.prompt_tokens)))
 
-    def _leave(self, outcome: Outcome) -> None:
+    def _leave(self, outcome: RequestOutcome) -> None:
         if outcome.end is None:
             self._take_away(outcome)
             self._settle(outcome, End.LEFT)
             self.tell(RequestGone(outcome.request.id))
 
-    def _first_token(self, replica: SimulatedReplica, outcome: Outcome, dispatch: int) -> None:
+    def _first_token(self, replica: SimulatedReplica, outcome: RequestOutcome, dispatch: int) -> None:
         request = outcome.request
         is_there = outcome.replica == replica.id and outcome.num_dispatches == dispatch and outcome.end is None
         if not is_there or replica.stage is not Stage.READY:
@@ -237,14 +211,14 @@ class World:
         self._settle(outcome, End.ANSWERED)
         self.tell(RequestEnded(request, outcome.request.output_tokens))
 
-    def _take_away(self, outcome: Outcome) -> None:
+    def _take_away(self, outcome: RequestOutcome) -> None:
         """Take a request off its replica, if it is on one."""
         replica = self.engines.replicas.get(outcome.replica or "")
         if replica is not None and outcome.request.id in replica.ongoing:
             replica.remove(outcome.request.id, self.agenda.now_s)
             self._foresee(replica)
 
-    def _settle(self, outcome: Outcome, end: End, why: str = "") -> None:
+    def _settle(self, outcome: RequestOutcome, end: End, why: str = "") -> None:
         assert outcome.end is None, f"{outcome.request.id} ended twice: {outcome.end}, {end}"
         outcome.end, outcome.why, outcome.ended_s = end, why, self.agenda.now_s
         self._num_open -= 1
@@ -268,7 +242,7 @@ class World:
     def _tell_not_moved(self, order: MoveRequest) -> None:
         self.tell(MoveFailed(order.request, order.target, "an engine died"))
 
-    def _switch(self, order: MoveRequest, outcome: Outcome, begun: tuple[int, ResumeSample]) -> None:
+    def _switch(self, order: MoveRequest, outcome: RequestOutcome, begun: tuple[int, ResumeSample]) -> None:
         """The target has recomputed the source's tokens: continue the request there."""
         dispatch, sample = begun
         source, target = self.engines.replicas.get(order.source), self.engines.replicas.get(order.target)

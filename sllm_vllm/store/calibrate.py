@@ -39,11 +39,11 @@ Move = Callable[[int, list[memoryview], int], int]
 """``os.preadv`` or ``os.pwritev``."""
 
 
-class _Record(BaseModel):
+class _CalibrationRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Figure(_Record):
+class Figure(_CalibrationRecord):
     """One measurement: ``depth`` concurrent requests of ``chunk_nbytes`` transferred ``bps`` bytes per second."""
 
     depth: int = Field(ge=1, le=64)
@@ -51,7 +51,7 @@ class Figure(_Record):
     bps: float = Field(gt=0, allow_inf_nan=False)
 
 
-class Calibration(_Record):
+class Calibration(_CalibrationRecord):
     """The measurements of a device, and the depths to use for it: ``readers`` and ``writers``."""
 
     device: int = Field(description="st_dev of the measured disk")

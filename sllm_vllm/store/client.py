@@ -29,16 +29,16 @@ from sllm_vllm.store.protocol import (
     FrameReader,
     Given,
     Hello,
-    Lease,
     Leased,
+    LeaseOrder,
     Order,
     Ping,
     ProtocolError,
-    Refused,
+    RefusedReply,
     Release,
-    Reply,
     Request,
-    Welcome,
+    StoreReply,
+    StoreWelcome,
     decode_answer,
     encode,
 )
@@ -98,7 +98,7 @@ class StoreClient:
             StoreRefused: the partition's chunks are too large for the daemon's slots.
             CheckpointError, RemoteError, StoreUnavailable: see ``errors.py``.
         """
-        self._send(Lease(checkpoint=checkpoint, rank=rank, digest=digest, hold=hold))
+        self._send(LeaseOrder(checkpoint=checkpoint, rank=rank, digest=digest, hold=hold))
         answer = self._receive(60.0)
         if not isinstance(answer, Leased):
             raise self._unexpected(answer)
@@ -112,7 +112,7 @@ class StoreClient:
             CheckpointError, RemoteError: a span can't be read.
         """
         answer: Answer | None = self._given.popleft() if self._given else None
-        while answer is None or isinstance(answer, Reply):  # a Reply answers a ping
+        while answer is None or isinstance(answer, StoreReply):  # a StoreReply answers a ping
             answer = self._receive(timeout_s) if timeout_s is not None else self._receive_or_ping()
         if isinstance(answer, Failed):
             raise _error_of(answer)
@@ -155,7 +155,7 @@ class StoreClient:
 
     def _ask(self, request: Request, *, timeout_s: float) -> dict[str, Any]:
         self._send(request)
-        while not isinstance(answer := self._receive(timeout_s), Reply):
+        while not isinstance(answer := self._receive(timeout_s), StoreReply):
             if not isinstance(answer, Given | Failed):
                 raise self._unexpected(answer)
             self._given.append(answer)
@@ -224,7 +224,7 @@ class StoreClient:
         except ProtocolError as error:
             raise StoreRefused(self.path, f"its daemon can't be understood: {error}", "use one version") from None
 
-    def _expect_welcome(self) -> Welcome:
+    def _expect_welcome(self) -> StoreWelcome:
         try:
             data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_NBYTES, 1)
         except OSError as error:
@@ -232,7 +232,7 @@ class StoreClient:
         self.pool_fd = fds[0] if fds else -1
         self._take(data)
         answer = self._receive(self._timeout_s)
-        if not isinstance(answer, Welcome):
+        if not isinstance(answer, StoreWelcome):
             raise self._unexpected(answer)
         if self.pool_fd < 0:
             raise StoreRefused(self.path, "its daemon sent no memory", "see its log")
@@ -240,7 +240,7 @@ class StoreClient:
         return answer
 
     def _unexpected(self, answer: Answer) -> SllmError:
-        if isinstance(answer, Refused | Failed):
+        if isinstance(answer, RefusedReply | Failed):
             return _error_of(answer)
         return StoreRefused(self.path, f"its daemon answered {answer.kind!r} out of turn", "use one version")
 
@@ -251,7 +251,7 @@ class StoreClient:
         return StoreUnavailable(self.path, f"no daemon of the store: {said}", MEND_UNAVAILABLE)
 
 
-def _error_of(told: Failed | Refused) -> SllmError:
+def _error_of(told: Failed | RefusedReply) -> SllmError:
     """Make the exception that a daemon reported; ``StoreRefused`` if its class is unknown."""
     kind = getattr(errors, told.error, StoreRefused)
     if not (

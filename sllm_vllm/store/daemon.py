@@ -21,7 +21,7 @@ from sllm_vllm.store.calibrate import read_calibration
 from sllm_vllm.store.orders import Orders
 from sllm_vllm.store.places import Places
 from sllm_vllm.store.pool import Pool
-from sllm_vllm.store.server import Server
+from sllm_vllm.store.server import StoreServer
 from sllm_vllm.store.status import Status
 from sllm_vllm.store.store import Store
 
@@ -78,7 +78,7 @@ class _Daemon:
         places = Places(config.store_dir, config.state_dir, _open_remotes(config))
         store = Store(config, self._pool, places, calibration=read_calibration(config.state_dir))
         orders = Orders(store, stop=ending.stop, num_clients=lambda: server.num_clients, problem=lambda: loops.problem)
-        server = Server(store, orders, clients_max=self._clients_max)
+        server = StoreServer(store, orders, clients_max=self._clients_max)
         accepting = loops.start("the daemon's socket", lambda: server.accept(listener))
         prefaulting = _Prefault(self._pool) if config.prefault else contextlib.nullcontext()
         with contextlib.suppress(Stopped), prefaulting, self._metrics(orders, loop):

@@ -125,7 +125,7 @@ class MetricsServer:
     def __init__(self, status: Status, state_dir: Path, port: int) -> None:
         registry = CollectorRegistry()
         registry.register(StoreCollector(status))
-        self._server = _Server(("127.0.0.1", port), registry, open_key(state_dir / KEY_NAME))
+        self._server = _ScrapeServer(("127.0.0.1", port), registry, open_key(state_dir / KEY_NAME))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="sllm-metrics", daemon=True)
         self.port: int = self._server.server_address[1]
@@ -152,7 +152,7 @@ class MetricsServer:
                 self._stopped.wait(_PAUSE_S)
 
 
-class _Server(ThreadingHTTPServer):
+class _ScrapeServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = SCRAPES_MAX
@@ -203,7 +203,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     """Handles one request per connection (HTTP/1.0)."""
 
-    server: _Server
+    server: _ScrapeServer
     server_version = "sllm-store"
     sys_version = ""
 

@@ -16,7 +16,7 @@ from sllm_vllm.daemon.plain_file import read_plain
 from sllm_vllm.errors import SllmError, StoreRefused
 from sllm_vllm.store.core.events import PrefetchEnded
 from sllm_vllm.store.places import Placed
-from sllm_vllm.store.protocol import Find, Hint, Order, Reply
+from sllm_vllm.store.protocol import Find, Hint, Order, StoreReply
 from sllm_vllm.store.status import Status, describe
 from sllm_vllm.store.store import Store
 from sllm_vllm.store.write_behind import WriteBehind
@@ -62,7 +62,7 @@ class Orders:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._write_behind.close()
 
-    async def find(self, request: Find) -> Reply:
+    async def find(self, request: Find) -> StoreReply:
         """Find a checkpoint and return the path of its manifest and its tier.
 
         Raises:
@@ -70,38 +70,38 @@ class Orders:
         """
         placed = await self._store.places.find(request.checkpoint)
         tier = "DISK" if placed.is_on_disk else "REMOTE"
-        return Reply(data={"manifest": str(placed.checkpoint.path / MANIFEST_NAME), "tier": tier})
+        return StoreReply(data={"manifest": str(placed.checkpoint.path / MANIFEST_NAME), "tier": tier})
 
-    async def carry_out(self, order: Order) -> Reply:
+    async def carry_out(self, order: Order) -> StoreReply:
         """Carry out an operator's order.
 
         Raises:
             SllmError: the order can't be carried out.
         """
         if order.order == "status":
-            return Reply(data=await self.status())
+            return StoreReply(data=await self.status())
         if order.order == "stop":
             asyncio.get_running_loop().call_soon(self._stop)
-            return Reply(data={"pid": os.getpid()})
+            return StoreReply(data={"pid": os.getpid()})
         if order.checkpoint is None:
             problem = f"{order.order} needs the name of a checkpoint"
             raise StoreRefused(self._store.config.socket_path, problem, "see `sllm-vllm list`")
         placed = await self._store.places.find(order.checkpoint)
         match order.order:
             case "prefetch":
-                return Reply(data=await self._prefetch(placed, wait=order.wait))
+                return StoreReply(data=await self._prefetch(placed, wait=order.wait))
             case "evict":
                 remaining = await self._store.evict(placed)
                 await self._remember_pin(placed.name, pinned=False)
-                return Reply(data={"remaining_spans": remaining})
+                return StoreReply(data={"remaining_spans": remaining})
             case "pin":
                 await self._store.pin(placed, pinned=True)
                 await self._remember_pin(placed.name, pinned=True)
-                return Reply(data=await self._prefetch(placed, wait=order.wait))
+                return StoreReply(data=await self._prefetch(placed, wait=order.wait))
             case _:
                 await self._store.pin(placed, pinned=False)
                 await self._remember_pin(placed.name, pinned=False)
-                return Reply()
+                return StoreReply()
 
     async def status(self) -> Status:
         """Return the daemon's status; see ``status.py``."""

@@ -1,10 +1,10 @@
 """The protocol between the store's daemon and its clients. Pure: encodes and decodes messages.
 
 A frame is a length (4 bytes, big-endian) followed by that many bytes of JSON in UTF-8: an object with a key ``kind``.
-The client sends ``Hello`` first; the daemon answers ``Welcome``, with a read-only descriptor of the pool attached to
-its first byte. After that, requests are answered one at a time with ``Leased``, ``Reply`` or ``Refused``. A connection
-holds at most one lease, which ends with the connection; while it is open, the daemon sends ``Given`` and ``Failed``
-unasked. Both sides check the other's user id.
+The client sends ``Hello`` first; the daemon answers ``StoreWelcome``, with a read-only descriptor of the pool attached
+to its first byte. After that, requests are answered one at a time with ``Leased``, ``StoreReply`` or ``RefusedReply``.
+A connection holds at most one lease, which ends with the connection; while it is open, the daemon sends ``Given`` and
+``Failed`` unasked. Both sides check the other's user id.
 
 Any violation of this, or of a limit below, ends the connection. Nothing is ever unpickled or evaluated.
 """
@@ -33,28 +33,28 @@ class ProtocolError(Exception):
     """The other side violated the protocol. The connection must end."""
 
 
-class _Message(BaseModel):
+class _StoreMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Hello(_Message):
+class Hello(_StoreMessage):
     """The first message from a client."""
 
     kind: Literal["hello"] = "hello"
     version: int
 
 
-class Find(_Message):
+class Find(_StoreMessage):
     """Find a checkpoint by its path, or by its name in the store's directory or at a remote.
 
-    Answered with a ``Reply`` that holds ``manifest``, the path of a readable manifest.json, and ``tier``.
+    Answered with a ``StoreReply`` that holds ``manifest``, the path of a readable manifest.json, and ``tier``.
     """
 
     kind: Literal["find"] = "find"
     checkpoint: Name
 
 
-class Lease(_Message):
+class LeaseOrder(_StoreMessage):
     """Request a rank's partition with the ``content_digest`` given by ``digest``.
 
     Answered with ``Leased``, then ``Given`` messages. With ``hold`` the client can keep slots mapped as long as it
@@ -68,7 +68,7 @@ class Lease(_Message):
     hold: bool
 
 
-class Release(_Message):
+class Release(_StoreMessage):
     """Release spans that the client no longer uses. Not answered."""
 
     kind: Literal["release"] = "release"
@@ -76,13 +76,14 @@ class Release(_Message):
     spans: Spans
 
 
-class Ping(_Message):
-    """Check that the daemon is alive; answered with ``Reply``. Sent after a silence, as a download may take long."""
+class Ping(_StoreMessage):
+    """Check that the daemon is alive; answered with ``StoreReply``. Sent after a silence, as a download may take
+    long."""
 
     kind: Literal["ping"] = "ping"
 
 
-class Hint(_Message):
+class Hint(_StoreMessage):
     """Announce that a vLLM process has started and will load this model. Not answered, never refused."""
 
     kind: Literal["hint"] = "hint"
@@ -90,8 +91,8 @@ class Hint(_Message):
     tensor_parallel_size: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
-class Order(_Message):
-    """An operator's order, answered with ``Reply`` or ``Refused``.
+class Order(_StoreMessage):
+    """An operator's order, answered with ``StoreReply`` or ``RefusedReply``.
 
     ``wait``: answer a prefetch when it has ended, not when it begins.
     """
@@ -102,7 +103,7 @@ class Order(_Message):
     wait: bool = False
 
 
-class Welcome(_Message):
+class StoreWelcome(_StoreMessage):
     """The daemon's first message. The pool's descriptor is attached to it."""
 
     kind: Literal["welcome"] = "welcome"
@@ -112,7 +113,7 @@ class Welcome(_Message):
     page_nbytes: int
 
 
-class Leased(_Message):
+class Leased(_StoreMessage):
     """The lease is granted. Span i of the partition's data starts with chunk ``i * chunks_per_span``."""
 
     kind: Literal["leased"] = "leased"
@@ -121,7 +122,7 @@ class Leased(_Message):
     num_spans: Index
 
 
-class Given(_Message):
+class Given(_StoreMessage):
     """Spans that are in memory and verified: (span, slot, keep). If ``keep`` is false, copy and release it at once."""
 
     kind: Literal["given"] = "given"
@@ -129,7 +130,7 @@ class Given(_Message):
     spans: tuple[tuple[int, int, bool], ...]
 
 
-class Failed(_Message):
+class Failed(_StoreMessage):
     """A span can't be read; the lease gets no more spans. ``error`` names a class of ``errors.py``."""
 
     kind: Literal["failed"] = "failed"
@@ -140,14 +141,14 @@ class Failed(_Message):
     mend: str
 
 
-class Reply(_Message):
+class StoreReply(_StoreMessage):
     """The result of a request."""
 
     kind: Literal["reply"] = "reply"
     data: dict[str, Any] = {}
 
 
-class Refused(_Message):
+class RefusedReply(_StoreMessage):
     """The request is refused. The connection stays open, unless the request was ``Hello``."""
 
     kind: Literal["refused"] = "refused"
@@ -157,8 +158,8 @@ class Refused(_Message):
     mend: str
 
 
-Request = Hello | Find | Lease | Release | Ping | Hint | Order
-Answer = Welcome | Leased | Given | Failed | Reply | Refused
+Request = Hello | Find | LeaseOrder | Release | Ping | Hint | Order
+Answer = StoreWelcome | Leased | Given | Failed | StoreReply | RefusedReply
 
 _requests: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 _answers: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])

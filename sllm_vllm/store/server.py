@@ -26,15 +26,15 @@ from sllm_vllm.store.protocol import (
     Given,
     Hello,
     Hint,
-    Lease,
+    LeaseOrder,
     Order,
     Ping,
     ProtocolError,
-    Refused,
+    RefusedReply,
     Release,
-    Reply,
     Request,
-    Welcome,
+    StoreReply,
+    StoreWelcome,
     decode_request,
     encode,
 )
@@ -46,7 +46,7 @@ HELLO_TIMEOUT_S = 5.0
 _RECEIVE_NBYTES = 1 << 16
 
 
-class Server:
+class StoreServer:
     """Accepts connections and answers them.
 
     Args:
@@ -172,7 +172,7 @@ class Connection:
 
     def _welcome(self) -> None:
         pool = self._store.pool
-        welcome = Welcome(
+        welcome = StoreWelcome(
             version=PROTOCOL_VERSION,
             slot_nbytes=pool.slot_nbytes,
             num_slots=pool.num_slots,
@@ -186,10 +186,10 @@ class Connection:
                 if request.token == self._token:  # ignore spans of an earlier lease
                     self._store.release(request.token, request.spans)
             case Ping():
-                self._send(Reply())
+                self._send(StoreReply())
             case Hint():
                 self._orders.hint(request)
-            case Lease():
+            case LeaseOrder():
                 await self._or_refuse(lambda: self._lease(request))
             case Find():
                 await self._or_refuse(lambda: self._orders.find(request))
@@ -198,7 +198,7 @@ class Connection:
             case Hello():
                 raise ProtocolError("a second hello")
 
-    async def _lease(self, request: Lease) -> Answer:
+    async def _lease(self, request: LeaseOrder) -> Answer:
         if self._token is not None:
             raise ProtocolError("a second lease on one connection")
         placed = await self._store.places.find(request.checkpoint)
@@ -238,8 +238,8 @@ class Connection:
             await self._sender
 
 
-def _refused(error: SllmError) -> Refused:
+def _refused(error: SllmError) -> RefusedReply:
     """Make the message that reports an error; it names the error's class, so that the client can raise it again."""
     path, problem, mend = (str(getattr(error, name, "")) for name in ("path", "problem", "mend"))
     kind = "StoreRefused" if isinstance(error, ConfigError | WriteError) else type(error).__name__
-    return Refused(error=kind, path=path, problem=problem or str(error), mend=mend)
+    return RefusedReply(error=kind, path=path, problem=problem or str(error), mend=mend)

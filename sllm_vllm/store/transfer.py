@@ -52,7 +52,7 @@ class Transferred:
 
 
 @dataclass(slots=True)
-class _Progress:
+class _TransferProgress:
     """Bytes done so far. Used only on the event loop."""
 
     told: OnProgress
@@ -99,7 +99,7 @@ async def push_checkpoint(
         if not overwrite:
             raise WriteError(place, "there is another checkpoint", "give --overwrite or another URL")
         await remote.remove(name, MANIFEST_NAME)  # otherwise readers could see a mix of old and new partitions
-    progress = _Progress(on_progress, nbytes)
+    progress = _TransferProgress(on_progress, nbytes)
     for record in checkpoint.manifest.partitions:
         content = _sound_pieces(checkpoint.partition(record.rank), progress)
         await remote.put(name, record.path, content, nbytes=record.nbytes)
@@ -118,7 +118,7 @@ def _read_manifest(checkpoint: Checkpoint) -> bytes:
     return raw
 
 
-async def _sound_pieces(partition: RankPartition, progress: _Progress) -> AsyncIterator[memoryview]:
+async def _sound_pieces(partition: RankPartition, progress: _TransferProgress) -> AsyncIterator[memoryview]:
     """Yield the verified header and chunks of a partition, each in its own buffer: obstore keeps references to them."""
     with await asyncio.to_thread(partition.open) as file:
         await asyncio.to_thread(partition.check_header, file)
@@ -169,7 +169,7 @@ async def pull_checkpoint(
         return Transferred(str(repository.root / name), manifest.nbytes, was_there=True)
     staged = await asyncio.to_thread(StagedCheckpoint, repository, name, raw)
     with staged:
-        progress = _Progress(on_progress, manifest.nbytes)
+        progress = _TransferProgress(on_progress, manifest.nbytes)
         pull = _Pull(remote, limits, jitter, progress)
         try:
             for record in manifest.partitions:
@@ -209,7 +209,7 @@ class _Pull:
     remote: Remote
     limits: FetchLimits
     jitter: random.Random
-    progress: _Progress
+    progress: _TransferProgress
 
     async def run(self, partition: StagedPartition, parallel: int) -> None:
         """Fetch the missing chunks of a partition, then finish its file."""

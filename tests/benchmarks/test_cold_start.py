@@ -40,7 +40,7 @@ from benchmarks.cold_start.report import (
     ways_in_turn,
 )
 from benchmarks.cold_start.run import files_of
-from sllm_vllm.node.core.phases import Phase
+from sllm_vllm.node.core.phases import StartPhase
 from sllm_vllm.units import MIB
 
 TOKENS: Tokens = (((1, 2), (3, 4)),)
@@ -94,7 +94,7 @@ def test_phases_that_claim_more_than_there_was_leave_no_negative_rest() -> None:
 
 
 def test_every_phase_of_a_start_has_a_name_and_a_colour() -> None:
-    assert set(PHASE_NAMES) == {phase.name.lower() for phase in Phase} - {"ready"} | {REST, FIRST_TOKEN}
+    assert set(PHASE_NAMES) == {phase.name.lower() for phase in StartPhase} - {"ready"} | {REST, FIRST_TOKEN}
     assert set(COLORS) == set(PHASE_NAMES)
 
 
@@ -107,7 +107,7 @@ def test_log_that_grows_is_split_into_phases(tmp_path: Path) -> None:
         file.write("INFO Initializing a V1 LLM engi")
         file.flush()
         follower.read()
-        assert follower.phases.phase is Phase.IMPORTS  # the line is not whole yet
+        assert follower.phases.phase is StartPhase.IMPORTS  # the line is not whole yet
         file.write("ne\n3 %\rStarting to load model x\n")
     follower.read()
     assert set(follower.finish(1e9)) == {"process", "imports", "workers", "weights"}

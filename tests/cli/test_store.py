@@ -20,7 +20,7 @@ from sllm_vllm.cli import main as cli
 from sllm_vllm.config import StoreConfig
 from sllm_vllm.store import calibrate
 from sllm_vllm.store.calibrate import MeasurePlan, read_calibration
-from sllm_vllm.store.protocol import Order, Refused, Reply
+from sllm_vllm.store.protocol import Order, RefusedReply, StoreReply
 from sllm_vllm.units import GIB, KIB, MIB
 from tests.store.scripted_daemon import EMPTY, STATUS, ScriptedDaemon
 
@@ -75,7 +75,7 @@ def served(monkeypatch: pytest.MonkeyPatch, store: Path) -> list[StoreConfig]:
 
 
 def test_status_shows_names_whole(run: Run, daemon: ScriptedDaemon) -> None:
-    daemon.answer = Reply(data=STATUS)
+    daemon.answer = StoreReply(data=STATUS)
     code, out, err = run("status")
     assert (code, err) == (0, "")
     for expected in (
@@ -95,7 +95,7 @@ def test_status_shows_names_whole(run: Run, daemon: ScriptedDaemon) -> None:
 
 
 def test_status_of_an_idle_store(run: Run, daemon: ScriptedDaemon) -> None:
-    daemon.answer = Reply(data=EMPTY)
+    daemon.answer = StoreReply(data=EMPTY)
     code, out, _ = run("status")
     assert code == 0
     assert "no checkpoints" in out
@@ -104,7 +104,7 @@ def test_status_of_an_idle_store(run: Run, daemon: ScriptedDaemon) -> None:
 
 
 def test_status_as_json_is_what_the_daemon_says(run: Run, daemon: ScriptedDaemon) -> None:
-    daemon.answer = Reply(data=STATUS)
+    daemon.answer = StoreReply(data=STATUS)
     code, out, _ = run("status", "--json")
     assert (code, json.loads(out)) == (0, STATUS)
 
@@ -123,7 +123,7 @@ def test_status_as_json_is_what_the_daemon_says(run: Run, daemon: ScriptedDaemon
 def test_an_order_is_given(
     run: Run, daemon: ScriptedDaemon, arguments: tuple[str, ...], order: Order, told: str
 ) -> None:
-    daemon.answer = Reply(data={"resident_nbytes": 3 * MIB})
+    daemon.answer = StoreReply(data={"resident_nbytes": 3 * MIB})
     code, out, err = run(*arguments)
     expected = f"{told.replace('SOCKET', str(daemon.path))} (resident 3.00 MiB)\n"
     assert (code, out, err) == (0, expected, "")
@@ -137,7 +137,7 @@ def test_an_order_goes_to_the_socket_that_is_named(run: Run, daemon: ScriptedDae
 
 
 def test_a_refused_order_is_one_line(run: Run, daemon: ScriptedDaemon) -> None:
-    daemon.answer = Refused(error="CheckpointMissing", path="/s/m", problem="there is none", mend="convert it")
+    daemon.answer = RefusedReply(error="CheckpointMissing", path="/s/m", problem="there is none", mend="convert it")
     assert run("prefetch", "m") == (1, "", "sllm-vllm: /s/m: there is none; convert it\n")
 
 
@@ -295,7 +295,9 @@ def test_the_example_file_is_one_that_serve_takes(run: Run, served: list[StoreCo
 
 def test_help_loads_nothing_that_takes_long() -> None:
     names = ["serve", "status", "prefetch", "evict", "pin", "unpin", "stop", "calibrate"]
-    script = "import sys; from sllm_vllm.cli import main as cli\ntry: cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    script = (
+        "import sys; from sllm_vllm.cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
     command = [sys.executable, "-c", script, "store", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert {"torch", "numpy", "prometheus_client", "sllm_vllm.config"} & set(done.stderr.split()) == set()

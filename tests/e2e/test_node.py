@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from sllm_vllm.errors import OrderRefused
 from sllm_vllm.node.agent import NodeAgent
-from sllm_vllm.node.core.phases import Phase
+from sllm_vllm.node.core.phases import StartPhase
 from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import all_processes
 from sllm_vllm.node.protocol import ReplicaReport
@@ -209,13 +209,21 @@ async def test_a_port_that_somebody_took_meanwhile_fails_that_engine_alone(
     await stopped(agent, (await ready(agent, order(model_dir("llama")))).id)
 
 
-PHASES = (Phase.IMPORTS, Phase.WORKERS, Phase.INIT, Phase.WEIGHTS, Phase.PROFILE, Phase.WARMUP, Phase.HTTP)
+PHASES = (
+    StartPhase.IMPORTS,
+    StartPhase.WORKERS,
+    StartPhase.INIT,
+    StartPhase.WEIGHTS,
+    StartPhase.PROFILE,
+    StartPhase.WARMUP,
+    StartPhase.HTTP,
+)
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=[phase.name for phase in PHASES])
 @pytest.mark.parametrize("victim", ["first", "last"])
 async def test_an_engine_killed_in_any_phase_leaves_nothing(
-    agent: NodeAgent, model_dir: ModelDir, phase: Phase, victim: str
+    agent: NodeAgent, model_dir: ModelDir, phase: StartPhase, victim: str
 ) -> None:
     """The first process is the API server; the last that was started is a worker, once there is one.
 
@@ -246,8 +254,8 @@ def workers(session: int) -> list[int]:
     return found
 
 
-def reached(report: ReplicaReport, phase: Phase) -> bool:
-    order_of = [one.value for one in Phase]
+def reached(report: ReplicaReport, phase: StartPhase) -> bool:
+    order_of = [one.value for one in StartPhase]
     return report.start is not None and order_of.index(report.start.phase) >= order_of.index(phase.value)
 
 

@@ -33,7 +33,7 @@ from sllm_vllm.node.protocol import (
     StartReport,
     WarmReport,
 )
-from sllm_vllm.node.server import Agent, Server
+from sllm_vllm.node.server import Agent, AgentServer
 
 KEY = "sk-this-is-secret"
 T = TypeVar("T")
@@ -242,7 +242,7 @@ class ServedAgent:
     async def _serve(self) -> None:
         agent: Agent = self.agent
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
-        server = Server(agent, stop=self.was_told_to_stop.set)
+        server = AgentServer(agent, stop=self.was_told_to_stop.set)
         await server.start()
         with listening(self.socket, WORDS) as listener:
             accepting = asyncio.create_task(server.serve(listener))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sllm_vllm.node.starter import Scratch
+from sllm_vllm.node.sockets import Scratch
 
 
 @pytest.fixture

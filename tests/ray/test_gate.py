@@ -12,11 +12,11 @@ import pytest
 
 from sllm_vllm.ray import gate as remote_gate
 from sllm_vllm.ray.gate import RemoteGate
-from sllm_vllm.ray.session import SILENT_S_MAX, Answer, ControllerGone, Held, News, Note, Unknown, Welcome
+from sllm_vllm.ray.session import SILENT_S_MAX, Answer, ControllerGone, Held, News, Note, SessionWelcome, Unknown
 from sllm_vllm.ray.sessions import GateService
 from sllm_vllm.router.config.sections import ModelConfig
 from sllm_vllm.router.config.settings import IngressSettings
-from sllm_vllm.router.controller import Bounds, Controller
+from sllm_vllm.router.controller import Controller, ControllerLimits
 from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, Outcome, Rejected, Ticket
 from tests.router.fake_gate import until
@@ -44,7 +44,7 @@ class Link:
         self.changed = asyncio.Event()
         """Set and replaced when the service is gone: what waits for it fails."""
 
-    async def enter(self, ingress: str, held: Sequence[Held]) -> Welcome:
+    async def enter(self, ingress: str, held: Sequence[Held]) -> SessionWelcome:
         return await self._call("enter", lambda service: service.enter(ingress, held))
 
     async def acquire(self, ingress: str, facts: RequestFacts) -> Answer:
@@ -91,7 +91,7 @@ class Bench:
         self._directory = directory
 
     async def start_controller(self, *, is_open: bool = True) -> None:
-        self.controller = Controller(waiting_max=10, directory=self._directory, bounds=Bounds(moves_max=1))
+        self.controller = Controller(waiting_max=10, directory=self._directory, bounds=ControllerLimits(moves_max=1))
         await self.controller.start()
         self.controller.deploy(ModelConfig(name=MODEL, max_replicas=2, ongoing_max=1, target_ongoing=1))
         self.service = GateService(self.controller, IngressSettings(), clock=lambda: self.now_s)

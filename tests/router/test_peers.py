@@ -14,7 +14,7 @@ from sllm_vllm.errors import NodeError
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport
 from sllm_vllm.router.admin.views import nodes_view, stores_view
 from sllm_vllm.router.config.sections import ModelConfig
-from sllm_vllm.router.controller import Bounds, Controller
+from sllm_vllm.router.controller import Controller, ControllerLimits
 from sllm_vllm.router.core import foresight as copies
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Ticket
@@ -51,7 +51,7 @@ class PullingNode(FakeNode):
 @contextlib.asynccontextmanager
 async def serving(directory: Path, *nodes: FakeNode, holders_max: int = 0) -> AsyncIterator[Controller]:
     """Over nodes `n0`, `n1`, …; the first one has the checkpoint, and no room for a start."""
-    controller = Controller(waiting_max=10, directory=directory, bounds=Bounds(holders_max=holders_max))
+    controller = Controller(waiting_max=10, directory=directory, bounds=ControllerLimits(holders_max=holders_max))
     await controller.start()
     controller.deploy(MODEL)
     nodes[0].checkpoints = (CHECKPOINT,)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sllm_vllm.router.core.events import Event
-from sllm_vllm.simulate.hardware import SMOOTH, Cluster, ModelClass, NodeClass, Serving
+from sllm_vllm.simulate.hardware import SMOOTH, HardwareCluster, ModelClass, NodeClass, Serving
 from sllm_vllm.simulate.policy import Order
 from sllm_vllm.simulate.workload import SimulatedRequest, Traffic
 
@@ -32,7 +32,7 @@ NODE = NodeClass(
     host_bps=10_000.0,
     load_fixed_s=0.0,
 )
-SMALL = Cluster(
+SMALL = HardwareCluster(
     name="small",
     num_nodes=2,
     node=NODE,

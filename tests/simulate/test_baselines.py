@@ -35,7 +35,7 @@ from sllm_vllm.simulate.baselines import (
     Shepherd,
     baselines,
 )
-from sllm_vllm.simulate.hardware import Cluster, Failures
+from sllm_vllm.simulate.hardware import FaultRates, HardwareCluster
 from sllm_vllm.simulate.policy import Order, PreemptRequest
 from sllm_vllm.simulate.presets import HERE, PAPER
 from sllm_vllm.simulate.workload import draw_requests
@@ -44,7 +44,7 @@ from tests.simulate.scripted import KIND
 
 NAMES = sorted(baselines({}, 0))
 HOPS = {Tier.HOST: 10_000.0, Tier.DISK: 2_000.0, Tier.REMOTE: 100.0}
-ROUGH = Failures(
+ROUGH = FaultRates(
     start_share=0.1, crashes_per_hour=20.0, losses_per_hour=10.0, leave_share=0.1, outlier_share=0.05, node_back_s=20.0
 )
 CLASSES = {f"m-{number}": KIND for number in range(4)}
@@ -217,13 +217,13 @@ def test_failed_request_is_sent_again_and_then_rejected() -> None:
     assert isinstance(rejected, RejectRequest)
 
 
-def crowded(cluster: Cluster) -> Cluster:
+def crowded(cluster: HardwareCluster) -> HardwareCluster:
     return replace(cluster, traffic=replace(cluster.traffic, rate=cluster.traffic.rate * 3), failures=ROUGH)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cluster", [PAPER, HERE], ids=["paper", "here"])
-def test_every_request_ends_once_whatever_fails(name: str, cluster: Cluster) -> None:
+def test_every_request_ends_once_whatever_fails(name: str, cluster: HardwareCluster) -> None:
     rough = crowded(cluster)
     for seed in range(3):
         requests = draw_requests(rough.traffic, list(rough.classes()), 150, seed=seed)

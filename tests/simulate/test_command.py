@@ -14,17 +14,17 @@ from sllm_vllm.cli.simulate import OURS, Options, run_simulation
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.simulate.decisions import Decisions, crowded, growth_rows, measure, with_models, with_nodes
 from sllm_vllm.simulate.hardware import ModelClass
-from sllm_vllm.simulate.policy import Policy
+from sllm_vllm.simulate.policy import SchedulingPolicy
 from sllm_vllm.simulate.presets import BIG, HERE
 from tests.simulate.scripted import Scripted
 
 SHORT = Options(preset="here", seeds=2, requests=20, validate=True)
 
 
-def with_policy(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+def with_policy(monkeypatch: pytest.MonkeyPatch, policy: SchedulingPolicy) -> None:
     """Make it the only one that is known."""
 
-    def known(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], Policy]]:
+    def known(classes: Mapping[str, ModelClass], seed: int) -> dict[str, Callable[[], SchedulingPolicy]]:
         return {OURS: lambda: policy}
 
     monkeypatch.setattr(command, "policies", known)

@@ -25,13 +25,15 @@ from sllm_vllm.simulate.metrics import (
     table,
 )
 from sllm_vllm.simulate.plot import write_cdfs
-from sllm_vllm.simulate.run import End, Outcome, Run
+from sllm_vllm.simulate.run import End, RequestOutcome, Run
 from tests.simulate.scripted import asked
 
 
-def outcome(number: int, *, dispatched_s: float, end: End | None = End.ANSWERED, is_cold: bool = False) -> Outcome:
+def outcome(
+    number: int, *, dispatched_s: float, end: End | None = End.ANSWERED, is_cold: bool = False
+) -> RequestOutcome:
     """Arrived at 10; its first token 1 s after it was sent, its end 2 s after that."""
-    return Outcome(
+    return RequestOutcome(
         asked(number, at_s=10.0),
         dispatched_s=dispatched_s,
         first_s=dispatched_s + 1.0,
@@ -41,7 +43,7 @@ def outcome(number: int, *, dispatched_s: float, end: End | None = End.ANSWERED,
     )
 
 
-def run_of(*outcomes: Outcome) -> Run:
+def run_of(*outcomes: RequestOutcome) -> Run:
     return Run({one.request.id: one for one in outcomes}, accelerator_s=42.0, num_starts=3)
 
 
@@ -56,8 +58,8 @@ def test_figures_of_a_run() -> None:
         outcome(0, dispatched_s=10.0),
         outcome(1, dispatched_s=14.0, is_cold=True),
         outcome(2, dispatched_s=18.0, is_cold=True, end=End.BROKEN),
-        Outcome(asked(3, at_s=10.0), ended_s=70.0, end=End.REJECTED),
-        Outcome(asked(4, at_s=10.0)),
+        RequestOutcome(asked(3, at_s=10.0), ended_s=70.0, end=End.REJECTED),
+        RequestOutcome(asked(4, at_s=10.0)),
     )
     found = figures(run)
     assert found["ttft_mean_s"] == pytest.approx((1.0 + 5.0 + 9.0) / 3)

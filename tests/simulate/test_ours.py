@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 
 from sllm_vllm.router.core.router import RouterCore
-from sllm_vllm.simulate.hardware import Cluster, Failures
+from sllm_vllm.simulate.hardware import FaultRates, HardwareCluster
 from sllm_vllm.simulate.presets import HERE, PAPER
 from sllm_vllm.simulate.workload import draw_requests
 from sllm_vllm.simulate.world import World
 
-ROUGH = Failures(
+ROUGH = FaultRates(
     start_share=0.1, crashes_per_hour=20.0, losses_per_hour=10.0, leave_share=0.1, outlier_share=0.05, node_back_s=20.0
 )
 
 
 @pytest.mark.parametrize("crowding", [1, 6])
 @pytest.mark.parametrize("cluster", [PAPER, HERE], ids=["paper", "here"])
-def test_every_request_ends_once_whatever_fails(cluster: Cluster, crowding: int) -> None:
+def test_every_request_ends_once_whatever_fails(cluster: HardwareCluster, crowding: int) -> None:
     traffic = replace(cluster.traffic, rate=cluster.traffic.rate * crowding)
     rough = replace(cluster, traffic=traffic, failures=ROUGH)
     for seed in range(3):

@@ -30,7 +30,7 @@ from sllm_vllm.router.core.events import (
     Ticked,
 )
 from sllm_vllm.router.core.facts import Tier
-from sllm_vllm.simulate.hardware import Failures
+from sllm_vllm.simulate.hardware import FaultRates
 from sllm_vllm.simulate.machines import keep
 from sllm_vllm.simulate.policy import Order, PreemptRequest
 from sllm_vllm.simulate.run import End, Run
@@ -228,7 +228,7 @@ def test_prefetch_drops_nothing_from_memory() -> None:
 
 
 def test_node_that_is_lost_forgets_its_prefetches() -> None:
-    failing = replace(ONE, failures=Failures(losses_per_hour=3600 * 2.0, node_back_s=100.0, noise_sigma=0.0))
+    failing = replace(ONE, failures=FaultRates(losses_per_hour=3600 * 2.0, node_back_s=100.0, noise_sigma=0.0))
     policy = Scripted(fetching("m-0", inner=lambda event, now_s: [GIVEN_UP] if isinstance(event, NodeLost) else []))
     run = World(failing, policy, seed=1).run([asked(0)])
     assert run.num_losses == 1
@@ -292,7 +292,7 @@ def _crashing() -> Answer:
 
 
 def test_start_that_fails_says_so() -> None:
-    failing = replace(ONE, failures=Failures(start_share=1.0, noise_sigma=0.0, outlier_share=0.0))
+    failing = replace(ONE, failures=FaultRates(start_share=1.0, noise_sigma=0.0, outlier_share=0.0))
     inner = serving(start("a"))
 
     def answer(event: Event, now_s: float) -> Sequence[Order]:

@@ -28,13 +28,13 @@ from sllm_vllm.store.protocol import (
     FrameReader,
     Given,
     Hello,
-    Lease,
     Leased,
-    Refused,
+    LeaseOrder,
+    RefusedReply,
     Release,
-    Reply,
     Request,
-    Welcome,
+    StoreReply,
+    StoreWelcome,
     decode_request,
     encode,
 )
@@ -75,7 +75,7 @@ class LeaseDaemon:
         self.state_dir = store_dir / ".store"
         self.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.pool = Pool(num_slots, slot_nbytes, self.state_dir)
-        self.leases: list[Lease] = []
+        self.leases: list[LeaseOrder] = []
         self.released: list[int] = []
         self.num_open = 0
         self.changed = threading.Condition()
@@ -193,17 +193,17 @@ class _Conversation:
                 daemon.released.extend(request.spans)
                 self._in_transit.difference_update(request.spans)
                 daemon.changed.notify_all()
-        elif isinstance(request, Lease):
+        elif isinstance(request, LeaseOrder):
             daemon.leases.append(request)
             self._lease(request)
         elif isinstance(request, Find) and daemon.found is not None:
-            self._send(Reply(data={"manifest": str(daemon.found), "tier": "remote"}))
+            self._send(StoreReply(data={"manifest": str(daemon.found), "tier": "remote"}))
         elif isinstance(request, Find):
-            self._send(Refused(error="CheckpointMissing", path=request.checkpoint, problem="none", mend="convert"))
+            self._send(RefusedReply(error="CheckpointMissing", path=request.checkpoint, problem="none", mend="convert"))
 
     def _send_welcome(self) -> None:
         pool = self._daemon.pool
-        welcome = Welcome(
+        welcome = StoreWelcome(
             version=PROTOCOL_VERSION,
             slot_nbytes=pool.slot_nbytes,
             num_slots=pool.num_slots,
@@ -211,10 +211,10 @@ class _Conversation:
         )
         socket.send_fds(self._connection, [encode(welcome)], [pool.client_fd])
 
-    def _lease(self, request: Lease) -> None:
+    def _lease(self, request: LeaseOrder) -> None:
         daemon = self._daemon
         if daemon.script.refuses is not None:
-            self._send(Refused(error=daemon.script.refuses, path="daemon", problem="no", mend="ask another"))
+            self._send(RefusedReply(error=daemon.script.refuses, path="daemon", problem="no", mend="ask another"))
             return
         path = daemon.store_dir / request.checkpoint  # an absolute path stays what it is
         if not path.exists() and daemon.found is not None:
@@ -231,7 +231,7 @@ class _Conversation:
 
         daemon.start(give)
 
-    def _give(self, request: Lease, partition: RankPartition, num_spans: int) -> None:
+    def _give(self, request: LeaseOrder, partition: RankPartition, num_spans: int) -> None:
         script, batch = self._daemon.script, list[tuple[int, int, bool]]()
         order = list(script.order if script.order is not None else range(num_spans))
         for number, span in enumerate(order):

@@ -16,9 +16,9 @@ from sllm_vllm.store.protocol import (
     FrameReader,
     Hello,
     Order,
-    Reply,
     Request,
-    Welcome,
+    StoreReply,
+    StoreWelcome,
     decode_request,
     encode,
 )
@@ -104,7 +104,7 @@ class ScriptedDaemon:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.orders: list[Order] = []
-        self.answer: Answer = Reply()
+        self.answer: Answer = StoreReply()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with short_address(path) as address:
             self._socket.bind(address)
@@ -132,7 +132,7 @@ class ScriptedDaemon:
 
     def _hear(self, channel: socket.socket, request: Request) -> None:
         if isinstance(request, Hello):
-            welcome = Welcome(version=PROTOCOL_VERSION, slot_nbytes=MIB, num_slots=1, page_nbytes=4 * KIB)
+            welcome = StoreWelcome(version=PROTOCOL_VERSION, slot_nbytes=MIB, num_slots=1, page_nbytes=4 * KIB)
             memory = os.memfd_create("pool")
             socket.send_fds(channel, [encode(welcome)], [memory])
             os.close(memory)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sllm_vllm.errors import StoreRefused
 from sllm_vllm.store.channel import connect_to
 from sllm_vllm.store.client import StoreClient
-from sllm_vllm.store.protocol import Hello, Lease, Order, Release, encode
+from sllm_vllm.store.protocol import Hello, LeaseOrder, Order, Release, encode
 from sllm_vllm.units import MIB
 from tests.store.builders import data_of, lease_of, load_through, make_checkpoint, read_slot
 from tests.store.store_daemon import RunningDaemon, store_daemon
@@ -131,7 +131,7 @@ def talk(daemon: RunningDaemon, data: bytes) -> None:
 def test_garbage_ends_the_connection_and_nothing_else(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "store", "a")
     hello = encode(Hello(version=1))
-    lease = encode(Lease(checkpoint=checkpoint.path.name, rank=0, digest="0" * 32, hold=False))
+    lease = encode(LeaseOrder(checkpoint=checkpoint.path.name, rank=0, digest="0" * 32, hold=False))
     good = st.sampled_from([hello, lease, encode(Release(token=1, spans=(0,))), encode(Order(order="status"))])
     with store_daemon(tmp_path / "store") as daemon, daemon.client() as bystander:
         leased = lease_of(bystander, checkpoint, hold=True)

@@ -44,11 +44,11 @@ Name = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
-class _Record(BaseModel):
+class _ManifestRecord(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
 
-class SourceFileRecord(_Record):
+class SourceFileRecord(_ManifestRecord):
     """A source file of the weights. ``digest`` is the algorithm and the content's hash: ``xxh3:…``, ``sha256:…``."""
 
     name: Name
@@ -56,7 +56,7 @@ class SourceFileRecord(_Record):
     digest: Annotated[str, Field(max_length=128)]
 
 
-class Source(_Record):
+class Source(_ManifestRecord):
     """Where the weights came from. ``fingerprint`` identifies the content of all ``files`` and is the same everywhere.
 
     ``revision`` is the commit of a model from the Hub. Checkpoints written by earlier versions list no files.
@@ -68,7 +68,7 @@ class Source(_Record):
     files: Annotated[list[SourceFileRecord], Field(max_length=100_000)] = []
 
 
-class Layout(_Record):
+class Layout(_ManifestRecord):
     """Everything that affects the contents of parameters. Two loads share a checkpoint only if all fields are equal."""
 
     model_class: str
@@ -84,7 +84,7 @@ class Layout(_Record):
     """Digest of all other settings in vLLM's and the model's configuration that affect the module."""
 
 
-class TensorRecord(_Record):
+class TensorRecord(_ManifestRecord):
     """One stored tensor: ``nbytes`` bytes at ``offset`` in the partition's data, row-major. ``aliases`` share them."""
 
     name: Name
@@ -121,7 +121,7 @@ class TensorRecord(_Record):
         return self
 
 
-class Partition(_Record):
+class Partition(_ManifestRecord):
     """One rank's data file: a safetensors header of ``header_nbytes``, then data in chunks of ``chunk_nbytes``."""
 
     rank: Count
@@ -171,7 +171,7 @@ class Partition(_Record):
             raise ValueError(f"{self.path}: tensors end at {end} of {self.data_nbytes} data bytes")
 
 
-class Manifest(_Record):
+class Manifest(_ManifestRecord):
     """The validated description of a whole checkpoint."""
 
     format: Literal["sllm-checkpoint"] = FORMAT_NAME

@@ -2,8 +2,8 @@
 ``replica.py``.
 
 Owned by the agent's run loop. The caller must answer each ``StartEngine`` with either one ``EngineNotStarted``, or one
-``EngineStarted`` and later one ``EngineExited``, in this order for each process. It must also send a ``Ticked`` about
-every second.
+``EngineStarted`` and later one ``EngineExited``, in this order for each process. It must also send an ``AgentTicked``
+about every second.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import assert_never
 
 from sllm_vllm.node.core.events import (
     Action,
+    AgentTicked,
     EngineExited,
     EngineHealthy,
     EngineNotStarted,
@@ -28,7 +29,6 @@ from sllm_vllm.node.core.events import (
     StopAsked,
     TellState,
     TerminateEngine,
-    Ticked,
 )
 from sllm_vllm.node.core.invariants import validate
 from sllm_vllm.node.core.replica import (
@@ -38,12 +38,12 @@ from sllm_vllm.node.core.replica import (
     WELL_ONCE,
     Do,
     Kind,
-    Replica,
+    NodeReplica,
     ReplicaRow,
     State,
     row_of,
 )
-from sllm_vllm.node.core.slots import Slots
+from sllm_vllm.node.core.slots import AcceleratorSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +76,17 @@ class AgentCore:
 
     Limits are measured on a *paced* clock: it advances from one event to the next as the given clock does, but by at
     most ``tick_max_s``, and never backwards. So after a machine slept, or the agent was blocked, for an hour, at
-    most ``tick_max_s`` of every limit has been used up. Limits are checked when a ``Ticked`` arrives.
+    most ``tick_max_s`` of every limit has been used up. Limits are checked when an ``AgentTicked`` arrives.
 
     Waiting orders are served strictly in order: none overtakes another, and while any order waits, an order that does
-    not wait is refused. Slots that a large order needs stay empty until it has all of them: how long engines run can't
-    be predicted, and a large model that is overtaken again and again would never start.
+    not wait is refused. Slots that a large order needs stay empty until it has all of them: how long engines
+    run can't be predicted, and a large model that is overtaken again and again would never start.
     """
 
     def __init__(self, num_slots: int, limits: AgentLimits) -> None:
         self.limits = limits
-        self.slots = Slots(num_slots)
-        self.replicas: dict[str, Replica] = {}
+        self.slots = AcceleratorSlots(num_slots)
+        self.replicas: dict[str, NodeReplica] = {}
         """All that are alive and those that ended last, in the order in which they were ordered."""
         self.waiting: deque[str] = deque()
         self.ended: deque[str] = deque()
@@ -151,7 +151,7 @@ class AgentCore:
                 self._engine_unhealthy(event, now_s)
             case StopAsked():
                 self._happened(event, now_s, Kind.STOP_ASKED, reason="stop asked")
-            case Ticked():
+            case AgentTicked():
                 self._end_overdue(now_s)
             case _:
                 assert_never(event)
@@ -168,7 +168,7 @@ class AgentCore:
         if known is not None:  # an ended replica, whose id the new one takes over
             del self.replicas[spec.id]
             self.ended.remove(spec.id)
-        replica = Replica(spec, since_s=now_s, paced_s=self.paced_s)
+        replica = NodeReplica(spec, since_s=now_s, paced_s=self.paced_s)
         replica.story.append((now_s, event))
         self.replicas[spec.id] = replica
         if not self._fits(spec):
@@ -251,7 +251,7 @@ class AgentCore:
             replica.story.append((now_s, event))
             self._step(replica, kind, now_s, reason=reason)
 
-    def _step(self, replica: Replica, kind: Kind, now_s: float, *, reason: str = "") -> None:
+    def _step(self, replica: NodeReplica, kind: Kind, now_s: float, *, reason: str = "") -> None:
         """Apply one entry of the table. A replica that is stopping keeps its first reason."""
         transition = LIFE.get((replica.state, kind))
         if transition is None:
@@ -266,7 +266,7 @@ class AgentCore:
             replica.is_faulty = kind is not Kind.STOP_ASKED
         self._do(replica, transition.do, now_s)
 
-    def _enter(self, replica: Replica, now_s: float) -> None:
+    def _enter(self, replica: NodeReplica, now_s: float) -> None:
         """Update the record after a change of state."""
         name, state = replica.spec.id, replica.state
         replica.since_s = now_s
@@ -281,7 +281,7 @@ class AgentCore:
                 self.waiting.remove(name)
         self._tell(replica, now_s)
 
-    def _do(self, replica: Replica, do: Do, now_s: float) -> None:
+    def _do(self, replica: NodeReplica, do: Do, now_s: float) -> None:
         match do:
             case Do.NOTHING:
                 pass
@@ -295,10 +295,10 @@ class AgentCore:
             case _:
                 assert_never(do)
 
-    def _tell(self, replica: Replica, now_s: float) -> None:
+    def _tell(self, replica: NodeReplica, now_s: float) -> None:
         self._act(replica, TellState(replica.spec.id, replica.state.value, replica.reason), now_s)
 
-    def _act(self, replica: Replica, action: Action, now_s: float) -> None:
+    def _act(self, replica: NodeReplica, action: Action, now_s: float) -> None:
         replica.story.append((now_s, action))
         self._actions.append(action)
 

@@ -79,7 +79,7 @@ class StopAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class Ticked:
+class AgentTicked:
     """Time passed: the limits of starting and stopping must be checked."""
 
 
@@ -91,7 +91,7 @@ Event = (
     | EngineUnhealthy
     | EngineExited
     | StopAsked
-    | Ticked
+    | AgentTicked
 )
 
 # ----------------------------------------------------------------------------------------------------------- actions

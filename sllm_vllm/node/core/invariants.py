@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sllm_vllm.node.core.replica import ENDED, HOLDING, STARTED_ONCE, Replica, State
+from sllm_vllm.node.core.replica import ENDED, HOLDING, STARTED_ONCE, NodeReplica, State
 
 if TYPE_CHECKING:
     from sllm_vllm.node.core.agent import AgentCore
@@ -21,7 +21,7 @@ def validate(core: AgentCore) -> None:
     _validate_queues(core)
 
 
-def _validate_replica(replica: Replica) -> None:
+def _validate_replica(replica: NodeReplica) -> None:
     state = replica.state
     assert len(replica.slots) == (replica.spec.num_slots if state in HOLDING else 0)
     assert (replica.pid is not None) == (state in STARTED_ONCE) or state is State.STOPPING

@@ -17,7 +17,7 @@ LINE_MAX = 600
 """Characters of a line that are examined: vLLM prints its whole configuration in one line."""
 
 
-class Phase(Enum):
+class StartPhase(Enum):
     """What an engine is doing, in the words of a progress line."""
 
     PROCESS = "starting the process"
@@ -44,8 +44,8 @@ class Phase(Enum):
     READY = "ready"
 
 
-RANKS = {phase: rank for rank, phase in enumerate(Phase)} | dict.fromkeys(
-    (Phase.PROFILE, Phase.COMPILE, Phase.WARMUP, Phase.GRAPHS), 7
+RANKS = {phase: rank for rank, phase in enumerate(StartPhase)} | dict.fromkeys(
+    (StartPhase.PROFILE, StartPhase.COMPILE, StartPhase.WARMUP, StartPhase.GRAPHS), 7
 )
 """A start never returns to a phase of lower rank, because a slower worker may log late what another logged before.
 Phases of equal rank may alternate: on a GPU compiling is part of profiling, on a CPU it comes after the KV cache."""
@@ -55,35 +55,39 @@ class Mark(NamedTuple):
     """A pattern of a log line, and the phase that begins with that line."""
 
     pattern: re.Pattern[str]
-    phase: Phase
+    phase: StartPhase
 
 
-def _mark(pattern: str, phase: Phase) -> Mark:
+def _mark(pattern: str, phase: StartPhase) -> Mark:
     return Mark(re.compile(pattern, re.IGNORECASE), phase)
 
 
 MARKS = (
     # The first match wins. The first two match lines that quote the user's arguments, so they must come first.
-    _mark(r"non-default args|vLLM (API )?server version", Phase.WORKERS),
-    _mark(r"Initializing a V\d+ LLM engine", Phase.WORKERS),
-    _mark(r"world_size=\d+ rank=\d+", Phase.INIT),
-    _mark(r"event=load_model |Model loading took|Available KV cache|KV cache layout|GiB for KV cache", Phase.PROFILE),
-    _mark(r"Starting to load model|Loading weights|Loading .*checkpoint shards", Phase.WEIGHTS),
-    _mark(r"KV cache size|Warming up done", Phase.WARMUP),
-    _mark(r"torch\.compile( and initial profiling.*)? (took|takes)|Initial profiling.* took", Phase.PROFILE),
-    _mark(r"Starting torch\.compile|for vLLM's torch\.compile|Dynamo bytecode|model for the compil", Phase.COMPILE),
-    _mark(r"Compile and warming up|kernel warmup starting|Running FlashInfer autotune", Phase.WARMUP),
-    _mark(r"Graph capturing finished", Phase.WARMUP),
-    _mark(r"Capturing .*graph", Phase.GRAPHS),
-    _mark(r"init engine .*took", Phase.HTTP),
-    _mark(r"Application startup complete", Phase.READY),
+    _mark(r"non-default args|vLLM (API )?server version", StartPhase.WORKERS),
+    _mark(r"Initializing a V\d+ LLM engine", StartPhase.WORKERS),
+    _mark(r"world_size=\d+ rank=\d+", StartPhase.INIT),
+    _mark(
+        r"event=load_model |Model loading took|Available KV cache|KV cache layout|GiB for KV cache", StartPhase.PROFILE
+    ),
+    _mark(r"Starting to load model|Loading weights|Loading .*checkpoint shards", StartPhase.WEIGHTS),
+    _mark(r"KV cache size|Warming up done", StartPhase.WARMUP),
+    _mark(r"torch\.compile( and initial profiling.*)? (took|takes)|Initial profiling.* took", StartPhase.PROFILE),
+    _mark(
+        r"Starting torch\.compile|for vLLM's torch\.compile|Dynamo bytecode|model for the compil", StartPhase.COMPILE
+    ),
+    _mark(r"Compile and warming up|kernel warmup starting|Running FlashInfer autotune", StartPhase.WARMUP),
+    _mark(r"Graph capturing finished", StartPhase.WARMUP),
+    _mark(r"Capturing .*graph", StartPhase.GRAPHS),
+    _mark(r"init engine .*took", StartPhase.HTTP),
+    _mark(r"Application startup complete", StartPhase.READY),
 )
 
 TOLD = (
-    _mark(r"event=inspect_model seconds=(\d+(?:\.\d+)?)", Phase.INSPECT),
-    _mark(r"Initializing model took (\d+(?:\.\d+)?) s", Phase.INIT),
-    _mark(r"event=load_model .*construct_s=(\d+(?:\.\d+)?)", Phase.INIT),
-    _mark(r"Graph capturing finished in (\d+(?:\.\d+)?) s", Phase.GRAPHS),
+    _mark(r"event=inspect_model seconds=(\d+(?:\.\d+)?)", StartPhase.INSPECT),
+    _mark(r"Initializing model took (\d+(?:\.\d+)?) s", StartPhase.INIT),
+    _mark(r"event=load_model .*construct_s=(\d+(?:\.\d+)?)", StartPhase.INIT),
+    _mark(r"Graph capturing finished in (\d+(?:\.\d+)?) s", StartPhase.GRAPHS),
 )
 """Lines that give the duration of a phase whose beginning has no line: that much of the time so far was that
 phase's."""
@@ -96,48 +100,49 @@ REPORT = re.compile(r"event=load_model .*rank=(\d+) bytes=(\d+)")
 class StartTimings:
     """How far a start is, and how long each phase took.
 
-    ``seconds`` has the phases that occurred, in the order of ``Phase``; they add up to ``total_s``, the seconds since
-    the order. ``nbytes`` is the size of the weights that all workers loaded; None if our loader did not report it.
+    ``seconds`` has the phases that occurred, in the order of ``StartPhase``; they add up to ``total_s``, the seconds
+    since the order. ``nbytes`` is the size of the weights that all workers loaded; None if our loader did not report
+    it.
     """
 
-    phase: Phase
-    seconds: Mapping[Phase, float]
+    phase: StartPhase
+    seconds: Mapping[StartPhase, float]
     total_s: float
     nbytes: int | None
 
     @property
     def is_ready(self) -> bool:
         """Whether the start is complete."""
-        return self.phase is Phase.READY
+        return self.phase is StartPhase.READY
 
 
 class StartPhases:
     """The phases of one start. All times are seconds since the order; a step backwards counts as zero."""
 
     def __init__(self) -> None:
-        self.phase = Phase.PROCESS
-        self._seconds: dict[Phase, float] = {}
+        self.phase = StartPhase.PROCESS
+        self._seconds: dict[StartPhase, float] = {}
         self._noted_s = 0.0
         self._nbytes: dict[str, int] = {}
 
     def parent_awaited(self, at_s: float) -> None:
         """The engine waits to be forked from a warm parent that is still importing."""
-        self._begin(Phase.PARENT, at_s)
+        self._begin(StartPhase.PARENT, at_s)
 
     def process_started(self, at_s: float) -> None:
         """The process runs; without this call, its first log line shows that."""
-        self._begin(Phase.IMPORTS, at_s)
+        self._begin(StartPhase.IMPORTS, at_s)
 
     def became_ready(self, at_s: float) -> None:
         """The engine is healthy; without this call, its log shows that. Later lines are not part of the start."""
-        self._begin(Phase.READY, at_s)
+        self._begin(StartPhase.READY, at_s)
 
     def note(self, line: str, at_s: float) -> None:
         """Take one more log line, or a progress bar's next state. Any text is accepted."""
-        if self.phase is Phase.READY:
+        if self.phase is StartPhase.READY:
             return
         line = line[:LINE_MAX]
-        self._begin(Phase.IMPORTS, at_s)  # takes effect only at the first line
+        self._begin(StartPhase.IMPORTS, at_s)  # takes effect only at the first line
         self._take_told(line)
         report = REPORT.search(line)
         if report is not None:
@@ -149,9 +154,9 @@ class StartPhases:
     def timings(self, at_s: float) -> StartTimings:
         """The timings so far."""
         seconds = dict(self._seconds)
-        if self.phase is not Phase.READY:
+        if self.phase is not StartPhase.READY:
             seconds[self.phase] = seconds.get(self.phase, 0.0) + max(0.0, at_s - self._noted_s)
-        ordered = {phase: seconds[phase] for phase in Phase if phase in seconds}
+        ordered = {phase: seconds[phase] for phase in StartPhase if phase in seconds}
         return StartTimings(
             phase=self.phase,
             seconds=ordered,
@@ -159,9 +164,9 @@ class StartPhases:
             nbytes=sum(self._nbytes.values()) if self._nbytes else None,
         )
 
-    def _begin(self, phase: Phase, at_s: float) -> None:
+    def _begin(self, phase: StartPhase, at_s: float) -> None:
         """Count the time so far in the current phase, and enter this one unless that would be a step back."""
-        if self.phase is Phase.READY:
+        if self.phase is StartPhase.READY:
             return
         passed_s = max(0.0, at_s - self._noted_s)
         self._noted_s += passed_s

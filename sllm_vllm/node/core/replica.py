@@ -110,7 +110,7 @@ WELL_ONCE = frozenset({State.READY, State.UNWELL})
 
 
 @dataclass(slots=True)
-class Replica:
+class NodeReplica:
     """One replica that was ordered. ``slots`` are those it owns now; ``pid`` is its process while that may run."""
 
     spec: ReplicaSpec
@@ -146,7 +146,7 @@ class ReplicaRow:
     status: int | None
 
 
-def row_of(replica: Replica) -> ReplicaRow:
+def row_of(replica: NodeReplica) -> ReplicaRow:
     """An immutable copy of the record's public part."""
     return ReplicaRow(
         id=replica.spec.id,

@@ -7,7 +7,7 @@ does.
 from __future__ import annotations
 
 
-class Slots:
+class AcceleratorSlots:
     """Each slot is free or has exactly one owner, which takes all of its slots at once and releases all at once."""
 
     def __init__(self, num_slots: int) -> None:

@@ -53,7 +53,7 @@ _CONFLICT = "conflict"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class AdminCall:
     """A request that is allowed. ``name``: the variable part of its path; ``query``: the last value of each key."""
 
     name: str
@@ -70,7 +70,7 @@ _WHY_NOT_KEPT: dict[type[StateError], tuple[int, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class AdminReply:
     """An answer: a record to send as JSON, or bytes of content type ``kind``."""
 
     content: views.Record | bytes
@@ -86,7 +86,7 @@ class Reloaded:
     warnings: Sequence[str] = ()
 
 
-Handler = Callable[[Call], Awaitable[Reply]]
+Handler = Callable[[AdminCall], Awaitable[AdminReply]]
 
 
 class AdminApp:
@@ -162,7 +162,7 @@ class AdminApp:
         if key is None or self._keys.is_open or not self._keys.allow(key):
             raise unauthorized().closing()
 
-    async def _answer(self, scope: Message, receive: Receive) -> Reply:
+    async def _answer(self, scope: Message, receive: Receive) -> AdminReply:
         path: str = scope["path"]
         found = [(methods, match[1] if match.re.groups else "") for match, methods in self._matches(path)]
         if not found:
@@ -173,7 +173,7 @@ class AdminApp:
             raise wrong_method(scope["method"], tuple(methods)).closing()
         query = {key: values[-1] for key, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
         async with self._bodies.read(scope["headers"], receive) as body:
-            return await handler(Call(name, query, bytes(body)))
+            return await handler(AdminCall(name, query, bytes(body)))
 
     def _matches(self, path: str) -> Iterable[tuple[re.Match[str], dict[str, Handler]]]:
         for pattern, methods in self._routes.items():
@@ -203,14 +203,14 @@ class AdminApp:
 
     # ------------------------------------------------------------------------------------------------------ models
 
-    async def _models(self, call: Call) -> Reply:
-        return Reply(await json_of_many("models", views.model_views(self._controller)))
+    async def _models(self, call: AdminCall) -> AdminReply:
+        return AdminReply(await json_of_many("models", views.model_views(self._controller)))
 
-    async def _model(self, call: Call) -> Reply:
+    async def _model(self, call: AdminCall) -> AdminReply:
         self._require_model(call.name)
-        return Reply(views.model_view(self._controller, call.name))
+        return AdminReply(views.model_view(self._controller, call.name))
 
-    async def _deploy(self, call: Call) -> Reply:
+    async def _deploy(self, call: AdminCall) -> AdminReply:
         model = read_model(call.body, self._defaults)
         try:
             warnings = await asyncio.to_thread(self._check, model)
@@ -224,15 +224,15 @@ class AdminApp:
         logger.info("event=deployed model=%r change=%s", model.name, done)
         status = 201 if before is None else 200
         view = views.model_view(self._controller, model.name)
-        return Reply({"done": done, "warnings": list(warnings), **view}, status)
+        return AdminReply({"done": done, "warnings": list(warnings), **view}, status)
 
-    async def _delete(self, call: Call) -> Reply:
+    async def _delete(self, call: AdminCall) -> AdminReply:
         self._require_model(call.name)
         await self._kept(call.name, None)
         if call.name in self._controller.models:  # it was not deleted meanwhile
             self._controller.delete(call.name)
         logger.info("event=deleted model=%r", call.name)
-        return Reply({"deleted": call.name})
+        return AdminReply({"deleted": call.name})
 
     async def _kept(self, name: str, model: ModelConfig | None) -> None:
         """Store the change before it is made, so that a change that can't be stored is not made."""
@@ -242,9 +242,9 @@ class AdminApp:
             logger.error("event=model_not_kept model=%r reason=%s", name, error)
             raise ApiError(*_WHY_NOT_KEPT.get(type(error), _NOT_KEPT), kind=SERVER, code="state_unavailable") from None
 
-    async def _explain(self, call: Call) -> Reply:
+    async def _explain(self, call: AdminCall) -> AdminReply:
         self._require_model(call.name)
-        return Reply(views.explain_view(self._controller, call.name))
+        return AdminReply(views.explain_view(self._controller, call.name))
 
     def _require_model(self, name: str) -> None:
         if name not in self._controller.models:
@@ -252,10 +252,10 @@ class AdminApp:
 
     # ------------------------------------------------------------------------------------------- replicas and nodes
 
-    async def _replicas(self, call: Call) -> Reply:
-        return Reply(views.replicas_view(self._controller))
+    async def _replicas(self, call: AdminCall) -> AdminReply:
+        return AdminReply(views.replicas_view(self._controller))
 
-    async def _drain_replica(self, call: Call) -> Reply:
+    async def _drain_replica(self, call: AdminCall) -> AdminReply:
         replica = self._controller.core.cluster.replicas.get(call.name)
         if replica is None or not replica.model:
             raise _unknown("replica", call.name)
@@ -263,12 +263,12 @@ class AdminApp:
             message = f"The replica {replica.id} is starting; only one that is ready can be drained."
             raise ApiError(409, message, code=_CONFLICT)
         self._controller.drain(replica.id)
-        return Reply({"replica": replica.id, "state": replica.state.value, "ongoing": len(replica.ongoing)}, 202)
+        return AdminReply({"replica": replica.id, "state": replica.state.value, "ongoing": len(replica.ongoing)}, 202)
 
-    async def _requests(self, call: Call) -> Reply:
-        return Reply(views.requests_view(self._controller, _last(call)))
+    async def _requests(self, call: AdminCall) -> AdminReply:
+        return AdminReply(views.requests_view(self._controller, _last(call)))
 
-    async def _migrate(self, call: Call) -> Reply:
+    async def _migrate(self, call: AdminCall) -> AdminReply:
         if call.name not in self._controller.core.requests:
             raise _unknown("request", call.name)
         target = _target(call.body)
@@ -276,53 +276,53 @@ class AdminApp:
             raise _unknown("replica", target)
         if problem := self._controller.migrate(call.name, target):
             raise ApiError(409, f"The request is not moved: {problem}.", code=_CONFLICT)
-        return Reply({"request": call.name, "target": self._controller.core.requests[call.name].target}, 202)
+        return AdminReply({"request": call.name, "target": self._controller.core.requests[call.name].target}, 202)
 
-    async def _nodes(self, call: Call) -> Reply:
-        return Reply(views.nodes_view(self._controller))
+    async def _nodes(self, call: AdminCall) -> AdminReply:
+        return AdminReply(views.nodes_view(self._controller))
 
-    async def _drain_node(self, call: Call) -> Reply:
+    async def _drain_node(self, call: AdminCall) -> AdminReply:
         node = self._controller.core.cluster.nodes.get(call.name)
         if node is None:
             raise _unknown("node", call.name)
         drained = [replica.id for replica in node.replicas.values() if replica.model]
         self._controller.drain(node.id)
-        return Reply({"node": node.id, "is_drained": True, "replicas": drained}, 202)
+        return AdminReply({"node": node.id, "is_drained": True, "replicas": drained}, 202)
 
-    async def _undrain_node(self, call: Call) -> Reply:
+    async def _undrain_node(self, call: AdminCall) -> AdminReply:
         if call.name not in self._controller.core.cluster.nodes:
             raise _unknown("node", call.name)
         self._controller.undrain(call.name)
-        return Reply({"node": call.name, "is_drained": False})
+        return AdminReply({"node": call.name, "is_drained": False})
 
-    async def _stores(self, call: Call) -> Reply:
-        return Reply(views.stores_view(self._controller))
+    async def _stores(self, call: AdminCall) -> AdminReply:
+        return AdminReply(views.stores_view(self._controller))
 
     # -------------------------------------------------------------------------------------------------------- events
 
-    async def _events(self, call: Call) -> Reply:
+    async def _events(self, call: AdminCall) -> AdminReply:
         events, num = self._controller.core.events, _last(call)
         last = list(itertools.islice(events, max(0, len(events) - num), None))
-        return Reply(views.events_view(last, self._controller.now_s()))
+        return AdminReply(views.events_view(last, self._controller.now_s()))
 
-    async def _story(self, call: Call) -> Reply:
+    async def _story(self, call: AdminCall) -> AdminReply:
         story = self._controller.core.story(call.name)[-_last(call) :]
         if not story:
             raise ApiError(404, f"No events are remembered for `{call.name[:NAME_CHARS_MAX]}`.", code="not_found")
-        return Reply(views.events_view(story, self._controller.now_s()))
+        return AdminReply(views.events_view(story, self._controller.now_s()))
 
     # ------------------------------------------------------------------------------------------------ the whole router
 
-    async def _reload_now(self, call: Call) -> Reply:
+    async def _reload_now(self, call: AdminCall) -> AdminReply:
         try:
             done = await self._reload()
-            return Reply({"changed": done.changed, "warnings": list(done.warnings)})
+            return AdminReply({"changed": done.changed, "warnings": list(done.warnings)})
         except ConfigError as error:
             raise ApiError(400, str(error), code="invalid_config") from None
 
-    async def _metrics(self, call: Call) -> Reply:
+    async def _metrics(self, call: AdminCall) -> AdminReply:
         text = await asyncio.to_thread(generate_latest, await registry_of(self._controller))
-        return Reply(text, kind=CONTENT_TYPE_LATEST)
+        return AdminReply(text, kind=CONTENT_TYPE_LATEST)
 
 
 def read_model(body: bytes, defaults: ModelDefaults) -> ModelConfig:
@@ -364,7 +364,7 @@ def _change(before: ModelConfig | None, model: ModelConfig) -> str:
     return "adjusted" if before.generation == model.generation else "restarted"
 
 
-def _last(call: Call) -> int:
+def _last(call: AdminCall) -> int:
     text = call.query.get("last", str(EVENTS_DEFAULT))
     num = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
     if not 1 <= num <= EVENTS_MAX:

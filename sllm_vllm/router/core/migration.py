@@ -64,7 +64,7 @@ class WentOn:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class SideFailed:
     """One side refused, died, or timed out. ``is_lasting``: trying again would give the same result."""
 
     reason: str
@@ -76,7 +76,7 @@ class SourceEnded:
     """The source's answer is complete, or its client left."""
 
 
-MigrationEvent = SourceTold | Filled | WentOn | Refused | SourceEnded
+MigrationEvent = SourceTold | Filled | WentOn | SideFailed | SourceEnded
 
 # ----------------------------------------------------------------------------------------------------------- actions
 
@@ -121,7 +121,7 @@ class GiveUp:
 MigrationAction = AskSource | Fill | Switch | TakeOver | GiveUp
 
 
-class Phase(Enum):
+class MigrationPhase(Enum):
     """State of a migration."""
 
     ASKING = "asking"
@@ -132,12 +132,12 @@ class Phase(Enum):
     """Given up, or the source finished first."""
 
 
-NEXT: Mapping[Phase, frozenset[Phase]] = {
-    Phase.ASKING: frozenset({Phase.FILLING, Phase.SWITCHING, Phase.ENDED}),
-    Phase.FILLING: frozenset({Phase.ASKING, Phase.FILLING, Phase.ENDED}),
-    Phase.SWITCHING: frozenset({Phase.MOVED, Phase.ENDED}),
-    Phase.MOVED: frozenset(),
-    Phase.ENDED: frozenset(),
+NEXT: Mapping[MigrationPhase, frozenset[MigrationPhase]] = {
+    MigrationPhase.ASKING: frozenset({MigrationPhase.FILLING, MigrationPhase.SWITCHING, MigrationPhase.ENDED}),
+    MigrationPhase.FILLING: frozenset({MigrationPhase.ASKING, MigrationPhase.FILLING, MigrationPhase.ENDED}),
+    MigrationPhase.SWITCHING: frozenset({MigrationPhase.MOVED, MigrationPhase.ENDED}),
+    MigrationPhase.MOVED: frozenset(),
+    MigrationPhase.ENDED: frozenset(),
 }
 
 
@@ -150,7 +150,7 @@ class Migration:
     """
 
     def __init__(self, limits: MigrationLimits, *, block_tokens: int, model_tokens_max: int) -> None:
-        self.phase = Phase.ASKING
+        self.phase = MigrationPhase.ASKING
         self.num_rounds = 0
         self.num_filled = 0
         """Tokens that the target computed in all rounds."""
@@ -180,29 +180,29 @@ class Migration:
     def handle(self, event: MigrationEvent) -> list[MigrationAction]:
         """Process an event and return what to do. Events after the end are ignored."""
         match event:
-            case SourceTold() if self.phase is Phase.ASKING:
+            case SourceTold() if self.phase is MigrationPhase.ASKING:
                 return self._source_told(event)
-            case Filled() if self.phase is Phase.FILLING:
+            case Filled() if self.phase is MigrationPhase.FILLING:
                 self._filled_s += event.seconds
                 return self._filled()
-            case WentOn() if self.phase is Phase.SWITCHING:
-                self._become(Phase.MOVED)
+            case WentOn() if self.phase is MigrationPhase.SWITCHING:
+                self._become(MigrationPhase.MOVED)
                 return [TakeOver()]
-            case Refused() if self.phase not in (Phase.MOVED, Phase.ENDED):
-                self._become(Phase.ENDED)
+            case SideFailed() if self.phase not in (MigrationPhase.MOVED, MigrationPhase.ENDED):
+                self._become(MigrationPhase.ENDED)
                 return [GiveUp(event.reason, event.is_lasting)]
-            case SourceEnded() if self.phase not in (Phase.MOVED, Phase.ENDED):
-                self._become(Phase.ENDED)
+            case SourceEnded() if self.phase not in (MigrationPhase.MOVED, MigrationPhase.ENDED):
+                self._become(MigrationPhase.ENDED)
                 return [GiveUp("its source was done first", is_lasting=False)]
         return []
 
     def _source_told(self, event: SourceTold) -> list[MigrationAction]:
         if not event.num_outputs:
-            self._become(Phase.ENDED)
+            self._become(MigrationPhase.ENDED)
             return [GiveUp("every choice has ended", is_lasting=False)]
         totals = tuple(event.num_prompt + num for num in event.num_outputs)
         if max(totals) >= self._model_tokens_max:
-            self._become(Phase.ENDED)
+            self._become(MigrationPhase.ENDED)
             return [GiveUp(f"{max(totals)} tokens fill the target's context", is_lasting=True)]
         # First round: nothing is computed yet. Later, if a choice has ended: count only the prompt as computed.
         if len(self._reached) != len(totals):
@@ -233,7 +233,7 @@ class Migration:
         return not grown or grown < self._num_last or self._is_waiting
 
     def _switch(self) -> list[MigrationAction]:
-        self._become(Phase.SWITCHING)
+        self._become(MigrationPhase.SWITCHING)
         return [Switch()]
 
     def _wait_for_block_s(self, totals: tuple[int, ...], at_s: float) -> float:
@@ -257,11 +257,11 @@ class Migration:
         pause_s = self._limits.round_pause_s
         if self._reached != self._goal:
             return [self._next_fill(pause_s)]
-        self._become(Phase.ASKING)
+        self._become(MigrationPhase.ASKING)
         return [AskSource(pause_s)]
 
     def _next_fill(self, after_s: float) -> Fill:
-        self._become(Phase.FILLING)
+        self._become(MigrationPhase.FILLING)
         most, before = self._limits.round_tokens_max, self._reached
         self._reached = tuple(min(goal, there + most) for goal, there in zip(self._goal, before, strict=True))
         num_new = self._num_new(before, self._reached)
@@ -275,6 +275,6 @@ class Migration:
         pairs = zip(before, after, strict=True)
         return of_prompt + sum(max(0, new - max(old, num_prompt)) for old, new in pairs)
 
-    def _become(self, phase: Phase) -> None:
+    def _become(self, phase: MigrationPhase) -> None:
         assert phase in NEXT[self.phase], f"{self.phase.name} does not become {phase.name}"
         self.phase = phase

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from sllm_vllm.router.core.facts import Estimate, ModelSpec, RequestFacts, StartSample, Term
-from sllm_vllm.router.core.keep_alive import Arrivals
-from sllm_vllm.router.core.scaling import AutoscaleState
+from sllm_vllm.router.core.keep_alive import Arrivals, AutoscaleState
 
 BACK_OFF_S = 1.0
 BACK_OFF_S_MAX = 60.0

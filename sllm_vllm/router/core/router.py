@@ -40,14 +40,14 @@ from sllm_vllm.router.core.events import (
     is_about,
 )
 from sllm_vllm.router.core.facts import FailureSign, PrefillSample, RequestFacts, RouterLimits, StartSample
-from sllm_vllm.router.core.failures import Failures, Suspects
+from sllm_vllm.router.core.failures import Failures
 from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.membership import Deployments, Membership, Recovery
 from sllm_vllm.router.core.model_state import STEADY_S, ModelState, Picture, Request
 from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.scaling import Scaling
-from sllm_vllm.router.core.trials import Trials
+from sllm_vllm.router.core.trials import Suspects, Trials
 from sllm_vllm.router.core.waits import due_s, what_it_waits_for
 
 CHOICES_MAX = 8

@@ -25,7 +25,7 @@ _OURS = "/sllm/"
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class EngineReply:
     """A whole answer. ``nbytes``: size of its body."""
 
     status: int
@@ -45,7 +45,7 @@ class EngineApi:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
-    async def state(self, ticket: Ticket) -> Reply:
+    async def state(self, ticket: Ticket) -> EngineReply:
         """Ask whether an engine can move requests, and for its block size and context length.
 
         Raises:
@@ -53,7 +53,7 @@ class EngineApi:
         """
         return await self._get(ticket, "state")
 
-    async def tokens(self, ticket: Ticket, shown: str) -> Reply:
+    async def tokens(self, ticket: Ticket, shown: str) -> EngineReply:
         """Ask for the tokens that a request has so far, by its X-Request-Id; status 404 if it is not in flight."""
         return await self._get(ticket, f"requests/{quote(shown, safe='')}/tokens")
 
@@ -74,7 +74,7 @@ class EngineApi:
         length = first.get("max_model_len") if isinstance(first, dict) else None
         return length if isinstance(length, int) else None
 
-    async def prefill(self, ticket: Ticket, body: bytes, *, name: str, seconds_max: float) -> Reply:
+    async def prefill(self, ticket: Ticket, body: bytes, *, name: str, seconds_max: float) -> EngineReply:
         """Have the engine compute a prompt into its prefix cache, by asking for one token after it."""
         headers: Headers = [
             (b"content-type", b"application/json"),
@@ -85,13 +85,13 @@ class EngineApi:
             connection = await self._upstream.post(ticket.url, target="/v1/completions", headers=headers, body=body)
             return await read_reply(connection)
 
-    async def _get(self, ticket: Ticket, path: str) -> Reply:
+    async def _get(self, ticket: Ticket, path: str) -> EngineReply:
         async with _limited(ANSWER_S_MAX):
             connection = await self._upstream.get(ticket.url, target=_OURS + path, headers=_authorization(ticket))
             return await read_reply(connection)
 
 
-async def read_reply(connection: EngineConnection) -> Reply:
+async def read_reply(connection: EngineConnection) -> EngineReply:
     """Read an answer to its end. A body that is not a JSON object is returned as an empty one.
 
     Raises:
@@ -111,7 +111,7 @@ async def read_reply(connection: EngineConnection) -> Reply:
         found = json.loads(b"".join(pieces) or b"{}")
     except ValueError:
         found = {}
-    return Reply(connection.status, found if isinstance(found, dict) else {}, nbytes)
+    return EngineReply(connection.status, found if isinstance(found, dict) else {}, nbytes)
 
 
 def _authorization(ticket: Ticket) -> Headers:

@@ -22,7 +22,7 @@ from sllm_vllm.router.engine_client.headers import Headers, value_of
 from sllm_vllm.router.http.deadline import Ended, Receive
 from sllm_vllm.router.http.errors import ApiError, overloaded
 from sllm_vllm.router.http.form_scan import NotAForm, scan_form
-from sllm_vllm.router.http.json_scan import Bounds, Member, NotJson, NotUtf8, TooMuch, scan_members
+from sllm_vllm.router.http.json_scan import JsonLimits, JsonMember, NotJson, NotUtf8, TooMuch, scan_members
 
 # Reads whole request bodies, within limits on size, time, and the total of all bodies. Runs on the ingress's loop. A
 # large body is held once, in its own memory mapping, which returns to the system when it is released; pieces on the
@@ -260,7 +260,7 @@ def _read_large(body: Body, bounds: BodyBounds) -> Admission:
     model: object = None
     prefix = ""
     try:
-        for member in scan_members(body, Bounds(bounds.depth, bounds.containers, MEMBERS_MAX)):
+        for member in scan_members(body, JsonLimits(bounds.depth, bounds.containers, MEMBERS_MAX)):
             name = _scalar(member.name) if len(member.name) <= _NAME_NBYTES_MAX else ""
             if name == "model":
                 if model is not None:
@@ -284,14 +284,14 @@ def _scalar(written: bytes) -> object:
         raise NotJson("a name or `model` is wrong") from None
 
 
-def _model_value(body: Body, member: Member) -> object:
+def _model_value(body: Body, member: JsonMember) -> object:
     """Return the value of ``model``; 0, which is never valid, if it is too long for a name, or no text or null."""
     written = bytes(body[member.start : min(member.end, member.start + _MODEL_NBYTES_MAX)])
     is_whole = member.end - member.start == len(written)
     return _scalar(written) if is_whole and written[:1] in b'"n' else 0
 
 
-def _beginning(body: Body, member: Member) -> str:
+def _beginning(body: Body, member: JsonMember) -> str:
     nbytes = 4 * PREFIX_CHARS  # UTF-8 takes at most 4 bytes per character
     written = bytes(body[member.start : min(member.end, member.start + nbytes)])
     return written.decode("utf-8", "ignore")[:PREFIX_CHARS]

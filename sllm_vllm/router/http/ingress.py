@@ -34,7 +34,7 @@ from sllm_vllm.router.http.errors import (
     wrong_method,
 )
 from sllm_vllm.router.http.openapi import openapi_document
-from sllm_vllm.router.http.proxy import Call, Proxy, Report
+from sllm_vllm.router.http.proxy import AdmittedRequest, Proxy, Report
 from sllm_vllm.router.pauses import json_of_many
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ READERS_MAX = 2
 
 
 @dataclass(slots=True)
-class Request:
+class RequestHead:
     """A request's head. ``shown``: its X-Request-Id; ``id`` is unique even if two clients send the same one."""
 
     method: str
@@ -134,7 +134,7 @@ class Ingress:
             self._num_requests -= 1
             _log(request, report)
 
-    async def _answer(self, request: Request, report: Report, *, receive: Receive, send: Send) -> None:
+    async def _answer(self, request: RequestHead, report: Report, *, receive: Receive, send: Send) -> None:
         if request.method == "OPTIONS" and self._cors_headers(request):
             await self._preflight(request, report, send=send)
             return
@@ -152,7 +152,9 @@ class Ingress:
         _require(request, "POST")
         await self._forward(request, report, target=target, receive=receive, send=send)
 
-    async def _forward(self, request: Request, report: Report, *, target: str, receive: Receive, send: Send) -> None:
+    async def _forward(
+        self, request: RequestHead, report: Report, *, target: str, receive: Receive, send: Send
+    ) -> None:
         if self._num_requests > self._settings.requests_max:
             raise overloaded(f"{self._settings.requests_max} requests at once is the limit").closing()
         if value_of(request.headers, b"content-encoding").lower() not in {b"", b"identity"}:
@@ -162,13 +164,13 @@ class Ingress:
             request.model = admission.model
             self._require_model(admission.model)
             facts = replace(admission.facts(request.id), digest=await digest_of(target, body))
-            call = Call(facts, request.shown, target=target, headers=request.headers, body=body)
+            call = AdmittedRequest(facts, request.shown, target=target, headers=request.headers, body=body)
             extra = self._common_headers(request)
             if self._proxy is None:  # it needs a running loop
                 self._proxy = Proxy(self._gate, self._settings)
             await self._proxy.run(call, report, receive=receive, send=send, extra=extra)
 
-    async def _read(self, request: Request, body: Body) -> Admission:
+    async def _read(self, request: RequestHead, body: Body) -> Admission:
         """Read what the router needs of a body; a large one in a thread, so that the loop is not blocked."""
         content_type = value_of(request.headers, b"content-type")
         takes_form = request.path in FORM_PATHS
@@ -194,7 +196,7 @@ class Ingress:
         if name not in self._names:
             raise unknown_model(name, list(self._names))
 
-    def _require_key(self, request: Request) -> None:
+    def _require_key(self, request: RequestHead) -> None:
         if self._keys.is_open:
             return
         keys = [bearer_key(values_of(request.headers, b"authorization")), *values_of(request.headers, b"x-api-key")[:1]]
@@ -222,7 +224,7 @@ class Ingress:
             "max_model_len": model.max_model_len,
         }
 
-    async def _preflight(self, request: Request, report: Report, *, send: Send) -> None:
+    async def _preflight(self, request: RequestHead, report: Report, *, send: Send) -> None:
         asked = value_of(request.headers, b"access-control-request-headers") or b"*"
         allowed: Headers = [
             (b"access-control-allow-methods", b"GET, HEAD, POST"),
@@ -231,7 +233,7 @@ class Ingress:
         ]
         await self._send(request, report, status=204, body=b"", send=send, headers=allowed)
 
-    def _cors_headers(self, request: Request) -> Headers:
+    def _cors_headers(self, request: RequestHead) -> Headers:
         origin = value_of(request.headers, b"origin")
         origins = self._settings.cors_origins
         if not origin or (origin.decode("latin-1") not in origins and "*" not in origins):
@@ -242,17 +244,24 @@ class Ingress:
             (b"vary", b"Origin"),
         ]
 
-    def _common_headers(self, request: Request) -> Headers:
+    def _common_headers(self, request: RequestHead) -> Headers:
         return [(b"x-request-id", request.shown.encode()), *self._cors_headers(request)]
 
-    async def _tell(self, request: Request, report: Report, *, error: ApiError, send: Send) -> None:
+    async def _tell(self, request: RequestHead, report: Report, *, error: ApiError, send: Send) -> None:
         headers = [*error.headers, (b"connection", b"close")] if error.closes else error.headers
         await self._send(
             request, report, status=error.status, body=error.body_for(request.path), send=send, headers=headers
         )
 
     async def _send(
-        self, request: Request, report: Report, *, status: int, body: bytes, send: Send, headers: Headers | None = None
+        self,
+        request: RequestHead,
+        report: Report,
+        *,
+        status: int,
+        body: bytes,
+        send: Send,
+        headers: Headers | None = None,
     ) -> None:
         report.status = status
         kind: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -265,13 +274,13 @@ class Ingress:
         )
 
 
-def _read_head(scope: Message) -> Request:
+def _read_head(scope: Message) -> RequestHead:
     headers: Headers = scope["headers"]
     path: str = scope["path"]
     shown = shown_id(headers)
     # Two clients may send the same id, so the router's own gets a random suffix.
     own = shown if not value_of(headers, b"x-request-id") else f"{shown}-{uuid.uuid4().hex[:8]}"
-    return Request(
+    return RequestHead(
         method=scope["method"],
         path=path,
         raw_path=scope.get("raw_path") or quote(path).encode(),
@@ -282,7 +291,7 @@ def _read_head(scope: Message) -> Request:
     )
 
 
-def _engine_target(request: Request) -> str:
+def _engine_target(request: RequestHead) -> str:
     """Path and query for an engine. Only listed paths, written without escapes and dot segments."""
     path = request.raw_path.decode("latin-1")
     is_listed = path in ENGINE_PATHS or (_ENGINE_PATH.fullmatch(request.raw_path) and path not in CONTROL_PATHS)
@@ -297,12 +306,12 @@ def _is_models(path: str) -> bool:
     return path == _MODELS or path.startswith(_MODELS + "/")
 
 
-def _require(request: Request, *methods: str) -> None:
+def _require(request: RequestHead, *methods: str) -> None:
     if request.method not in methods:
         raise wrong_method(request.method, methods)
 
 
-def _log(request: Request, report: Report) -> None:
+def _log(request: RequestHead, report: Report) -> None:
     logger.info(
         "request id=%s path=%r model=%r status=%s outcome=%s ttfb_ms=%s seconds=%.3f replica=%s attempts=%d",
         request.id,

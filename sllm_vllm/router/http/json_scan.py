@@ -38,7 +38,7 @@ class NotUtf8(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class JsonLimits:
     """Limits of an object: nesting ``depth``, number of ``containers`` (arrays and objects), ``members`` at its top."""
 
     depth: int
@@ -47,7 +47,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class JsonMember:
     """A member of the top-level object: its name as written, with quotes, and the position of its value."""
 
     name: bytes
@@ -55,7 +55,7 @@ class Member:
     end: int
 
 
-def scan_members(body: bytes | memoryview, bounds: Bounds) -> Iterator[Member]:
+def scan_members(body: bytes | memoryview, bounds: JsonLimits) -> Iterator[JsonMember]:
     """The members of the JSON object in a body.
 
     Raises:
@@ -77,7 +77,7 @@ def scan_members(body: bytes | memoryview, bounds: Bounds) -> Iterator[Member]:
 class _Marks:
     """Positions of the commas and colons at the top level; ``feed`` it slice by slice."""
 
-    bounds: Bounds
+    bounds: JsonLimits
     begin: int | None = None
     """Position of the first bracket."""
     end: int | None = None
@@ -155,7 +155,7 @@ def _drop_escaped(quotes: NDArray[np.bool_], data: NDArray[np.uint8], was_odd: b
     quotes[at[(at - 1 - last_other) % 2 == 1]] = False
 
 
-def _members(body: bytes | memoryview, marks: _Marks) -> Iterator[Member]:
+def _members(body: bytes | memoryview, marks: _Marks) -> Iterator[JsonMember]:
     begin, end = marks.begin, marks.end
     if begin is None or _trimmed(body, 0, begin) != (begin, begin) or body[begin : begin + 1] != b"{":
         raise NotJson("it must be an object")
@@ -176,7 +176,7 @@ def _members(body: bytes | memoryview, marks: _Marks) -> Iterator[Member]:
         name = bytes(body[name_at:name_end])
         if len(name) < 2 or name[:1] != b'"' or name[-1:] != b'"' or start == stop:
             raise NotJson(f"a member is wrong at byte {before + 1}")
-        yield Member(name, start, stop)
+        yield JsonMember(name, start, stop)
 
 
 def _trimmed(body: bytes | memoryview, start: int, end: int) -> tuple[int, int]:

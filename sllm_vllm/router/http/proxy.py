@@ -40,7 +40,7 @@ _OUTPUT_TOKENS = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class AdmittedRequest:
     """An admitted request. ``target``: path and query; ``shown``: its X-Request-Id."""
 
     facts: RequestFacts
@@ -105,7 +105,7 @@ class Proxy:
         """Close the connections to engines."""
         self._upstream.close()
 
-    async def run(self, call: Call, report: Report, *, receive: Receive, send: Send, extra: Headers) -> None:
+    async def run(self, call: AdmittedRequest, report: Report, *, receive: Receive, send: Send, extra: Headers) -> None:
         """Handle a request until its end. ``extra``: headers to add to the answer.
 
         Raises:
@@ -113,7 +113,7 @@ class Proxy:
             Ended: the client left, so there is nothing to answer.
         """
         watch = Watch(receive, self._settings.request_s_max)
-        answer = _Answer(call, report, send=send, extra=extra)
+        answer = _ClientAnswer(call, report, send=send, extra=extra)
         error: ApiError | None = None
         try:
             async with watch:
@@ -137,7 +137,7 @@ class Proxy:
         else:
             await answer.break_off(error)
 
-    async def _carry(self, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
+    async def _carry(self, call: AdmittedRequest, *, watch: Watch, report: Report, answer: _ClientAnswer) -> None:
         watch.begin_step(None, "")
         ticket = await self._gate.acquire(call.facts)
         before: Leg | None = None
@@ -164,7 +164,9 @@ class Proxy:
             before = leg if told.has_begun else None
             ticket = await self._gate.retry(leg.ticket, told)
 
-    async def _attempt(self, leg: Leg, call: Call, *, watch: Watch, report: Report, answer: _Answer) -> None:
+    async def _attempt(
+        self, leg: Leg, call: AdmittedRequest, *, watch: Watch, report: Report, answer: _ClientAnswer
+    ) -> None:
         limit_s = self._settings.first_byte_s_max
         watch.begin_step(limit_s, f"the engine sent nothing for {limit_s or 0:g} s")
         leg.follow(self._start_mover)
@@ -185,7 +187,9 @@ class Proxy:
             report.replica = leg.ticket.replica
             leg.close()
 
-    async def _pass_on(self, leg: Leg, *, watch: Watch, report: Report, answer: _Answer, proving: Proving) -> None:
+    async def _pass_on(
+        self, leg: Leg, *, watch: Watch, report: Report, answer: _ClientAnswer, proving: Proving
+    ) -> None:
         piece = await leg.read()
         proving.cancel()
         watch.pause()
@@ -218,7 +222,7 @@ class Proxy:
         return asyncio.get_running_loop().create_task(mover.run())
 
 
-async def _begin(leg: Leg, answer: _Answer, piece: bytes) -> bytes:
+async def _begin(leg: Leg, answer: _ClientAnswer, piece: bytes) -> bytes:
     """Send the head; returns what remains to be sent of the first piece."""
     if _is_route_missing(leg.head, piece):
         await answer.refuse()
@@ -227,10 +231,10 @@ async def _begin(leg: Leg, answer: _Answer, piece: bytes) -> bytes:
     return piece
 
 
-class _Answer:
+class _ClientAnswer:
     """The answer as the client sees it."""
 
-    def __init__(self, call: Call, report: Report, *, send: Send, extra: Headers) -> None:
+    def __init__(self, call: AdmittedRequest, report: Report, *, send: Send, extra: Headers) -> None:
         self._call = call
         self._report = report
         self._send = send

@@ -46,7 +46,7 @@ async def serve_app(
         ConfigError: there are no keys, and other machines can connect.
     """
     require_keys(settings, sockets)
-    server = _Server(_config(app, settings, counts or ClientCounts()), started)
+    server = _IngressServer(_config(app, settings, counts or ClientCounts()), started)
     serving = asyncio.create_task(server.serve(sockets=list(sockets)))
     try:
         await asyncio.shield(serving)
@@ -75,7 +75,7 @@ def require_keys(settings: IngressSettings, sockets: Sequence[socket.socket]) ->
                 )
 
 
-class _Server(uvicorn.Server):
+class _IngressServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, started: asyncio.Event | None) -> None:
         super().__init__(config)
         self._started_event = started

@@ -7,13 +7,13 @@ from typing import Any
 
 from sllm_vllm.engine.resume import RESUME_KEY, sign_resume
 from sllm_vllm.router.http.admission import MEMBERS_MAX, Body
-from sllm_vllm.router.http.json_scan import Bounds, scan_members
+from sllm_vllm.router.http.json_scan import JsonLimits, scan_members
 
 VALUE_NBYTES_MAX = 1 << 16
 """Largest size of a member that is read."""
 _READ = frozenset({"cache_salt", "echo", "kv_transfer_params", "vllm_xargs"})
 _NAME_NBYTES_MAX = 1024
-_ADMITTED = Bounds(depth=1 << 30, containers=1 << 30, members=MEMBERS_MAX)
+_ADMITTED = JsonLimits(depth=1 << 30, containers=1 << 30, members=MEMBERS_MAX)
 """Hardly a limit: the body was admitted within tighter bounds."""
 
 

@@ -23,14 +23,14 @@ from sllm_vllm.router.core.migration import (
     MigrationAction,
     MigrationEvent,
     MigrationLimits,
-    Refused,
+    SideFailed,
     SourceEnded,
     SourceTold,
     Switch,
     TakeOver,
     WentOn,
 )
-from sllm_vllm.router.engine_client.api import EngineApi, Reply, read_reply
+from sllm_vllm.router.engine_client.api import EngineApi, EngineReply, read_reply
 from sllm_vllm.router.engine_client.connection import EngineConnection, EngineFailed, Upstream
 from sllm_vllm.router.engine_client.headers import Headers
 from sllm_vllm.router.gate import Gate, MoveOrder, MoveReport
@@ -128,9 +128,9 @@ class Mover:
         reply = await self._api.tokens(self._source, self._leg.asked.shown)
         self._nbytes += reply.nbytes
         if reply.status != 200:
-            return Refused(f"the source answers {reply.status}: {reply.problem}")
+            return SideFailed(f"the source answers {reply.status}: {reply.problem}")
         if _RESUME not in reply.body:
-            return Refused(str(reply.body.get("immovable", "it can't be moved")), is_lasting=True)
+            return SideFailed(str(reply.body.get("immovable", "it can't be moved")), is_lasting=True)
         self._told = reply.body
         num_outputs = tuple(len(tokens) for tokens in self._open_choices())
         return SourceTold(len(reply.body["prompt_token_ids"]), num_outputs, at_s=time.monotonic())
@@ -148,7 +148,7 @@ class Mover:
             seconds_max = self._settings.round_s_max
             reply = await self._api.prefill(self._target, body, name=name, seconds_max=seconds_max)
             if reply.status != 200:
-                return Refused(f"the target answers {reply.status}: {reply.problem}")
+                return SideFailed(f"the target answers {reply.status}: {reply.problem}")
         seconds = time.monotonic() - begun_s
         self._samples.append((fill.num_new, seconds))
         return Filled(seconds)
@@ -168,7 +168,7 @@ class Mover:
         if not self._leg.hold():
             return SourceEnded()
         told = await self._ask_source()
-        if isinstance(told, Refused):
+        if isinstance(told, SideFailed):
             return told
         body = self._resumed_body()
         self._nbytes += len(body)
@@ -179,7 +179,7 @@ class Mover:
             async with asyncio.timeout(self._settings.switch_s_max):
                 return await self._wait_went_on(self._num_moved)
         except TimeoutError:
-            return Refused(f"the target did not go on within {self._settings.switch_s_max:g} s")
+            return SideFailed(f"the target did not go on within {self._settings.switch_s_max:g} s")
 
     async def _post(self, headers: Headers, body: bytes) -> EngineConnection:
         return await self._upstream.post(self._target.url, target=self._leg.asked.target, headers=headers, body=body)
@@ -214,15 +214,15 @@ class Mover:
         """The event that the head of the target's answer, or the whole answer, amounts to; None if it just began."""
         if answer.status != 200:
             self._answer = None  # ``read_reply`` gives its connection back
-            reply: Reply = await read_reply(answer)
-            return Refused(f"the target answers {reply.status}: {reply.problem}")
+            reply: EngineReply = await read_reply(answer)
+            return SideFailed(f"the target answers {reply.status}: {reply.problem}")
         if not answer.is_whole:
             return None
         if is_event_stream(answer.headers):
             try:
                 self._leg.check_aligned(answer.peek())
             except NotAligned as problem:
-                return Refused(f"the target does not go on: {problem}")
+                return SideFailed(f"the target does not go on: {problem}")
         return WentOn()
 
     def _take_over(self) -> None:

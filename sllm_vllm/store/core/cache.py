@@ -30,9 +30,9 @@ from sllm_vllm.store.core.events import (
     Story,
 )
 from sllm_vllm.store.core.invariants import validate
-from sllm_vllm.store.core.partition import Lease, Partition, Slot
-from sllm_vllm.store.core.policy import Policy, Usage
-from sllm_vllm.store.core.slots import Slots
+from sllm_vllm.store.core.partition import CachedPartition, Lease, Slot
+from sllm_vllm.store.core.policy import EvictionPolicy, Usage
+from sllm_vllm.store.core.slots import PoolSlots
 from sllm_vllm.store.core.snapshot import Counters, Snapshot, snapshot_of
 
 UNUSED_MAX = 64
@@ -41,7 +41,7 @@ USAGES_MAX = 4096
 """Most forgotten partitions whose usage is remembered, in case they become known again."""
 
 
-class Residency(NamedTuple):
+class SpanCounts(NamedTuple):
     """How many spans of a partition are in memory, and how many of these clients are using."""
 
     num_resident: int
@@ -58,7 +58,7 @@ class Cache:
         self,
         num_slots: int,
         *,
-        policy: Policy,
+        policy: EvictionPolicy,
         transit: int | None = None,
         window: int | None = None,
         reads_max: int | None = None,
@@ -69,11 +69,11 @@ class Cache:
         assert 1 <= transit <= num_slots, f"{transit} of {num_slots} slots for transit"
         assert self.window >= 1
         assert self.reads_max >= 1
-        self.slots = Slots(num_slots, transit=transit, policy=policy)
-        self.partitions: dict[str, Partition] = {}
+        self.slots = PoolSlots(num_slots, transit=transit, policy=policy)
+        self.partitions: dict[str, CachedPartition] = {}
         self.leases: dict[int, Lease] = {}
-        self.prefetching: dict[str, Partition] = {}
-        self.unused: dict[str, Partition] = {}
+        self.prefetching: dict[str, CachedPartition] = {}
+        self.unused: dict[str, CachedPartition] = {}
         """Partitions with no span in memory and no lease, prefetch or pin; the most recently touched is last."""
         self.counters = Counters()
         self._story = Story()
@@ -103,12 +103,12 @@ class Cache:
         """Whether ``PinAsked`` is allowed now: with all of its spans pinned, ``transit`` slots must remain."""
         return self.slots.can_pin(self.partitions[partition_id])
 
-    def residency(self, partition_id: str) -> Residency:
+    def residency(self, partition_id: str) -> SpanCounts:
         """Return a partition's residency; zero if the partition is not known."""
         partition = self.partitions.get(partition_id)
         if partition is None:
-            return Residency(0, 0, pinned=False)
-        return Residency(partition.num_resident, partition.num_given, partition.is_pinned)
+            return SpanCounts(0, 0, pinned=False)
+        return SpanCounts(partition.num_resident, partition.num_given, partition.is_pinned)
 
     def snapshot(self) -> Snapshot:
         """Return the whole state, for display and metrics."""
@@ -163,7 +163,7 @@ class Cache:
         assert event.bps > 0
         span_s = spec.nbytes / max(1, len(spec.order)) / event.bps
         if spec.id not in self.partitions:
-            self.partitions[spec.id] = Partition(spec, self._usages.pop(spec.id, Usage(span_s)))
+            self.partitions[spec.id] = CachedPartition(spec, self._usages.pop(spec.id, Usage(span_s)))
         partition = self._touch(spec.id)
         assert partition.spec.order == spec.order, f"{spec.name}: one id, two orders"
         partition.spec = spec
@@ -185,7 +185,7 @@ class Cache:
             self._hurry(partition)
         self.slots.touch(partition, now_s)
 
-    def _hurry(self, partition: Partition) -> None:
+    def _hurry(self, partition: CachedPartition) -> None:
         """Make the partition's fills urgent, because an urgent lease now waits for them."""
         for position in sorted(partition.filling):
             slot = partition.slots[position]
@@ -336,7 +336,7 @@ class Cache:
             if partition.fetch_at == partition.num_spans and not partition.filling:
                 self._end_prefetches(partition)
 
-    def _make_room_below(self, partition: Partition) -> bool:
+    def _make_room_below(self, partition: CachedPartition) -> bool:
         """Free a slot if none is free, evicting only spans of lower worth. Returns whether one is free now."""
         if self.slots.free:
             return True
@@ -346,14 +346,14 @@ class Cache:
         self._evict(victim)
         return True
 
-    def _end_prefetches(self, partition: Partition, error: object = None) -> None:
+    def _end_prefetches(self, partition: CachedPartition, error: object = None) -> None:
         self.prefetching.pop(partition.spec.id, None)
         for request in partition.requests:
             self._actions.append(PrefetchEnded(request, partition.spec.id, partition.num_resident, error))
         partition.requests.clear()
         self._touched.add(partition.spec.id)
 
-    def _start_read(self, partition: Partition, position: int, *, reader: int) -> None:
+    def _start_read(self, partition: CachedPartition, position: int, *, reader: int) -> None:
         slot = self.slots.fill(partition, position, reader=reader)
         self._touched.add(partition.spec.id)
         self.counters.num_reads += 1
@@ -376,7 +376,7 @@ class Cache:
 
     # -------------------------------------------------------------------------------------------------- partitions
 
-    def _touch(self, partition_id: str) -> Partition:
+    def _touch(self, partition_id: str) -> CachedPartition:
         """Return the record of a known partition, and mark it as touched."""
         assert partition_id in self.partitions, f"partition {partition_id} is not known"
         self._touched.add(partition_id)

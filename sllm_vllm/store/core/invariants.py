@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from sllm_vllm.store.core.partition import Lease, Partition, Slot
+from sllm_vllm.store.core.partition import CachedPartition, Lease, Slot
 
 if TYPE_CHECKING:
     from sllm_vllm.store.core.cache import Cache
@@ -37,7 +37,7 @@ def _validate_pool(cache: Cache) -> None:
     assert pool.ranking == sorted((pool.policy.worth(p.usage), p.spec.id) for p in ranked)
 
 
-def _validate_partition(cache: Cache, partition: Partition) -> None:
+def _validate_partition(cache: Cache, partition: CachedPartition) -> None:
     slots = partition.slots
     assert all(slot.partition is partition and slot.position == position for position, slot in slots.items())
     assert partition.filling == {position for position, slot in slots.items() if not slot.is_ready}

@@ -18,7 +18,7 @@ class Slot:
     """A slot that is filling or ready. Free slots have no record, only an index in ``Slots.free``."""
 
     index: int
-    partition: Partition
+    partition: CachedPartition
     position: int
     reader: int
     """Token of the lease for which the read was started; 0 for a prefetch."""
@@ -38,7 +38,7 @@ class Lease:
     """One load. Positions before ``cursor`` were given; those from there up to ``read_at`` are filling or ready."""
 
     token: int
-    partition: Partition
+    partition: CachedPartition
     hold: bool
     is_urgent: bool = True
     cursor: int = 0
@@ -51,7 +51,7 @@ class Lease:
 
 
 @dataclass(slots=True, eq=False)
-class Partition:
+class CachedPartition:
     """A partition, and which of its spans are in the pool."""
 
     spec: PartitionSpec

@@ -17,7 +17,7 @@ class Usage:
     """Written and read only by the policy."""
 
 
-class Policy(Protocol):
+class EvictionPolicy(Protocol):
     """Orders partitions by worth, and says from which end the spans of one are evicted."""
 
     tail_first: bool
@@ -78,7 +78,7 @@ class Lru:
 _POLICIES: dict[str, type[CostAware | Lru]] = {"cost": CostAware, "lru": Lru}
 
 
-def policy_named(name: str) -> Policy:
+def policy_named(name: str) -> EvictionPolicy:
     """Make the policy called ``cost`` or ``lru``.
 
     Raises:

@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 
-from sllm_vllm.store.core.partition import Partition, Slot
-from sllm_vllm.store.core.policy import Policy
+from sllm_vllm.store.core.partition import CachedPartition, Slot
+from sllm_vllm.store.core.policy import EvictionPolicy
 
 
-class Slots:
+class PoolSlots:
     """All slots of the pool. Each slot is free or in exactly one partition's ``slots``.
 
     ``num_promised`` counts the slots with a keeper plus *all* spans of pinned partitions, resident or not. So there is
     a slot for a pinned span that is read later, and at least ``transit`` slots are always left for copying.
     """
 
-    def __init__(self, num_slots: int, *, transit: int, policy: Policy) -> None:
+    def __init__(self, num_slots: int, *, transit: int, policy: EvictionPolicy) -> None:
         self.num_slots = num_slots
         self.transit = transit
         self.policy = policy
@@ -27,11 +27,11 @@ class Slots:
         self.num_promised = 0
         self.ranking: list[tuple[float, str]] = []
         """(worth, id) of each partition that has a span to evict, ascending."""
-        self._evictable: dict[str, Partition] = {}
+        self._evictable: dict[str, CachedPartition] = {}
 
     # ------------------------------------------------------------------------------------------------ a slot's life
 
-    def fill(self, partition: Partition, position: int, *, reader: int) -> Slot:
+    def fill(self, partition: CachedPartition, position: int, *, reader: int) -> Slot:
         """Take a free slot for a read. The caller ensures that there is one."""
         is_urgent = position >= partition.urgent_from
         slot = Slot(self.free.pop(), partition, position, reader=reader, is_urgent=is_urgent)
@@ -81,12 +81,12 @@ class Slots:
         is_promised = slot.num_keepers > 0 or slot.partition.is_pinned
         return is_promised or self.num_promised < self.num_slots - self.transit
 
-    def can_pin(self, partition: Partition) -> bool:
+    def can_pin(self, partition: CachedPartition) -> bool:
         """Whether at least ``transit`` slots would remain if the partition were pinned."""
         more = partition.num_spans - partition.num_kept
         return partition.is_pinned or self.num_promised + more <= self.num_slots - self.transit
 
-    def pin(self, partition: Partition, *, pinned: bool) -> None:
+    def pin(self, partition: CachedPartition, *, pinned: bool) -> None:
         """Pin or unpin the partition: promise slots for all of its spans, or withdraw that promise."""
         if partition.is_pinned == pinned:
             return
@@ -95,7 +95,7 @@ class Slots:
         partition.is_pinned = pinned
         self.rank(partition)
 
-    def _count_kept(self, partition: Partition, change: int) -> None:
+    def _count_kept(self, partition: CachedPartition, change: int) -> None:
         partition.num_kept += change
         if not partition.is_pinned:
             self.num_promised += change
@@ -125,12 +125,12 @@ class Slots:
                 return partition.slots[position]
         return None
 
-    def touch(self, partition: Partition, now_s: float) -> None:
+    def touch(self, partition: CachedPartition, now_s: float) -> None:
         """Record that a load of the partition begins or is expected."""
         self.policy.touch(partition.usage, now_s)
         self.rank(partition)
 
-    def rank(self, partition: Partition) -> None:
+    def rank(self, partition: CachedPartition) -> None:
         """Update the partition's entry in the ranking. Call it after a change of worth, pin or idle slots."""
         rank = None
         if partition.idle and not partition.is_pinned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sllm_vllm.node.core.agent import AgentCore, AgentLimits
 from sllm_vllm.node.core.events import (
     Action,
+    AgentTicked,
     EngineHealthy,
     EngineStarted,
     EngineUnhealthy,
@@ -13,7 +14,6 @@ from sllm_vllm.node.core.events import (
     ReplicaSpec,
     StopAsked,
     TellState,
-    Ticked,
 )
 from sllm_vllm.node.core.replica import ReplicaRow, State
 
@@ -48,12 +48,12 @@ class Bench:
         actions: list[Action] = []
         for _ in range(round(seconds)):
             self.now_s += 0.9
-            actions += self.tell(Ticked())
+            actions += self.tell(AgentTicked())
         return actions
 
     def jump(self, seconds: float) -> list[Action]:
         self.now_s += seconds
-        return self.tell(Ticked())
+        return self.tell(AgentTicked())
 
     def reach(self, name: str, state: State) -> None:
         """Order it, and lead it on."""

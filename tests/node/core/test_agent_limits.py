@@ -6,6 +6,7 @@ import pytest
 
 from sllm_vllm.node.core.agent import AgentLimits
 from sllm_vllm.node.core.events import (
+    AgentTicked,
     EngineExited,
     EngineHealthy,
     EngineNotStarted,
@@ -16,7 +17,6 @@ from sllm_vllm.node.core.events import (
     StartEngine,
     StopAsked,
     TellState,
-    Ticked,
 )
 from sllm_vllm.node.core.replica import STARTED_ONCE, STORY_MAX, State
 from tests.node.core.agent_bench import Bench, spec, told
@@ -105,7 +105,7 @@ def test_a_jump_of_the_clock_ends_nobody(state: State, seconds: float) -> None:
     bench = Bench(1)
     bench.reach("a", state)
     assert bench.jump(seconds) == []
-    assert bench.tell(*[Ticked()] * 20) == []
+    assert bench.tell(*[AgentTicked()] * 20) == []
 
 
 def test_limits_go_on_after_a_jump() -> None:
@@ -123,7 +123,7 @@ def test_limits_are_looked_at_when_time_is_told_to_pass_alone() -> None:
     for _ in range(100):
         bench.now_s += 1
         assert bench.tell(EngineUnhealthy("a", "refused")) == []
-    assert KillEngine("a") in bench.tell(Ticked())
+    assert KillEngine("a") in bench.tell(AgentTicked())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_limits_that_make_no_sense_are_a_programmers_error(limits: dict[str, flo
 def test_the_story_tells_what_changed_something() -> None:
     bench = Bench(1)
     bench.reach("a", State.READY)
-    bench.tell(EngineHealthy("a"), EngineHealthy("a"), Ticked(), EngineExited("a", -11))
+    bench.tell(EngineHealthy("a"), EngineHealthy("a"), AgentTicked(), EngineExited("a", -11))
     assert [what for _, what in bench.core.story("a")] == [
         ReplicaOrdered(spec("a"), waits=False),
         TellState("a", "starting"),

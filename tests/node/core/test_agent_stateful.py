@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 
 from sllm_vllm.node.core.agent import AgentCore, AgentLimits
 from sllm_vllm.node.core.events import (
+    AgentTicked,
     EngineExited,
     EngineHealthy,
     EngineNotStarted,
@@ -31,7 +32,6 @@ from sllm_vllm.node.core.events import (
     StopAsked,
     TellState,
     TerminateEngine,
-    Ticked,
 )
 from sllm_vllm.node.core.replica import ENDED, LIFE, State
 
@@ -141,7 +141,7 @@ class Shell(RuleBasedStateMachine):
     def tick(self, num_ticks: int) -> None:
         for _ in range(num_ticks):
             self.now_s += 1
-            self.tell(Ticked())
+            self.tell(AgentTicked())
 
     @rule(seconds=st.sampled_from([10.0, 1e5, -1e5]))
     def jump(self, seconds: float) -> None:
@@ -149,7 +149,7 @@ class Shell(RuleBasedStateMachine):
         fresh = {name for name, replica in self.core.replicas.items() if replica.paced_s == self.core.paced_s}
         killed = set(self.killed)
         self.now_s += seconds
-        self.tell(Ticked())
+        self.tell(AgentTicked())
         assert not fresh & (self.killed - killed)
 
     @rule(event=st.sampled_from([StopAsked("x"), EngineHealthy("x"), EngineUnhealthy("x", ""), EngineExited("x", 0)]))
@@ -166,7 +166,7 @@ class Shell(RuleBasedStateMachine):
             for name in list(self.starting):
                 self.end_start(list(self.starting).index(name), comes=True)
             self.now_s += self.limits.tick_max_s
-            self.tell(Ticked())
+            self.tell(AgentTicked())
             for name in list(self.running):
                 if name in self.killed:
                     self.running.pop(name)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllm_vllm.node.core.phases import LINE_MAX, Phase, StartPhases, timings_of
+from sllm_vllm.node.core.phases import LINE_MAX, StartPhase, StartPhases, timings_of
 
 LOGS = Path(__file__).parent / "logs"
 CPU_END = [
@@ -67,16 +67,16 @@ def test_a_cold_log_of_the_cpu_is_cut_into_phases() -> None:
 
 def test_a_log_that_ends_early_tells_what_it_is_at() -> None:
     timings = timings_of(read_log("cold.log"))
-    assert (timings.phase, timings.phase.value, timings.is_ready) == (Phase.COMPILE, "compiling", False)
+    assert (timings.phase, timings.phase.value, timings.is_ready) == (StartPhase.COMPILE, "compiling", False)
     assert timings.nbytes is None
 
 
 def test_a_warm_log_of_the_cpu_tells_the_bytes_too() -> None:
     """Its seconds are whole: they are those of the log's own clock."""
     timings = timings_of(read_log("warm.log"))
-    assert (timings.phase, timings.is_ready, timings.total_s, timings.nbytes) == (Phase.READY, True, 2.0, 5247552)
-    assert timings.seconds[Phase.WORKERS] == 1.0
-    assert timings.seconds[Phase.WARMUP] == 1.0
+    assert (timings.phase, timings.is_ready, timings.total_s, timings.nbytes) == (StartPhase.READY, True, 2.0, 5247552)
+    assert timings.seconds[StartPhase.WORKERS] == 1.0
+    assert timings.seconds[StartPhase.WARMUP] == 1.0
 
 
 def test_a_log_of_a_gpu_compiles_while_it_profiles() -> None:
@@ -107,7 +107,12 @@ def test_a_line_that_another_version_lacks_costs_its_phase_alone(without: int) -
     lines = [line for number, line in enumerate(GPU) if number != without]
     full, less = timings_of(GPU), timings_of(lines)
     assert less.total_s == pytest.approx(lines[-1][0])
-    assert set(full.seconds) - set(less.seconds) <= {Phase.WORKERS, Phase.INIT, Phase.GRAPHS, Phase.HTTP}
+    assert set(full.seconds) - set(less.seconds) <= {
+        StartPhase.WORKERS,
+        StartPhase.INIT,
+        StartPhase.GRAPHS,
+        StartPhase.HTTP,
+    }
     changed = [phase for phase in full.seconds if less.seconds.get(phase) != pytest.approx(full.seconds[phase])]
     assert len(changed) <= 3
 
@@ -122,9 +127,9 @@ def test_prefixes_of_processes_do_not_matter() -> None:
 
 def test_the_process_has_started_when_it_is_told() -> None:
     phases = StartPhases()
-    assert phases.timings(0.5).seconds == {Phase.PROCESS: 0.5}
+    assert phases.timings(0.5).seconds == {StartPhase.PROCESS: 0.5}
     phases.process_started(1.0)
-    assert phases.timings(4.0).seconds == {Phase.PROCESS: 1.0, Phase.IMPORTS: 3.0}
+    assert phases.timings(4.0).seconds == {StartPhase.PROCESS: 1.0, StartPhase.IMPORTS: 3.0}
 
 
 def test_it_is_ready_when_it_is_told() -> None:
@@ -143,18 +148,23 @@ def test_the_module_is_built_while_weights_seem_to_be_loaded() -> None:
         (3.0, "event=load_model outcome=loaded source=store rank=0 bytes=10 construct_s=1.250 weights_s=1.5"),
     ]
     seconds = timings_of(lines).seconds
-    assert (seconds[Phase.INIT], seconds[Phase.WEIGHTS]) == (1.25, 1.75)
+    assert (seconds[StartPhase.INIT], seconds[StartPhase.WEIGHTS]) == (1.25, 1.75)
 
 
 def test_no_more_time_is_taken_than_there_was() -> None:
     lines = [(0.0, "Starting to load model m..."), (2.0, "Initializing model took 99.5 seconds")]
-    assert timings_of(lines).seconds == {Phase.PROCESS: 0.0, Phase.IMPORTS: 0.0, Phase.INIT: 2.0, Phase.WEIGHTS: 0.0}
+    assert timings_of(lines).seconds == {
+        StartPhase.PROCESS: 0.0,
+        StartPhase.IMPORTS: 0.0,
+        StartPhase.INIT: 2.0,
+        StartPhase.WEIGHTS: 0.0,
+    }
 
 
 def test_graphs_that_no_line_began_get_the_time_they_are_told_to_have_taken() -> None:
     lines = [(1.0, "GPU KV cache size: 1 tokens"), (7.0, "Graph capturing finished in 5 secs, took 0.60 GiB")]
     seconds = timings_of(lines).seconds
-    assert (seconds[Phase.GRAPHS], seconds[Phase.WARMUP]) == (5.0, 1.0)
+    assert (seconds[StartPhase.GRAPHS], seconds[StartPhase.WARMUP]) == (5.0, 1.0)
 
 
 def test_bytes_of_all_workers_are_added_and_none_twice() -> None:
@@ -166,30 +176,30 @@ def test_bytes_of_all_workers_are_added_and_none_twice() -> None:
 
 def test_a_slower_worker_does_not_turn_the_start_back() -> None:
     lines = [(1.0, "Available KV cache memory: 50.0 GiB"), (2.0, "Starting to load model m...")]
-    assert timings_of(lines).phase is Phase.PROFILE
+    assert timings_of(lines).phase is StartPhase.PROFILE
 
 
 def test_what_the_user_wrote_begins_no_phase() -> None:
     args = "non-default args: {'model': 'Capturing the graph, init engine took'}"
-    assert timings_of([(1.0, args)]).phase is Phase.WORKERS
+    assert timings_of([(1.0, args)]).phase is StartPhase.WORKERS
 
 
 def test_time_that_goes_back_is_no_time() -> None:
     lines = [(5.0, "x"), (2.0, "Starting to load model m..."), (6.0, "Available KV cache memory")]
     assert timings_of(lines).seconds == {
-        Phase.PROCESS: 5.0,
-        Phase.IMPORTS: 0.0,
-        Phase.WEIGHTS: 1.0,
-        Phase.PROFILE: 0.0,
+        StartPhase.PROCESS: 5.0,
+        StartPhase.IMPORTS: 0.0,
+        StartPhase.WEIGHTS: 1.0,
+        StartPhase.PROFILE: 0.0,
     }
 
 
 def test_only_the_beginning_of_a_line_is_looked_at() -> None:
-    assert timings_of([(1.0, "x" * LINE_MAX + "Application startup complete")]).phase is Phase.IMPORTS
+    assert timings_of([(1.0, "x" * LINE_MAX + "Application startup complete")]).phase is StartPhase.IMPORTS
 
 
 def test_an_empty_log_is_a_start_of_no_time() -> None:
-    assert timings_of([]).seconds == {Phase.PROCESS: 0.0}
+    assert timings_of([]).seconds == {StartPhase.PROCESS: 0.0}
 
 
 SCRAPS = st.sampled_from(

@@ -1,14 +1,14 @@
-"""Slots: the lowest free ones first, one owner each, all back at once."""
+"""Accelerator slots: the lowest free ones first, one owner each, all back at once."""
 
 from __future__ import annotations
 
 import pytest
 
-from sllm_vllm.node.core.slots import Slots
+from sllm_vllm.node.core.slots import AcceleratorSlots
 
 
 def test_the_lowest_free_slots_are_taken() -> None:
-    slots = Slots(4)
+    slots = AcceleratorSlots(4)
     assert slots.take("a", 1) == (0,)
     assert slots.take("b", 2) == (1, 2)
     slots.release("a")
@@ -17,7 +17,7 @@ def test_the_lowest_free_slots_are_taken() -> None:
 
 
 def test_who_owns_what_is_known() -> None:
-    slots = Slots(3)
+    slots = AcceleratorSlots(3)
     slots.take("a", 2)
     assert slots.held_by("a") == (0, 1)
     assert [slots.owner_of(slot) for slot in range(3)] == ["a", "a", None]
@@ -25,7 +25,7 @@ def test_who_owns_what_is_known() -> None:
 
 
 def test_all_slots_come_back_at_once() -> None:
-    slots = Slots(3)
+    slots = AcceleratorSlots(3)
     slots.take("a", 2)
     assert slots.release("a") == (0, 1)
     assert slots.release("a") == ()
@@ -33,7 +33,7 @@ def test_all_slots_come_back_at_once() -> None:
 
 
 def test_an_owner_does_not_take_twice() -> None:
-    slots = Slots(3)
+    slots = AcceleratorSlots(3)
     slots.take("a", 1)
     with pytest.raises(AssertionError, match=r"a owns slots \(0,\) already"):
         slots.take("a", 1)
@@ -41,7 +41,7 @@ def test_an_owner_does_not_take_twice() -> None:
 
 @pytest.mark.parametrize("num_slots", [0, 3])
 def test_no_more_than_is_free_is_taken_and_no_less_than_one(num_slots: int) -> None:
-    slots = Slots(3)
+    slots = AcceleratorSlots(3)
     slots.take("a", 1)
     with pytest.raises(AssertionError, match=f"b wants {num_slots} slots, 2 are free"):
         slots.take("b", num_slots)
@@ -49,4 +49,4 @@ def test_no_more_than_is_free_is_taken_and_no_less_than_one(num_slots: int) -> N
 
 def test_a_slot_that_is_not_there_is_a_programmers_error() -> None:
     with pytest.raises(AssertionError, match="slot 3 of 3"):
-        Slots(3).owner_of(3)
+        AcceleratorSlots(3).owner_of(3)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sllm_vllm.router.core.facts import ModelSpec
-from sllm_vllm.router.core.scaling import AutoscaleState, desired_replicas
+from sllm_vllm.router.core.keep_alive import AutoscaleState, desired_replicas
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -18,8 +18,8 @@ from sllm_vllm.router.core.migration import (
     MigrationAction,
     MigrationEvent,
     MigrationLimits,
-    Phase,
-    Refused,
+    MigrationPhase,
+    SideFailed,
     SourceEnded,
     SourceTold,
     Switch,
@@ -154,33 +154,33 @@ def test_a_choice_that_ends_meanwhile_leaves_the_others_with_the_prompt() -> Non
     [
         (told(LONGEST - 5, 5), f"{LONGEST} tokens fill the target's context", True),
         (told(100), "every choice has ended", False),
-        (Refused("it has media", is_lasting=True), "it has media", True),
-        (Refused("no answer"), "no answer", False),
+        (SideFailed("it has media", is_lasting=True), "it has media", True),
+        (SideFailed("no answer"), "no answer", False),
         (SourceEnded(), "its source was done first", False),
     ],
 )
 def test_it_is_given_up(event: MigrationEvent, reason: str, is_lasting: bool) -> None:
     one = migration()
     assert run(one, event) == [GiveUp(reason, is_lasting)]
-    assert one.phase is Phase.ENDED
+    assert one.phase is MigrationPhase.ENDED
 
 
 def test_the_target_takes_over_once_it_has_gone_on() -> None:
     one = migration()
     assert run(one, told(3, 2), WentOn()) == [TakeOver()]
-    assert one.phase is Phase.MOVED
+    assert one.phase is MigrationPhase.MOVED
 
 
 def test_a_target_that_fails_at_the_switch_changes_nothing() -> None:
     one = migration()
-    assert run(one, told(3, 2), Refused("queue full")) == [GiveUp("queue full", is_lasting=False)]
+    assert run(one, told(3, 2), SideFailed("queue full")) == [GiveUp("queue full", is_lasting=False)]
 
 
-@pytest.mark.parametrize("ending", [[told(3, 2), WentOn()], [Refused("no")]])
+@pytest.mark.parametrize("ending", [[told(3, 2), WentOn()], [SideFailed("no")]])
 def test_nothing_follows_its_end(ending: Sequence[MigrationEvent]) -> None:
     one = migration()
     run(one, *ending)
-    for event in (told(3, 2), Filled(1.0), WentOn(), Refused("no"), SourceEnded()):
+    for event in (told(3, 2), Filled(1.0), WentOn(), SideFailed("no"), SourceEnded()):
         assert one.handle(event) == []
 
 
@@ -196,7 +196,7 @@ def test_rounds_are_bounded_and_never_compute_twice(
 ) -> None:
     one = migration(round_tokens_max=most, rounds_max=5)
     actions, output, asked, filled = one.begin(), start, 0, 0
-    while actions != [Switch()] and one.phase is not Phase.ENDED:
+    while actions != [Switch()] and one.phase is not MigrationPhase.ENDED:
         (action,) = actions
         if isinstance(action, AskSource):
             asked += 1

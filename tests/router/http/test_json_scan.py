@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sllm_vllm.router.http import json_scan
-from sllm_vllm.router.http.json_scan import Bounds, NotJson, scan_members
+from sllm_vllm.router.http.json_scan import JsonLimits, NotJson, scan_members
 
-BOUNDS = Bounds(depth=64, containers=10_000, members=1000)
+BOUNDS = JsonLimits(depth=64, containers=10_000, members=1000)
 # Quotes, backslashes and brackets are what can go wrong.
 TEXTS = st.text(st.sampled_from('"\\\\[]{},: \na\u00e9\u4e16\U0001f600'), max_size=12)
 VALUES = st.recursive(

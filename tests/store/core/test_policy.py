@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sllm_vllm.store.core.policy import CostAware, Lru, Policy, Usage, policy_named
+from sllm_vllm.store.core.policy import CostAware, EvictionPolicy, Lru, Usage, policy_named
 
 
-def used(policy: Policy, *, span_s: float = 1.0, uses: int = 1, now_s: float = 0.0) -> Usage:
+def used(policy: EvictionPolicy, *, span_s: float = 1.0, uses: int = 1, now_s: float = 0.0) -> Usage:
     usage = Usage(span_s, uses=uses)
     policy.touch(usage, now_s)
     return usage
