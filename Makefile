@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup fix check test cover e2e compat sim sim-store bench gpu demo demo-ray lock clean
+.PHONY: help setup fix check test cover e2e compat sim sim-store bench gpu demo demo-loading demo-ray lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,9 +68,11 @@ sim-store: $(READY) ## what the store's policies are worth on a trace, on a virt
 bench: $(READY) ## load time beside the other loaders; ARGS="--help" for its options
 	@$(BIN)/python -m benchmarks.loading $(ARGS)
 
-demo: $(READY) ## what it is good for: weights, then many models behind one address
+demo: $(READY) ## on one screen: seconds to the first token, stock beside ours, and a stream that moves
+	@$(BIN)/python -m benchmarks.demo $(ARGS)
+
+demo-loading: $(READY) ## a model of 1.2 GB: stock, converting and loading start
 	@$(BIN)/python -m benchmarks.demo.loading $(ARGS)
-	@$(BIN)/python -m benchmarks.demo.router
 
 demo-ray: $(READY) ## four models on a Ray cluster of three nodes on this machine, whose parts are killed under load
 	@$(BIN)/python -m benchmarks.ray.demo $(ARGS)

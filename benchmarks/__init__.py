@@ -1,1 +1,1 @@
-"""Benchmarks: each package measures one part of the project; `results/` has what was measured, and with which command."""
+"""Benchmarks, one package for each part of the project; ``results/`` has what was measured, and with which command."""

@@ -293,12 +293,20 @@ class Bench:
 class Stream(threading.Thread):
     """A client that reads a stream to its end, or until ``stop`` is set. Greedy unless ``sampling`` says otherwise."""
 
-    def __init__(self, url: str, prompt: list[int], num_tokens: int, *, name: str = "", **sampling: object) -> None:
+    def __init__(
+        self, url: str, prompt: list[int] | str, num_tokens: int, *, name: str = "", **sampling: object
+    ) -> None:
         super().__init__(daemon=True)
         self.streamed = Streamed()
         self.problem = ""
         self.stop = threading.Event()
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
+        body: dict[str, object] = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
         body |= {"stream": True, "return_token_ids": True, **sampling}
         headers = {"Content-Type": "application/json"} | ({"X-Request-Id": name} if name else {})
         self._request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)

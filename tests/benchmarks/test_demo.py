@@ -21,6 +21,8 @@ from benchmarks.common import vllm_server
 from benchmarks.common.cached_model import SIZES, ensure_model, model_path
 from benchmarks.common.supervise import ROOT, Workspace
 from benchmarks.common.vllm_server import Completion, ServerFailed, VllmServer
+from benchmarks.demo.__main__ import MOVED_TOKENS, Answer, Move, Row, verdicts_of
+from benchmarks.demo.__main__ import table_of as story_table
 from benchmarks.demo.loading import Start, problems_of, table_of
 from benchmarks.loading.bytecode import bytecode_environment
 from benchmarks.loading.spans import SpanReceiver, logged_load_s
@@ -99,6 +101,42 @@ def test_no_token_at_all_is_a_problem() -> None:
 def test_third_start_that_did_not_load_is_a_problem(outcome: str) -> None:
     problems = problems_of(three(outcome=outcome))
     assert problems == [f"the starts were stock, converted, {outcome}, not stock, converted, loaded"]
+
+
+# ----------------------------------------------------------------------------------------------------- the whole story
+
+
+TOLD = Answer((1, 2), 1.5, 1.25)
+
+
+def test_a_row_compares_all_its_answers() -> None:
+    assert Row("m", None, TOLD, TOLD).is_identical
+    assert Row("m", Answer((1, 2), 30.0), TOLD, TOLD).is_identical
+    for changed in (Row("m", Answer((1,), 30.0), TOLD, TOLD), Row("m", None, TOLD, Answer((1, 3), 1.5))):
+        assert not changed.is_identical
+
+
+@pytest.mark.parametrize(
+    ("moved", "unmoved", "is_identical"),
+    [(MOVED_TOKENS, MOVED_TOKENS, True), (MOVED_TOKENS, MOVED_TOKENS - 1, False), (20, 20, False)],
+)
+def test_a_moved_stream_needs_all_its_tokens(moved: int, unmoved: int, *, is_identical: bool) -> None:
+    assert Move((7,) * moved, (7,) * unmoved, 0.1).is_identical == is_identical
+
+
+def test_the_story_is_told_with_its_factor() -> None:
+    rows = [Row("m", Answer((1, 2), 30.0), TOLD, TOLD), Row("n", None, TOLD, TOLD)]
+    (factor, move) = verdicts_of(rows, Move((7,) * MOVED_TOKENS, (8,) * MOVED_TOKENS, 0.1))
+    assert factor == "m: 20.0 times sooner than stock"
+    assert "DIFFERENT" in move
+    table = story_table(rows)
+    assert [list(column.cells) for column in table.columns][1:] == [
+        ["30.00", "—"],
+        ["1.50", "1.50"],
+        ["1.50", "1.50"],
+        ["(1.25)", "(1.25)"],
+        ["identical", "identical"],
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- model, spans, server
@@ -249,3 +287,13 @@ def test_failing_server_is_told_with_its_log(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"the whole log is in {cache / 'failed.log'}" in done.stdout
     assert (cache / "failed.log").read_text().splitlines()[-1] in done.stdout
+
+
+@pytest.mark.e2e_long
+def test_the_story_of_tiny_models(tmp_path: Path, tmp: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.demo", "--cache", str(tmp_path)]
+    environment = child_environment(TMPDIR=str(tmp))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=END_TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("identical") == 4  # three models, and the stream
+    assert list(tmp.iterdir()) == []
