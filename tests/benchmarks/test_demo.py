@@ -293,7 +293,7 @@ def test_failing_server_is_told_with_its_log(tmp_path: Path) -> None:
 def test_the_story_of_tiny_models(tmp_path: Path, tmp: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.demo", "--cache", str(tmp_path)]
     environment = child_environment(TMPDIR=str(tmp))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=END_TIMEOUT_S)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=4 * END_TIMEOUT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("identical") == 4  # three models, and the stream
     assert list(tmp.iterdir()) == []
