@@ -1,4 +1,4 @@
-"""Real servers on loopback: nginx, Redis, etcd, an S3 server that checks signatures. They end with the test process."""
+"""Real servers on loopback: nginx, Redis, an S3 server that checks signatures. They end with the test process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,27 +125,6 @@ def redis_server(password: str) -> Iterator[str]:
         yield f"redis://:{password}@127.0.0.1:{port}"
 
 
-@contextlib.contextmanager
-def etcd_server() -> Iterator[str]:
-    """Its URL."""
-    client, peer = (f"http://127.0.0.1:{_free_port()}" for _ in range(2))
-    with tempfile.TemporaryDirectory() as state:
-        command = [
-            _program("etcd"),
-            "--data-dir",
-            state,
-            "--listen-client-urls",
-            client,
-            "--advertise-client-urls",
-            client,
-        ]
-        command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-        command += ["--initial-cluster", f"default={peer}"]
-        with _child(command, stderr=subprocess.DEVNULL):
-            wait_until(lambda: _is_healthy(client), "etcd")
-            yield client.replace("http://", "etcd://")
-
-
 def _program(name: str) -> str:
     """Where it is; skips the test if it is nowhere."""
     binary = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -160,14 +138,6 @@ def _program(name: str) -> str:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(json.load(answer)["health"] == "true")
-    except OSError:
-        return False
 
 
 def _free_port() -> int:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sllm_vllm.router.config.values import Count, Duration, Text
 
-SCHEMES = ("ray", "sqlite", "redis", "rediss", "etcd", "etcds")
+SCHEMES = ("ray", "sqlite", "redis", "rediss")
 
 
 class RaySection(BaseModel):
@@ -44,7 +44,7 @@ class RaySection(BaseModel):
         default="ray:",
         max_length=1024,
         description="where deployed models and learned estimates are kept: `ray:` for the life of the cluster;"
-        " `sqlite:PATH`, `redis://HOST:PORT` or `etcd://HOST:PORT` beyond it",
+        " `sqlite:PATH` or `redis://HOST:PORT` beyond it",
     )
     linger: Duration = Field(
         default=60.0, gt=0, le=86400, description="how long agents and engines are kept without an ingress replica"

@@ -7,16 +7,13 @@ request waits for anything here.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
-
-import aiohttp
+from urllib.parse import urlsplit
 
 from sllm_vllm.daemon.plain_file import open_plain
 from sllm_vllm.errors import ConfigError
@@ -189,84 +186,8 @@ class RedisStore:
             raise StateError(f"{self._server}: {error}") from None
 
 
-class EtcdStore:
-    """An etcd server, through the JSON gateway of its v3 API; ``etcds:`` uses TLS."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._user = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
-        self._server = _without_password(url).replace("etcd", "http", 1)
-        self._session: aiohttp.ClientSession | None = None
-        self._token: str | None = None
-
-    async def get(self, name: str) -> bytes | None:
-        """See ``StateStore``."""
-        found = await self._ask("range", key=_encoded(PREFIX + name))
-        return base64.b64decode(found["kvs"][0].get("value", "")) if found.get("kvs") else None
-
-    async def put(self, name: str, value: bytes) -> None:
-        """See ``StateStore``."""
-        await self._ask("put", key=_encoded(PREFIX + name), value=base64.b64encode(value).decode())
-
-    async def delete(self, name: str) -> None:
-        """See ``StateStore``."""
-        await self._ask("deleterange", key=_encoded(PREFIX + name))
-
-    async def items(self, prefix: str) -> dict[str, bytes]:
-        """See ``StateStore``."""
-        begin = PREFIX + prefix
-        end = begin[:-1] + chr(ord(begin[-1]) + 1)
-        found = await self._ask("range", key=_encoded(begin), range_end=_encoded(end))
-        return {
-            base64.b64decode(one["key"]).decode().removeprefix(PREFIX): base64.b64decode(one.get("value", ""))
-            for one in found.get("kvs", ())
-        }
-
-    async def close(self) -> None:
-        """See ``StateStore``."""
-        if self._session is not None:
-            await self._session.close()
-
-    async def _ask(self, what: str, **body: str) -> dict[str, Any]:
-        if self._user is None:
-            return await self._post(f"kv/{what}", body)
-        if self._token is None:
-            await self._authenticate(self._user)
-        try:
-            return await self._post(f"kv/{what}", body)
-        except _Unauthenticated:  # tokens expire after minutes
-            await self._authenticate(self._user)
-            return await self._post(f"kv/{what}", body)
-
-    async def _authenticate(self, user: tuple[str, str]) -> None:
-        self._token = None
-        answer = await self._post("auth/authenticate", {"name": user[0], "password": user[1]})
-        self._token = str(answer.get("token", ""))
-
-    async def _post(self, what: str, body: dict[str, str]) -> dict[str, Any]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX)
-            )
-        headers = {} if self._token is None else {"Authorization": self._token}
-        try:
-            async with self._session.post(f"{self._server}/v3/{what}", json=body, headers=headers) as answer:
-                if answer.status == 401:
-                    raise _Unauthenticated(f"{self._server}: it does not know this user (any more)")
-                if answer.status != 200:
-                    raise StateError(f"{self._server}: it answers {answer.status}")
-                found: dict[str, Any] = await answer.json(content_type=None)
-                return found
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise StateError(f"{self._server}: {str(error) or type(error).__name__}") from None
-
-
-class _Unauthenticated(StateError):
-    """The user is unknown, or the token has expired."""
-
-
 def open_state_store(url: str) -> StateStore:
-    """The store that a URL names, except ``ray:``, which ``ray_state.py`` handles. Does not connect to it yet.
+    """The store that a URL names, except ``ray:``, which ``ray/state.py`` handles. Does not connect to it yet.
 
     Raises:
         ConfigError: the URL names no known kind of store.
@@ -276,13 +197,7 @@ def open_state_store(url: str) -> StateStore:
         return SqliteStore(Path(rest))
     if scheme in {"redis", "rediss"}:
         return RedisStore(url)
-    if scheme in {"etcd", "etcds"} and rest.startswith("//"):
-        return EtcdStore(url)
-    raise ConfigError(f"{_without_password(url)!r} names no store; give sqlite:PATH, redis://… or etcd://…")
-
-
-def _encoded(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()
+    raise ConfigError(f"{_without_password(url)!r} names no store; give sqlite:PATH or redis://…")
 
 
 def _without_password(url: str) -> str:

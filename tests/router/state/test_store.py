@@ -15,7 +15,6 @@ import pytest
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.state import store as state_store
 from sllm_vllm.router.state.store import (
-    EtcdStore,
     RedisStore,
     SqliteStore,
     StateBusy,
@@ -25,10 +24,10 @@ from sllm_vllm.router.state.store import (
     StateStore,
     open_state_store,
 )
-from tests.servers import etcd_server, redis_server
+from tests.servers import redis_server
 
 PASSWORD = "not-for-logs"
-KINDS = ("sqlite", "redis", "etcd")
+KINDS = ("sqlite", "redis")
 ODD = "models/a*b?[c]\\d/\u00e9"
 
 
@@ -38,19 +37,9 @@ def redis_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def etcd_url() -> Iterator[str]:
-    with etcd_server() as url:
-        yield url
-
-
 @pytest.fixture(params=KINDS)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return (
-        f"sqlite:{tmp_path / 'state'}"
-        if request.param == "sqlite"
-        else str(request.getfixturevalue(f"{request.param}_url"))
-    )
+    return f"sqlite:{tmp_path / 'state'}" if request.param == "sqlite" else str(request.getfixturevalue("redis_url"))
 
 
 @pytest.fixture
@@ -153,12 +142,10 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
         asyncio.run(SqliteStore(tmp_path / "state").get("a"))
 
 
-@pytest.mark.parametrize("kind", [RedisStore, EtcdStore])
-async def test_a_server_that_is_not_there_is_named_without_its_password(kind: type[RedisStore | EtcdStore]) -> None:
+async def test_a_server_that_is_not_there_is_named_without_its_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    scheme = "redis" if kind is RedisStore else "etcd"
-    store = kind(f"{scheme}://:{PASSWORD}@127.0.0.1:{port}")
+    store = RedisStore(f"redis://:{PASSWORD}@127.0.0.1:{port}")
     with pytest.raises(StateError) as caught:
         await store.get("a")
     assert f"127.0.0.1:{port}" in str(caught.value)
@@ -173,27 +160,7 @@ async def test_a_wrong_password_is_refused(redis_url: str) -> None:
     await store.close()
 
 
-async def test_etcd_wants_to_know_who_asks_and_its_tokens_grow_old() -> None:
-    with etcd_server() as url:
-        store = EtcdStore(url)
-        for what, body in {
-            "auth/user/add": {"name": "root", "password": PASSWORD},
-            "auth/role/add": {"name": "root"},
-            "auth/user/grant": {"user": "root", "role": "root"},
-            "auth/enable": {},
-        }.items():
-            await store._post(what, body)
-        with pytest.raises(StateError):
-            await store.put("a", b"1")
-        await store.close()
-        store = EtcdStore(url.replace("//", f"//root:{PASSWORD}@"))
-        await store.put("a", b"1")
-        store._token = "one.that.is.too.old"
-        assert await store.get("a") == b"1"
-        await store.close()
-
-
-@pytest.mark.parametrize("url", ["", "file:/a", "sqlite:", "etcd:host", "http://a"])
+@pytest.mark.parametrize("url", ["", "file:/a", "sqlite:", "etcd://host:2379", "http://a"])
 def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="names no store"):
         open_state_store(url)
@@ -202,4 +169,4 @@ def test_a_url_that_names_no_store_is_refused(url: str) -> None:
 def test_a_refused_url_is_told_without_its_password() -> None:
     with pytest.raises(ConfigError) as caught:
         open_state_store(f"mysql://user:{PASSWORD}@host:1/a")
-    assert str(caught.value) == "'mysql://host:1' names no store; give sqlite:PATH, redis://… or etcd://…"
+    assert str(caught.value) == "'mysql://host:1' names no store; give sqlite:PATH or redis://…"
