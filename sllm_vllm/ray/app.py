@@ -11,11 +11,11 @@ from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.http.admission import BodyReader
 from sllm_vllm.router.http.deadline import Message, Receive, Send, send_last
 from sllm_vllm.router.http.errors import SERVER, ApiError
-from sllm_vllm.router.http.ingress import Ingress
+from sllm_vllm.router.http.ingress import Ingress, IngressSwitch
 
 logger = logging.getLogger(__name__)
 
-_ADMIN_BODIES = IngressSettings(body_nbytes_max=1 << 20, bodies_nbytes_max=16 << 20)
+_ADMIN_BODIES = IngressSettings(body_bytes=1 << 20, bodies_bytes=16 << 20)
 _SCOPE = ("type", "method", "path", "query_string", "headers")
 """The parts of an operator's request's scope that are passed on."""
 
@@ -36,8 +36,7 @@ class RemoteApp:
         self._gate = RemoteGate(name, link, on_settings=self._set_settings)
         self._bodies = BodyReader(_ADMIN_BODIES)
         self._settings: IngressSettings | None = None
-        self._ingress: Ingress | None = None
-        self._replaced: list[Ingress] = []
+        self._ingresses: IngressSwitch | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one request, or the app's lifespan."""
@@ -48,8 +47,8 @@ class RemoteApp:
         elif scope["path"].startswith("/sllm/") or scope["path"] == "/metrics":
             await self._pass_on(scope, receive, send)
         else:
-            assert self._ingress is not None, "its lifespan has not begun"
-            await self._ingress(scope, receive, send)
+            assert self._ingresses is not None, "its lifespan has not begun"
+            await self._ingresses.current(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
@@ -59,8 +58,8 @@ class RemoteApp:
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self._gate.close()
-                for ingress in (*self._replaced, *([] if self._ingress is None else [self._ingress])):
-                    ingress.close()
+                if self._ingresses is not None:
+                    self._ingresses.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
@@ -84,12 +83,11 @@ class RemoteApp:
         if settings == self._settings:
             return
         self._settings = settings
-        if self._ingress is not None:
-            self._replaced.append(self._ingress)
-        self._ingress = Ingress(self._gate, settings)
-        for idle in [one for one in self._replaced if one.is_idle]:
-            idle.close()
-            self._replaced.remove(idle)
+        ingress = Ingress(self._gate, settings)
+        if self._ingresses is None:
+            self._ingresses = IngressSwitch(ingress)
+        else:
+            self._ingresses.replace(ingress)
 
 
 def _refusal(error: ApiError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:

@@ -27,12 +27,11 @@ from sllm_vllm.ray.state import RayStore
 from sllm_vllm.router.admin.app import AdminApp, Reloaded
 from sllm_vllm.router.config.file import compare, parse_router_config, read_key_digests
 from sllm_vllm.router.config.sections import RouterConfig
-from sllm_vllm.router.controller import Controller, ControllerLimits
+from sllm_vllm.router.configured import ConfiguredController
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, Ticket
 from sllm_vllm.router.http.deadline import Message
-from sllm_vllm.router.state.models import KeptModels
 from sllm_vllm.router.state.store import StateError, StateStore, open_state_store
 
 logger = logging.getLogger(__name__)
@@ -104,10 +103,7 @@ class RayController:
         except ConfigError as error:
             return str(error)
         self._config, self._version = config, version
-        self._kept.reread(config.models)
-        await self._controller.measure((*changes.added, *changes.restarted))
-        self._controller.set_waiting_max(config.server.waiting_max)
-        await self._controller.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
+        await self._served.apply(config, changes)
         self._admin.set_defaults(config.defaults)
         self._admin.set_keys(_admin_digests(config))
         self._admin.set_scrape_keys(read_key_digests(config.keys.metrics, "keys.metrics"))
@@ -144,30 +140,25 @@ class RayController:
         self._store = _store_of(config)
         was_there = await self._store.get(_LIFE) is not None
         await self._store.put(_LIFE, b"1")
-        self._controller = controller = Controller(
-            waiting_max=config.server.waiting_max,
+        self._served = served = ConfiguredController(
+            config,
+            self._store,
             directory=self._directory,
-            bounds=ControllerLimits(
-                moves_max=config.migration.moves_max if config.migration.enabled else 0,
-                holders_max=config.ray.copies,
-                poison=config.poison.limits(),
-            ),
             estimator=await self._estimator(),
+            holders_max=config.ray.copies,
         )
-        self._kept = KeptModels(self._store, config.models)
-        models = await self._kept.all()
-        await controller.measure(models)
-        await controller.change_models((), models)
+        self._controller = controller = served.controller
+        await served.deploy()
         await controller.start(self._loops)
         service = GateService(controller, config.ingress_settings(_client_digests(config)), clock=time.monotonic)
-        self._admin = AdminApp(controller, key_digests=_admin_digests(config), reload=_no_reload, keep=self._kept.keep)
+        self._admin = AdminApp(controller, key_digests=_admin_digests(config), reload=_no_reload, keep=served.kept.keep)
         self._admin.set_defaults(config.defaults)
         self._admin.set_scrape_keys(read_key_digests(config.keys.metrics, "keys.metrics"))
         loop = asyncio.get_running_loop()
         first_s = loop.time() + (RETURN_S if was_there else 0.0)
         self._loops.start("nodes of the cluster", lambda: self._follow_cluster(service, first_s=first_s))
         self._loops.start("keeping house", lambda: self._keep_house(service))
-        logger.info("event=controller_started models=%d was_there=%s", len(models), was_there)
+        logger.info("event=controller_started models=%d was_there=%s", len(controller.models), was_there)
         return service
 
     async def _estimator(self) -> Estimator:

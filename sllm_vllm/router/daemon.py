@@ -32,13 +32,13 @@ from sllm_vllm.router.config.places import read_checked_config, require_model
 from sllm_vllm.router.config.problems import Problem
 from sllm_vllm.router.config.sections import ModelConfig, RouterConfig
 from sllm_vllm.router.config.settings import IngressSettings
-from sllm_vllm.router.controller import Controller, ControllerLimits
+from sllm_vllm.router.configured import ConfiguredController
+from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.http.deadline import Message, Receive, Send
-from sllm_vllm.router.http.ingress import Ingress
+from sllm_vllm.router.http.ingress import Ingress, IngressSwitch
 from sllm_vllm.router.http.serve import serve_app
 from sllm_vllm.router.pauses import freeze_heap, no_collections
 from sllm_vllm.router.state.estimates import read_estimates, write_record
-from sllm_vllm.router.state.models import KeptModels
 from sllm_vllm.router.state.store import SqliteStore, StateError
 
 logger = logging.getLogger(__name__)
@@ -84,9 +84,8 @@ class RouterApp:
     """The ASGI app: sends operators' requests to the admin app and all others to the current ingress."""
 
     def __init__(self, ingress: Ingress, admin: AdminApp) -> None:
-        self._ingress = ingress
+        self._ingresses = IngressSwitch(ingress)
         self._admin = admin
-        self._replaced: list[Ingress] = []
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -94,20 +93,15 @@ class RouterApp:
         if path.startswith("/sllm/") or path == "/metrics":
             await self._admin(scope, receive, send)
         else:
-            await self._ingress(scope, receive, send)
+            await self._ingresses.current(scope, receive, send)
 
     def replace(self, ingress: Ingress) -> None:
         """Use another ingress for new requests; the old one finishes those that it has."""
-        self._replaced.append(self._ingress)
-        self._ingress = ingress
-        for idle in [one for one in self._replaced if one.is_idle]:
-            idle.close()
-            self._replaced.remove(idle)
+        self._ingresses.replace(ingress)
 
     def close(self) -> None:
         """Close the connections to engines."""
-        for ingress in (*self._replaced, self._ingress):
-            ingress.close()
+        self._ingresses.close()
 
 
 class RouterProcess:
@@ -147,7 +141,7 @@ class RouterProcess:
         controller = await stack.enter_async_context(self._controller(agent))
         digests = await asyncio.to_thread(self._admin_digests, self._config)
         self._admin = AdminApp(
-            controller, key_digests=digests, reload=self.reload, keep=self._kept.keep, check=self._check_model
+            controller, key_digests=digests, reload=self.reload, keep=self._served.kept.keep, check=self._check_model
         )
         self._admin.set_defaults(self._config.defaults)
         self._admin.set_scrape_keys(await asyncio.to_thread(_scrape_digests, self._config))
@@ -159,7 +153,7 @@ class RouterProcess:
     ) -> None:
         """Serve clients until the router ends. If the HTTP server ends earlier, the router fails."""
         loop = asyncio.get_running_loop()
-        counts = self._running.counts.clients
+        counts = self._served.controller.counts.clients
         serving = loop.create_task(serve_app(app, settings, sockets=[listener], counts=counts))
 
         def ended(_: asyncio.Task[None]) -> None:
@@ -169,9 +163,8 @@ class RouterProcess:
         serving.add_done_callback(ended)
         host, port = listener.getsockname()[:2]
         write_url(self._node.node_dir, host, port)
-        logger.info(
-            "event=router_serving url=http://%s:%d models=%d%s", host, port, len(self._running.models), self._deleted()
-        )
+        num_models = len(self._served.controller.models)
+        logger.info("event=router_serving url=http://%s:%d models=%d%s", host, port, num_models, self._deleted())
         try:
             await ending.wait()
         finally:
@@ -201,21 +194,17 @@ class RouterProcess:
             ConfigError: it is wrong, or changes what can't change while the router serves; nothing was applied.
         """
         async with self._reloading:
-            config, changes, warnings = await asyncio.to_thread(_read_again, self._path, self._config)
+            config, changes, warnings = await asyncio.to_thread(_read_again, self._path, self._served.config)
             changes.require_live()
             self._require_hidden(config)
             settings = await asyncio.to_thread(self._settings, config)
             digests = await asyncio.to_thread(self._admin_digests, config)
             scrape_digests = await asyncio.to_thread(_scrape_digests, config)
-            self._kept.reread(config.models)
-            await self._running.measure((*changes.added, *changes.restarted))
-            self._running.set_waiting_max(config.server.waiting_max)
-            await self._running.change_models(changes.removed, (*changes.added, *changes.restarted, *changes.adjusted))
-            self._config = config
+            await self._served.apply(config, changes)
             self._admin.set_defaults(config.defaults)
             self._admin.set_keys(digests)
             self._admin.set_scrape_keys(scrape_digests)
-            self._app.replace(Ingress(self._running, settings))
+            self._app.replace(Ingress(self._served.controller, settings))
         _warn(self._path, warnings)
         num_changed = len(changes.restarted) + len(changes.adjusted)
         told = f"added {len(changes.added)}, removed {len(changes.removed)}, changed {num_changed}"
@@ -225,7 +214,8 @@ class RouterProcess:
 
     def _deleted(self) -> str:
         """Words about models of the file that were deleted through the API; empty if there are none."""
-        deleted = [model.name for model in self._config.models if model.name not in self._running.models]
+        running = self._served.controller.models
+        deleted = [model.name for model in self._served.config.models if model.name not in running]
         if not deleted:
             return ""
         more = f" and {len(deleted) - SHOWN_MAX} more" if len(deleted) > SHOWN_MAX else ""
@@ -233,7 +223,7 @@ class RouterProcess:
         return f"; not served until they are deployed or changed in the file, as they were deleted: {names}{more}"
 
     def _check_model(self, model: ModelConfig) -> list[str]:
-        return require_model(self._config.node, model)
+        return require_model(self._served.config.node, model)
 
     async def _reload_or_tell(self) -> None:
         try:
@@ -244,22 +234,17 @@ class RouterProcess:
     @contextlib.asynccontextmanager
     async def _controller(self, agent: NodeAgent) -> AsyncIterator[Controller]:
         path = self._node.node_dir / ESTIMATES_NAME
-        self._running = controller = Controller(
-            waiting_max=self._config.server.waiting_max,
+        self._served = served = ConfiguredController(
+            self._config,
+            SqliteStore(self._node.node_dir / STATE_NAME),
             directory=self._path.absolute().parent,
-            bounds=ControllerLimits(
-                moves_max=self._config.migration.moves_max if self._config.migration.enabled else 0,
-                poison=self._config.poison.limits(),
-            ),
             estimator=await asyncio.to_thread(read_estimates, path),
         )
-        self._kept = KeptModels(SqliteStore(self._node.node_dir / STATE_NAME), self._config.models)
+        controller = served.controller
         try:
-            models = await self._kept.all()
+            await served.deploy()
         except StateError as error:
             raise ConfigError(str(error)) from None
-        await controller.measure(models)
-        await controller.change_models((), models)
         freeze_heap()
         await controller.start(self._loops)
         await controller.add_node(NODE_NAME, agent)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sllm_vllm.node.protocol import ReplicaReport
-from sllm_vllm.router.config.settings import IngressSettings, MoveSettings
+from sllm_vllm.router.config.settings import IngressSettings, MigrationSection
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcome, Rejected, ServedModel, Ticket
 from sllm_vllm.router.http.ingress import Ingress
@@ -218,7 +218,7 @@ def wait_movable(engine: ReplicaReport) -> None:
 
 @contextlib.asynccontextmanager
 async def _served(gate: TwoEnginesGate) -> AsyncIterator[str]:
-    settings = IngressSettings(drain_s=1, moves=MoveSettings())
+    settings = IngressSettings(drain_s=1, moves=MigrationSection())
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     started = asyncio.Event()
     running = asyncio.create_task(serve_app(Ingress(gate, settings), settings, sockets=[listener], started=started))

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from sllm_vllm.router.config.settings import IngressSettings, MoveSettings
+from sllm_vllm.router.config.settings import IngressSettings, MigrationSection
 from tests.router.fake_gate import MODELS, FakeGate, Served, serving, until
 from tests.router.moving_engine import MovingEngine, moving_engines, text_of
 
@@ -83,7 +83,7 @@ class Bench:
 async def bench(*, stream: bool = True, path: str = "/v1/completions", **moves: Any) -> AsyncIterator[Bench]:
     async with moving_engines("a", "b") as (a, b):
         gate = FakeGate([("a", a.url), ("b", b.url)])
-        settings = IngressSettings(drain_s=1, moves=MoveSettings(**moves))
+        settings = IngressSettings(drain_s=1, moves=MigrationSection(**moves))
         async with serving(gate, settings) as served:
             client = Client()
             body = {"model": MODELS[0], "prompt": "hello", "max_tokens": NUM_TOKENS, "stream": stream}

@@ -47,7 +47,7 @@ BODY_NBYTES_MAX = MIB
 EVENTS_MAX = 2000
 """Most events per reply, because they are read on the event loop that serves requests."""
 EVENTS_DEFAULT = 200
-_SETTINGS = IngressSettings(body_nbytes_max=BODY_NBYTES_MAX, bodies_nbytes_max=16 * MIB, body_s_max=30.0)
+_SETTINGS = IngressSettings(body_bytes=BODY_NBYTES_MAX, bodies_bytes=16 * MIB, body_timeout=30.0)
 _JSON = "application/json"
 _CONFLICT = "conflict"
 

@@ -1,7 +1,7 @@
 """Reads and checks files of the router's configuration, and compares two configurations.
 
-``config_text.py`` parses YAML and JSON, ``config_problems.py`` finds what is wrong with values, and
-``config_places.py`` what is wrong with them on this machine.
+``text.py`` parses YAML and JSON, ``problems.py`` finds what is wrong with values, and ``places.py`` what is wrong with
+them on this machine.
 """
 
 from __future__ import annotations

@@ -11,9 +11,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sllm_vllm.errors import ConfigError
-from sllm_vllm.router.config.migration import MigrationSection
-from sllm_vllm.router.config.poison import PoisonSection
-from sllm_vllm.router.config.ray import RaySection
 from sllm_vllm.router.config.sections import (
     KeySource,
     KeysSection,
@@ -21,10 +18,10 @@ from sllm_vllm.router.config.sections import (
     ModelDefaults,
     NodeSection,
     RouterConfig,
-    ServerSection,
     StoreSection,
     merged_models,
 )
+from sllm_vllm.router.config.settings import MigrationSection, PoisonSection, RaySection, ServerSection
 
 Place = tuple[str | int, ...]
 """The path of a value in a document: the keys and indices that lead to it."""

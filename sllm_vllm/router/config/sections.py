@@ -1,7 +1,7 @@
-"""The router's configuration: every key, with its validation. Frozen.
+"""The router's configuration: every key, with its validation, together with ``settings.py``. Frozen.
 
-Pure, except that ``ModelConfig`` reads the file that its engine arguments name with ``--config``. ``config_file.py``
-reads configuration files and compares two of them; ``config_values.py`` defines the value types. Paths are relative to
+Pure, except that ``ModelConfig`` reads the file that its engine arguments name with ``--config``. ``file.py``
+reads configuration files and compares two of them; ``values.py`` defines the value types. Paths are relative to
 ``directory`` in the validation's context, if it is there.
 """
 
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -27,10 +26,14 @@ from sllm_vllm.config import NodeConfig, default_node_dir, default_store_dir
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.node.core.launch import num_slots_of
 from sllm_vllm.node.engine_config import expand_config
-from sllm_vllm.router.config.migration import MigrationSection, lineage_of
-from sllm_vllm.router.config.poison import PoisonSection
-from sllm_vllm.router.config.ray import RaySection
-from sllm_vllm.router.config.settings import IngressSettings
+from sllm_vllm.router.config.settings import (
+    IngressSettings,
+    MigrationSection,
+    PoisonSection,
+    RaySection,
+    Section,
+    ServerSection,
+)
 from sllm_vllm.router.config.values import (
     Count,
     Duration,
@@ -41,7 +44,6 @@ from sllm_vllm.router.config.values import (
     Located,
     MaybeBytes,
     MaybeDuration,
-    NumBytes,
     Text,
     Words,
     is_loopback,
@@ -50,23 +52,35 @@ from sllm_vllm.router.config.values import (
     wrong_key,
 )
 from sllm_vllm.router.core.facts import ModelSpec
-from sllm_vllm.units import GIB, KIB, MIB
+from sllm_vllm.units import MIB
 
 NAME_CHARS_MAX = 200
 QUEUE_S = 120.0
 """Longest wait of a request if its model sets none, and no engine start is expected to end later."""
 ARGUMENTS_MAX = 240
 """Most configured arguments of an engine: fewer than a start order may hold, to leave room for those that are added."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+CHANGEABLE_OPTIONS = frozenset(
+    {
+        "--api-key",
+        "--disable-log-stats",
+        "--enable-log-requests",
+        "--gpu-memory-utilization",
+        "--kv-cache-memory-bytes",
+        "--max-log-len",
+        "--max-num-batched-tokens",
+        "--max-num-seqs",
+        "--no-enable-log-requests",
+        "--served-model-name",
+        "--uvicorn-log-level",
+    }
+)
+"""Options of `vllm serve` that affect speed and capacity, but never the content of answers."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-class ModelDefaults(_Section):
+class ModelDefaults(Section):
     """Settings that apply to every model which does not set them itself."""
 
     accelerators: Count | None = Field(
@@ -226,7 +240,7 @@ class ModelConfig(ModelDefaults):
 # -------------------------------------------------------------------------------------------------- the other sections
 
 
-class NodeSection(_Section):
+class NodeSection(Section):
     """This machine's agent, which runs the engines. Keys that are left out are detected."""
 
     slots: Count | None = Field(
@@ -277,7 +291,7 @@ class NodeSection(_Section):
     )
 
 
-class StoreSection(_Section):
+class StoreSection(Section):
     """Where checkpoints are stored, and the daemon that keeps them in memory."""
 
     directory: Located | None = Field(
@@ -291,62 +305,7 @@ class StoreSection(_Section):
     )
 
 
-class ServerSection(_Section):
-    """The router's address and limits. Durations: seconds, or text like 30s, 10m. Sizes: bytes, or 8MiB."""
-
-    host: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        max_length=253,
-        description="address to listen on; without keys it must be loopback",
-    )
-    port: Count = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: any free port")
-    show_paths: Flag = Field(
-        default=False, description="let /v1/models show the paths of the weights on the server, not just names"
-    )
-    body_bytes: NumBytes = Field(
-        default=32 * MIB, ge=KIB, le=GIB, description="largest request body; a few images fit into the default"
-    )
-    bodies_bytes: NumBytes = Field(
-        default=GIB, ge=KIB, le=1 << 50, description="largest total size of all request bodies in memory"
-    )
-    json_depth_max: Count = Field(
-        default=256,
-        ge=8,
-        le=900,
-        description="how deep arrays and objects may be nested in a JSON body; deeper ones get 400",
-    )
-    json_containers_max: Count = Field(
-        default=100_000, ge=100, le=10_000_000, description="most arrays and objects in a JSON body; more get 400"
-    )
-    requests_max: Count = Field(
-        default=4096, ge=1, le=1_000_000, description="most concurrent requests, including those that wait"
-    )
-    waiting_max: Count = Field(
-        default=4096, ge=1, le=1_000_000, description="most waiting requests of all models together"
-    )
-    connections_max: Count = Field(
-        default=8192, ge=1, le=1_000_000, description="most concurrent connections of clients"
-    )
-    body_timeout: Duration = Field(default=60.0, gt=0, description="longest that a client may take to send its body")
-    request_timeout: Duration = Field(
-        default=3600.0, gt=0, description="longest that a request may take, waiting included"
-    )
-    slow_client_timeout: Duration = Field(
-        default=60.0,
-        gt=0,
-        description="longest that a client may read nothing while a part of its answer waits; then its connection is"
-        " closed",
-    )
-    idle_timeout: Duration = Field(
-        default=300.0, gt=0, description="longest pause between two parts of an engine's answer"
-    )
-    cors_origins: tuple[str, ...] = Field(
-        default=(), max_length=256, description="origins whose pages may read answers; '*' for any; default: none"
-    )
-
-
-class KeySource(_Section):
+class KeySource(Section):
     """Where a key is found, or its digest: exactly one of the three. A configuration never holds a key itself."""
 
     env: str | None = Field(
@@ -371,7 +330,7 @@ class KeySource(_Section):
         return self
 
 
-class KeysSection(_Section):
+class KeysSection(Section):
     """Who may use the router."""
 
     clients: tuple[KeySource, ...] = Field(
@@ -401,7 +360,7 @@ class KeysSection(_Section):
         return tuple(sorted({*named, *self.hidden_variables}))
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The whole configuration of the router."""
 
     keys: KeysSection = KeysSection()
@@ -465,23 +424,11 @@ class RouterConfig(_Section):
 
     def ingress_settings(self, key_digests: tuple[str, ...]) -> IngressSettings:
         """Return the ingress's settings. ``key_digests``: those of ``keys.clients``."""
-        server = self.server
         return IngressSettings(
+            **dict(self.server),
             key_digests=key_digests,
             insecure_no_keys=self.keys.insecure_no_keys,
-            cors_origins=server.cors_origins,
-            show_paths=server.show_paths,
-            body_nbytes_max=server.body_bytes,
-            bodies_nbytes_max=server.bodies_bytes,
-            json_depth_max=server.json_depth_max,
-            json_containers_max=server.json_containers_max,
-            requests_max=server.requests_max,
-            connections_max=server.connections_max,
-            body_s_max=server.body_timeout,
-            request_s_max=server.request_timeout,
-            idle_s_max=server.idle_timeout,
-            slow_client_s_max=server.slow_client_timeout,
-            moves=self.migration.settings(),
+            moves=self.migration if self.migration.enabled else None,
         )
 
 
@@ -513,3 +460,30 @@ def _merged(defaults: dict[str, Any], model: object) -> object:
     if "engine_arguments" in both:
         merged["engine_arguments"] = merge_arguments(defaults["engine_arguments"], model["engine_arguments"])
     return merged
+
+
+def lineage_of(source: str, revision: str | None, *, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Return a 31-bit digest of everything that decides what an engine answers.
+
+    Requests move only between engines with the same lineage.
+    """
+    kept = [words for words in _options(arguments) if words[0] not in CHANGEABLE_OPTIONS]
+    said = [source, revision, sorted(kept), sorted(environment.items())]
+    return int.from_bytes(hashlib.sha256(json.dumps(said).encode()).digest()[:4], "big") >> 1
+
+
+def _options(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Yield each option with its values, in one spelling, so that equal options compare equal."""
+    option: list[str] = []
+    for word in arguments:
+        if word.startswith("-"):
+            if option:
+                yield option
+            name, equals, value = word.partition("=")
+            option = [name.replace("_", "-"), *([value] if equals else [])]
+        elif option:
+            option.append(word)
+        else:
+            yield [word]
+    if option:
+        yield option

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import httptools
 
 from sllm_vllm.daemon.unix_listener import HOST, socket_of_url
-from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.engine_client.headers import Headers
 
@@ -29,6 +28,9 @@ READ_AT_ONCE_NBYTES = 1 << 14
 HEAD_NBYTES_MAX = 1 << 16
 IDLE_MAX = 256
 """Idle connections kept per engine."""
+KEEP_ALIVE_S = 3.0
+"""How long an idle connection is kept: less than vLLM's 5 s."""
+CONNECT_S_MAX = 5.0
 _URLS_MAX = 1024
 
 CONNECT_AGAIN_S = 0.005
@@ -64,10 +66,10 @@ class Sent:
 
 
 class Upstream:
-    """A pool of connections to engines. ``close`` ends it."""
+    """A pool of connections to engines; idle ones are kept for ``keep_alive_s``. ``close`` ends it."""
 
-    def __init__(self, settings: IngressSettings) -> None:
-        self._settings = settings
+    def __init__(self, keep_alive_s: float = KEEP_ALIVE_S) -> None:
+        self._keep_alive_s = keep_alive_s
         self._idle: dict[Address, list[EngineConnection]] = {}
         self._is_closed = False
 
@@ -119,7 +121,7 @@ class Upstream:
     def give_back(self, connection: EngineConnection) -> None:
         """Keep a connection for the next request, if it can take one."""
         idle = self._idle.setdefault(connection.address, [])
-        if self._is_closed or len(idle) >= IDLE_MAX or not connection.rest(self._settings.engine_keep_alive_s):
+        if self._is_closed or len(idle) >= IDLE_MAX or not connection.rest(self._keep_alive_s):
             connection.abort()
             if not idle:
                 del self._idle[connection.address]
@@ -153,7 +155,7 @@ class Upstream:
     async def _connect(self, address: Address, sign: FailureSign) -> EngineConnection:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._settings.connect_s_max):
+            async with asyncio.timeout(CONNECT_S_MAX):
                 if isinstance(address, str):
                     channel = await _connected(address)
                     _, made = await loop.create_unix_connection(lambda: EngineConnection(self, address), sock=channel)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.engine_client.api import EngineApi
 from sllm_vllm.router.engine_client.connection import EngineFailed, Upstream
 from sllm_vllm.router.gate import Ticket
@@ -24,7 +23,7 @@ class ModelLengths:
     def __init__(self, changed: Callable[[str], None]) -> None:
         self._changed = changed
         self._known: dict[str, int] = {}
-        self._upstream = Upstream(IngressSettings())
+        self._upstream = Upstream()
         self._api = EngineApi(self._upstream)
         self._tasks: set[asyncio.Task[None]] = set()
 

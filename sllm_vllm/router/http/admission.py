@@ -55,8 +55,8 @@ class BodyReader:
             Ended: the client left before the body was complete.
         """
         declared = _declared(headers)
-        held = _Held(declared or self._settings.body_nbytes_max)
-        limit_s = self._settings.body_s_max
+        held = _Held(declared or self._settings.body_bytes)
+        limit_s = self._settings.body_timeout
         try:
             try:
                 async with asyncio.timeout(limit_s):
@@ -70,7 +70,7 @@ class BodyReader:
             held.release()
 
     async def _fill(self, held: _Held, declared: int, *, receive: Receive) -> None:
-        nbytes_max = self._settings.body_nbytes_max
+        nbytes_max = self._settings.body_bytes
         nbytes = 0
         if declared > nbytes_max * _DISCARDED_BODIES_MAX:
             raise self._too_large()
@@ -86,13 +86,13 @@ class BodyReader:
             raise self._too_large()
 
     def _hold(self, piece: bytes, held: _Held) -> None:
-        if self.nbytes + len(piece) > self._settings.bodies_nbytes_max:
+        if self.nbytes + len(piece) > self._settings.bodies_bytes:
             raise overloaded("the bodies of all requests have reached their limit").closing()
         self.nbytes += len(piece)
         held.add(piece)
 
     def _too_large(self) -> ApiError:
-        nbytes_max = self._settings.body_nbytes_max
+        nbytes_max = self._settings.body_bytes
         return ApiError(413, f"The body is larger than {nbytes_max} bytes.", code="body_too_large").closing()
 
 

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from sllm_vllm.router.core.events import Refusal, RejectRequest
 from sllm_vllm.router.gate import Rejected
 
-# The core's refusals as errors of HTTP and OpenAI's API. Pure.
-
-
+INVALID = "invalid_request_error"
+SERVER = "server_error"
 _STATUS = {
     Refusal.UNKNOWN_MODEL: (404, "invalid_request_error", "model_not_found"),
     Refusal.DELETED: (404, "invalid_request_error", "model_not_found"),
@@ -35,13 +34,11 @@ def rejected(action: RejectRequest) -> Rejected:
 
 def stopping() -> Rejected:
     """The error for a request while the router stops."""
-    return Rejected(503, "server_error", "The router is stopping.", retry_after_s=5.0)
+    return Rejected(503, SERVER, "The router is stopping.", retry_after_s=5.0, code="stopping")
 
 
 NAMES_SHOWN_MAX = 20
 NAME_CHARS_MAX = 200
-INVALID = "invalid_request_error"
-SERVER = "server_error"
 _NAMED_EVENTS = ("/v1/messages", "/v1/responses")
 _ANTHROPIC_KINDS = {
     401: "authentication_error",

@@ -80,6 +80,27 @@ class RequestHead:
     model: str = ""
 
 
+class IngressSwitch:
+    """The ingress with the current settings, and earlier ones that still have requests."""
+
+    def __init__(self, ingress: Ingress) -> None:
+        self.current = ingress
+        self._replaced: list[Ingress] = []
+
+    def replace(self, ingress: Ingress) -> None:
+        """Use another ingress for new requests; the old one finishes those that it has."""
+        self._replaced.append(self.current)
+        self.current = ingress
+        for idle in [one for one in self._replaced if one.is_idle]:
+            idle.close()
+            self._replaced.remove(idle)
+
+    def close(self) -> None:
+        """Close the connections to engines."""
+        for ingress in (*self._replaced, self.current):
+            ingress.close()
+
+
 class Ingress:
     """The ASGI app. All calls on one event loop; ``close`` closes its connections to engines."""
 

@@ -213,7 +213,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _watch_slow(self) -> None:
         if self._slow is None:
-            limit_s = self.settings.slow_client_s_max
+            limit_s = self.settings.slow_client_timeout
             self._slow = SlowClient(self.transport, limit_s, loop=self.loop, end=self._end_slow)
         self._slow.begin()
 

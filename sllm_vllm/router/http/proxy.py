@@ -25,7 +25,7 @@ from sllm_vllm.router.engine_client.proving import Proving
 from sllm_vllm.router.gate import Gate, How, MoveOrder, Outcome, Rejected, Ticket
 from sllm_vllm.router.http.admission import Body
 from sllm_vllm.router.http.deadline import Ended, Receive, Send, Watch, send_last
-from sllm_vllm.router.http.errors import SERVER, ApiError, engine_failed, not_served, rejection, timed_out
+from sllm_vllm.router.http.errors import ApiError, engine_failed, not_served, rejection, stopping, timed_out
 from sllm_vllm.router.migration.leg import Asked, Leg, is_core_dead, is_event_stream
 from sllm_vllm.router.migration.mover import Mover
 
@@ -98,7 +98,7 @@ class Proxy:
     def __init__(self, gate: Gate, settings: IngressSettings) -> None:
         self._gate = gate
         self._settings = settings
-        self._upstream = Upstream(settings)
+        self._upstream = Upstream()
         self._api = EngineApi(self._upstream)
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class Proxy:
             ApiError: nothing has been sent to the client yet; the caller has to answer with this error.
             Ended: the client left, so there is nothing to answer.
         """
-        watch = Watch(receive, self._settings.request_s_max)
+        watch = Watch(receive, self._settings.request_timeout)
         answer = _ClientAnswer(call, report, send=send, extra=extra)
         error: ApiError | None = None
         try:
@@ -124,7 +124,7 @@ class Proxy:
         except EngineFailed as failure:
             error = engine_failed(str(failure))
         except asyncio.CancelledError:  # the server stops and its drain time is over; the client still gets an error
-            error = rejection(Rejected(503, SERVER, "The router is stopping.", retry_after_s=5.0, code="stopping"))
+            error = rejection(stopping())
         except Ended as ended:
             report.how = ended.reason
             if ended.reason != "timeout":
@@ -167,8 +167,6 @@ class Proxy:
     async def _attempt(
         self, leg: Leg, call: AdmittedRequest, *, watch: Watch, report: Report, answer: _ClientAnswer
     ) -> None:
-        limit_s = self._settings.first_byte_s_max
-        watch.begin_step(limit_s, f"the engine sent nothing for {limit_s or 0:g} s")
         leg.follow(self._start_mover)
         proving = self._begin_to_prove(leg)
         try:
@@ -200,7 +198,8 @@ class Proxy:
             report.tail_pieces.append(piece[-_TAIL_NBYTES:])
             await answer.write(piece)
         self._gate.first_byte(leg.ticket)
-        watch.begin_step(self._settings.idle_s_max, f"the engine paused for more than {self._settings.idle_s_max:g} s")
+        idle_s = self._settings.idle_timeout
+        watch.begin_step(idle_s, f"the engine paused for more than {idle_s:g} s")
         while piece:
             watch.resume()
             piece = await leg.read()

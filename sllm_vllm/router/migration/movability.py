@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.core.events import Event, ReplicaMovable
 from sllm_vllm.router.engine_client.api import EngineApi
 from sllm_vllm.router.engine_client.connection import EngineFailed, Upstream
@@ -33,7 +32,7 @@ class Movability:
 
     def __init__(self, tell: Callable[[Event], None]) -> None:
         self._tell = tell
-        self._upstream = Upstream(IngressSettings())
+        self._upstream = Upstream()
         self._api = EngineApi(self._upstream)
         self._tasks: dict[str, asyncio.Task[None]] = {}
 

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from typing import Any
 
-from sllm_vllm.router.config.settings import MoveSettings
+from sllm_vllm.router.config.settings import MigrationSection
 from sllm_vllm.router.core.migration import (
     AskSource,
     Fill,
@@ -22,7 +22,6 @@ from sllm_vllm.router.core.migration import (
     Migration,
     MigrationAction,
     MigrationEvent,
-    MigrationLimits,
     SideFailed,
     SourceEnded,
     SourceTold,
@@ -40,6 +39,9 @@ from sllm_vllm.router.migration.transcript import NotAligned
 
 logger = logging.getLogger(__name__)
 
+MOVE_S_MAX = 600.0
+FILL_S_MAX = 120.0
+"""Longest that one prefill of a round may take."""
 GIVEN_S_MAX = 0.25
 """Longest wait for the source's next event, right after which its stream is held."""
 PROOF_PAUSE_S = 0.01
@@ -50,7 +52,9 @@ _RESUME = "resume"
 class Mover:
     """Carries out one order for one request. ``run`` is a task; cancelling it leaves nothing at the target."""
 
-    def __init__(self, leg: Leg, order: MoveOrder, gate: Gate, *, upstream: Upstream, settings: MoveSettings) -> None:
+    def __init__(
+        self, leg: Leg, order: MoveOrder, gate: Gate, *, upstream: Upstream, settings: MigrationSection
+    ) -> None:
         self._leg = leg
         self._order = order
         self._gate = gate
@@ -70,10 +74,10 @@ class Mover:
     async def run(self) -> None:
         """Carry out the order and report the result to the gate."""
         try:
-            async with asyncio.timeout(self._settings.move_s_max):
+            async with asyncio.timeout(MOVE_S_MAX):
                 await self._drive()
         except TimeoutError:
-            self._fail(f"it took more than {self._settings.move_s_max:g} s", is_lasting=False)
+            self._fail(f"it took more than {MOVE_S_MAX:g} s", is_lasting=False)
         except EngineFailed as problem:
             self._fail(str(problem), is_lasting=False)
         except NotMovable as problem:
@@ -91,13 +95,8 @@ class Mover:
             reason = state.body.get("reason") or f"it answers {state.status}"
             self._fail(f"{self._target.replica} takes over no requests: {reason}", is_lasting=False)
             return
-        limits = MigrationLimits(
-            rounds_max=self._settings.rounds_max,
-            round_tokens_max=self._settings.round_tokens_max,
-            round_pause_s=self._settings.round_pause_s,
-        )
         self._migration = migration = Migration(
-            limits, block_tokens=state.body["block_size"], model_tokens_max=state.body["max_model_len"]
+            self._settings.limits(), block_tokens=state.body["block_size"], model_tokens_max=state.body["max_model_len"]
         )
         actions = deque(migration.begin())
         while actions:
@@ -145,8 +144,7 @@ class Mover:
             body = self._fill_body([*prompt, *tokens][:num])
             self._nbytes += len(body)
             name = f"fill-{number}-{num}-{self._leg.asked.shown}"
-            seconds_max = self._settings.round_s_max
-            reply = await self._api.prefill(self._target, body, name=name, seconds_max=seconds_max)
+            reply = await self._api.prefill(self._target, body, name=name, seconds_max=FILL_S_MAX)
             if reply.status != 200:
                 return SideFailed(f"the target answers {reply.status}: {reply.problem}")
         seconds = time.monotonic() - begun_s
@@ -176,10 +174,10 @@ class Mover:
         self._answer = asyncio.get_running_loop().create_task(self._post(headers, body))
         self._num_moved = sum(len(choice["token_ids"]) for choice in self._told[_RESUME]["choices"])
         try:
-            async with asyncio.timeout(self._settings.switch_s_max):
+            async with asyncio.timeout(self._settings.switch_timeout):
                 return await self._wait_went_on(self._num_moved)
         except TimeoutError:
-            return SideFailed(f"the target did not go on within {self._settings.switch_s_max:g} s")
+            return SideFailed(f"the target did not go on within {self._settings.switch_timeout:g} s")
 
     async def _post(self, headers: Headers, body: bytes) -> EngineConnection:
         return await self._upstream.post(self._target.url, target=self._leg.asked.target, headers=headers, body=body)

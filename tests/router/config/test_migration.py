@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sllm_vllm.router.config.sections import ModelConfig, RouterConfig
-from sllm_vllm.router.config.settings import MoveSettings
+from sllm_vllm.router.config.settings import MigrationSection
 
 
 def model(**fields: object) -> ModelConfig:
@@ -34,7 +34,7 @@ def test_requests_move_between_engines_that_differ_in_nothing_that_answers(
 
 def test_moves_are_bounded_by_the_configuration_and_can_be_switched_off() -> None:
     config = RouterConfig.model_validate({"migration": {"rounds_max": 3, "round_pause": "2s", "switch_timeout": 4}})
-    assert config.ingress_settings(()).moves == MoveSettings(rounds_max=3, round_pause_s=2.0, switch_s_max=4.0)
+    assert config.ingress_settings(()).moves == MigrationSection(rounds_max=3, round_pause=2.0, switch_timeout=4.0)
     assert config.node_config().migration is True
     off = RouterConfig.model_validate({"migration": {"enabled": False}})
     assert off.ingress_settings(()).moves is None

@@ -370,7 +370,7 @@ def test_engines_listen_on_sockets_unless_a_command_may_not_reach_them(node: dic
 def test_server_and_keys_become_the_ingress_settings() -> None:
     server = {"body_bytes": "1MiB", "requests_max": 5, "request_timeout": "1m", "cors_origins": ["*"]}
     found = parse_router_config({"server": server}).ingress_settings(("0" * 64,))
-    assert (found.body_nbytes_max, found.requests_max, found.request_s_max) == (MIB, 5, 60.0)
+    assert (found.body_bytes, found.requests_max, found.request_timeout) == (MIB, 5, 60.0)
     said = parse_router_config({"server": {"json_depth_max": 9, "json_containers_max": 101}}).ingress_settings(())
     assert (said.json_depth_max, said.json_containers_max) == (9, 101)
     assert refusal({"server": {"json_depth_max": 901}}).startswith("server.json_depth_max: ")

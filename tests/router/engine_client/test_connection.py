@@ -14,7 +14,6 @@ import pytest
 import uvloop
 
 from sllm_vllm.daemon.unix_listener import url_of_socket
-from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.engine_client.connection import (
     HEAD_NBYTES_MAX,
@@ -99,7 +98,7 @@ class Script:
 async def scripted(*answers: bytes, keep_alive_s: float = 60.0) -> AsyncIterator[tuple[Upstream, Script]]:
     script = Script(list(answers))
     server, script.url = await serving(script.connection)
-    upstream = Upstream(IngressSettings(engine_keep_alive_s=keep_alive_s))
+    upstream = Upstream(keep_alive_s)
     try:
         async with asyncio.timeout(60):
             yield upstream, script
@@ -256,7 +255,7 @@ async def test_read_ahead_of_a_reader_that_stalls_is_bounded() -> None:
 
 async def test_an_engine_that_ended_while_idle_never_got_the_request() -> None:
     """Its end lies unread in the socket: the request must not be suspected of it, and quarantined."""
-    upstream = Upstream(IngressSettings())
+    upstream = Upstream()
     with bound() as (server, url):
         server.listen()
         asked = asyncio.create_task(upstream.post(url, target="/", headers=[], body=b"{}"))
@@ -289,7 +288,7 @@ async def test_what_an_idle_connection_swallowed_may_have_ended_its_engine() -> 
             writer.write(OK)
 
     server, url = await serving(connection)
-    upstream = Upstream(IngressSettings())
+    upstream = Upstream()
     answer = await upstream.post(url, target="/", headers=[], body=b"{}")
     await read_all(answer)
     answer.close()
@@ -305,7 +304,7 @@ def test_a_full_queue_of_connections_is_waited_for(run: Callable[[Any], None]) -
     """Linux refuses a Unix socket's one too many at once; that says nothing against the engine."""
 
     async def work() -> None:
-        upstream = Upstream(IngressSettings())
+        upstream = Upstream()
         with bound() as (server, url):
             server.listen(0)
             asked = [asyncio.create_task(upstream.post(url, target="/", headers=[], body=b"{}")) for _ in range(4)]
@@ -326,7 +325,7 @@ def test_a_full_queue_of_connections_is_waited_for(run: Callable[[Any], None]) -
 
 
 async def test_a_server_that_does_not_listen_or_has_gone_is_not_reached() -> None:
-    upstream = Upstream(IngressSettings())
+    upstream = Upstream()
 
     async def sign_of(url: str) -> FailureSign:
         with pytest.raises(EngineFailed, match="can't be reached") as failed:

@@ -194,7 +194,7 @@ async def stalled(served: Served, body: bytes, *, buffer_nbytes: int = 4096) -> 
 async def test_stream_whose_client_takes_nothing_is_ended(
     gate: FakeGate, engine: EngineProcess, wish: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = IngressSettings(slow_client_s_max=1.0, drain_s=1)
+    settings = IngressSettings(slow_client_timeout=1.0, drain_s=1)
     async with serving(gate, settings) as served:
         with closing(await stalled(served, json.dumps(chat(**wish)).encode())):  # type: ignore[arg-type]
             await until(lambda: gate.outcomes, "the request to end")
@@ -206,7 +206,7 @@ async def test_stream_whose_client_takes_nothing_is_ended(
 
 async def test_client_that_reads_slowly_is_not_ended(gate: FakeGate) -> None:
     """It takes twice as long as the limit, and something now and then."""
-    settings = IngressSettings(slow_client_s_max=2.0, drain_s=1)
+    settings = IngressSettings(slow_client_timeout=2.0, drain_s=1)
     nbytes = 8 << 20
     async with serving(gate, settings) as served:
         body = json.dumps(chat(nbytes=nbytes)).encode()
@@ -216,7 +216,7 @@ async def test_client_that_reads_slowly_is_not_ended(gate: FakeGate) -> None:
             while num < nbytes:
                 num += len(await loop.sock_recv(client, 1 << 16))
                 await asyncio.sleep(0.03)
-            assert loop.time() - began_s > settings.slow_client_s_max
+            assert loop.time() - began_s > settings.slow_client_timeout
     assert num >= nbytes
     assert [outcome.how for outcome in gate.outcomes] == ["done"]
 
@@ -224,7 +224,7 @@ async def test_client_that_reads_slowly_is_not_ended(gate: FakeGate) -> None:
 async def test_last_bytes_of_a_client_that_reads_slowly_outlast_the_keep_alive(gate: FakeGate) -> None:
     """The answer is complete for the router; its client takes some of it now and then, for longer than idle connections
     stay."""
-    settings = IngressSettings(slow_client_s_max=30.0, keep_alive_s=1, drain_s=1)
+    settings = IngressSettings(slow_client_timeout=30.0, keep_alive_s=1, drain_s=1)
     gate.models = [f"model-{number:060}" for number in range(60_000)]
     async with serving(gate, settings) as served:
         client, loop = socket.socket(), asyncio.get_running_loop()
@@ -245,7 +245,7 @@ async def test_last_bytes_of_a_client_that_reads_slowly_outlast_the_keep_alive(g
 
 async def test_last_bytes_that_a_client_does_not_take_do_not_keep_its_connection(gate: FakeGate) -> None:
     """The answer is complete for the router, and less than the transport's limit is left."""
-    settings = IngressSettings(slow_client_s_max=0.5, keep_alive_s=1, drain_s=1)
+    settings = IngressSettings(slow_client_timeout=0.5, keep_alive_s=1, drain_s=1)
     gate.models = [f"model-{number:060}" for number in range(60_000)]
     async with serving(gate, settings) as served:
         client = socket.socket()

@@ -75,7 +75,7 @@ async def test_models_show_their_length_and_paths_of_the_server_only_if_asked(
 
 
 async def test_errors_below_v1_messages_have_anthropics_form(gate: FakeGate) -> None:
-    settings = IngressSettings(body_nbytes_max=1024, drain_s=1)
+    settings = IngressSettings(body_bytes=1024, drain_s=1)
     async with serving(gate, settings) as served:
         found = [
             await served.post(b"[]", "/v1/messages"),
@@ -222,7 +222,7 @@ async def test_body_that_is_too_large_is_413(gate: FakeGate, times: float, is_ch
     pad = b" " * int(1024 * times)
     pieces = [b"%x\r\n%b\r\n" % (len(pad), pad), b"0\r\n\r\n"] if is_chunked else [pad]
     head = b"transfer-encoding: chunked" if is_chunked else b"content-length: %d" % len(pad)
-    async with serving(gate, IngressSettings(body_nbytes_max=1024, drain_s=1)) as served:
+    async with serving(gate, IngressSettings(body_bytes=1024, drain_s=1)) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n\r\n" + b"".join(pieces))
         assert (await reader.readuntil(b"\r\n")).split()[1] == b"413"
@@ -232,7 +232,7 @@ async def test_body_that_is_too_large_is_413(gate: FakeGate, times: float, is_ch
 
 async def test_largest_body_passes(gate: FakeGate) -> None:
     body = json.dumps(chat()).encode()
-    async with serving(gate, IngressSettings(body_nbytes_max=1 << 20, drain_s=1)) as served:
+    async with serving(gate, IngressSettings(body_bytes=1 << 20, drain_s=1)) as served:
         whole = await served.post(body + b" " * ((1 << 20) - len(body)))
         more = await served.post(body + b" " * ((1 << 20) - len(body) + 1))
     assert (whole.status, more.status) == (200, 413)
@@ -241,7 +241,7 @@ async def test_largest_body_passes(gate: FakeGate) -> None:
 async def test_all_bodies_together_have_a_limit(gate: FakeGate) -> None:
     gate.released.clear()
     body = json.dumps(chat()).encode() + b" " * 700
-    async with serving(gate, IngressSettings(bodies_nbytes_max=1500, drain_s=1)) as served:
+    async with serving(gate, IngressSettings(bodies_bytes=1500, drain_s=1)) as served:
         first = asyncio.create_task(served.post(body))
         await until(lambda: gate.num_waiting, "the first to wait")
         refused = await served.post(body)

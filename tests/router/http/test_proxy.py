@@ -333,7 +333,7 @@ async def test_reader_that_never_takes_the_end_is_left(
     caplog.set_level("INFO", logger="sllm_vllm.router")
     body = json.dumps(chat(stream=True, chunks=1024, pad=1 << 20)).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    async with serving(gate, IngressSettings(request_s_max=1, drain_s=1)) as served:
+    async with serving(gate, IngressSettings(request_timeout=1, drain_s=1)) as served:
         _, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1 << 12)
         writer.write(head.encode() + body)
         await until(lambda: "outcome=timeout" in caplog.text, "the end of the request")
@@ -345,16 +345,15 @@ async def test_reader_that_never_takes_the_end_is_left(
 
 
 async def test_engine_that_pauses_too_long_in_a_stream(gate: FakeGate) -> None:
-    async with serving(gate, IngressSettings(idle_s_max=0.2, drain_s=1)) as served:
+    async with serving(gate, IngressSettings(idle_timeout=0.2, drain_s=1)) as served:
         status, text = await post(served, chat(stream=True, stalls_after=1))
     assert status == 200
     assert events(text)[-1]["error"]["code"] == "timeout"
     assert [outcome.how for outcome in gate.outcomes] == ["timeout"]
 
 
-@pytest.mark.parametrize("limit", ["first_byte_s_max", "request_s_max"])
-async def test_engine_that_does_not_begin(gate: FakeGate, limit: str) -> None:
-    async with serving(gate, IngressSettings(**{limit: 0.2}, drain_s=1)) as served:  # type: ignore[arg-type]
+async def test_engine_that_does_not_begin(gate: FakeGate) -> None:
+    async with serving(gate, IngressSettings(request_timeout=0.2, drain_s=1)) as served:
         status, text = await post(served, chat(before="stall"))
     assert status == 504
     assert json.loads(text)["error"]["code"] == "timeout"
@@ -364,15 +363,15 @@ async def test_engine_that_does_not_begin(gate: FakeGate, limit: str) -> None:
 
 async def test_waiting_counts_for_the_whole_time(gate: FakeGate) -> None:
     gate.released.clear()
-    async with serving(gate, IngressSettings(request_s_max=0.2, drain_s=1)) as served:
+    async with serving(gate, IngressSettings(request_timeout=0.2, drain_s=1)) as served:
         status, _ = await post(served, chat())
     assert status == 504
     assert gate.num_given == 0
 
 
 async def test_limits_that_are_kept_change_nothing(gate: FakeGate) -> None:
-    """The stream takes longer than its limit between two pieces, and than that for the first."""
-    async with serving(gate, IngressSettings(first_byte_s_max=2, idle_s_max=2, drain_s=1)) as served:
+    """The stream takes longer than its limit between two pieces."""
+    async with serving(gate, IngressSettings(idle_timeout=2, drain_s=1)) as served:
         status, text = await post(served, chat(stream=True, chunks=100, pace_s=0.03))
     assert (status, len(texts(text))) == (200, 100)
     assert [outcome.how for outcome in gate.outcomes] == ["done"]

@@ -211,7 +211,7 @@ async def test_slow_head_is_refused(gate: FakeGate, data: bytes, answers: list[i
 
 
 async def test_slow_body_is_refused(gate: FakeGate) -> None:
-    async with serving(gate, IngressSettings(body_s_max=0.1, drain_s=1)) as served:
+    async with serving(gate, IngressSettings(body_timeout=0.1, drain_s=1)) as served:
         got = await statuses(served, request(body=BODY[:10]))
     assert got == [408]
     assert gate.facts == []

@@ -331,7 +331,7 @@ async def test_a_target_that_refuses_costs_the_client_nothing(
 
 async def test_a_target_whose_queue_stands_still_gives_the_client_back() -> None:
     """It accepts, and generates nothing: the client gets what the source made meanwhile."""
-    async with bench(switch_s_max=0.3) as one:
+    async with bench(switch_timeout=0.3) as one:
         await one.a.allow(10)
         await one.has(10)
         one.gate.order_move("b")
