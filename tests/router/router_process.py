@@ -194,7 +194,14 @@ class RouterUnderTest:
             with urllib.request.urlopen(request, timeout=self.answer_s_max) as answer:
                 return Answer(answer.status, json.loads(answer.read() or b"null"), _lower(answer.headers.items()))
         except urllib.error.HTTPError as error:
-            return Answer(error.code, json.loads(error.read() or b"null"), _lower(error.headers.items()))
+            return Answer(error.code, _content(error), _lower(error.headers.items()))
+
+
+def _content(error: urllib.error.HTTPError) -> Any:
+    """The body of an error: JSON if the router sent it; Ray's proxy sends text if an ingress dies."""
+    body = error.read()
+    is_text = error.headers.get_content_type() == "text/plain"
+    return body.decode() if is_text else json.loads(body or b"null")
 
 
 def write_config(
