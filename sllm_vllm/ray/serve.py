@@ -28,6 +28,7 @@ from sllm_vllm.ray.controller import RayController, read_told
 from sllm_vllm.ray.session import Answer, ControllerGone, Held, News, Note, SessionWelcome, Unknown
 from sllm_vllm.router.config.file import read_key_digests, read_router_config
 from sllm_vllm.router.config.sections import RouterConfig
+from sllm_vllm.router.config.values import needs_keys
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, Ticket
 from sllm_vllm.router.http.deadline import Message
@@ -171,7 +172,7 @@ def _with_digests(config: RouterConfig) -> RouterConfig:
         [{"sha256": digest} for digest in read_key_digests(getattr(config.keys, which), f"keys.{which}")]
         for which in ("clients", "admin")
     )
-    if not clients and not config.keys.insecure_no_keys:
+    if needs_keys(None, has_keys=bool(clients), is_insecure=config.keys.insecure_no_keys):
         raise ConfigError("no access is configured: set `keys.clients` or `keys.insecure_no_keys: true`")
     keys = {
         "clients": clients,

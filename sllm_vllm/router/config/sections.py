@@ -46,9 +46,9 @@ from sllm_vllm.router.config.values import (
     MaybeDuration,
     Text,
     Words,
-    is_loopback,
     located,
     merge_arguments,
+    needs_keys,
     wrong_key,
 )
 from sllm_vllm.router.core.facts import ModelSpec
@@ -388,8 +388,9 @@ class RouterConfig(Section):
     @classmethod
     def _is_guarded(cls, server: ServerSection, info: ValidationInfo) -> ServerSection:
         keys = info.data.get("keys")
-        is_open = keys is not None and not keys.clients and not keys.insecure_no_keys
-        if is_open and not is_loopback(server.host):
+        if keys is None:  # they are wrong themselves
+            return server
+        if needs_keys(server.host, has_keys=bool(keys.clients), is_insecure=keys.insecure_no_keys):
             raise wrong_key(f"{server.host!r} is not loopback: set `keys.clients` or `keys.insecure_no_keys`", "host")
         return server
 

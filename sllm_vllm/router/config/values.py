@@ -1,6 +1,7 @@
 """Value types of the router's configuration: durations, sizes, arguments, variables, paths. Pure.
 
-The types at the end are for the fields of ``config.py``; their JSON schemas describe the accepted forms.
+The types at the end are for the fields of ``sections.py`` and ``settings.py``; their JSON schemas describe the accepted
+forms.
 """
 
 from __future__ import annotations
@@ -246,9 +247,14 @@ def _without(words: Iterable[str], options: Set[str]) -> list[str]:
 def is_loopback(host: str) -> bool:
     """Whether an address is reachable only from this machine. Of names, only ``localhost`` counts."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def needs_keys(host: str | None, *, has_keys: bool, is_insecure: bool) -> bool:
+    """Whether keys are missing: only loopback is served without any, unless the user allows more. None: any host."""
+    return not (has_keys or is_insecure or (host is not None and is_loopback(host)))
 
 
 Count = Annotated[int, Strict()]

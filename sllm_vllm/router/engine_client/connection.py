@@ -128,11 +128,11 @@ class Upstream:
         else:
             idle.append(connection)
 
-    def forget(self, connection: EngineConnection) -> None:
+    def forget(self, connection: HttpConnection) -> None:
         """Remove a connection that was closed."""
         idle = self._idle.get(connection.address, [])
         if connection in idle:
-            idle.remove(connection)
+            idle[:] = [one for one in idle if one is not connection]
             if not idle:
                 del self._idle[connection.address]
 
@@ -166,8 +166,11 @@ class Upstream:
         return made
 
 
-class EngineConnection(asyncio.BufferedProtocol):
-    """One connection, and the answer that is read from it. Call ``close`` after each answer."""
+class HttpConnection(asyncio.BufferedProtocol):
+    """One connection: sends requests, and keeps what has arrived of the answer for its reader.
+
+    If the reader is slow, the engine is not read from.
+    """
 
     def __init__(self, pool: Upstream, address: Address) -> None:
         self.address = address
@@ -189,8 +192,6 @@ class EngineConnection(asyncio.BufferedProtocol):
         self._is_surplus = False
         self._can_stay = False
         self._is_paused = False
-        self._is_held = False
-        self._is_diverted = False
 
     @property
     def is_silent(self) -> bool:
@@ -206,36 +207,13 @@ class EngineConnection(asyncio.BufferedProtocol):
         poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLRDHUP)
         return not poll.poll(0)
 
-    @property
-    def is_at_end(self) -> bool:
-        """Whether the whole body has been read."""
-        return self._is_complete and not self._pieces
-
-    async def exchange(self, sent: Sent, on_sent: Callable[[EngineConnection], None] | None = None) -> EngineConnection:
-        """Send a request and wait for the head of the answer; returns the connection itself.
-
-        Raises:
-            EngineFailed: no head came; the connection is closed. Diverted: see ``divert``.
-        """
-        try:
-            self._send(sent)
-            if on_sent is not None:
-                on_sent(self)
-            while not self._is_diverted and (not self._has_head or self._is_waiting_held):
-                await self._news()
-            self._expect_not_diverted()
-        except BaseException:
-            self.abort()
-            raise
-        return self
-
     def _send(self, sent: Sent) -> None:
         if self._transport is None or self._failure:
             raise EngineFailed(self._failure or "it broke off")
         self.status = 0
         self.headers = []
         self._head_nbytes = 0
-        self._has_head = self._is_complete = self._can_stay = self._is_held = False
+        self._has_head = self._is_complete = self._can_stay = False
         host = HOST if isinstance(self.address, str) else "{}:{}".format(*self.address)
         body = sent.body
         lines = [f"{sent.method} {sent.target} HTTP/1.1\r\nhost: {host}\r\n".encode()]
@@ -245,17 +223,8 @@ class EngineConnection(asyncio.BufferedProtocol):
         if len(body) >= READ_NBYTES:
             self._transport.write(body)
 
-    async def read(self) -> bytes:
-        """The next bytes of the body; empty at its end.
-
-        Raises:
-            EngineFailed: the body ended too early. Diverted: see ``divert``.
-        """
-        while not self._is_diverted and (not self._pieces or self._is_waiting_held):
-            if self._is_complete:
-                return b""
-            await self._news()
-        self._expect_not_diverted()
+    def _take(self) -> bytes:
+        """All that has arrived and was not taken yet."""
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._nbytes = 0
@@ -263,13 +232,6 @@ class EngineConnection(asyncio.BufferedProtocol):
             self._is_paused = False
             self._transport.resume_reading()
         return data
-
-    def close(self) -> None:
-        """Give the connection back if the whole body was read; else close it, which aborts the request."""
-        if self.is_at_end and self._can_stay:
-            self._pool.give_back(self)
-        else:
-            self.abort()
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -289,55 +251,6 @@ class EngineConnection(asyncio.BufferedProtocol):
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-
-    # ------------------------------------------------------------------------------------------------ live migration
-
-    def hold(self) -> bool:
-        """Give the reader nothing until ``release`` or ``divert`` is called, or until the whole answer has arrived.
-
-        After that it is too late for either. False if the answer has arrived already.
-        """
-        self._is_held = not self._is_complete
-        return self._is_held
-
-    def release(self) -> None:
-        """Let the reader continue."""
-        self._is_held = False
-        self._tell()
-
-    def divert(self) -> bool:
-        """Raise ``Diverted`` in the reader, now or at its next read. False if the whole answer has arrived already."""
-        if not self._is_held or self._is_complete:
-            return False
-        self._is_diverted = True
-        self.release()
-        return True
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the whole answer has arrived, read or not."""
-        return self._is_complete
-
-    def peek(self) -> bytes:
-        """What has arrived of the body and has not been read."""
-        return b"".join(self._pieces)
-
-    @property
-    def _is_waiting_held(self) -> bool:
-        return self._is_held and not self._is_complete
-
-    def _expect_not_diverted(self) -> None:
-        if self._is_diverted:
-            raise Diverted
-
-    async def _news(self) -> None:
-        if self._failure and not self._is_held:
-            raise EngineFailed(self._failure)
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     def _tell(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -428,6 +341,109 @@ class EngineConnection(asyncio.BufferedProtocol):
     def on_message_complete(self) -> None:
         """Note the end of the body."""
         self._is_complete = self._has_head
+
+
+class EngineConnection(HttpConnection):
+    """A connection with its answer's one reader. Call ``close`` after each answer.
+
+    For a migration the reader can be held, and sent to another engine.
+    """
+
+    def __init__(self, pool: Upstream, address: Address) -> None:
+        super().__init__(pool, address)
+        self._is_held = False
+        self._is_diverted = False
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the whole body has been read."""
+        return self._is_complete and not self._pieces
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole answer has arrived, read or not."""
+        return self._is_complete
+
+    async def exchange(self, sent: Sent, on_sent: Callable[[EngineConnection], None] | None = None) -> EngineConnection:
+        """Send a request and wait for the head of the answer; returns the connection itself.
+
+        Raises:
+            EngineFailed: no head came; the connection is closed. Diverted: see ``divert``.
+        """
+        self._is_held = False
+        try:
+            self._send(sent)
+            if on_sent is not None:
+                on_sent(self)
+            while not self._is_diverted and (not self._has_head or self._is_waiting_held):
+                await self._news()
+            self._expect_not_diverted()
+        except BaseException:
+            self.abort()
+            raise
+        return self
+
+    async def read(self) -> bytes:
+        """The next bytes of the body; empty at its end.
+
+        Raises:
+            EngineFailed: the body ended too early. Diverted: see ``divert``.
+        """
+        while not self._is_diverted and (not self._pieces or self._is_waiting_held):
+            if self._is_complete:
+                return b""
+            await self._news()
+        self._expect_not_diverted()
+        return self._take()
+
+    def peek(self) -> bytes:
+        """What has arrived of the body and has not been read."""
+        return b"".join(self._pieces)
+
+    def close(self) -> None:
+        """Give the connection back if the whole body was read; else close it, which aborts the request."""
+        if self.is_at_end and self._can_stay:
+            self._pool.give_back(self)
+        else:
+            self.abort()
+
+    def hold(self) -> bool:
+        """Give the reader nothing until ``release`` or ``divert`` is called, or until the whole answer has arrived.
+
+        After that it is too late for either. False if the answer has arrived already.
+        """
+        self._is_held = not self._is_complete
+        return self._is_held
+
+    def release(self) -> None:
+        """Let the reader continue."""
+        self._is_held = False
+        self._tell()
+
+    def divert(self) -> bool:
+        """Raise ``Diverted`` in the reader, now or at its next read. False if the whole answer has arrived already."""
+        if not self._is_held or self._is_complete:
+            return False
+        self._is_diverted = True
+        self.release()
+        return True
+
+    @property
+    def _is_waiting_held(self) -> bool:
+        return self._is_held and not self._is_complete
+
+    def _expect_not_diverted(self) -> None:
+        if self._is_diverted:
+            raise Diverted
+
+    async def _news(self) -> None:
+        if self._failure and not self._is_held:
+            raise EngineFailed(self._failure)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
 
 @functools.lru_cache(maxsize=_URLS_MAX)

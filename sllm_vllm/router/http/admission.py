@@ -1,8 +1,8 @@
-"""Reads a request's body for the model's name, the prompt's length, and its beginning. Pure.
+"""Reads a request's body: all of it within limits, then in it the model's name, the prompt's length and its beginning.
 
-Only the top level of a JSON object is walked. In a small body the standard library's scanner parses, and so checks, the
-values; in a large body, or one with many brackets, ``json_scan.py`` finds them without building any objects. The body
-itself is never changed.
+The second part is pure. Only the top level of a JSON object is walked. In a small body the standard library's scanner
+parses, and so checks, the values; in a large body, or one with many brackets, ``json_scan.py`` finds them without
+building any objects. The body itself is never changed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,16 @@ from sllm_vllm.router.http.errors import ApiError, overloaded
 from sllm_vllm.router.http.form_scan import NotAForm, scan_form
 from sllm_vllm.router.http.json_scan import JsonLimits, JsonMember, NotJson, NotUtf8, TooMuch, scan_members
 
-# Reads whole request bodies, within limits on size, time, and the total of all bodies. Runs on the ingress's loop. A
-# large body is held once, in its own memory mapping, which returns to the system when it is released; pieces on the
-# heap would leave it fragmented.
-
-
 _DISCARDED_BODIES_MAX = 4
 """Up to this many times the allowed size is read and dropped, so that the client gets the refusal, not a reset."""
-
-
 _MAPPED_NBYTES = 1 << 16
-"""Bodies larger than this get their own memory mapping."""
+"""Larger bodies get their own memory mapping, which returns to the system at once; the heap would be fragmented."""
 
 Body = bytes | memoryview
 
 
 class BodyReader:
-    """Reads bodies and counts the bytes that all of them hold together: ``nbytes``."""
+    """Reads bodies, within limits on size and time, and counts what all hold together: ``nbytes``. On one loop."""
 
     def __init__(self, settings: IngressSettings) -> None:
         self._settings = settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 from collections.abc import Generator, Sequence
 from typing import Protocol
@@ -13,6 +12,7 @@ import uvicorn
 
 from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.config.settings import IngressSettings
+from sllm_vllm.router.config.values import needs_keys
 from sllm_vllm.router.http.client_state import ClientCounts
 from sllm_vllm.router.http.deadline import Message, Receive, Send
 from sllm_vllm.router.http.limits import limited_protocol
@@ -64,15 +64,12 @@ def require_keys(settings: IngressSettings, sockets: Sequence[socket.socket]) ->
     Raises:
         ConfigError: other machines could connect without a key.
     """
-    if settings.key_digests or settings.insecure_no_keys:
-        return
-    for listener in sockets:
-        if listener.family in {socket.AF_INET, socket.AF_INET6}:
-            host = str(listener.getsockname()[0])
-            if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-                raise ConfigError(
-                    f"{host} can be reached from outside and there are no keys; give keys, or listen on 127.0.0.1"
-                )
+    hosts = [str(one.getsockname()[0]) for one in sockets if one.family in {socket.AF_INET, socket.AF_INET6}]
+    for host in hosts:
+        if needs_keys(host, has_keys=bool(settings.key_digests), is_insecure=settings.insecure_no_keys):
+            raise ConfigError(
+                f"{host} can be reached from outside and there are no keys; give keys, or listen on 127.0.0.1"
+            )
 
 
 class _IngressServer(uvicorn.Server):

@@ -55,15 +55,13 @@ class MovedBody:
         return json.loads(bytes(self._body[start:end]))
 
 
-# The body that makes an engine continue an answer that another one began. Pure. It is the client's own body with what
-# the answer has so far, signed with the target's key: engines accept no other.
-
-
 _XARGS, _TRANSFER = "vllm_xargs", "kv_transfer_params"
 
 
 def resumed_body(body: MovedBody, resume: dict[str, Any], *, prompt: list[int] | None, key: str, request: str) -> bytes:
-    """The body for the target.
+    """The body that makes the target continue an answer that another engine began.
+
+    It is the client's own body with what the answer has so far, signed with the target's key: engines accept no other.
 
     Args:
         body: the client's.
