@@ -75,11 +75,6 @@ class RemoteGate:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the session's task is still running."""
-        return self._session is not None and not self._session.done()
-
     # ----------------------------------------------------------------------------------------------------- as a gate
 
     def served(self) -> Sequence[ServedModel]:

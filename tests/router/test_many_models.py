@@ -18,7 +18,7 @@ from benchmarks.router.many_models import watched, works_of, write_models
 from sllm_vllm.router import controller as controller_module
 from sllm_vllm.router.config.file import compare, parse_router_config
 from sllm_vllm.router.config.sections import RouterConfig
-from sllm_vllm.router.config.text import read_yaml
+from sllm_vllm.router.config.text import parse_yaml
 from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.events import ModelDeployed, RequestArrived
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
@@ -40,7 +40,7 @@ def config_of(num_models: int, *, max_len: int = 512) -> RouterConfig:
         f"- {{name: org/m{number}, source: org/m{number}, engine_arguments: {{max-model-len: {max_len}}}}}"
         for number in range(num_models)
     ]
-    return parse_router_config(read_yaml("\n".join(["models:", *lines])))
+    return parse_router_config(parse_yaml("\n".join(["models:", *lines])).require_valid())
 
 
 async def longest_pause_s(work: Awaitable[Result]) -> tuple[Result, float]:

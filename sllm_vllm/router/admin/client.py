@@ -129,7 +129,7 @@ class AdminClient:
 
     def __init__(self, url: str, key: str) -> None:
         self._host, self._port, self._prefix, self._is_tls = _split(url)
-        self._shown = f"{self._host}:{self._port}"
+        self._address = f"{self._host}:{self._port}"
         self._key = key
 
     def get(self, *path: str) -> Any:  # noqa: ANN401 - JSON
@@ -150,7 +150,7 @@ class AdminClient:
         try:
             reply = json.loads(data)
         except (ValueError, RecursionError):
-            raise AdminError(f"{self._shown}: status {status}, not JSON: {_NO_OTHER}") from None
+            raise AdminError(f"{self._address}: status {status}, not JSON: {_NO_OTHER}") from None
         if status >= 300:
             raise self._refusal(status, reply)
         return reply
@@ -165,21 +165,21 @@ class AdminClient:
                 data = answer.read(REPLY_NBYTES_MAX + 1)
         except (OSError, http.client.HTTPException) as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise AdminError(f"{self._shown}: no router answers ({problem}); {_NO_ROUTER}") from None
+            raise AdminError(f"{self._address}: no router answers ({problem}); {_NO_ROUTER}") from None
         finally:
             connection.close()
         if len(data) > REPLY_NBYTES_MAX:
-            raise AdminError(f"{self._shown}: the answer is larger than {REPLY_NBYTES_MAX} bytes")
+            raise AdminError(f"{self._address}: the answer is larger than {REPLY_NBYTES_MAX} bytes")
         return answer.status, data
 
     def _refusal(self, status: int, reply: object) -> AdminError:
         error = reply.get("error") if isinstance(reply, dict) else None
         if not isinstance(error, dict):
-            return AdminError(f"{self._shown}: status {status}: {_NO_OTHER}")
+            return AdminError(f"{self._address}: status {status}: {_NO_OTHER}")
         message, code = str(error.get("message")), str(error.get("code") or "")
         if status in {401, 403}:
             message += f" Give the right one with --key-file or {KEY_VARIABLE}."
-        return AdminError(f"{self._shown}: {message}", code=code)
+        return AdminError(f"{self._address}: {message}", code=code)
 
 
 def _split(url: str, place: str = "--url") -> tuple[str, int, str, bool]:

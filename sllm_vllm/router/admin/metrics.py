@@ -42,22 +42,22 @@ class _Snapshot(Collector):
 
 async def _families(controller: Controller) -> AsyncIterator[Family]:
     """Yield one family per metric, even if it has no samples now."""
-    counts, shown = controller.counts, _shown_models(controller)
+    counts, models = controller.counts, _exported_models(controller)
     plain = {metric: _family(metric) for metric in RouterMetric if metric not in _HISTOGRAMS}
-    async for metric, labels, value in in_slices(_samples(controller, shown)):
+    async for metric, labels, value in in_slices(_samples(controller, models)):
         plain[metric].add_metric(labels, value)
     for family in plain.values():
         yield family
     yield await _histogram(RouterMetric.START_SECONDS, {(kind,): one for kind, one in counts.start_s.items()})
     yield await _histogram(RouterMetric.MOVE_HELD_SECONDS, {(): counts.held_s})
-    yield await _histogram(RouterMetric.TTFT, _by_model(counts.ttft_s, shown))
-    yield await _histogram(RouterMetric.DURATION, _by_model(counts.duration_s, shown))
-    yield await _histogram(RouterMetric.QUEUE_WAIT, _by_model(counts.queue_wait_s, shown))
+    yield await _histogram(RouterMetric.TTFT, _by_model(counts.ttft_s, models))
+    yield await _histogram(RouterMetric.DURATION, _by_model(counts.duration_s, models))
+    yield await _histogram(RouterMetric.QUEUE_WAIT, _by_model(counts.queue_wait_s, models))
 
 
-def _by_model(histograms: Mapping[str, Histogram], shown: Iterable[str]) -> dict[tuple[str, ...], Histogram]:
-    """Return the histograms of the shown models; an empty one for a model without requests."""
-    return {(model,): histograms.get(model) or Histogram(REQUEST_BUCKETS) for model in shown}
+def _by_model(histograms: Mapping[str, Histogram], models: Iterable[str]) -> dict[tuple[str, ...], Histogram]:
+    """Return the histograms of these models; an empty one for a model without requests."""
+    return {(model,): histograms.get(model) or Histogram(REQUEST_BUCKETS) for model in models}
 
 
 def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
@@ -77,7 +77,7 @@ async def _histogram(metric: RouterMetric, histograms: Mapping[tuple[str, ...], 
     return family
 
 
-def _samples(controller: Controller, shown: list[str]) -> Iterator[Sample]:
+def _samples(controller: Controller, models: list[str]) -> Iterator[Sample]:
     yield RouterMetric.INFO, (__version__,), 1
     yield RouterMetric.MODELS, (), len(controller.models)
     for node in list(controller.core.cluster.nodes.values()):  # copied, because it may change between slices
@@ -95,13 +95,13 @@ def _samples(controller: Controller, shown: list[str]) -> Iterator[Sample]:
     yield RouterMetric.CONNECTIONS, (), clients.num_open
     yield RouterMetric.CONNECTIONS_REFUSED, (), clients.num_refused
     yield RouterMetric.SLOW_CLIENTS, (), clients.num_slow
-    yield from _counted(controller, shown)
-    for model in shown:
+    yield from _counted(controller, models)
+    for model in models:
         if model in controller.core.models:  # it was not deleted meanwhile
             yield from _model_samples(controller, model)
 
 
-def _shown_models(controller: Controller) -> list[str]:
+def _exported_models(controller: Controller) -> list[str]:
     """Return all deployed models; if there are too many, those that have, or had, the most requests."""
     models, queues, counts = controller.core.models, controller.core.queues, controller.counts
     if len(models) <= SERIES_MAX:
@@ -116,10 +116,10 @@ def _shown_models(controller: Controller) -> list[str]:
     return sorted(models, key=rank)[:SERIES_MAX]
 
 
-def _counted(controller: Controller, shown: list[str]) -> Iterator[Sample]:
+def _counted(controller: Controller, models: list[str]) -> Iterator[Sample]:
     counts = controller.counts
     unnamed = [""] if any(not model for model, _ in counts.requests) else []
-    for model in (*shown, *unnamed):
+    for model in (*models, *unnamed):
         for outcome in get_args(How):
             yield RouterMetric.REQUESTS, (model, outcome), counts.requests[model, outcome]
         yield RouterMetric.PROMPT_TOKENS, (model,), counts.tokens[model, "prompt"]

@@ -78,7 +78,7 @@ class Problem:
     @property
     def key(self) -> str:
         """The place in the form ``models[0].keep_alive``; empty for the whole document."""
-        parts = (f"[{part}]" if isinstance(part, int) else f".{shown(part)}" for part in self.at)
+        parts = (f"[{part}]" if isinstance(part, int) else f".{shortened(part)}" for part in self.at)
         return _one_line("".join(parts).removeprefix("."))
 
     def __str__(self) -> str:
@@ -158,7 +158,7 @@ def _diagnose_models(values: dict[str, Any], found: Diagnosis, context: Mapping[
             found.models[index] = model
         name = values_of_one.get("name") if isinstance(values_of_one, dict) else None
         if isinstance(name, str) and first.setdefault(name, index) != index:
-            problem = f"models[{first[name]}] has the same name, {shown(name)!r}"
+            problem = f"models[{first[name]}] has the same name, {shortened(name)!r}"
             found.problems.append(Problem(("models", index, "name"), problem))
 
 
@@ -224,7 +224,7 @@ def in_words(kind: str, message: str, context: Mapping[str, Any]) -> str:
 
 
 def _unknown_key(key: str, kind: type[BaseModel]) -> str:
-    near = difflib.get_close_matches(shown(key), kind.model_fields, 1)
+    near = difflib.get_close_matches(shortened(key), kind.model_fields, 1)
     return f"unknown key; did you mean `{near[0]}`?" if near else f"unknown key; known: {', '.join(kind.model_fields)}"
 
 
@@ -241,7 +241,7 @@ def _line_of(place: Place, lines: Lines) -> int | None:
     return None
 
 
-def shown(text: str) -> str:
+def shortened(text: str) -> str:
     """Shorten a key for a message."""
     return text if len(text) <= _SHOWN_CHARS_MAX else f"{text[:_SHOWN_CHARS_MAX]}…"
 

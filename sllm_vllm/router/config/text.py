@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 
-from sllm_vllm.router.config.problems import PROBLEMS_MAX, InvalidConfig, Place, Problem, shown, with_lines
+from sllm_vllm.router.config.problems import PROBLEMS_MAX, InvalidConfig, Place, Problem, shortened, with_lines
 
 DEPTH_MAX = 32
 """Deepest nesting of values; no section needs a third of it."""
@@ -77,15 +77,6 @@ def read_json(text: str) -> object:
         InvalidConfig: it is not valid JSON, is nested too deeply, or has a duplicate key.
     """
     return parse_json(text).require_valid()
-
-
-def read_yaml(text: str) -> object:
-    """Read a YAML document; an empty text is null.
-
-    Raises:
-        InvalidConfig: it is not valid YAML, or uses features that are not supported here: see the module.
-    """
-    return parse_yaml(text).require_valid()
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -155,7 +146,7 @@ def _open_key(document: Document, frame: _Frame, place: Place, *, line: int) -> 
 
 
 def _twice(key: str) -> str:
-    return f"duplicate key {shown(key)!r}"
+    return f"duplicate key {shortened(key)!r}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- YAML

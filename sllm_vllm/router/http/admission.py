@@ -204,8 +204,8 @@ def read_body(body: Body, content_type: bytes, *, takes_form: bool, bounds: Body
     if kind == b"multipart/form-data" and takes_form:
         return _read_form(body, content_type)
     if kind != b"application/json":
-        shown = kind.decode("latin-1")[:MODEL_CHARS_MAX]
-        found = f"it has `Content-Type: {shown}`" if kind else "it has no Content-Type"
+        media_type = kind.decode("latin-1")[:MODEL_CHARS_MAX]
+        found = f"it has `Content-Type: {media_type}`" if kind else "it has no Content-Type"
         raise ApiError(415, f"The request needs JSON and the header `Content-Type: application/json`; {found}.")
     return read_json(body, bounds)
 

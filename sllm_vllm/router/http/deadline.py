@@ -61,7 +61,6 @@ class Watch:
         self._receive = receive
         self._total_s = total_s
         self._loop = asyncio.get_running_loop()
-        self._timers: list[asyncio.TimerHandle] = []
         self._step: asyncio.TimerHandle | None = None
         self._step_s: float | None = None
         self._step_problem = ""

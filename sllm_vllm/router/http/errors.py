@@ -126,9 +126,9 @@ def rejection(rejected: Rejected) -> ApiError:
 
 def unknown_model(model: str, known: Sequence[str]) -> ApiError:
     """404 that lists the served models."""
-    shown = ", ".join(known[:NAMES_SHOWN_MAX]) or "none"
+    names = ", ".join(known[:NAMES_SHOWN_MAX]) or "none"
     more = f" and {len(known) - NAMES_SHOWN_MAX} more" if len(known) > NAMES_SHOWN_MAX else ""
-    message = f"The model `{model[:NAME_CHARS_MAX]}` does not exist. Served models: {shown}{more}."
+    message = f"The model `{model[:NAME_CHARS_MAX]}` does not exist. Served models: {names}{more}."
     return ApiError(404, message, param="model", code="model_not_found")
 
 

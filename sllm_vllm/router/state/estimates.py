@@ -27,17 +27,10 @@ def read_estimates(path: Path) -> Estimator:
         return Estimator()
 
 
-def write_estimates(path: Path, estimator: Estimator) -> None:
-    """Replace the file atomically, readable by this user alone. Call it on the loop that owns the estimator.
-
-    Raises:
-        OSError: the file can't be written.
-    """
-    write_record(path, estimator.to_record())
-
-
 def write_record(path: Path, record: dict[str, object]) -> None:
-    """The part of ``write_estimates`` that writes to disk. Any thread may call it, but only one at a time.
+    """Replace the file atomically, readable by this user alone. Any thread may call it, but only one at a time.
+
+    ``record``: the estimator's, made on the loop that owns it.
 
     Raises:
         OSError: the file can't be written.

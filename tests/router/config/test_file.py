@@ -24,10 +24,15 @@ from sllm_vllm.router.config.file import (
 )
 from sllm_vllm.router.config.problems import PROBLEMS_MAX
 from sllm_vllm.router.config.sections import KeySource, RouterConfig
-from sllm_vllm.router.config.text import DEPTH_MAX, read_json, read_yaml
+from sllm_vllm.router.config.text import DEPTH_MAX, parse_yaml, read_json
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 SECTIONS = "keys, server, node, store, migration, poison, ray, defaults, models"
+
+
+def yaml_values(text: str) -> object:
+    """The values of a YAML text that has no problem."""
+    return parse_yaml(text).require_valid()
 
 
 def refusal(text: str, path: Path) -> str:
@@ -114,12 +119,12 @@ def test_problems_are_told_up_to_a_bound(tmp_path: Path) -> None:
 
 def test_yaml_is_read_as_pyyaml_does() -> None:
     text = "a: [1, -2, 0.5, true, No, ~, '5', \"x\\n\", null]\nb: {c: d e, f: }\ng: |\n  h\n  i\nj:\n- - k\n"
-    assert read_yaml(text) == yaml.safe_load(text)
+    assert yaml_values(text) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("text", ["1.10", "007", "+5", "1e10", "1_000", "12:30", "0x10", "2026-01-01", "9" * 19, ".5"])
 def test_a_number_that_would_be_printed_otherwise_stays_text(text: str) -> None:
-    assert read_yaml(text) == text
+    assert yaml_values(text) == text
 
 
 @pytest.mark.parametrize(
@@ -149,14 +154,14 @@ def test_a_number_that_would_be_printed_otherwise_stays_text(text: str) -> None:
 )
 def test_wrong_yaml_is_refused_with_its_line(text: str, problem: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        read_yaml(text)
+        yaml_values(text)
     assert str(raised.value).startswith(problem)
 
 
 def test_a_bomb_of_aliases_is_refused_at_once() -> None:
     levels = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 30)]
     with pytest.raises(ConfigError, match="line 1: a0: anchors"):
-        read_yaml("\n".join(["a0: &a0 [x]", *levels]))
+        yaml_values("\n".join(["a0: &a0 [x]", *levels]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -368,7 +373,7 @@ def test_nothing_but_a_config_error_escapes_a_model(defaults: object, model: obj
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("{}[]:,-?&*!|>#%@'\"\\\n\t ~ab01.\ufeff\x01\ud800")) | st.text(st.characters()))
 def test_no_text_makes_anything_but_a_config_error(text: str) -> None:
-    for read in (read_yaml, read_json):
+    for read in (yaml_values, read_json):
         said = ""
         try:
             read(text)

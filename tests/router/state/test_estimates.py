@@ -11,7 +11,7 @@ import pytest
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, StartSample, Tier
 from sllm_vllm.router.state import estimates as estimates_file
-from sllm_vllm.router.state.estimates import read_estimates, write_estimates, write_record
+from sllm_vllm.router.state.estimates import read_estimates, write_record
 
 SPEC = ModelSpec("meta/tiny")
 
@@ -34,7 +34,7 @@ def taught() -> Estimator:
 
 def test_what_was_learned_comes_back(path: Path) -> None:
     estimator = taught()
-    write_estimates(path, estimator)
+    write_record(path, estimator.to_record())
     found = read_estimates(path)
     assert found.to_record() == estimator.to_record()
     estimate = found.estimate_start(SPEC, "local", Tier.DISK, is_warm=True, prompt_tokens=100)
@@ -45,7 +45,7 @@ def test_what_was_learned_comes_back(path: Path) -> None:
 def test_the_file_is_its_users_alone_and_nothing_else_is_left(path: Path) -> None:
     path.write_text("old")
     path.chmod(0o644)
-    write_estimates(path, taught())
+    write_record(path, taught().to_record())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(path.parent.iterdir()) == [path]
 
@@ -74,14 +74,14 @@ def test_a_file_that_can_not_be_read_is_told_of(path: Path, caplog: pytest.LogCa
 def test_a_file_that_is_too_large_is_not_read(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_estimates(path, taught())
+    write_record(path, taught().to_record())
     monkeypatch.setattr(estimates_file, "NBYTES_MAX", 10)
     assert read_estimates(path).to_record() == Estimator().to_record()
     assert "larger than 10 bytes" in caplog.text
 
 
 def test_a_write_that_fails_leaves_the_old_file(path: Path) -> None:
-    write_estimates(path, taught())
+    write_record(path, taught().to_record())
     before = path.read_bytes()
     with pytest.raises(TypeError):
         write_record(path, {"tables": object()})
@@ -91,10 +91,10 @@ def test_a_write_that_fails_leaves_the_old_file(path: Path) -> None:
 def test_what_a_process_left_half_written_is_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getpid", lambda: 1)
     (path.parent / f"{path.name}.1").write_text("half")
-    write_estimates(path, taught())
+    write_record(path, taught().to_record())
     assert json.loads(path.read_text())["version"] == 1
 
 
 def test_a_folder_that_is_not_there_is_the_callers_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        write_estimates(tmp_path / "none" / "estimates.json", taught())
+        write_record(tmp_path / "none" / "estimates.json", taught().to_record())
