@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -159,7 +160,7 @@ def _resume(processor: Any, request: Any, resume: object) -> None:
     state = processor.request_states[request.request_id]
     choice = resume.choices[state.request_index]
     if resume.num_cached_tokens is not None:
-        state.num_cached_tokens = state.remote_prefill_cached_tokens = resume.num_cached_tokens
+        _keep_cached_tokens(state, resume.num_cached_tokens)
     held = None
     if state.queue is not None:
         held = state.queue.__dict__.setdefault("sllm_held", None) or HeldOutputs(state.queue, resume.step)
@@ -169,6 +170,20 @@ def _resume(processor: Any, request: Any, resume: object) -> None:
     except ResumeRefused as problem:
         raise _refusal(str(problem)) from None
     hand_to_core(request, choice, is_open=request.request_id in processor.request_states)
+
+
+def _keep_cached_tokens(state: Any, num: int) -> None:
+    """Report the prompt tokens that the first engine found in its prefix cache, not what this one finds."""
+    is_kept = hasattr(state, "remote_prefill_cached_tokens")
+    state.num_cached_tokens = state.remote_prefill_cached_tokens = num
+    if not is_kept:  # vLLM 0.26 would replace the number after its prefill
+        state.__class__ = _with_fixed_cached_tokens(type(state))
+
+
+@cache
+def _with_fixed_cached_tokens(kind: Any) -> Any:
+    fixed = property(lambda state: state.remote_prefill_cached_tokens, lambda _state, _num: None)
+    return type(kind.__name__, (kind,), {"num_cached_tokens": fixed})
 
 
 def _refusal(reason: str) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_an_open_choice_is_replayed_and_handed_over(processor: Any) -> None:
     assert request.sampling_params.extra_args == {RESUME_KEY: handed_over([5, 6])}
     assert processor.request_states["r-1"].detokenizer.num_output_tokens() == 2
     assert processor.request_states["r-1"].sllm_request is request
+
+
+def test_cached_tokens_are_those_that_the_first_engine_found(processor: Any) -> None:
+    """vLLM has a field for them since 0.27; before, what this engine finds would replace them."""
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.metrics.stats import PrefillStats
+
+    add(processor, replace(owning_choice(), num_cached_tokens=2))
+    state = processor.request_states["r-1"]
+    found = PrefillStats(num_prompt_tokens=5, num_cached_tokens=5)
+    processor.process_outputs([EngineCoreOutput("r-1", [7], prefill_stats=found)])
+    assert state.num_cached_tokens == 2
 
 
 def test_a_choice_that_has_ended_ends(processor: Any) -> None:

@@ -18,10 +18,14 @@ Answer = tuple[str, int]
 
 
 def build(*arguments: str, tasks: tuple[str, ...] = ("generate",)) -> Any:
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    try:
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ModuleNotFoundError:  # seen in 0.30, not in 0.27.1
+        from vllm.entrypoints.openai.api_server import build_app
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
     parser = make_arg_parser(FlexibleArgumentParser())
     return build_app(parser.parse_args(["--model", "m", *GUARD, *arguments]), tasks)
 
