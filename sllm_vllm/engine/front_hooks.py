@@ -177,7 +177,8 @@ def _keep_cached_tokens(state: Any, num: int) -> None:
     is_kept = hasattr(state, "remote_prefill_cached_tokens")
     state.num_cached_tokens = state.remote_prefill_cached_tokens = num
     if not is_kept:  # vLLM 0.26 would replace the number after its prefill
-        state.__class__ = _with_fixed_cached_tokens(type(state))
+        kind: Any = type(state)
+        state.__class__ = _with_fixed_cached_tokens(kind)
 
 
 @cache
