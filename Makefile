@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup fix check test cover e2e compat sim sim-store bench gpu demo demo-loading demo-ray lock clean
+.PHONY: help setup fix check test cover e2e compat docs sim sim-store bench gpu demo demo-loading demo-ray lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ compat: $(READY) ## the loader, exactly resumed and moved requests, on the oldes
 		then echo "vllm $$version: passed"; else echo "vllm $$version: FAILED"; failed=1; fi; \
 	done; exit $$failed
 
+docs: $(READY) ## the documentation as a site in build/site; a dead link fails
+	@$(BIN)/python -m tools.reference
+	@python3 -m tools.docs_site
+
 sim: $(READY) ## the router's core beside five other policies, on a virtual clock; ARGS="--help" for its options
 	@$(BIN)/sllm-vllm simulate $(ARGS)
 
@@ -95,6 +99,6 @@ lock: ## resolve the newest dependencies into tools/requirements-cpu.lock
 	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" python3 tools/setup_env.py --lock
 
 clean: ## remove .venv and every cache
-	@rm -rf $(VENV) .compat build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	@rm -rf $(VENV) .compat .docs build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache *.egg-info
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Every command's help, its options, and what README says of commands: walked, so that none is forgotten."""
+"""Every command's help, its options, and what the guide says of commands: walked, so that none is forgotten."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from sllm_vllm import __version__
 from sllm_vllm.cli import main as cli
 from tests.node.commands import Run, caller, command
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+GUIDE = "\n".join(
+    page.read_text() for page in sorted((Path(__file__).resolve().parents[2] / "docs" / "guide").glob("*.md"))
+)
 ROOT: Any = typer.main.get_command(cli.app)
 SUBPROCESS_S = 60.0
 _ROW = re.compile(r"^\| (`.*?) \| .* \|$", re.MULTILINE)
@@ -112,13 +114,13 @@ def test_a_shell_completes_commands_and_options() -> None:
         assert expected in done.stdout.split()
 
 
-# -------------------------------------------------------------------------------------------------------------- README
+# --------------------------------------------------------------------------------------------------------------- guide
 
 
 def rows() -> list[tuple[tuple[str, ...], str]]:
-    """Each command of README's tables, with what stands after it in its cell."""
+    """Each command of the guide's tables, with what stands after it in its cell."""
     found = []
-    for cell in _ROW.findall(README):
+    for cell in _ROW.findall(GUIDE):
         for usage in re.findall(r"`([^`]+)`", cell):
             words = usage.replace("\\|", "|").removeprefix("sllm-vllm ").split()
             if (words[0],) not in ALL:
@@ -129,7 +131,7 @@ def rows() -> list[tuple[tuple[str, ...], str]]:
     return found
 
 
-def test_readme_names_commands_and_options_that_exist() -> None:
+def test_guide_names_commands_and_options_that_exist() -> None:
     found = rows()
     assert len(found) > 30
     for path, usage in found:
@@ -137,13 +139,13 @@ def test_readme_names_commands_and_options_that_exist() -> None:
         assert set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", usage)) - options_of(path) == set(), path
 
 
-def test_every_command_is_in_readme() -> None:
+def test_every_command_is_in_the_guide() -> None:
     leaves = {path for path, found in ALL.items() if "commands" not in vars(found)}
     assert leaves - {path for path, _ in rows()} == set()
 
 
-def test_readme_says_which_commands_print_json() -> None:
-    said = re.search(r"^Every command takes `--json` but (.*)\.$", README, re.MULTILINE)
+def test_guide_says_which_commands_print_json() -> None:
+    said = re.search(r"^Every command takes `--json` but (.*)\.$", GUIDE, re.MULTILINE)
     assert said is not None
     excepted = {tuple(words.split()) for words in re.findall(r"`([^`]+)`", said[1])}
     leaves = {path for path, found in ALL.items() if "commands" not in vars(found)}
