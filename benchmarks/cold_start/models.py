@@ -1,4 +1,4 @@
-"""Random models of several architectures for the cold-start benchmark, made once and kept; see ``cached_model.py``."""
+"""Random models of several architectures for the cold-start benchmark, made once and kept; see ``cached_model``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.loading.bytecode import environment_of
 from sllm_vllm.config import child_environment
 
 ARCHITECTURES = ("llama", "opt", "qwen2", "qwen3", "gemma3", "gpt2")
-"""The generating architectures of ``random_models.py``; not imported from there, because that import takes seconds."""
+"""The generating architectures of ``random_models``; not imported from there, because that import takes seconds."""
 
 
 def ensure_architecture(workspace: Workspace, architecture: str, size: str) -> Path:

@@ -8,7 +8,7 @@ the same bits, or the run fails.
 
 On a machine without vLLM, ``python -m benchmarks.loading --no-vllm`` fills a plain module and compares our loader with
 safetensors' ``load_file``; on a CUDA device it also compares the ways from the store's memory to the device. At the end
-each hop of the store is compared with its own limit (``store_shares.py``), unless ``--store row`` or ``no`` is given.
+each hop of the store is compared with its own limit (``store/hops.py``), unless ``--store row`` or ``no`` is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The child process of the load benchmark: does one job, then ends. `loading.py` starts it; see `load_job.py`."""
+"""The child process of the load benchmark: does one job, then ends. `__main__.py` starts it; see `job.py`."""
 
 from __future__ import annotations
 

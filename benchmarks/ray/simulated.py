@@ -1,4 +1,4 @@
-"""A controller with simulated nodes, without agents, for ``ray_scale.py``. Reports come through Ray, as in reality."""
+"""A controller with simulated nodes, without agents, for ``scale.py``. Reports come through Ray, as in reality."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Measures each hop of the store against the machine's own limit for it, in one run.
 
-Uses plain modules, a real daemon, real files, and real servers on loopback; needs no vLLM. ``loading.py`` runs it at
-its end. Measurements take turns, each in its own process.
+Uses plain modules, a real daemon, real files, and real servers on loopback; needs no vLLM. ``python -m
+benchmarks.loading`` runs it at its end. Measurements take turns, each in its own process.
 """
 
 from __future__ import annotations

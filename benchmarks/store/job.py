@@ -1,4 +1,4 @@
-"""What a benchmark of the store asks of a child process, and the answer. Imports no torch; see ``store_once.py``.
+"""What a benchmark of the store asks of a child process, and the answer. Imports no torch; see ``once.py``.
 
 Every measurement has its own process, so that its memory is as fresh as an engine's.
 """

@@ -1,4 +1,4 @@
-"""The child process of the store's benchmarks: does one job, then ends. See ``store_job.py``."""
+"""The child process of the store's benchmarks: does one job, then ends. See ``job.py``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The command ``sllm-vllm``: arguments in, tables and exit codes out. The store's commands are in
-``cli_store`` and ``cli_transfer``, engines' in ``cli_node`` and ``cli_engines``; work is done in the packages.
+"""The command ``sllm-vllm``: arguments in, tables and exit codes out. The commands of
+other groups are in the modules beside this one; work is done in the packages.
 
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted. Everything but typer is
 imported inside the commands, so that ``--help`` comes at once.

@@ -1,4 +1,4 @@
-"""The commands ``sllm-vllm node …``: this machine's agent. Those about its engines are in ``cli_engines``.
+"""The commands ``sllm-vllm node …``: this machine's agent. Those about its engines are in ``engines``.
 
 Exit codes are ``cli``'s; ``node serve`` ends with 3 where another agent has the directory. Everything but typer is
 imported inside the commands.

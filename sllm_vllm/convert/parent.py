@@ -1,6 +1,6 @@
 """Converts a model: starts one process per rank, watches the processes, and publishes the result.
 
-Imports neither vLLM nor torch; the ranks' processes run ``convert.py``. Each sends events over a pipe. However this
+Imports neither vLLM nor torch; the ranks' processes run ``rank.py``. Each sends events over a pipe. However this
 process ends, the ranks notice and end, too.
 """
 

@@ -1,5 +1,5 @@
 """Converts one rank: vLLM builds its module on the host and fills it from the source weights, as at any start; then the
-module's tensors are written. Needs no engine, KV cache or device. ``conversion.py`` runs it in a separate process.
+module's tensors are written. Needs no engine, KV cache or device. ``parent.py`` runs it in a separate process.
 """
 
 from __future__ import annotations

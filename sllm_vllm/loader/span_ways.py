@@ -1,4 +1,4 @@
-"""Ways to bring spans from the store's pool to a sink: mapping or copying. ``cuda_pool_sink.py`` has another one."""
+"""Ways to bring spans from the store's pool to a sink: mapping, copying, or page-locking."""
 
 from __future__ import annotations
 

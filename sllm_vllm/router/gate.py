@@ -1,6 +1,6 @@
 """The interface between data path and controller: what the ingress asks for and reports. Records and Protocols.
 
-The controller implements ``Gate``; ``ingress.py`` and ``proxy.py`` call it from the event loop they run on.
+The controller implements ``Gate``; ``http/ingress.py`` and ``http/proxy.py`` call it from the event loop they run on.
 """
 
 from __future__ import annotations

@@ -65,5 +65,14 @@ def test_a_place_that_is_not_there_is_found() -> None:
     assert missing(text) == ["node/nowhere/", "router/no_such.py:", "router/gate.py:NoSuch", "Gate.no_such"]
 
 
+@pytest.mark.parametrize("package", ["loader", "store", "node", "router", "engine"])
+def test_every_file_in_the_table_of_a_design_page_exists(package: str) -> None:
+    folder = ROOT / "sllm_vllm" / package
+    cells = re.findall(r"^\| (`.+?`) \|", (folder / "DESIGN.md").read_text(), re.MULTILINE)
+    named = [name for cell in cells for name in re.findall(r"`([\w./]+(?:\.py|/))`", cell)]
+    assert len(named) > 5
+    assert [name for name in named if not (folder / name).exists()] == []
+
+
 def test_the_map_is_one_page() -> None:
     assert len((ROOT / "docs/ARCHITECTURE.md").read_text().splitlines()) <= MAP_LINES_MAX

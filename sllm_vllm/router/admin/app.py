@@ -1,6 +1,6 @@
 """The router's admin API: an ASGI app for ``/sllm/v1/…`` and ``/metrics``. Owns its routes and its keys.
 
-It is never open: without keys it refuses everything. Its content comes from ``admin_views.py`` and ``collector.py``.
+It is never open: without keys it refuses everything. Its content comes from ``views.py`` and ``metrics.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the kernel knows about a client's connection: whether the client reads its answer, and whether it has left.
 
-Owned by one connection of ``http_limits.py``. ``ClientCounts`` belongs to the server, for ``/metrics``.
+Owned by one connection of ``limits.py``. ``ClientCounts`` belongs to the server, for ``/metrics``.
 """
 
 from __future__ import annotations

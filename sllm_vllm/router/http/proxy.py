@@ -1,9 +1,9 @@
 """Sends one request to an engine and its answer back, piece by piece. Called by ``ingress.py``, in the request's task.
 
 The head of an answer is held back until the first byte of its body, so that an engine that dies earlier can be
-replaced without the client noticing. After that byte, only a stream that can continue elsewhere (``leg.py``) gets
-another engine. Any other stream of events ends with an error event, and any other body with a connection that closes
-too early.
+replaced without the client noticing. After that byte, only a stream that can continue elsewhere
+(``migration/leg.py``) gets another engine. Any other stream of events ends with an error event, and any other body with
+a connection that closes too early.
 """
 
 from __future__ import annotations
