@@ -172,6 +172,7 @@ class Cluster:
         self._nodes: dict[str, Node] = {}
         self._replicas: dict[str, Replica] = {}
         self._by_state: dict[tuple[str, ReplicaState], dict[str, Replica]] = {}
+        self._draining: dict[str, None] = {}  # models with DRAINING replicas, in the order in which they got them
         self._least_busy: Ranking[str] = Ranking()  # READY replicas: by model; key: number of requests
         self._free: Ranking[int] = Ranking()  # nodes: by free slots; key: end of loads
         self._idle: Ranking[tuple[int, int]] = Ranking()  # nodes: by (free, free + evictable); key: idle since
@@ -328,6 +329,11 @@ class Cluster:
         states = ReplicaState if state is None else (state,)
         return tuple(replica for one in states for replica in self._by_state.get((model, one), {}).values())
 
+    @property
+    def draining(self) -> Collection[str]:
+        """Models with DRAINING replicas, in the order in which they got them."""
+        return self._draining
+
     def least_busy(self, model: str, num_max: int) -> list[Replica]:
         """Return up to ``num_max`` READY replicas of the model, fewest requests first, then by id."""
         return [self._replicas[name] for name in self._least_busy.first((model,), num_max)]
@@ -401,6 +407,7 @@ class Cluster:
         filed = {(*key, name) for key, names in self._by_state.items() for name in names}
         assert filed == {(one.model, one.state, one.id) for one in self._replicas.values()}
         assert all(self._by_state.values()), "a state without replicas"
+        assert set(self._draining) == {model for model, state in self._by_state if state is ReplicaState.DRAINING}
         self._validate_rankings()
 
     def _validate_rankings(self) -> None:
@@ -435,12 +442,16 @@ class Cluster:
             self._least_busy.put(replica.id, replica.model, len(replica.ongoing))
         else:
             self._least_busy.discard(replica.id)
+        if replica.state is ReplicaState.DRAINING:
+            self._draining[replica.model] = None
 
     def _unfile_state(self, replica: Replica) -> None:
         key = (replica.model, replica.state)
         del self._by_state[key][replica.id]
         if not self._by_state[key]:
             del self._by_state[key]
+            if replica.state is ReplicaState.DRAINING:
+                del self._draining[replica.model]
 
     def _set_holder(self, old: Holding, new: Holding, node_id: str) -> None:
         if old[1] is not Tier.REMOTE:

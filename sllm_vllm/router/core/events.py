@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -318,6 +318,39 @@ class CopyCheckpoint:
 
 
 Action = StartReplica | StopReplica | Dispatch | MoveRequest | RejectRequest | PrefetchModel | CopyCheckpoint
+
+
+@dataclass(slots=True)
+class Todo:
+    """What follows from an event, or from a part of its processing."""
+
+    actions: list[Action] = field(default_factory=list)
+    """To carry out, in this order."""
+    models: dict[str, None] = field(default_factory=dict)
+    """Models to look at again, in this order: their queues or replicas changed."""
+    resumed: list[str] = field(default_factory=list)
+    """Models of draining replicas that take requests again: their queues are served last."""
+    has_room: bool = False
+    """Slots may be free, or replicas idle, that other models could use."""
+    is_short: bool = False
+    """A model lacks a replica, and no place for it was found."""
+
+    def do(self, action: Action | None) -> None:
+        """Append an action, if there is one."""
+        if action is not None:
+            self.actions.append(action)
+
+    def look_at(self, models: Iterable[str]) -> None:
+        """Add models to look at again."""
+        self.models.update(dict.fromkeys(models))
+
+    def add(self, other: Todo | None) -> None:
+        """Append what follows from a later part, if anything does. ``is_short`` is about one model and stays."""
+        if other is not None:
+            self.actions += other.actions
+            self.models.update(other.models)
+            self.resumed += other.resumed
+            self.has_room = self.has_room or other.has_room
 
 
 # Selects events and actions for the story of a request, replica, model or node. Pure.

@@ -5,12 +5,9 @@ Part of ``RouterCore``. ``deaths.py`` decides which requests are suspected, ``tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 from sllm_vllm.router.core.cluster import Cluster, Replica
 from sllm_vllm.router.core.deaths import DELIVERED, Deaths, DigestTable, Verdict
-from sllm_vllm.router.core.events import Refusal, RequestFailed
+from sllm_vllm.router.core.events import Refusal, RejectRequest, RequestFailed
 from sllm_vllm.router.core.facts import FailureSign, RequestFacts, RouterLimits
 from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.trials import Trials
@@ -19,38 +16,15 @@ HARMLESS_FACTOR = 16
 """Digests of answered requests that are remembered, per digest of a refused one."""
 
 
-class Refuse(Protocol):
-    """Forgets a request and tells its client why it is refused."""
-
-    def __call__(self, request: Request, why: Refusal, reason: str, /, *, retry_after_s: float | None = None) -> None:
-        """``retry_after_s``: after how many seconds the client may try again."""
-
-
 class Failures:
-    """Decides what happens to requests that lost their replica.
+    """Decides what happens to requests that lost their replica."""
 
-    Args:
-        enqueue: puts a request back into its model's queue.
-        refuse: see ``Refuse``.
-    """
-
-    def __init__(
-        self,
-        limits: RouterLimits,
-        picture: Picture,
-        cluster: Cluster,
-        *,
-        trials: Trials,
-        enqueue: Callable[[Request, float], None],
-        refuse: Refuse,
-    ) -> None:
+    def __init__(self, limits: RouterLimits, picture: Picture, cluster: Cluster, *, trials: Trials) -> None:
         self._limits = limits
         self._models = picture.models
         self._requests = picture.requests
         self._cluster = cluster
         self._trials = trials
-        self._enqueue = enqueue
-        self._refuse = refuse
         self.deaths = Deaths(limits.poison.verdict_s)
         self.quarantined = DigestTable(limits.poison.digests_max)
         """Digests of requests that killed an engine."""
@@ -96,34 +70,30 @@ class Failures:
         request.is_held = self.deaths.failed(replica_id, name, event.sign)
         return request.is_held
 
-    def again(self, request: Request, reason: str, now_s: float, *, was_reached: bool = True) -> None:
-        """Send a request to another replica, or continue its answer there, if it may still be tried; else refuse it.
+    def refusal(self, request: Request, reason: str, *, was_reached: bool = True) -> RejectRequest | None:
+        """Return a request's refusal; None if it may be tried, or its answer continued, on another replica.
 
         Tries of replicas that could not be reached are limited only by the request's deadline.
         """
         if request.facts.model not in self._models:
-            self._refuse(request, Refusal.DELETED, reason)
-        elif not was_reached:
-            self._enqueue(request, now_s)
-        elif request.has_begun:
-            self._resume(request, reason, now_s)
-        elif request.attempt - request.num_unreached >= self._limits.attempts_max:
-            self._refuse(request, Refusal.ENGINE_FAILED, reason)
-        else:
-            self._enqueue(request, now_s)
+            return RejectRequest(request.facts.id, Refusal.DELETED, reason)
+        if not was_reached:
+            return None
+        num_tries = request.attempt - request.num_unreached
+        may_try = self._may_resume(request) if request.has_begun else num_tries < self._limits.attempts_max
+        return None if may_try else RejectRequest(request.facts.id, Refusal.ENGINE_FAILED, reason)
 
-    def _resume(self, request: Request, reason: str, now_s: float) -> None:
-        """Continue a stream on another replica.
+    def _may_resume(self, request: Request) -> bool:
+        """Whether a stream may be continued on another replica; counts that it is.
 
         A stream whose engines died repeatedly becomes a suspect: it may be the cause, although each engine survived its
         beginning.
         """
         if not self._limits.moves.is_on or request.num_resumes >= self._limits.poison.resumes_max:
-            self._refuse(request, Refusal.ENGINE_FAILED, reason)
-            return
+            return False
         request.is_suspect = request.is_suspect or request.num_resumes > 0
         request.num_resumes += 1
-        self._enqueue(request, now_s)
+        return True
 
     def answered(self, facts: RequestFacts, now_s: float) -> None:
         """Note that an engine has survived such a request."""
@@ -138,8 +108,9 @@ class Failures:
 
     # ---------------------------------------------------------------------------------------------------- verdicts
 
-    def judge(self, now_s: float) -> None:
-        """Act on the verdicts that are due: refuse the requests held for them, or try them again."""
+    def judged(self, now_s: float) -> list[tuple[Request, RejectRequest | None]]:
+        """Return the requests that were held for the verdicts that are due: each is refused, or tried again (None)."""
+        judged = []
         for verdict in self.deaths.due(now_s):
             until_s = now_s + self._limits.poison.quarantine_s
             was_harmless = [self._was_harmless(facts, now_s) for facts in verdict.suspects]
@@ -147,7 +118,9 @@ class Failures:
             for facts in verdict.suspects:
                 (self.quarantined if is_alone else self.suspected).add(facts.digest, until_s)
             for name in verdict.held:
-                self._judge(self._requests[name], verdict, now_s, is_alone=is_alone)
+                request = self._requests[name]
+                judged.append((request, self._judge(request, verdict, is_alone=is_alone)))
+        return judged
 
     def _was_harmless(self, facts: RequestFacts, now_s: float) -> bool:
         """Whether an engine has answered such a request lately. Forgets it, as this death casts doubt on it."""
@@ -155,12 +128,11 @@ class Failures:
         self._harmless.discard(facts.digest)
         return found
 
-    def _judge(self, request: Request, verdict: Verdict, now_s: float, *, is_alone: bool) -> None:
+    def _judge(self, request: Request, verdict: Verdict, *, is_alone: bool) -> RejectRequest | None:
         request.is_held = False
         reason = verdict.reason or "its engine ended while it was being answered"
         if is_alone:
-            self._refuse(request, Refusal.KILLED_ENGINE, reason, retry_after_s=self._limits.poison.quarantine_s)
-            return
+            return RejectRequest(request.facts.id, Refusal.KILLED_ENGINE, reason, self._limits.poison.quarantine_s)
         if verdict.suspects:
             request.is_suspect = True
-        self.again(request, reason, now_s)
+        return self.refusal(request, reason)

@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sllm_vllm.router.core.cluster import Replica, ReplicaState
-from sllm_vllm.router.core.events import ModelDeployed, NodeJoined, NodeReported
+from sllm_vllm.router.core.events import ModelDeployed, NodeJoined, NodeReported, Todo
 from sllm_vllm.router.core.facts import FoundReplica, ModelSpec, RequestFacts
 from sllm_vllm.router.core.model_state import ModelState, Picture, Request
 from sllm_vllm.router.core.queues import ModelQueues
 from sllm_vllm.router.core.scaling import Scaling
 
-# Deploying, changing and deleting models. Pure; part of ``RouterCore``.
-
 
 class Deployments:
-    """Which models are served, and how. ``requests`` is only read.
+    """Which models are served, and how: they are deployed, changed and deleted here. Only reads the requests."""
 
-    ``reject_deleted``: forgets a waiting request and tells its client that the model was deleted.
-    """
-
-    def __init__(
-        self,
-        scaling: Scaling,
-        models: dict[str, ModelState],
-        queues: ModelQueues,
-        *,
-        requests: dict[str, Request],
-        strays: set[str],
-        reject_deleted: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, scaling: Scaling, picture: Picture, queues: ModelQueues) -> None:
         self._scaling = scaling
-        self._models = models
+        self._models = picture.models
         self._queues = queues
-        self._requests = requests
-        self._strays = strays
-        self._reject_deleted = reject_deleted
+        self._requests = picture.requests
+        self._strays = picture.strays
 
-    def deployed(self, event: ModelDeployed, now_s: float) -> None:
+    def deployed(self, event: ModelDeployed, now_s: float) -> Todo:
         """Deploy a new model, or change one that is deployed."""
-        spec = event.spec
+        spec, todo = event.spec, Todo()
         for node, tier in event.tiers.items():
             if node in self._scaling.cluster.nodes:
                 self._scaling.cluster.set_tier(node, spec.name, tier)
@@ -48,8 +33,10 @@ class Deployments:
         if known is None:
             self._models[spec.name] = ModelState(spec, num_ongoing=self._num_left(spec.name))
         else:
-            self._change(known, spec, now_s)
+            todo.add(self._change(known, spec, now_s))
         self._scaling.pin(spec.name)
+        todo.look_at((spec.name,))
+        return todo
 
     def _num_left(self, model: str) -> int:
         """Count the requests still on replicas from before the model was deleted.
@@ -61,7 +48,7 @@ class Deployments:
         self._strays.discard(model)
         return sum(one.replica is not None and one.facts.model == model for one in self._requests.values())
 
-    def _change(self, known: ModelState, spec: ModelSpec, now_s: float) -> None:
+    def _change(self, known: ModelState, spec: ModelSpec, now_s: float) -> Todo | None:
         is_changed = spec.generation != known.spec.generation
         old_nbytes, nbytes = known.spec.nbytes, spec.nbytes
         # If nothing relevant changed, keep the known size: it may come from a checkpoint, which knows it better.
@@ -69,66 +56,66 @@ class Deployments:
         known.spec = replace(spec, nbytes=nbytes)
         known.num_kept = self._queues.waiting(spec.name)
         known.back_off.succeeded()  # the cause may have been fixed outside the router
-        if is_changed:
-            self._scaling.replace_generation(known, now_s)
+        todo = self._scaling.replace_generation(known, now_s) if is_changed else None
         self._scaling.reset_idle(spec.name, now_s)
+        return todo
 
-    def deleted(self, model: str, now_s: float) -> None:
-        """Reject its waiting requests, call off its starts, and drain its replicas."""
-        if model not in self._models:
-            return
-        while (facts := self._queues.pop(model)) is not None:
-            self._reject_deleted(facts.id, model)
+    def deleted(self, model: str, now_s: float) -> Todo:
+        """Forget a model without waiting requests, call off its starts, and drain its replicas."""
+        todo = Todo()
         for pending in self._scaling.pending.of_model(model):
-            self._scaling.call_off(pending, now_s)
+            todo.resumed += self._scaling.call_off(pending, now_s)
         if self._models.pop(model).num_ongoing:
             self._strays.add(model)
         self._scaling.forget_model(model)
         for replica in self._scaling.cluster.replicas_of(model):
             if replica.state is ReplicaState.ORDERED:
-                self._scaling.stop(replica.id, "its model was deleted", now_s)
-            self._scaling.drain(replica.id, now_s)
-
-
-# Taking over what an earlier process of the router left running: replicas and the requests on them. Pure. Part of
-# ``RouterCore``. The agents know which replicas run, and the processes that stream requests know which requests run;
-# here both are joined again. Nothing that runs is ended because its router restarted.
+                todo.do(self._scaling.stop(replica.id, "its model was deleted", now_s))
+            todo.do(self._scaling.drain(replica.id, now_s))
+        return todo
 
 
 class Recovery:
-    """Takes over replicas and requests as if they had been ordered here. ``touched`` gets their models."""
+    """Takes over the replicas and requests that an earlier process of the router left running, as if ordered here.
 
-    def __init__(self, scaling: Scaling, picture: Picture, *, touched: dict[str, None]) -> None:
+    The agents know which replicas run, and the processes that stream requests know which requests run; here both are
+    joined again. Nothing that runs is ended because its router restarted.
+    """
+
+    def __init__(self, scaling: Scaling, picture: Picture) -> None:
         self._scaling = scaling
         self._cluster = scaling.cluster
         self._models = picture.models
         self._requests = picture.requests
         self._strays = picture.strays
-        self._touched = touched
 
-    def replicas_found(self, found: Iterable[FoundReplica], node: str, now_s: float) -> None:
+    def replicas_found(self, found: Iterable[FoundReplica], node: str, now_s: float) -> Todo:
         """Take over the replicas found on a node that just joined; outdated ones are drained or stopped."""
+        todo = Todo()
         for one in found:
             if one.id not in self._cluster.replicas and one.num_slots <= self._cluster.free_slots(node):
-                self._replica_found(one, node, now_s)
+                todo.add(self._replica_found(one, node, now_s))
+        return todo
 
-    def request_found(self, facts: RequestFacts, replica_id: str, now_s: float) -> None:
+    def request_found(self, facts: RequestFacts, replica_id: str, now_s: float) -> Todo | None:
         """Take over a request that is being streamed from a replica.
 
         A request that is known already, or whose replica is gone, is ignored.
         """
         replica = self._cluster.replicas.get(replica_id)
         if replica is None or facts.id in self._requests:
-            return
+            return None
         if replica.state is ReplicaState.READY:
             self._take_in(facts, replica, now_s)
         elif replica.state is ReplicaState.DRAINING:
             self._cluster.set_state(replica_id, ReplicaState.READY, now_s)
             self._take_in(facts, replica, now_s)
             self._cluster.set_state(replica_id, ReplicaState.DRAINING, now_s)
-            self._scaling.leaving[replica.model] = None
+        else:
+            return None
+        return Todo(models={facts.model: None})
 
-    def _replica_found(self, found: FoundReplica, node: str, now_s: float) -> None:
+    def _replica_found(self, found: FoundReplica, node: str, now_s: float) -> Todo:
         replica = Replica(
             id=found.id,
             model=found.model,
@@ -141,7 +128,7 @@ class Recovery:
             ready_at_s=now_s,
         )
         self._cluster.add_replica(replica)
-        self._touched[found.model] = None
+        todo = Todo(models={found.model: None})
         state = self._models.get(found.model)
         is_current = state is not None and state.spec.generation == found.generation
         if found.is_stopping:
@@ -151,13 +138,15 @@ class Recovery:
             for facts in found.requests:
                 if facts.id not in self._requests:
                     self._take_in(facts, replica, now_s)
+                    todo.look_at((facts.model,))
             if not is_current:
-                self._scaling.drain(found.id, now_s)
+                todo.do(self._scaling.drain(found.id, now_s))
             elif not replica.ongoing:
-                self._scaling.became_idle(replica, now_s)
+                todo.do(self._scaling.became_idle(replica, now_s))
             self._scaling.pin(found.model)
         elif not is_current:
-            self._scaling.stop(found.id, "its model was changed", now_s)
+            todo.do(self._scaling.stop(found.id, "its model was changed", now_s))
+        return todo
 
     def _take_in(self, facts: RequestFacts, replica: Replica, now_s: float) -> None:
         """Give a request its place on the replica. Its progress is unknown, so its first token is no sample."""
@@ -177,43 +166,36 @@ class Recovery:
             state.num_ongoing += 1
         else:
             self._strays.add(facts.model)
-        self._touched[facts.model] = None
 
 
 class Membership:
     """Which nodes are there, and which of them take starts.
 
-    A cordon belongs to the node's name: a node that leaves and rejoins is still drained. ``touched`` gets the models
-    whose replicas changed, or that may find a place now.
+    A cordon belongs to the node's name: a node that leaves and rejoins is still drained.
     """
 
     def __init__(
-        self,
-        scaling: Scaling,
-        models: Mapping[str, ModelState],
-        queues: ModelQueues,
-        *,
-        recovery: Recovery,
-        touched: dict[str, None],
+        self, scaling: Scaling, models: Mapping[str, ModelState], queues: ModelQueues, *, recovery: Recovery
     ) -> None:
         self._scaling = scaling
         self._recovery = recovery
         self._cluster = scaling.cluster
         self._models = models
         self._queues = queues
-        self._touched = touched
         self.cordoned: set[str] = set()
         """Names of cordoned nodes, whether they are there or not."""
 
-    def joined(self, event: NodeJoined, now_s: float) -> None:
+    def joined(self, event: NodeJoined, now_s: float) -> Todo:
         """Add a node that joined, with the replicas found on it."""
         self._cluster.add_node(event.node, event.num_slots, is_warm=event.is_warm)
         if event.report is not None:
             self.reported(event.report, now_s)
-        self._recovery.replicas_found(event.found, event.node, now_s)
+        todo = self._recovery.replicas_found(event.found, event.node, now_s)
         if event.node in self.cordoned:
-            self.drain(event.node, now_s)
-        self._touch_wanting()
+            todo.add(self._drain(event.node, now_s))
+        todo.look_at(self._wanting())
+        todo.has_room = True
+        return todo
 
     def reported(self, event: NodeReported, now_s: float) -> None:
         """Apply a node's report. Reports from unknown nodes are ignored."""
@@ -227,55 +209,63 @@ class Membership:
             if state is not None and state.spec.nbytes != nbytes:
                 state.spec = replace(state.spec, nbytes=nbytes)
 
-    def lost(self, node: str, now_s: float) -> list[Replica]:
-        """Remove a node that is gone, and return the replicas lost with it."""
+    def lost(self, node: str, now_s: float) -> tuple[list[Replica], Todo | None]:
+        """Remove a node that is gone. Returns the replicas lost with it, and what is to be done."""
         if node not in self._cluster.nodes:
-            return []
-        self._call_off_starts(node, now_s)
+            return [], None
+        todo = self._call_off_starts(node, now_s)
         gone = list(self._cluster.nodes[node].replicas.values())
         self._cluster.remove_node(node)
         self._scaling.forget_node(node)
         for replica in gone:
             self._scaling.predictions.pop(replica.id, None)
             self._scaling.pin(replica.model)
-            self._touched[replica.model] = None
-        return gone
+        todo.look_at(replica.model for replica in gone)
+        return gone, todo
 
-    def drain_asked(self, target: str, now_s: float) -> None:
+    def drain_asked(self, target: str, now_s: float) -> Todo | None:
         """Drain a node or a replica for an operator; unknown names are ignored."""
         if target in self._cluster.nodes:
-            self.drain(target, now_s)
-        elif (replica := self._cluster.replicas.get(target)) is not None:
-            self._scaling.drain(target, now_s)
-            self._scaling.pin(replica.model)
-            self._touched[replica.model] = None
+            return self._drain(target, now_s)
+        replica = self._cluster.replicas.get(target)
+        if replica is None:
+            return None
+        todo = Todo(models={replica.model: None})
+        todo.do(self._scaling.drain(target, now_s))
+        self._scaling.pin(replica.model)
+        return todo
 
-    def drain(self, node: str, now_s: float) -> None:
+    def _drain(self, node: str, now_s: float) -> Todo:
         """Cordon a node: call off its starts, stop its idle replicas, and drain the busy ones."""
         self.cordoned.add(node)
         self._cluster.set_cordoned(node, True)
-        self._call_off_starts(node, now_s)
+        todo = self._call_off_starts(node, now_s)
         for replica in list(self._cluster.nodes[node].replicas.values()):
             if replica.state is ReplicaState.ORDERED:
-                self._scaling.stop(replica.id, "its node is drained", now_s)
-            self._scaling.drain(replica.id, now_s)
+                todo.do(self._scaling.stop(replica.id, "its node is drained", now_s))
+            todo.do(self._scaling.drain(replica.id, now_s))
             if replica.model:  # a replica without a model is a placeholder of slots held for a start
                 self._scaling.pin(replica.model)
-                self._touched[replica.model] = None
+                todo.look_at((replica.model,))
+        return todo
 
-    def undrain(self, node: str) -> None:
+    def undrain(self, node: str) -> Todo:
         """Let a node take starts again. Replicas that drain there still end."""
+        todo = Todo(has_room=True)
         self.cordoned.discard(node)
         if node in self._cluster.nodes:
             self._cluster.set_cordoned(node, False)
-            self._touch_wanting()
+            todo.look_at(self._wanting())
+        return todo
 
-    def _call_off_starts(self, node: str, now_s: float) -> None:
+    def _call_off_starts(self, node: str, now_s: float) -> Todo:
+        todo = Todo()
         for pending in self._scaling.pending.of_node(node):
-            self._scaling.call_off(pending, now_s)
-            self._touched[pending.model] = None
+            todo.resumed += self._scaling.call_off(pending, now_s)
+            todo.look_at((pending.model,))
+        return todo
 
-    def _touch_wanting(self) -> None:
-        """Touch every model that may lack a replica: it has a minimum, or requests that wait."""
+    def _wanting(self) -> list[str]:
+        """Return the models that may lack a replica: they have a minimum, or requests that wait."""
         kept = [name for name, state in self._models.items() if state.spec.min_replicas]
-        self._touched.update(dict.fromkeys([*kept, *self._queues.models()]))
+        return [*kept, *self._queues.models()]

@@ -12,7 +12,15 @@ from __future__ import annotations
 from collections import Counter
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState, choose_replica
-from sllm_vllm.router.core.events import MoveAsked, MoveFailed, MoveRequest, ReplicaMovable, RequestMoved
+from sllm_vllm.router.core.events import (
+    MoveAsked,
+    MoveFailed,
+    MoveRequest,
+    ReplicaMovable,
+    RequestMoved,
+    StopReplica,
+    Todo,
+)
 from sllm_vllm.router.core.facts import MoveLimits
 from sllm_vllm.router.core.model_state import Picture, Request
 from sllm_vllm.router.core.scaling import Scaling
@@ -22,9 +30,9 @@ TARGETS_MAX = 8
 
 
 class Moves:
-    """Orders and tracks migrations. ``touched`` gets the models whose replicas have room now."""
+    """Orders and tracks migrations."""
 
-    def __init__(self, limits: MoveLimits, scaling: Scaling, picture: Picture, *, touched: dict[str, None]) -> None:
+    def __init__(self, limits: MoveLimits, scaling: Scaling, picture: Picture) -> None:
         self.limits = limits
         self.moving: dict[str, str] = {}
         """By request: the replica that it is moving to."""
@@ -33,45 +41,44 @@ class Moves:
         self._models = picture.models
         self._requests = picture.requests
         self._on_trial = picture.on_trial
-        self._touched = touched
         self._to: Counter[str] = Counter()
         """By replica: the number of requests that are moving to it."""
 
-    def record(self, event: ReplicaMovable | MoveAsked | RequestMoved | MoveFailed, now_s: float) -> None:
+    def record(self, event: ReplicaMovable | MoveAsked | RequestMoved | MoveFailed, now_s: float) -> Todo:
         """Process an event; unknown requests and replicas are ignored."""
+        todo = Todo(has_room=True)
         match event:
             case ReplicaMovable():
                 if (replica := self._cluster.replicas.get(event.replica)) is not None:
                     replica.is_movable = event.is_movable  # not indexed by the cluster
                     replica.is_unmovable = not event.is_movable
             case MoveAsked():
-                self._ask(event.request, event.target, now_s)
+                todo.do(self._ask(event.request, event.target, now_s))
             case RequestMoved():
-                self._moved(event, now_s)
+                self._moved(event, now_s, todo)
             case MoveFailed():
-                self._failed(event, now_s)
+                self._failed(event, now_s, todo)
+        return todo
 
     # ---------------------------------------------------------------------------------------------------- ordering
 
-    def relieve(self, now_s: float) -> None:
+    def relieve(self, now_s: float) -> list[MoveRequest]:
         """Order migrations off draining replicas, as far as possible."""
-        if not self.limits.is_on:
-            return
-        for model in list(self._scaling.leaving):
-            leaving = self._cluster.replicas_of(model, ReplicaState.DRAINING)
-            if not leaving:
-                del self._scaling.leaving[model]
-                continue
-            for replica in leaving:
-                self._relieve(replica, now_s)
+        orders: list[MoveRequest] = []
+        if self.limits.is_on:
+            for model in self._cluster.draining:
+                for replica in self._cluster.replicas_of(model, ReplicaState.DRAINING):
+                    orders += self._relieve(replica, now_s)
+        return orders
 
-    def _ask(self, request_id: str, target: str | None, now_s: float) -> None:
-        """Order a migration for an operator; does nothing if it is not possible."""
-        if not self.why_not(request_id, target, now_s):
-            request = self._requests[request_id]
-            found = self._target_of(request) if target is None else self._cluster.replicas[target]
-            assert found is not None
-            self._order(request, found, now_s)
+    def _ask(self, request_id: str, target: str | None, now_s: float) -> MoveRequest | None:
+        """Order a migration for an operator; returns None if it is not possible."""
+        if self.why_not(request_id, target, now_s):
+            return None
+        request = self._requests[request_id]
+        found = self._target_of(request) if target is None else self._cluster.replicas[target]
+        assert found is not None
+        return self._order(request, found, now_s)
 
     def why_not(self, request_id: str, target: str | None, now_s: float) -> str:
         """Return why ``MoveAsked`` would do nothing; empty if it would order a migration."""
@@ -89,20 +96,18 @@ class Moves:
         found = self._cluster.replicas.get(target)
         return f"there is no replica {target}" if found is None else self._why_no_target(request, found)
 
-    def may_move(self, request_id: str, now_s: float) -> bool:
-        """Whether the request could be moved, given a target."""
-        return not self._why_request_stays(self._requests[request_id], now_s)
-
-    def _relieve(self, replica: Replica, now_s: float) -> None:
+    def _relieve(self, replica: Replica, now_s: float) -> list[MoveRequest]:
+        orders: list[MoveRequest] = []
         for request_id in sorted(replica.ongoing):
             if len(self.moving) >= self.limits.moves_max:
-                return
+                break
             request = self._requests[request_id]
             if request.replica != replica.id or self._why_request_stays(request, now_s):
                 continue
             target = self._target_of(request)
             if target is not None:
-                self._order(request, target, now_s)
+                orders.append(self._order(request, target, now_s))
+        return orders
 
     def _why_request_stays(self, request: Request, now_s: float) -> str:
         source = self._cluster.replicas.get(request.replica or "")
@@ -136,16 +141,16 @@ class Moves:
             return f"{target.id} has no room"
         return ""
 
-    def _order(self, request: Request, target: Replica, now_s: float) -> None:
+    def _order(self, request: Request, target: Replica, now_s: float) -> MoveRequest:
         assert request.replica is not None
         request.target = self.moving[request.facts.id] = target.id
         self._to[target.id] += 1
         self._cluster.begin_request(target.id, request.facts.id, prefix=request.facts.prefix, now_s=now_s)
-        self._scaling.actions.append(MoveRequest(request.facts.id, request.replica, target.id))
+        return MoveRequest(request.facts.id, request.replica, target.id)
 
     # ------------------------------------------------------------------------------------------------------- ending
 
-    def _moved(self, event: RequestMoved, now_s: float) -> None:
+    def _moved(self, event: RequestMoved, now_s: float, todo: Todo) -> None:
         """Record that a request now runs on its target, which may have ended since."""
         self._learn(event)
         request = self._requests.get(event.request)
@@ -154,9 +159,10 @@ class Moves:
         source = request.replica
         self._forget(request)
         request.replica = event.target
-        self._leave(source, request, now_s)
+        todo.look_at((request.facts.model,))
+        todo.do(self._leave(source, request, now_s))
 
-    def _failed(self, event: MoveFailed, now_s: float) -> None:
+    def _failed(self, event: MoveFailed, now_s: float, todo: Todo) -> None:
         """Record that a migration failed: the request continues where it was."""
         self._learn(event)
         request = self._requests.get(event.request)
@@ -165,14 +171,16 @@ class Moves:
         request.num_move_failures += 1
         request.stays = event.is_lasting or request.num_move_failures >= self.limits.failures_max
         request.move_after_s = now_s + self.limits.pause_s
-        self.called_off(request, now_s)
+        todo.look_at((request.facts.model,))
+        todo.do(self.called_off(request, now_s))
 
-    def called_off(self, request: Request, now_s: float) -> None:
+    def called_off(self, request: Request, now_s: float) -> StopReplica | None:
         """Release the request's place on its target, if it has one, as the request or its migration ends."""
-        if request.target is not None:
-            target = request.target
-            self._forget(request)
-            self._leave(target, request, now_s)
+        target = request.target
+        if target is None:
+            return None
+        self._forget(request)
+        return self._leave(target, request, now_s)
 
     def target_gone(self, target: Replica, now_s: float) -> None:
         """Cancel the migrations to a replica that is gone. The mover of each will soon notice, too."""
@@ -190,15 +198,13 @@ class Moves:
         del self.moving[request.facts.id]
         request.target = None
 
-    def _leave(self, replica_id: str | None, request: Request, now_s: float) -> None:
-        """Release the request's place on a replica."""
-        self._touched[request.facts.model] = None
+    def _leave(self, replica_id: str | None, request: Request, now_s: float) -> StopReplica | None:
+        """Release the request's place on a replica, which is stopped if it drains and has no other request."""
         replica = self._cluster.replicas.get(replica_id or "")
         if replica is None or request.facts.id not in replica.ongoing:
-            return
+            return None
         self._cluster.end_request(replica.id, request.facts.id, now_s)
-        if not replica.ongoing:
-            self._scaling.became_idle(replica, now_s)
+        return None if replica.ongoing else self._scaling.became_idle(replica, now_s)
 
     def _learn(self, event: RequestMoved | MoveFailed) -> None:
         for sample in event.samples:

@@ -36,6 +36,7 @@ from sllm_vllm.router.core.events import (
     RequestGone,
     RequestMoved,
     Ticked,
+    Todo,
     UndrainAsked,
     is_about,
 )
@@ -72,56 +73,40 @@ class RouterCore:
         self._samples: dict[str, StartSample] = {}
         """Start samples of replicas that are ready and have not answered a request yet."""
         self.suspects = Suspects()
-        self._touched: dict[str, None] = {}
-        """Models whose queues or replicas changed during this event; a dict, to keep their order."""
-        self.deployments = Deployments(
-            self.scaling,
-            self.models,
-            self.queues,
-            requests=self.requests,
-            strays=picture.strays,
-            reject_deleted=lambda request, name: self._refuse(
-                self.requests[request], Refusal.DELETED, f"model {name!r} was deleted"
-            ),
-        )
-        self.moves = Moves(self.limits.moves, self.scaling, picture, touched=self._touched)
+        self.deployments = Deployments(self.scaling, picture, self.queues)
+        self.moves = Moves(self.limits.moves, self.scaling, picture)
         self.trials = Trials(self.limits.poison, picture, self.cluster, failing=self.suspects)
-        self._failures = Failures(
-            self.limits, picture, self.cluster, trials=self.trials, enqueue=self._enqueue, refuse=self._refuse
-        )
+        self._failures = Failures(self.limits, picture, self.cluster, trials=self.trials)
         self.deaths = self._failures.deaths
-        self._recovery = Recovery(self.scaling, picture, touched=self._touched)
-        self.membership = Membership(
-            self.scaling, picture.models, self.queues, recovery=self._recovery, touched=self._touched
-        )
-        self._has_new_room = False
-        """Whether this event may have freed slots, or made replicas idle, that other models could use."""
+        self._recovery = Recovery(self.scaling, picture)
+        self.membership = Membership(self.scaling, picture.models, self.queues, recovery=self._recovery)
         self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
 
     # --------------------------------------------------------------------------------------------------- interface
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
-        """Process an event and return the actions to carry out, in order."""
-        actions = self.scaling.actions = list[Action]()
+        """Process an event and return the actions to carry out, in order.
+
+        The handlers below, and the parts, say in a ``Todo`` what follows; here it is followed up.
+        """
+        todo = Todo()
         self._note(event, now_s)
-        self._record(event, now_s)
-        self._failures.judge(now_s)
-        touched = list(self._touched)
-        self._touched.clear()
-        for model in touched:
-            self._serve(model, now_s)
+        self._record(event, now_s, todo)
+        self._judge(now_s, todo)
+        models = list(todo.models)
+        for model in models:
+            self._serve(model, now_s, todo)
             self.scaling.mark_unwanted(model, now_s)
-        if self._has_new_room:  # models that wait for slots come before those that freed them
-            self._has_new_room = False
-            self.scaling.feed_hungry(now_s)
-        for model in touched:
-            self.scaling.consider(model, now_s)
-        while self.scaling.resumed:
-            self._serve(self.scaling.resumed.pop(), now_s)
-        if self.scaling.leaving:
-            self.moves.relieve(now_s)
-        self.events.extend((now_s, action) for action in actions)
-        return actions
+        if todo.has_room:  # models that wait for slots come before those that freed them
+            todo.add(self.scaling.feed_hungry(now_s))
+        for model in models:
+            todo.add(self.scaling.consider(model, now_s))
+        while todo.resumed:
+            self._serve(todo.resumed.pop(), now_s, todo)
+        if self.cluster.draining:
+            todo.actions += self.moves.relieve(now_s)
+        self.events.extend((now_s, action) for action in todo.actions)
+        return todo.actions
 
     def _note(self, event: Event, now_s: float) -> None:
         """Keep the event for ``story``; skips the frequent ones and drops bulky fields."""
@@ -144,104 +129,113 @@ class RouterCore:
 
     # ------------------------------------------------------------------------------------------------------ events
 
-    def _record(self, event: Event, now_s: float) -> None:
+    def _record(self, event: Event, now_s: float, todo: Todo) -> None:
         match event:
             case RequestArrived():
-                self._request_arrived(event.facts, now_s)
+                self._request_arrived(event.facts, now_s, todo)
             case FirstByte() | FirstToken():
-                self._proven(event.request, now_s)
+                self._proven(event.request, now_s, todo)
                 self._first_byte(event, now_s)
             case RequestEnded():
                 self._learn_pace(event, now_s)
-                self._request_ended(event.request, now_s)
+                self._request_ended(event.request, now_s, todo)
             case RequestGone():
-                self._request_ended(event.request, now_s)
+                self._request_ended(event.request, now_s, todo)
             case RequestFailed():
-                self._request_failed(event, now_s)
+                self._request_failed(event, now_s, todo)
             case ReplicaReady():
-                self._replica_ready(event, now_s)
+                self._replica_ready(event, now_s, todo)
             case ReplicaEnded():
-                self._replica_ended(event, now_s)
+                self._replica_ended(event, now_s, todo)
             case ReplicaMovable() | MoveAsked() | RequestMoved() | MoveFailed():
-                self.moves.record(event, now_s)
-                self._has_new_room = True
+                todo.add(self.moves.record(event, now_s))
             case Ticked():
-                self._ticked(now_s)
+                self._ticked(now_s, todo)
             case _:
-                self._record_setting(event, now_s)
+                self._record_setting(event, now_s, todo)
 
-    def _record_setting(self, event: Event, now_s: float) -> None:
+    def _record_setting(self, event: Event, now_s: float, todo: Todo) -> None:
         """Process events of operators and nodes."""
         match event:
             case ModelDeployed():
-                self.deployments.deployed(event, now_s)
-                self._touched[event.spec.name] = None
+                todo.add(self.deployments.deployed(event, now_s))
             case ModelDeleted():
-                self.deployments.deleted(event.model, now_s)
+                self._model_deleted(event.model, now_s, todo)
             case NodeJoined():
-                self.membership.joined(event, now_s)
-                self._has_new_room = True
+                todo.add(self.membership.joined(event, now_s))
             case RequestFound():
-                self._recovery.request_found(event.facts, event.replica, now_s)
+                todo.add(self._recovery.request_found(event.facts, event.replica, now_s))
             case NodeReported():
                 self.membership.reported(event, now_s)
             case NodeLost():
-                for replica in self.membership.lost(event.node, now_s):
-                    self.moves.target_gone(replica, now_s)
-                    self._samples.pop(replica.id, None)
-                    self.suspects.discard(replica.id)
-                    self.deaths.ended(replica.id, "", is_fault=False)
+                self._node_lost(event.node, now_s, todo)
             case DrainAsked():
-                self.membership.drain_asked(event.target, now_s)
+                todo.add(self.membership.drain_asked(event.target, now_s))
             case UndrainAsked():
-                self.membership.undrain(event.node)
-                self._has_new_room = True
+                todo.add(self.membership.undrain(event.node))
             case _:
                 raise AssertionError(event)
 
+    def _model_deleted(self, model: str, now_s: float, todo: Todo) -> None:
+        if model not in self.models:
+            return
+        while (facts := self.queues.pop(model)) is not None:
+            todo.do(self._refused(RejectRequest(facts.id, Refusal.DELETED, f"model {model!r} was deleted")))
+        todo.add(self.deployments.deleted(model, now_s))
+
+    def _node_lost(self, node: str, now_s: float, todo: Todo) -> None:
+        gone, more = self.membership.lost(node, now_s)
+        todo.add(more)
+        for replica in gone:
+            self.moves.target_gone(replica, now_s)
+            self._samples.pop(replica.id, None)
+            self.suspects.discard(replica.id)
+            self.deaths.ended(replica.id, "", is_fault=False)
+
     # ---------------------------------------------------------------------------------------------------- requests
 
-    def _request_arrived(self, facts: RequestFacts, now_s: float) -> None:
+    def _request_arrived(self, facts: RequestFacts, now_s: float, todo: Todo) -> None:
         assert facts.id not in self.requests, f"{facts.id} arrived twice"
         state = self.models.get(facts.model)
         if state is None:
-            self._reject(facts.id, Refusal.UNKNOWN_MODEL, f"no model {facts.model!r}")
+            todo.do(RejectRequest(facts.id, Refusal.UNKNOWN_MODEL, f"no model {facts.model!r}"))
             return
         self.scaling.foresight.arrived(state, now_s)
         if state.back_off.is_hopeless and state.back_off.is_resting(now_s) and not self._has_replica(facts.model):
-            self._reject_no_start(facts.id, state, now_s)
+            todo.do(_no_start(facts.id, state, now_s))
             return
         if left_s := self._failures.quarantine_left_s(facts, now_s):
             reason = f"it is refused for another {left_s:.0f} s"
-            self._reject(facts.id, Refusal.KILLED_ENGINE, reason, retry_after_s=left_s)
+            todo.do(RejectRequest(facts.id, Refusal.KILLED_ENGINE, reason, left_s))
             return
         request = self.requests[facts.id] = Request(facts, arrived_s=now_s)
         request.is_suspect = self._failures.is_suspected(facts, now_s)
-        self._touched[facts.model] = None
+        todo.models[facts.model] = None
         if not self.queues.waiting(facts.model) and request.is_ordinary:
             replica = self._choose(request, now_s)
             if replica is not None:
-                self._dispatch(facts.id, replica, now_s)
+                todo.do(self._dispatch(facts.id, replica, now_s))
                 return
-        self._enqueue(request, now_s)
+        todo.do(self._enqueue(request, now_s))
 
-    def _enqueue(self, request: Request, now_s: float) -> None:
+    def _enqueue(self, request: Request, now_s: float) -> RejectRequest | None:
+        """Queue a request; returns its refusal if there is no room."""
         facts, state = request.facts, self.models[request.facts.model]
-        self._touched[facts.model] = None
         try:
             self.queues.push(facts, request.arrived_s, spec=state.spec, away_s=request.away_s)
         except QueueFull as error:
-            self._refuse(request, Refusal.QUEUE_FULL, str(error), retry_after_s=self.estimator.startup_s(state.spec))
-            return
+            startup_s = self.estimator.startup_s(state.spec)
+            return self._refused(RejectRequest(facts.id, Refusal.QUEUE_FULL, str(error), startup_s))
         if request.is_suspect:
             self.trials.waits(request, now_s)
+        return None
 
-    def _serve(self, model: str, now_s: float) -> None:
+    def _serve(self, model: str, now_s: float, todo: Todo) -> None:
         """Dispatch the model's waiting requests to replicas with room."""
         while (found := self._next(model, now_s)) is not None:
             request, replica = found
             self.queues.remove(request)
-            self._dispatch(request, replica, now_s)
+            todo.do(self._dispatch(request, replica, now_s))
 
     def _next(self, model: str, now_s: float) -> tuple[str, Replica] | None:
         """Return the next request to dispatch, and its replica; None if none can be dispatched.
@@ -276,7 +270,7 @@ class RouterCore:
         """
         return not request.has_begun or (replica.lineage == request.lineage and not replica.is_unmovable)
 
-    def _dispatch(self, request_id: str, replica: Replica, now_s: float) -> None:
+    def _dispatch(self, request_id: str, replica: Replica, now_s: float) -> Dispatch:
         request = self.requests[request_id]
         request.was_alone = not replica.ongoing
         request.replica, request.dispatched_s = replica.id, now_s
@@ -286,7 +280,7 @@ class RouterCore:
             self.trials.begin(request, replica.id)
         self.cluster.begin_request(replica.id, request_id, prefix=request.facts.prefix, now_s=now_s)
         self.models[request.facts.model].num_ongoing += 1
-        self.scaling.actions.append(Dispatch(request_id, replica.id, request.attempt))
+        return Dispatch(request_id, replica.id, request.attempt)
 
     def _first_byte(self, event: FirstByte | FirstToken, now_s: float) -> None:
         request = self.requests.get(event.request)
@@ -304,7 +298,7 @@ class RouterCore:
         if sample is not None and replica.ready_s is not None:
             self.scaling.came_true(replica.id, sample, prefill_s, ready_s=replica.ready_s)
 
-    def _proven(self, request_id: str, now_s: float) -> None:
+    def _proven(self, request_id: str, now_s: float, todo: Todo) -> None:
         """Note that the replica has begun to answer the request, so the request does not kill it."""
         request = self.requests.get(request_id)
         if request is None or request.replica is None:
@@ -313,7 +307,7 @@ class RouterCore:
         self.deaths.answered(request.replica, request_id)
         self._failures.answered(request.facts, now_s)
         if request.is_suspect and self._failures.cleared(request):
-            self._touched[request.facts.model] = None
+            todo.models[request.facts.model] = None
 
     def _learn_pace(self, event: RequestEnded, now_s: float) -> None:
         request = self.requests.get(event.request)
@@ -321,42 +315,44 @@ class RouterCore:
         if request is not None and state is not None and event.output_tokens and request.is_answered:
             state.generated(event.output_tokens, now_s - request.answered_s)
 
-    def _request_ended(self, request_id: str, now_s: float) -> None:
+    def _request_ended(self, request_id: str, now_s: float, todo: Todo) -> None:
         request = self.requests.get(request_id)
         if request is None:
             return
         self._forget(request)
-        self._touched[request.facts.model] = None
-        self.moves.called_off(request, now_s)
+        todo.models[request.facts.model] = None
+        todo.do(self.moves.called_off(request, now_s))
         if request.replica is None:
             self.queues.remove(request_id)
             return
-        self._leave_replica(request_id, request, now_s)
+        self._leave_replica(request, now_s, todo)
 
-    def _leave_replica(self, request_id: str, request: Request, now_s: float) -> None:
+    def _leave_replica(self, request: Request, now_s: float, todo: Todo) -> None:
         """Release the request's place on its replica."""
         assert request.replica is not None
+        name = request.facts.id
         state = self.models.get(request.facts.model)
         if state is not None:
             state.num_ongoing -= 1
             state.served(now_s - request.dispatched_s)
-        self.trials.end(request.replica, request_id)
+        self.trials.end(request.replica, name)
         replica = self.cluster.replicas.get(request.replica)
         request.replica = None
-        if replica is None or request_id not in replica.ongoing:
+        if replica is None or name not in replica.ongoing:
             return
-        self.cluster.end_request(replica.id, request_id, now_s)
+        self.cluster.end_request(replica.id, name, now_s)
         if not replica.ongoing:
-            self._serve(replica.model, now_s)
+            self._serve(replica.model, now_s, todo)
             if not replica.ongoing:
-                self.scaling.became_idle(replica, now_s)
-                self._has_new_room = True
+                todo.do(self.scaling.became_idle(replica, now_s))
+                todo.has_room = True
 
-    def _request_failed(self, event: RequestFailed, now_s: float) -> None:
+    def _request_failed(self, event: RequestFailed, now_s: float, todo: Todo) -> None:
         request = self.requests.get(event.request)
         if request is None or request.replica is None:
             return
-        self.moves.called_off(request, now_s)
+        todo.models[request.facts.model] = None
+        todo.do(self.moves.called_off(request, now_s))
         self.suspects.add(request.replica, event.sign, now_s)
         is_held = self._failures.failed(request, event, now_s)
         was_reached = event.sign is not FailureSign.UNREACHED
@@ -364,12 +360,19 @@ class RouterCore:
             request.away_s += now_s - request.dispatched_s
         else:
             request.num_unreached += 1
-        self._leave_replica(event.request, request, now_s)
-        self._touched[request.facts.model] = None
+        self._leave_replica(request, now_s, todo)
         if not is_held:
-            self._failures.again(request, event.reason, now_s, was_reached=was_reached)
+            refusal = self._failures.refusal(request, event.reason, was_reached=was_reached)
+            todo.do(self._enqueue(request, now_s) if refusal is None else self._refused(refusal))
 
-    def _replica_ready(self, event: ReplicaReady, now_s: float) -> None:
+    def _judge(self, now_s: float, todo: Todo) -> None:
+        """Refuse the requests that were held for the verdicts that are due, or try them again."""
+        for request, refusal in self._failures.judged(now_s):
+            if refusal is None or request.is_suspect:
+                todo.models[request.facts.model] = None
+            todo.do(self._enqueue(request, now_s) if refusal is None else self._refused(refusal))
+
+    def _replica_ready(self, event: ReplicaReady, now_s: float, todo: Todo) -> None:
         replica = self.cluster.replicas.get(event.replica)
         if replica is None or replica.state is not ReplicaState.ORDERED:
             return
@@ -380,31 +383,33 @@ class RouterCore:
         self.cluster.set_state(event.replica, ReplicaState.READY, now_s)
         self.scaling.load_over(replica.node, event.replica, now_s)
         if state is None or state.spec.generation != replica.generation:
-            self.scaling.stop(event.replica, "its model was changed", now_s)
+            todo.do(self.scaling.stop(event.replica, "its model was changed", now_s))
             return
         self.scaling.became_ready(state, now_s)
         self.scaling.pin(replica.model)
-        self._end_old_generations(state, now_s)
-        self._serve(replica.model, now_s)
-        self._touched[replica.model] = None
+        for old in self.cluster.replicas_of(replica.model, ReplicaState.READY):
+            if old.generation != state.spec.generation:
+                todo.do(self.scaling.drain(old.id, now_s))
+        self._serve(replica.model, now_s, todo)
+        todo.models[replica.model] = None
         if not replica.ongoing:
-            self.scaling.became_idle(replica, now_s)
-            self._has_new_room = True
+            todo.do(self.scaling.became_idle(replica, now_s))
+            todo.has_room = True
 
-    def _replica_ended(self, event: ReplicaEnded, now_s: float) -> None:
-        known = self.cluster.replicas.get(event.replica)
+    def _replica_ended(self, event: ReplicaEnded, now_s: float, todo: Todo) -> None:
+        replica = self.cluster.replicas.get(event.replica)
         has_died = event.is_fault and not event.is_unseen
-        if known is not None and has_died and (unproven := self._failures.unproven(known)):
+        if replica is not None and has_died and (unproven := self._failures.unproven(replica)):
             self.deaths.suspect(event.replica, unproven, now_s)
         self.deaths.ended(event.replica, event.reason, is_fault=has_died)
-        replica = self.scaling.ended(event.replica, now_s)
         self._samples.pop(event.replica, None)
         self.suspects.discard(event.replica)
         if replica is None:
             return
+        todo.add(self.scaling.ended(replica, now_s))
         self.moves.target_gone(replica, now_s)
-        self._has_new_room = True
-        self._touched[replica.model] = None
+        todo.has_room = True
+        todo.models[replica.model] = None
         self.scaling.pin(replica.model)
         state = self.models.get(replica.model)
         if state is None or not event.is_fault:
@@ -412,45 +417,30 @@ class RouterCore:
         if replica.ready_s is None or now_s - replica.ready_s < STEADY_S:
             self.scaling.failed(state, event.reason, now_s)
         if state.back_off.is_hopeless and not self._has_replica(replica.model):
-            self._reject_waiting(state, now_s)
+            while (facts := self.queues.pop(replica.model)) is not None:
+                todo.do(self._refused(_no_start(facts.id, state, now_s)))
 
     def _has_replica(self, model: str) -> bool:
         return bool(self.cluster.replicas_of(model, ReplicaState.READY))
 
-    def _reject_waiting(self, state: ModelState, now_s: float) -> None:
-        while (facts := self.queues.pop(state.spec.name)) is not None:
-            self._forget(self.requests[facts.id])
-            self._reject_no_start(facts.id, state, now_s)
-
-    def _reject_no_start(self, request_id: str, state: ModelState, now_s: float) -> None:
-        back_off = state.back_off
-        retry_s = max(1.0, back_off.until_s - now_s)
-        self._reject(request_id, Refusal.NO_START, back_off.reason, retry_after_s=retry_s)
-
-    def _end_old_generations(self, state: ModelState, now_s: float) -> None:
-        """Drain replicas of old generations, as the first one of the new generation is ready."""
-        for old in self.cluster.replicas_of(state.spec.name, ReplicaState.READY):
-            if old.generation != state.spec.generation:
-                self.scaling.drain(old.id, now_s)
-
-    def _ticked(self, now_s: float) -> None:
+    def _ticked(self, now_s: float, todo: Todo) -> None:
         for facts in self.queues.expire(now_s):
-            self._touched[facts.model] = None
-            self._waited_long(self.requests[facts.id], now_s)
+            todo.models[facts.model] = None
+            todo.do(self._waited_long(self.requests[facts.id], now_s))
         for replica_id in self.suspects.cleared(now_s):
             if (replica := self.cluster.replicas.get(replica_id)) is not None:
-                self._touched[replica.model] = None
+                todo.models[replica.model] = None
         self.scaling.forget_failures(now_s)
-        self._touched.update(dict.fromkeys(self.trials.models()))
+        todo.look_at(self.trials.models())
         for request_id in self.trials.overdue(now_s):
             self._failures.cleared(self.requests[request_id])
-        self.scaling.end_idle(now_s)
-        self.scaling.actions.extend(self.scaling.foresight.errands(now_s))
-        self.scaling.drain_for_starving(now_s)
-        self._touched.update(dict.fromkeys(self.scaling.to_consider(now_s)))
-        self._has_new_room = True
+        todo.actions += self.scaling.end_idle(now_s)
+        todo.actions += self.scaling.foresight.errands(now_s)
+        todo.add(self.scaling.drain_for_starving(now_s))
+        todo.look_at(self.scaling.to_consider(now_s))
+        todo.has_room = True
 
-    def _waited_long(self, request: Request, now_s: float) -> None:
+    def _waited_long(self, request: Request, now_s: float) -> RejectRequest | None:
         """Refuse a request that has reached its deadline, or extend the deadline if an engine is about to be ready."""
         facts, state = request.facts, self.models[request.facts.model]
         until_s = due_s(state.spec, self.cluster) if facts.deadline_s is None and state.spec.waits_for_start else None
@@ -458,29 +448,30 @@ class RouterCore:
         if until_s is not None and now_s < min(until_s, latest_s):
             extended = replace(facts, deadline_s=min(until_s, latest_s))
             self.queues.put_back(extended, request.arrived_s, spec=state.spec)
-            return
-        self._forget(request)
+            return None
         if state.back_off.reason and not self._has_replica(facts.model):
-            self._reject_no_start(facts.id, state, now_s)
-        else:
-            why, retry_s = what_it_waits_for(state, self.scaling, now_s, suspects=self.suspects)
-            self._reject(facts.id, Refusal.TOO_LATE, why, retry_after_s=retry_s)
+            return self._refused(_no_start(facts.id, state, now_s))
+        why, retry_s = what_it_waits_for(state, self.scaling, now_s, suspects=self.suspects)
+        return self._refused(RejectRequest(facts.id, Refusal.TOO_LATE, why, retry_s))
 
-    def _refuse(self, request: Request, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:
-        self._forget(request)
-        self._reject(request.facts.id, why, reason, retry_after_s=retry_after_s)
+    def _refused(self, refusal: RejectRequest) -> RejectRequest:
+        """Forget a request that is refused."""
+        self._forget(self.requests[refusal.request])
+        return refusal
 
     def _forget(self, request: Request) -> None:
         """Forget a request that ends or has ended, and remove it from the trials and verdicts it waits for."""
         del self.requests[request.facts.id]
         if request.is_suspect:
             self.trials.waits_no_more(request)
-            self._touched[request.facts.model] = None
         if request.is_held:
             self.deaths.left(request.facts.id)
             request.is_held = False
         elif request.replica is not None and not request.is_proven:
             self.deaths.left(request.facts.id)
 
-    def _reject(self, request: str, why: Refusal, reason: str, *, retry_after_s: float | None = None) -> None:
-        self.scaling.actions.append(RejectRequest(request, why, reason, retry_after_s))
+
+def _no_start(request: str, state: ModelState, now_s: float) -> RejectRequest:
+    """Refuse a request because its model's starts fail."""
+    back_off = state.back_off
+    return RejectRequest(request, Refusal.NO_START, back_off.reason, max(1.0, back_off.until_s - now_s))

@@ -11,7 +11,7 @@ import math
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
-from sllm_vllm.router.core.events import Action, StartReplica, StopReplica
+from sllm_vllm.router.core.events import Action, StartReplica, StopReplica, Todo
 from sllm_vllm.router.core.facts import ModelSpec, RouterLimits, StartSample
 from sllm_vllm.router.core.foresight import Foresight
 from sllm_vllm.router.core.keep_alive import desired_replicas
@@ -32,7 +32,7 @@ from sllm_vllm.router.core.rules import RuleBook
 
 
 class Scaling:
-    """Decides on starts and stops, updates the cluster, and emits the actions. Owned by ``RouterCore``."""
+    """Decides on starts and stops, updates the cluster, and returns what is to be done. Owned by ``RouterCore``."""
 
     def __init__(self, limits: RouterLimits, picture: Picture, queues: ModelQueues, *, estimator: Estimator) -> None:
         models = picture.models
@@ -57,20 +57,15 @@ class Scaling:
         self._steady = Alarms()
         """By model with failed starts: when it has had a replica for ``STEADY_S``."""
         self._num_started = 0
-        self.actions: list[Action] = []
-        self.resumed: list[str] = []
-        """Models whose replicas take requests again; ``RouterCore`` serves their queues."""
-        self.leaving: dict[str, None] = {}
-        """Models that have, or had, a draining replica; ``Moves`` moves requests off them."""
 
     # ---------------------------------------------------------------------------------------------------- wanting
 
-    def consider(self, model: str, now_s: float) -> bool:
-        """Start the replicas that a model lacks, or end those too many; return False if one found no place."""
+    def consider(self, model: str, now_s: float) -> Todo | None:
+        """Start the replicas that a model lacks, or end those too many. Returns None if it has as many as it should."""
         state = self._models.get(model)
         if state is None:
             self._hungry.discard(model)
-            return True
+            return None
         spec, waiting = state.spec, self._queues.waiting(model)
         num_now = self.num_coming(model) + len(self._ready(model))
         wanted = desired_replicas(
@@ -79,21 +74,23 @@ class Scaling:
         is_for_trial = model in self._suspects_waiting
         if is_for_trial:
             wanted = max(wanted, min(spec.max_replicas, len(self._ready(model)) + 1))
-        if num_now > wanted:
-            self._shed(state, wanted, now_s)
+        todo = self._shed(state, wanted, now_s) if num_now > wanted else None
         while num_now < wanted:
             pays = is_for_trial or not num_now or self._pays(state, num_now, now_s)
             if state.back_off.is_resting(now_s) or not pays:
                 break
-            if not self._start_one(state, now_s, may_evict=waiting > 0):
-                if fits_somewhere(self.cluster, spec.accelerators):
-                    self._hungry.add(spec)
-                else:  # no node is large enough: it would only block other models
-                    self._hungry.discard(model)
-                return False
+            todo = todo or Todo()
+            started = self._start_one(state, now_s, may_evict=waiting > 0)
+            if started is None:
+                todo.is_short = True
+                break
+            todo.actions += started
             num_now += 1
-        self._hungry.discard(model)
-        return True
+        if todo is not None and todo.is_short and fits_somewhere(self.cluster, spec.accelerators):
+            self._hungry.add(spec)
+        else:  # a model for which no node is large enough would only block others
+            self._hungry.discard(model)
+        return todo
 
     def mark_unwanted(self, model: str, now_s: float) -> None:
         """Mark the model's starts that no request waits for: they continue until another start needs their slots."""
@@ -103,77 +100,82 @@ class Scaling:
         for number, replica in enumerate(ordered):
             self.cluster.set_unwanted(replica.id, not is_waited_for and number >= num_kept, now_s)
 
-    def _shed(self, state: ModelState, wanted: int, now_s: float) -> None:
+    def _shed(self, state: ModelState, wanted: int, now_s: float) -> Todo:
         """End surplus replicas: planned and starting ones, then idle ones. Drain busy ones beyond the maximum."""
-        spec = state.spec
+        spec, todo = state.spec, Todo()
         for pending in self.pending.of_model(spec.name)[wanted:]:
-            self.call_off(pending, now_s)
+            todo.resumed += self.call_off(pending, now_s)
         ready = self._ready(spec.name)
-        num_coming = max(0, wanted - len(ready))
-        for replica in self._ordered(spec)[num_coming:]:
-            self.stop(replica.id, "too many", now_s)
-        idle = [replica for replica in ready if not replica.ongoing]
-        for replica in idle[: max(0, len(ready) - wanted)]:
-            self.stop(replica.id, "too many", now_s)
+        idle = [replica for replica in ready if not replica.ongoing][: max(0, len(ready) - wanted)]
+        for replica in [*self._ordered(spec)[max(0, wanted - len(ready)) :], *idle]:
+            todo.do(self.stop(replica.id, "too many", now_s))
         for replica in self._ready(spec.name)[spec.max_replicas :]:
-            self.drain(replica.id, now_s)
+            todo.do(self.drain(replica.id, now_s))
+        return todo
 
-    def feed_hungry(self, now_s: float) -> None:
+    def feed_hungry(self, now_s: float) -> Todo:
         """Try to start hungry models, in order, after slots may have been freed. No model may overtake a starving one.
 
         After a model finds no place, those that need as many slots or more are skipped.
         """
-        self._start_sooner(now_s)
+        todo = Todo()
+        todo.add(self._start_sooner(now_s))
         num_slots_in_vain = math.inf
         for model in self._hungry.first(self.limits.hungry_max):
             state = self._models.get(model)
             if state is None or state.spec.accelerators >= num_slots_in_vain:
                 continue
-            if not self.consider(model, now_s):
+            found = self.consider(model, now_s)
+            todo.add(found)
+            if found is not None and found.is_short:
                 num_slots_in_vain = min(num_slots_in_vain, state.spec.accelerators)
                 if model == self._blocking:
-                    return
+                    break
+        return todo
 
-    def drain_for_starving(self, now_s: float) -> None:
+    def drain_for_starving(self, now_s: float) -> Todo | None:
         """If the first hungry model is starving, drain the replicas with the fewest requests that make room for it.
 
         One model at a time: the next one's turn comes when the replicas draining for this one have ended.
         """
         self._blocking = None
-        self._call_off_vain_drain(now_s)
+        todo = self._call_off_vain_drain(now_s)
         model = next(iter(self._hungry.first(1)), None)
         state = None if model is None else self._models.get(model)
         if state is None or not self._is_starving(state.spec.name, now_s) or state.back_off.is_resting(now_s):
-            return
+            return todo
         spec = state.spec
         room = find_room(self.cluster, spec.name, spec.accelerators, may_end=self.rule_book.is_spare)
         if room is None:  # no drain would help it
-            return
+            return todo
         if self.pending.draining() is not None:
             self._blocking = spec.name
-            return
+            return todo
         head = self._queues.peek(spec.name)
         plan = plan_in(room, spec, self.cluster, estimator=self.estimator, models=self._models, head=head)
-        self._carry_out(plan, state, now_s)
-        self.consider(spec.name, now_s)
+        todo = todo or Todo()
+        todo.actions += self._carry_out(plan, state, now_s)
+        todo.add(self.consider(spec.name, now_s))
+        return todo
 
-    def _call_off_vain_drain(self, now_s: float) -> None:
+    def _call_off_vain_drain(self, now_s: float) -> Todo | None:
         """Call off a draining start if the requests it was for have left or found another replica."""
         pending = self.pending.draining()
         state = None if pending is None else self._models.get(pending.model)
         if pending is None or state is None or self._queues.waiting(pending.model):
-            return
+            return None
         if self.num_coming(pending.model) + len(self._ready(pending.model)) > state.spec.min_replicas:
-            self.call_off(pending, now_s)
+            return Todo(resumed=self.call_off(pending, now_s))
+        return None
 
-    def _start_sooner(self, now_s: float) -> None:
+    def _start_sooner(self, now_s: float) -> Todo | None:
         """Start the model that replicas drain for on other slots, if some have been freed earlier."""
         pending = self.pending.draining()
         state = None if pending is None else self._models.get(pending.model)
         if pending is None or state is None or pending.plan.moved or state.back_off.is_resting(now_s):
-            return
-        if self._start_one(state, now_s, may_evict=True, may_move=False):
-            self.call_off(pending, now_s)
+            return None
+        actions = self._start_one(state, now_s, may_evict=True, may_move=False)
+        return None if actions is None else Todo(actions, resumed=self.call_off(pending, now_s))
 
     def _is_starving(self, model: str, now_s: float) -> bool:
         oldest_s = self._queues.oldest_s(model)
@@ -212,13 +214,13 @@ class Scaling:
 
     # --------------------------------------------------------------------------------------------------- starting
 
-    def _start_one(self, state: ModelState, now_s: float, *, may_evict: bool, may_move: bool = True) -> bool:
+    def _start_one(
+        self, state: ModelState, now_s: float, *, may_evict: bool, may_move: bool = True
+    ) -> list[Action] | None:
+        """Carry out the best plan for one more replica; None if there is no place for it."""
         plans = self.plans_for(state, now_s, may_evict=may_evict, may_move=may_move)
         plan = best_plan(plans, slack_s=self.limits.slack_s)
-        if plan is None:
-            return False
-        self._carry_out(plan, state, now_s)
-        return True
+        return None if plan is None else self._carry_out(plan, state, now_s)
 
     def plans_for(
         self, state: ModelState, now_s: float, *, may_evict: bool = True, may_move: bool = True
@@ -231,7 +233,7 @@ class Scaling:
             self.cluster, self.estimator, state.spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules
         )
 
-    def _carry_out(self, plan: Plan, state: ModelState, now_s: float) -> None:
+    def _carry_out(self, plan: Plan, state: ModelState, now_s: float) -> list[Action]:
         self._num_started += 1
         spec = state.spec
         replica = f"{slug_of(spec.name)}-{self._num_started}{self.limits.name_suffix}"
@@ -252,26 +254,25 @@ class Scaling:
             replica, spec.name, spec.generation, spec.accelerators, plan=plan, victims=set(plan.victims)
         )
         if not plan.victims:
-            self._start(pending, now_s)
-            return
+            return [self._start(pending, now_s)]
         self.pending.add(pending, now_s)
-        for relocation in plan.relocations:
-            self._relocate(relocation, now_s)
+        actions = [action for relocation in plan.relocations for action in self._relocate(relocation, now_s)]
         for victim in plan.victims:
             if self.cluster.replicas[victim].ongoing:
                 self.drain(victim, now_s)
                 pending.drained.add(victim)
             else:
-                self.stop(victim, f"its slots are for {spec.name}", now_s)
+                actions.append(self.stop(victim, f"its slots are for {spec.name}", now_s))
+        return actions
 
-    def _relocate(self, relocation: Relocation, now_s: float) -> None:
+    def _relocate(self, relocation: Relocation, now_s: float) -> list[Action]:
         """Start a replica to which the requests of a victim can move."""
         node = self.cluster.nodes[relocation.node]
         tier = self.cluster.tier(node.id, relocation.model)
         plan = Plan(PlanKind.START, node.id, tier, node.is_warm, estimate=relocation.estimate)
-        self._carry_out(plan, self._models[relocation.model], now_s)
+        return self._carry_out(plan, self._models[relocation.model], now_s)
 
-    def _start(self, pending: PendingStart, now_s: float) -> None:
+    def _start(self, pending: PendingStart, now_s: float) -> StartReplica:
         estimate, spec = pending.plan.estimate, self._models[pending.model].spec
         self.cluster.add_replica(
             Replica(
@@ -287,7 +288,7 @@ class Scaling:
             )
         )
         timeout_s = self._timeout_s(self._models[pending.model], estimate.total_s)
-        self.actions.append(StartReplica(pending.replica, spec.name, pending.generation, pending.plan.node, timeout_s))
+        return StartReplica(pending.replica, spec.name, pending.generation, pending.plan.node, timeout_s)
 
     def _timeout_s(self, state: ModelState, expected_s: float) -> float:
         """Return the timeout of a start that is expected to take ``expected_s``.
@@ -300,23 +301,29 @@ class Scaling:
         p99_s = self.estimator.startup_p99_s(spec.name, expected_s)
         return min(most_s, max(self.limits.start_s_least, p99_s) * 2.0 ** min(state.back_off.num_failures, 8))
 
-    def call_off(self, pending: PendingStart, now_s: float) -> None:
-        """Cancel a pending start. Victims being stopped still end; those that drain take requests again."""
+    def call_off(self, pending: PendingStart, now_s: float) -> list[str]:
+        """Cancel a pending start, and return the models of the replicas that take requests again.
+
+        Victims being stopped still end; those that drain resume.
+        """
         if pending.victims:
             self.pending.forget(pending)
-        for victim in sorted(pending.drained & pending.victims):
-            self._resume(victim, now_s)
+        drained = [self.cluster.replicas[victim] for victim in sorted(pending.drained & pending.victims)]
+        resumed = [victim.model for victim in drained if self._resume(victim, now_s)]
         self.predictions.pop(pending.replica, None)
         self.load_over(pending.plan.node, pending.replica, now_s)
+        return resumed
 
-    def _resume(self, replica_id: str, now_s: float) -> None:
-        replica = self.cluster.replicas[replica_id]
+    def _resume(self, replica: Replica, now_s: float) -> bool:
+        """Let a draining replica take requests again, if it may; return whether it does."""
         state = self._models.get(replica.model)
         is_current = state is not None and state.spec.generation == replica.generation
-        if replica.state is ReplicaState.DRAINING and is_current and not self.cluster.nodes[replica.node].is_cordoned:
-            self.cluster.set_state(replica_id, ReplicaState.READY, now_s)
-            self.pin(replica.model)
-            self.resumed.append(replica.model)
+        is_open = is_current and not self.cluster.nodes[replica.node].is_cordoned
+        if replica.state is not ReplicaState.DRAINING or not is_open:
+            return False
+        self.cluster.set_state(replica.id, ReplicaState.READY, now_s)
+        self.pin(replica.model)
+        return True
 
     def load_over(self, node: str, replica_id: str, now_s: float) -> None:
         """Remove a load that ended from its node's load queue, which then takes as long as the remaining loads."""
@@ -338,85 +345,85 @@ class Scaling:
 
     # --------------------------------------------------------------------------------- stopping, failing to start
 
-    def stop(self, replica_id: str, reason: str, now_s: float) -> None:
+    def stop(self, replica_id: str, reason: str, now_s: float) -> StopReplica:
         """Stop a replica that has no request."""
         replica = self.cluster.replicas[replica_id]
         assert not replica.ongoing, f"{replica_id} has {len(replica.ongoing)} requests"
         self.cluster.set_state(replica_id, ReplicaState.STOPPING, now_s)
-        self.actions.append(StopReplica(replica_id, replica.node, reason))
+        return StopReplica(replica_id, replica.node, reason)
 
-    def drain(self, replica_id: str, now_s: float) -> None:
-        """Send a replica no more requests, and stop it when its last one has ended."""
+    def drain(self, replica_id: str, now_s: float) -> StopReplica | None:
+        """Send a replica no more requests, and stop it when its last one has ended, which may be now."""
         replica = self.cluster.replicas[replica_id]
         self.pending.let_end(replica_id)
         if replica.state is not ReplicaState.READY:
-            return
+            return None
         self.cluster.set_state(replica_id, ReplicaState.DRAINING, now_s)
-        self.leaving[replica.model] = None
-        if not replica.ongoing:
-            self.stop(replica_id, "drained", now_s)
+        return None if replica.ongoing else self.stop(replica_id, "drained", now_s)
 
-    def replace_generation(self, state: ModelState, now_s: float) -> None:
+    def replace_generation(self, state: ModelState, now_s: float) -> Todo:
         """Replace a model's replicas after a change that requires new engines.
 
         If there is room, a new replica is started first, and the old ones end when it is ready. Otherwise the old ones
         are drained at once, and requests wait.
         """
-        model, generation = state.spec.name, state.spec.generation
+        model, generation, todo = state.spec.name, state.spec.generation, Todo()
         for pending in self.pending.of_model(model):
-            self.call_off(pending, now_s)
+            todo.resumed += self.call_off(pending, now_s)
         for replica in self.cluster.replicas_of(model, ReplicaState.ORDERED):
             if replica.generation != generation:
-                self.stop(replica.id, "its model was changed", now_s)
+                todo.do(self.stop(replica.id, "its model was changed", now_s))
         old = [one for one in self.cluster.replicas_of(model, ReplicaState.READY) if one.generation != generation]
-        if old and not self.num_coming(model) and self._start_one(state, now_s, may_evict=False):
-            return
+        may_start = old and not self.num_coming(model)
+        started = self._start_one(state, now_s, may_evict=False) if may_start else None
+        if started is not None:
+            todo.actions += started
+            return todo
         for replica in old:
-            self.drain(replica.id, now_s)
+            todo.do(self.drain(replica.id, now_s))
+        return todo
 
-    def became_idle(self, replica: Replica, now_s: float) -> None:
+    def became_idle(self, replica: Replica, now_s: float) -> StopReplica | None:
         """Handle a replica without requests: stop it if it drains, else set its keep-alive."""
         if replica.state is ReplicaState.DRAINING:
-            self.stop(replica.id, "drained", now_s)
-            return
+            return self.stop(replica.id, "drained", now_s)
         state = self._models.get(replica.model)
         if replica.state is ReplicaState.READY and state is not None:
             self.foresight.became_idle(replica, state)
+        return None
 
-    def end_idle(self, now_s: float) -> None:
+    def end_idle(self, now_s: float) -> list[StopReplica]:
         """Stop replicas whose keep-alive is over."""
-        for replica in self.foresight.idle_too_long(now_s):
-            if self.rule_book.is_spare(replica):
-                self.stop(replica.id, "its keep-alive is over", now_s)
+        idle = self.foresight.idle_too_long(now_s)
+        # One after the other: whether a replica is spare depends on those stopped before it.
+        return [self.stop(one.id, "its keep-alive is over", now_s) for one in idle if self.rule_book.is_spare(one)]
 
     def reset_idle(self, model: str, now_s: float) -> None:
         """Set the keep-alive of the model's idle replicas anew, as its deployment may have changed it."""
         for replica in self.cluster.replicas_of(model, ReplicaState.READY):
             if replica.idle_since_s is not None:
-                self.became_idle(replica, now_s)
+                self.became_idle(replica, now_s)  # it is READY, so this stops nothing
 
-    def ended(self, replica_id: str, now_s: float) -> Replica | None:
-        """Remove a replica that is gone, and return it; None if it is unknown.
+    def ended(self, replica: Replica, now_s: float) -> Todo:
+        """Remove a replica that is gone.
 
         Its slots are free now, or held for the start that it was stopped for, which begins if this was its last victim.
         """
-        replica = self.cluster.replicas.get(replica_id)
-        self.predictions.pop(replica_id, None)
-        if replica is None:
-            return None
+        self.predictions.pop(replica.id, None)
         was_stopping_s = now_s - replica.state_since_s if replica.state is ReplicaState.STOPPING else None
-        self.cluster.remove_replica(replica_id)
-        self.load_over(replica.node, replica_id, now_s)
+        self.cluster.remove_replica(replica.id)
+        self.load_over(replica.node, replica.id, now_s)
         if was_stopping_s is not None:
             self.estimator.observe_stop(replica.model, replica.node, was_stopping_s)
+        todo = Todo()
         pending = self.pending.victim_ended(replica, now_s)
         if pending is not None:
             state = self._models.get(pending.model)
             if state is not None and state.spec.generation == pending.generation:
-                self._start(pending, now_s)
+                todo.do(self._start(pending, now_s))
             else:
-                self.call_off(pending, now_s)
-        return replica
+                todo.resumed += self.call_off(pending, now_s)
+        return todo
 
     def became_ready(self, state: ModelState, now_s: float) -> None:
         """Note that a start succeeded. Earlier failures are forgotten only after ``STEADY_S``, so that an engine that
