@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from sllm_vllm.router.core.cluster import Cluster, Node, Replica, ReplicaState
-from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.facts import Estimate, ModelSpec, RequestFacts, Term, Tier
 from sllm_vllm.router.core.model_state import ModelState
-
-# Which replicas to stop to free slots, at the least cost. Pure; called by placement.
+from sllm_vllm.router.core.rules import RuleBook
 
 
 class Victim(NamedTuple):
-    """A replica that may be stopped, and the expected cost of that: in any unit, never negative."""
+    """A replica that may be stopped to free its slots, and the expected cost: in any unit, never negative."""
 
     id: str
     num_slots: int
@@ -70,27 +68,6 @@ class PlanKind(Enum):
 _RANK = {kind: rank for rank, kind in enumerate(PlanKind)}
 
 
-class StartEstimator(Protocol):
-    """The part of the estimator that placement uses."""
-
-    def estimate_start(
-        self,
-        spec: ModelSpec,
-        node: str,
-        tier: Tier,
-        *,
-        is_warm: bool,
-        prompt_tokens: int = 0,
-        queue_s: float = 0.0,
-    ) -> Estimate:
-        """Estimate a start by term; the queue term is ``queue_s``."""
-        ...
-
-    def stop_s(self, model: str, node: str) -> float:
-        """Return the seconds from the order to stop a replica until its slots are free."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Relocation:
     """A new replica of a victim's model on another node, for the victim's requests (ServerlessLLM, section 5)."""
@@ -119,51 +96,20 @@ class Plan:
     """Startup time that stopping its victims is expected to cost later."""
 
 
-def _always(replica: Replica) -> bool:
-    return True
-
-
-def _no_room(replica: Replica) -> int:
-    return 0
-
-
-def _no_spec(replica: Replica) -> ModelSpec | None:
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What may be stopped or moved for a start, and what that costs. Pinned replicas are never touched.
-
-    ``keep_value``: seconds that stopping an idle replica is expected to cost later. ``resume_s``: seconds until a moved
-    request resumes elsewhere; None: no request may be moved. ``may_empty``: whether all requests of a busy replica
-    could be moved. ``room``: how many more requests a replica could take. ``spec_of``: the model of a busy replica if
-    another one may be started elsewhere in its place, else None. ``k``: nodes examined per kind of plan. ``slack_s``:
-    see ``best_plan``.
-    """
-
-    keep_value: Callable[[Replica], float]
-    may_evict: Callable[[Replica], bool] = _always
-    resume_s: Callable[[str], float] | None = None
-    may_empty: Callable[[Replica], bool] = _always
-    room: Callable[[Replica], int] = _no_room
-    spec_of: Callable[[Replica], ModelSpec | None] = _no_spec
-    k: int = 8
-    slack_s: float = SLACK_S
-
-
 def plan_starts(
-    cluster: Cluster, estimator: StartEstimator, spec: ModelSpec, *, prompt_tokens: int, now_s: float, rules: Rules
+    rules: RuleBook, spec: ModelSpec, *, prompt_tokens: int, now_s: float, most: PlanKind = PlanKind.MIGRATE
 ) -> list[Plan]:
-    """Return plans for one more replica, the soonest first; at most one of each kind per node.
+    """Return plans for one more replica, the soonest first; at most one of each kind per node, no kind after ``most``.
 
     A plan with victims is included only if it is sooner than every plan of an earlier kind in ``PlanKind``. Eviction
     plans that are later than the soonest one by more than the slack may be missing.
     """
-    planner = _Planner(cluster, estimator, spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules)
+    planner = _Planner(rules, spec, prompt_tokens=prompt_tokens, now_s=now_s)
     plans = planner.starts()
-    plans += planner.evictions(sooner_than_s=_soonest_s(plans))
-    plans += planner.migrations(sooner_than_s=_soonest_s(plans))
+    if most is not PlanKind.START:
+        plans += planner.evictions(sooner_than_s=_soonest_s(plans))
+    if most is PlanKind.MIGRATE and rules.may_move:
+        plans += planner.migrations(sooner_than_s=_soonest_s(plans))
     timed = [(plan.estimate.total_s, _RANK[plan.kind], plan.node, plan) for plan in plans]
     timed.sort(key=lambda entry: entry[:3])
     return [entry[3] for entry in timed]
@@ -194,26 +140,17 @@ def _soonest_s(plans: Iterable[Plan]) -> float:
 class _Planner:
     """The planning of one start, with its inputs."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        estimator: StartEstimator,
-        spec: ModelSpec,
-        *,
-        prompt_tokens: int,
-        now_s: float,
-        rules: Rules,
-    ) -> None:
-        self._cluster = cluster
-        self._estimator = estimator
+    def __init__(self, rules: RuleBook, spec: ModelSpec, *, prompt_tokens: int, now_s: float) -> None:
+        self._rules = rules
+        self._cluster = rules.cluster
+        self._estimator = rules.estimator
         self._spec = spec
         self._prompt_tokens = prompt_tokens
         self._now_s = now_s
-        self._rules = rules
 
     def starts(self) -> list[Plan]:
         """Return plans on free slots."""
-        nodes = self._cluster.candidates(self._spec.name, self._spec.accelerators, max(1, self._rules.k // 2))
+        nodes = self._cluster.candidates(self._spec.name, self._spec.accelerators, max(1, self._rules.nodes_max // 2))
         return [self._plan(PlanKind.START, node, self._estimate(node)) for node in nodes]
 
     def evictions(self, *, sooner_than_s: float) -> list[Plan]:
@@ -222,7 +159,7 @@ class _Planner:
         Searches more nodes if there is no plan at all, because the first nodes' idle replicas may have to stay.
         """
         plans: list[Plan] = []
-        for num_max in (self._rules.k, self._rules.k * EVICTABLE_TIMES_MAX):
+        for num_max in (self._rules.nodes_max, self._rules.nodes_max * EVICTABLE_TIMES_MAX):
             nodes = self._cluster.evictable(self._spec.name, self._spec.accelerators, num_max)
             plans = self._evictions(nodes, sooner_than_s)
             if plans or sooner_than_s < inf or len(nodes) < num_max:
@@ -235,7 +172,7 @@ class _Planner:
         soonest_s = sooner_than_s
         estimates = [(node, self._estimate(node)) for node in nodes]  # sorted by node on ties, never by estimate
         for at_best_s, node, estimate in sorted((one.total_s, node, one) for node, one in estimates):
-            if at_best_s > _latest_s(soonest_s, self._rules.slack_s):
+            if at_best_s > _latest_s(soonest_s, SLACK_S):
                 break
             plan = self._eviction(node, estimate)
             if plan is not None and (total_s := plan.estimate.total_s) < sooner_than_s:
@@ -245,10 +182,8 @@ class _Planner:
 
     def migrations(self, *, sooner_than_s: float) -> list[Plan]:
         """Return plans that move requests off busy replicas, on nodes that have the model."""
-        if self._rules.resume_s is None:
-            return []
-        nodes = self._cluster.movable(self._spec.name, self._spec.accelerators, self._rules.k)
-        plans = [self._migration(node, sooner_than_s, resume_s=self._rules.resume_s) for node in nodes]
+        nodes = self._cluster.movable(self._spec.name, self._spec.accelerators, self._rules.nodes_max)
+        plans = [self._migration(node, sooner_than_s) for node in nodes]
         return [plan for plan in plans if plan is not None]
 
     def _eviction(self, node: str, estimate: Estimate) -> Plan | None:
@@ -257,12 +192,12 @@ class _Planner:
             return None
         return self._plan(PlanKind.EVICT, node, _queued(estimate, self._stop_s(node, victims)), victims=victims)
 
-    def _migration(self, node: str, sooner_than_s: float, *, resume_s: Callable[[str], float]) -> Plan | None:
+    def _migration(self, node: str, sooner_than_s: float) -> Plan | None:
         estimate = self._estimate(node)
         if estimate.total_s >= sooner_than_s:
             return None
         busy = [
-            Victim(replica.id, replica.num_slots, sum(resume_s(request) for request in replica.ongoing))
+            Victim(replica.id, replica.num_slots, self._resume_s(replica.ongoing))
             for replica in self._cluster.nodes[node].replicas.values()
             if self._may_move(replica)
         ]
@@ -275,13 +210,16 @@ class _Planner:
         if relocations is None or not moved:
             return None
         start_s = max((one.estimate.total_s for one in relocations), default=0.0)
-        give_way_s = start_s + sum(resume_s(request) for request in moved) + self._stop_s(node, victims)
+        give_way_s = start_s + self._resume_s(moved) + self._stop_s(node, victims)
         estimate = _queued(estimate, give_way_s)
         if estimate.total_s >= sooner_than_s:
             return None
         return self._plan(
             PlanKind.MIGRATE, node, estimate, victims=victims, moved=moved, relocations=tuple(relocations)
         )
+
+    def _resume_s(self, requests: Iterable[str]) -> float:
+        return sum(self._rules.resume_s(request, self._now_s) for request in requests)
 
     def _relocations(self, leaving: Sequence[Replica]) -> list[Relocation] | None:
         """Return the replicas to start for requests of ``leaving`` that the existing replicas have no room for.
@@ -307,7 +245,7 @@ class _Planner:
     def _relocation(self, spec: ModelSpec, replica: Replica, taken: Mapping[str, int]) -> Relocation | None:
         nodes = [
             node
-            for node in self._cluster.candidates(spec.name, spec.accelerators, max(1, self._rules.k // 2))
+            for node in self._cluster.candidates(spec.name, spec.accelerators, max(1, self._rules.nodes_max // 2))
             if node != replica.node and self._cluster.nodes[node].num_open - taken.get(node, 0) >= spec.accelerators
         ]
         starts = [(self._estimate(node, spec), node) for node in nodes]
@@ -316,9 +254,9 @@ class _Planner:
 
     def _idle_victims(self, node: str) -> list[Victim]:
         return [
-            Victim(replica.id, replica.num_slots, self._rules.keep_value(replica))
+            Victim(replica.id, replica.num_slots, self._rules.keep_value_s(replica, self._now_s))
             for replica in self._cluster.evictable_on(node)
-            if replica.model != self._spec.name and self._rules.may_evict(replica)
+            if replica.model != self._spec.name and self._rules.is_spare(replica)
         ]
 
     def _choose(self, node: str, victims: Sequence[Victim]) -> tuple[str, ...] | None:
@@ -334,8 +272,8 @@ class _Planner:
         return bool(
             is_busy
             and replica.model != self._spec.name
-            and self._rules.may_evict(replica)
-            and self._rules.may_empty(replica)
+            and self._rules.is_spare(replica)
+            and self._rules.may_empty(replica, self._now_s)
         )
 
     def _num_room(self, replica: Replica, leaving: Sequence[Replica]) -> int:
@@ -371,7 +309,7 @@ class _Planner:
     ) -> Plan:
         node = self._cluster.nodes[node_id]
         tier = node.tiers.get(self._spec.name, Tier.REMOTE)
-        loss_s = sum(self._rules.keep_value(self._cluster.replicas[victim]) for victim in victims)
+        loss_s = sum(self._rules.keep_value_s(self._cluster.replicas[victim], self._now_s) for victim in victims)
         return Plan(
             kind,
             node_id,
@@ -390,12 +328,12 @@ def _queued(estimate: Estimate, seconds: float) -> Estimate:
     return Estimate({**estimate.terms, Term.QUEUE: max(seconds, estimate.terms[Term.QUEUE])})
 
 
-# Where to make room for a starving model at the cost of busy replicas. Pure.
-
-
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A node, and its replicas that have to end: idle ones at once, busy ones when their requests have ended."""
+    """A node where a starving model gets slots, and the replicas that have to end there.
+
+    Idle ones end at once, busy ones when their requests have ended.
+    """
 
     node: str
     victims: tuple[str, ...]
@@ -403,32 +341,27 @@ class Room:
     """Requests on the victims, which must end first."""
 
 
-def find_room(cluster: Cluster, model: str, num_slots: int, *, may_end: Callable[[Replica], bool]) -> Room | None:
+def find_room(rules: RuleBook, model: str, num_slots: int) -> Room | None:
     """Return the room with the fewest requests in the way; None if no node can free ``num_slots``.
 
     Scans all nodes' counts, and the replicas of the nodes that can free enough slots.
     """
     rooms = (
-        _room_on(node, num_slots, _candidates(node, model, may_end))
-        for node in cluster.nodes.values()
+        _room_on(node, num_slots, _candidates(node, model, rules))
+        for node in rules.cluster.nodes.values()
         if _is_enough(node, num_slots)
     )
     return min((room for room in rooms if room is not None), key=lambda one: (one.num_requests, one.node), default=None)
 
 
 def plan_in(
-    room: Room,
-    spec: ModelSpec,
-    cluster: Cluster,
-    *,
-    estimator: Estimator,
-    models: Mapping[str, ModelState],
-    head: RequestFacts | None,
+    room: Room, spec: ModelSpec, rules: RuleBook, *, models: Mapping[str, ModelState], head: RequestFacts | None
 ) -> Plan:
     """Return the plan of a start in this room.
 
     The running requests are assumed to take as long as their models' requests usually do.
     """
+    cluster, estimator = rules.cluster, rules.estimator
     tier, is_warm = cluster.tier(room.node, spec.name), cluster.nodes[room.node].is_warm
     names = [cluster.replicas[victim].model for victim in room.victims]
     service_s = {name: models[name].service_s if name in models else 0.0 for name in names}
@@ -462,9 +395,9 @@ def _room_on(node: Node, num_slots: int, candidates: Iterable[Replica]) -> Room 
     return Room(node.id, tuple(victims), num_requests) if num_free >= num_slots and victims else None
 
 
-def _candidates(node: Node, model: str, may_end: Callable[[Replica], bool]) -> Iterable[Replica]:
+def _candidates(node: Node, model: str, rules: RuleBook) -> Iterable[Replica]:
     replicas = [one for one in node.replicas.values() if one.state is ReplicaState.READY and not one.is_pinned]
-    return [one for one in replicas if one.model != model and may_end(one)]
+    return [one for one in replicas if one.model != model and rules.is_spare(one)]
 
 
 def _cost(replica: Replica) -> tuple[int, float, str]:

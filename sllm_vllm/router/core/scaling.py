@@ -80,7 +80,7 @@ class Scaling:
             if state.back_off.is_resting(now_s) or not pays:
                 break
             todo = todo or Todo()
-            started = self._start_one(state, now_s, may_evict=waiting > 0)
+            started = self._start_one(state, now_s, most=PlanKind.MIGRATE if waiting else PlanKind.START)
             if started is None:
                 todo.is_short = True
                 break
@@ -145,14 +145,14 @@ class Scaling:
         if state is None or not self._is_starving(state.spec.name, now_s) or state.back_off.is_resting(now_s):
             return todo
         spec = state.spec
-        room = find_room(self.cluster, spec.name, spec.accelerators, may_end=self.rule_book.is_spare)
+        room = find_room(self.rule_book, spec.name, spec.accelerators)
         if room is None:  # no drain would help it
             return todo
         if self.pending.draining() is not None:
             self._blocking = spec.name
             return todo
         head = self._queues.peek(spec.name)
-        plan = plan_in(room, spec, self.cluster, estimator=self.estimator, models=self._models, head=head)
+        plan = plan_in(room, spec, self.rule_book, models=self._models, head=head)
         todo = todo or Todo()
         todo.actions += self._carry_out(plan, state, now_s)
         todo.add(self.consider(spec.name, now_s))
@@ -174,7 +174,7 @@ class Scaling:
         state = None if pending is None else self._models.get(pending.model)
         if pending is None or state is None or pending.plan.moved or state.back_off.is_resting(now_s):
             return None
-        actions = self._start_one(state, now_s, may_evict=True, may_move=False)
+        actions = self._start_one(state, now_s, most=PlanKind.EVICT)
         return None if actions is None else Todo(actions, resumed=self.call_off(pending, now_s))
 
     def _is_starving(self, model: str, now_s: float) -> bool:
@@ -214,24 +214,17 @@ class Scaling:
 
     # --------------------------------------------------------------------------------------------------- starting
 
-    def _start_one(
-        self, state: ModelState, now_s: float, *, may_evict: bool, may_move: bool = True
-    ) -> list[Action] | None:
+    def _start_one(self, state: ModelState, now_s: float, *, most: PlanKind) -> list[Action] | None:
         """Carry out the best plan for one more replica; None if there is no place for it."""
-        plans = self.plans_for(state, now_s, may_evict=may_evict, may_move=may_move)
+        plans = self.plans_for(state, now_s, most=most)
         plan = best_plan(plans, slack_s=self.limits.slack_s)
         return None if plan is None else self._carry_out(plan, state, now_s)
 
-    def plans_for(
-        self, state: ModelState, now_s: float, *, may_evict: bool = True, may_move: bool = True
-    ) -> list[Plan]:
-        """Return plans for one more replica now, the soonest first."""
+    def plans_for(self, state: ModelState, now_s: float, *, most: PlanKind = PlanKind.MIGRATE) -> list[Plan]:
+        """Return plans for one more replica now, the soonest first, of no kind after ``most``."""
         head = self._queues.peek(state.spec.name)
-        rules = self.rule_book.rules(now_s, may_evict=may_evict, may_move=may_evict and may_move)
-        prompt_tokens = head.prompt_tokens if head is not None else 0
-        return plan_starts(
-            self.cluster, self.estimator, state.spec, prompt_tokens=prompt_tokens, now_s=now_s, rules=rules
-        )
+        prompt_tokens = 0 if head is None else head.prompt_tokens
+        return plan_starts(self.rule_book, state.spec, prompt_tokens=prompt_tokens, now_s=now_s, most=most)
 
     def _carry_out(self, plan: Plan, state: ModelState, now_s: float) -> list[Action]:
         self._num_started += 1
@@ -375,7 +368,7 @@ class Scaling:
                 todo.do(self.stop(replica.id, "its model was changed", now_s))
         old = [one for one in self.cluster.replicas_of(model, ReplicaState.READY) if one.generation != generation]
         may_start = old and not self.num_coming(model)
-        started = self._start_one(state, now_s, may_evict=False) if may_start else None
+        started = self._start_one(state, now_s, most=PlanKind.START) if may_start else None
         if started is not None:
             todo.actions += started
             return todo

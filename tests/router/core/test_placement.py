@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 from hypothesis import given
@@ -10,19 +10,22 @@ from hypothesis import strategies as st
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
-from sllm_vllm.router.core.facts import Estimate, ModelSpec, Term, Tier
-from sllm_vllm.router.core.placement import Plan, PlanKind, Rules, StartEstimator, best_plan, plan_starts
+from sllm_vllm.router.core.facts import Estimate, ModelSpec, RouterLimits, Term, Tier
+from sllm_vllm.router.core.model_state import Picture
+from sllm_vllm.router.core.placement import Plan, PlanKind, best_plan, plan_starts
+from sllm_vllm.router.core.rules import RuleBook
 
 START, EVICT, MIGRATE = PlanKind
 LOAD_S = {Tier.HOST: 1.0, Tier.DISK: 5.0, Tier.REMOTE: 60.0}
 NOW_S = 100.0
 
 
-class FakeEstimator:
+class FakeEstimator(Estimator):
     """Seconds by tier; cold starts take 20 s more; a slow node takes longer for all. Notes what it was asked."""
 
     def __init__(self, *, stop_s: Mapping[str, float] | None = None, slow: Mapping[str, float] | None = None) -> None:
-        self._stop_s = stop_s or {}
+        super().__init__()
+        self._stop_times_s = stop_s or {}
         self._slow = slow or {}
         self.tokens: set[int] = set()
 
@@ -34,7 +37,7 @@ class FakeEstimator:
         return Estimate({Term.QUEUE: queue_s, Term.PROCESS: process_s, Term.WEIGHTS: LOAD_S[tier]})
 
     def stop_s(self, model: str, node: str) -> float:
-        return self._stop_s.get(model, 0.5)
+        return self._stop_times_s.get(model, 0.5)
 
 
 def cluster_of(**slots: int) -> Cluster:
@@ -52,34 +55,59 @@ def add_ready(cluster: Cluster, replica: Replica, *requests: str) -> Replica:
     return replica
 
 
-def value_of(values: Mapping[str, float]) -> Rules:
-    return Rules(keep_value=lambda replica: values.get(replica.id, 1.0))
+class FakeRules(RuleBook):
+    """Rules that are given. ``room``: requests that a replica takes at most; None: no request may move."""
 
+    def __init__(
+        self,
+        values: Mapping[str, float] | None = None,
+        *,
+        is_spare: Callable[[str], bool] = lambda replica: True,
+        room: int | None = None,
+        resume_s: float = 0.25,
+        nodes_max: int = 8,
+    ) -> None:
+        super().__init__(RouterLimits(), Picture(), cluster=Cluster(), estimator=Estimator())
+        self.nodes_max = nodes_max
+        self.may_move = room is not None
+        self._values = values or {}
+        self._is_spare = is_spare
+        self._num_most = room or 0
+        self._resumed_s = resume_s
 
-DEFAULT_RULES = value_of({})
+    def keep_value_s(self, replica: Replica, now_s: float) -> float:
+        return self._values.get(replica.id, 1.0)
+
+    def is_spare(self, replica: Replica) -> bool:
+        return self._is_spare(replica.id)
+
+    def may_empty(self, replica: Replica, now_s: float) -> bool:
+        return True
+
+    def resume_s(self, request_id: str, now_s: float) -> float:
+        return self._resumed_s
+
+    def room(self, replica: Replica) -> int:
+        return max(0, self._num_most - len(replica.ongoing))
+
+    def spec_of(self, replica: Replica) -> ModelSpec | None:
+        return None
 
 
 def plans_for(
-    cluster: Cluster,
-    estimator: StartEstimator | None = None,
-    *,
-    num_slots: int = 1,
-    rules: Rules = DEFAULT_RULES,
+    cluster: Cluster, estimator: Estimator | None = None, *, num_slots: int = 1, rules: RuleBook | None = None
 ) -> list[Plan]:
-    spec = ModelSpec("new", accelerators=num_slots)
-    return plan_starts(cluster, estimator or FakeEstimator(), spec, prompt_tokens=7, now_s=NOW_S, rules=rules)
+    rules = rules or FakeRules()
+    rules.cluster, rules.estimator = cluster, estimator or FakeEstimator()
+    return plan_starts(rules, ModelSpec("new", accelerators=num_slots), prompt_tokens=7, now_s=NOW_S)
 
 
 def kinds_of(plans: list[Plan]) -> list[tuple[PlanKind, str]]:
     return [(plan.kind, plan.node) for plan in plans]
 
 
-def moving(*, room: int = 8, resume_s: float = 0.25) -> Rules:
-    return Rules(
-        keep_value=lambda replica: 1.0,
-        resume_s=lambda request: resume_s,
-        room=lambda replica: room - len(replica.ongoing),
-    )
+def moving(*, room: int = 8, resume_s: float = 0.25) -> FakeRules:
+    return FakeRules(room=room, resume_s=resume_s)
 
 
 # ------------------------------------------------------------------------------------------------------ free slots
@@ -142,8 +170,8 @@ def test_no_node_no_plan() -> None:
 
 def test_number_of_nodes_looked_at_is_bounded() -> None:
     cluster = cluster_of(**{f"n{number:02}": 1 for number in range(30)})
-    assert len(plans_for(cluster, rules=Rules(keep_value=lambda replica: 0.0, k=4))) == 2
-    assert len(plans_for(cluster, rules=Rules(keep_value=lambda replica: 0.0, k=1))) == 1
+    assert len(plans_for(cluster, rules=FakeRules(nodes_max=4))) == 2
+    assert len(plans_for(cluster, rules=FakeRules(nodes_max=1))) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- eviction
@@ -153,7 +181,7 @@ def test_idle_replicas_of_least_value_give_way() -> None:
     cluster = cluster_of(n=3)
     for name in ("a", "b", "c"):
         add_ready(cluster, Replica(name, f"model-{name}", "n"))
-    (plan,) = plans_for(cluster, num_slots=2, rules=value_of({"a": 3.0, "b": 1.0, "c": 2.0}))
+    (plan,) = plans_for(cluster, num_slots=2, rules=FakeRules({"a": 3.0, "b": 1.0, "c": 2.0}))
     assert (plan.kind, plan.victims, plan.moved) == (EVICT, ("b", "c"), ())
 
 
@@ -161,7 +189,7 @@ def test_free_slots_are_used_before_victims_are() -> None:
     cluster = cluster_of(n=3)
     for name in ("a", "b"):
         add_ready(cluster, Replica(name, f"model-{name}", "n"))
-    (plan,) = plans_for(cluster, num_slots=2, rules=value_of({"a": 3.0, "b": 1.0}))
+    (plan,) = plans_for(cluster, num_slots=2, rules=FakeRules({"a": 3.0, "b": 1.0}))
     assert plan.victims == ("b",)
 
 
@@ -212,9 +240,9 @@ def test_replicas_that_may_not_go_stay_and_hide_nobody() -> None:
         add_ready(cluster, Replica(f"r{number:02}", "old", f"n{number:02}"))
     cluster.begin_request("r19", "q", prefix="", now_s=1.0)
     cluster.end_request("r19", "q", 2.0)
-    rules = Rules(keep_value=lambda replica: 1.0, may_evict=lambda replica: replica.id == "r19", k=2)
+    rules = FakeRules(is_spare=lambda replica: replica == "r19", nodes_max=2)
     assert [plan.victims for plan in plans_for(cluster, rules=rules)] == [("r19",)]
-    none = Rules(keep_value=lambda replica: 1.0, may_evict=lambda replica: False, k=1)
+    none = FakeRules(is_spare=lambda replica: False, nodes_max=1)
     assert plans_for(cluster, rules=none) == []
 
 
@@ -261,7 +289,7 @@ def test_nothing_moves_unless_it_may() -> None:
 def test_nothing_moves_where_there_is_no_room() -> None:
     assert plans_for(busy_host(), rules=moving(room=2)) == []
     assert len(plans_for(busy_host(), rules=moving(room=3))) == 1
-    assert plans_for(busy_host(), rules=Rules(keep_value=lambda replica: 1.0, resume_s=lambda request: 0.0)) == []
+    assert plans_for(busy_host(), rules=moving(room=0, resume_s=0.0)) == []
 
 
 def test_room_is_asked_for_all_that_move() -> None:
@@ -342,7 +370,7 @@ def test_of_evictions_that_are_nearly_as_soon_the_cheapest_is_taken() -> None:
         add_ready(cluster, Replica(f"r-{node}", f"old-{node}", node))
         cluster.set_tier(node, "new", Tier.HOST)
     estimator = FakeEstimator(slow={"n2": 0.03125, "n3": 0.5})
-    values = value_of({"r-n1": 3.0, "r-n2": 2.0, "r-n3": 1.0})
+    values = FakeRules({"r-n1": 3.0, "r-n2": 2.0, "r-n3": 1.0})
     best = best_plan(plans_for(cluster, estimator, rules=values))
     assert best is not None
     assert (best.node, best.victims, best.loss_s) == ("n2", ("r-n2",), 2.0)
@@ -352,7 +380,7 @@ def test_loss_is_that_of_all_victims() -> None:
     cluster = cluster_of(n=2)
     for name in ("a", "b"):
         add_ready(cluster, Replica(name, f"model-{name}", "n"))
-    (plan,) = plans_for(cluster, num_slots=2, rules=value_of({"a": 3.0, "b": 1.0}))
+    (plan,) = plans_for(cluster, num_slots=2, rules=FakeRules({"a": 3.0, "b": 1.0}))
     assert plan.loss_s == 4.0
 
 
@@ -378,7 +406,7 @@ def test_leaving_plans_out_changes_no_choice(data: st.DataObject) -> None:
         queue_s = max(load_s, 0.5) if is_full else load_s
         total_s = estimator.estimate_start(ModelSpec("new"), node, tier, is_warm=True, queue_s=queue_s).total_s
         possible.append((total_s, is_full, node))
-    plans = plans_for(cluster, estimator, rules=Rules(keep_value=lambda replica: 1.0, k=10))
+    plans = plans_for(cluster, estimator, rules=FakeRules(nodes_max=10))
     assert [(plans[0].estimate.total_s, plans[0].kind is EVICT, plans[0].node)] == [min(possible)]
 
 
