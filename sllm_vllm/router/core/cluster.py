@@ -7,63 +7,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 from types import MappingProxyType
-from typing import Protocol, TypeVar
 
 from sllm_vllm.router.core.facts import Tier
 from sllm_vllm.router.core.shortlist import Holding, Ranking, Shortlist
-
-# Which of a model's ready replicas gets a request. Pure; called by the router's core.
-
 
 ONGOING_SLACK = 1
 """How many requests more than the least busy replica one may have and still be chosen for its prefix cache."""
 
 
-class Candidate(Protocol):
-    """The part of a replica that the choice reads."""
-
-    @property
-    def id(self) -> str:
-        """Id of the replica; breaks ties."""
-
-    @property
-    def ongoing(self) -> Collection[str]:
-        """Ids of its requests."""
-
-    @property
-    def prefixes(self) -> Mapping[str, float]:
-        """For each prefix, when the replica last had a request with it."""
-
-
-Chosen = TypeVar("Chosen", bound=Candidate)
-
-
-def choose_replica(candidates: Iterable[Chosen], prefix: str) -> Chosen | None:
-    """Choose the replica with the fewest requests, or one nearly as free that has the prefix cached.
-
-    All candidates must have room; without candidates, returns None. Among those within ``ONGOING_SLACK`` requests of
-    the fewest, prefers the one that had ``prefix`` most recently, then fewer requests, then the smaller id. An empty
-    prefix is in no cache.
-    """
-    counted = [(len(candidate.ongoing), candidate) for candidate in candidates]
-    if not counted:
-        return None
-    num_most = min(num for num, _ in counted) + ONGOING_SLACK
-    never_s = float("-inf")
-
-    def rank(entry: tuple[int, Chosen]) -> tuple[float, int, str]:
-        num, candidate = entry
-        seen_s = candidate.prefixes.get(prefix, never_s) if prefix else never_s
-        return -seen_s, num, candidate.id
-
-    return min((entry for entry in counted if entry[0] <= num_most), key=rank)[1]
-
-
-# Which prompt prefixes a replica has seen recently; the oldest are forgotten, as in its prefix cache. Pure.
-
-
 PREFIXES_MAX = 32
-"""Prefixes remembered per replica."""
+"""Prefixes remembered per replica; the oldest are forgotten, as in its prefix cache."""
 
 
 def note_prefix(prefixes: dict[str, float], prefix: str, now_s: float) -> None:
@@ -124,6 +77,28 @@ class Replica:
     """Requests can move to and from it. Not indexed, so it may be set directly."""
     is_unmovable: bool = False
     """Its engine was asked and cannot move requests."""
+
+
+def choose_replica(candidates: Iterable[Replica], prefix: str) -> Replica | None:
+    """Choose which of a model's ready replicas gets a request.
+
+    It is the one with the fewest requests, or one nearly as free that has the prefix cached.
+    All candidates must have room; without candidates, returns None. Among those within ``ONGOING_SLACK`` requests of
+    the fewest, prefers the one that had ``prefix`` most recently, then fewer requests, then the smaller id. An empty
+    prefix is in no cache.
+    """
+    counted = [(len(candidate.ongoing), candidate) for candidate in candidates]
+    if not counted:
+        return None
+    num_most = min(num for num, _ in counted) + ONGOING_SLACK
+    never_s = float("-inf")
+
+    def rank(entry: tuple[int, Replica]) -> tuple[float, int, str]:
+        num, candidate = entry
+        seen_s = candidate.prefixes.get(prefix, never_s) if prefix else never_s
+        return -seen_s, num, candidate.id
+
+    return min((entry for entry in counted if entry[0] <= num_most), key=rank)[1]
 
 
 @dataclass(slots=True)

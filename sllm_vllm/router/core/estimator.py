@@ -18,13 +18,12 @@ from typing import Generic, TypeVar
 
 from sllm_vllm.router.core.facts import Estimate, ModelSpec, PrefillSample, ResumeSample, StartSample, Term, Tier
 
-# Samples of measurements, and the number or line estimated from them. Pure; used by the estimator. A number is the
-# weighted median of its last samples, so that a single outlier changes nothing and a lasting change is followed after
-# three samples.
-
-
 SAMPLE_WEIGHTS = (1, 1, 2, 2, 3, 3, 4, 4)
-"""Weights, newest last. No single sample outweighs the others, however few there are; of eight, the newest three do."""
+"""Weights of a number's last samples, newest last. Their weighted median is the estimate, so that a single outlier
+changes nothing and a lasting change is followed after three samples.
+
+No single sample outweighs the others, however few there are; of eight, the newest three do.
+"""
 
 POINTS_MAX = 16
 """Points kept per line. The fit tolerates up to four outliers among them."""

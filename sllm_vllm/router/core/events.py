@@ -353,9 +353,6 @@ class Todo:
             self.has_room = self.has_room or other.has_room
 
 
-# Selects events and actions for the story of a request, replica, model or node. Pure.
-
-
 _FIELDS = ("request", "replica", "model", "node", "target", "source")
 
 

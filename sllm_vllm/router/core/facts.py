@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
-# Limits of the core's work and memory, and its timeouts. Pure.
-
 
 @dataclass(frozen=True, slots=True)
 class ScalingLimits:

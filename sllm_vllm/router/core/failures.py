@@ -9,7 +9,7 @@ from sllm_vllm.router.core.cluster import Cluster, Replica
 from sllm_vllm.router.core.deaths import DELIVERED, Deaths, DigestTable, Verdict
 from sllm_vllm.router.core.events import Refusal, RejectRequest, RequestFailed
 from sllm_vllm.router.core.facts import FailureSign, RequestFacts, RouterLimits
-from sllm_vllm.router.core.model_state import Picture, Request
+from sllm_vllm.router.core.model_state import CoreState, Request
 from sllm_vllm.router.core.trials import Trials
 
 HARMLESS_FACTOR = 16
@@ -19,10 +19,10 @@ HARMLESS_FACTOR = 16
 class Failures:
     """Decides what happens to requests that lost their replica."""
 
-    def __init__(self, limits: RouterLimits, picture: Picture, cluster: Cluster, *, trials: Trials) -> None:
+    def __init__(self, limits: RouterLimits, core_state: CoreState, cluster: Cluster, *, trials: Trials) -> None:
         self._limits = limits
-        self._models = picture.models
-        self._requests = picture.requests
+        self._models = core_state.models
+        self._requests = core_state.requests
         self._cluster = cluster
         self._trials = trials
         self.deaths = Deaths(limits.poison.verdict_s)

@@ -13,11 +13,6 @@ from sllm_vllm.router.core.facts import CopyLimits, RouterLimits, Tier
 from sllm_vllm.router.core.keep_alive import keep_alive_s
 from sllm_vllm.router.core.model_state import ModelState
 
-# Copying hot checkpoints to more nodes before they are needed there. Pure; owned by ``Foresight``. A model whose
-# replicas have half of their target number of requests is likely to get another replica soon. By then its checkpoint
-# should be on one node more than the model has replicas; otherwise that start waits for remote storage.
-
-
 HOT_SHARE = 0.5
 """A model is hot if its replicas have this share of their target number of requests."""
 LOOK_S = 5.0
@@ -32,7 +27,12 @@ class _Copying:
 
 
 class Copies:
-    """Decides which copies to make. A copy that has not appeared after ``copy_s_max`` counts as failed."""
+    """Decides which checkpoints are copied to more nodes before they are needed there.
+
+    A model whose replicas have half of their target number of requests is likely to get another replica soon. By then
+    its checkpoint should be on one node more than the model has replicas; otherwise that start waits for remote
+    storage. A copy that has not appeared after ``copy_s_max`` counts as failed.
+    """
 
     def __init__(self, cluster: Cluster, models: Mapping[str, ModelState], limits: CopyLimits) -> None:
         self._cluster = cluster

@@ -31,7 +31,7 @@ def _validate_requests(core: RouterCore) -> None:
         assert waiting[model] <= max(state.spec.queue_max, state.num_kept)
         ready = core.cluster.replicas_of(model, ReplicaState.READY)
         if any(core.requests[facts.id].is_ordinary for facts in core.queues.in_order(model)):
-            fit = [one for one in ready if one.id not in core.suspects and not core.trials.is_closed(one)]
+            fit = [one for one in ready if one.id not in core.failing and not core.trials.is_closed(one)]
             assert all(len(one.ongoing) >= state.spec.ongoing_max for one in fit), (
                 f"{model}: a request waits although a replica has room"
             )

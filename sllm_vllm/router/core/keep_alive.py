@@ -19,12 +19,6 @@ from math import exp, log
 
 from sllm_vllm.router.core.facts import ModelSpec
 
-# How many replicas a model should have for its current load. Pure; called by the router's core. Scales up at once,
-# because requests are waiting. Scales down only after fewer replicas have been enough for ``DOWN_DELAY_S``, and then
-# to the most that were needed during that time. The last replica is never removed here: it idles, and keep-alive
-# decides when it ends.
-
-
 DOWN_DELAY_S = 30.0
 
 
@@ -42,7 +36,11 @@ class AutoscaleState:
 def desired_replicas(
     spec: ModelSpec, *, ongoing: int, waiting: int, num_now: int, now_s: float, state: AutoscaleState
 ) -> int:
-    """Return the number of replicas the model should have.
+    """Return the number of replicas the model should have for its current load.
+
+    Scales up at once, because requests are waiting. Scales down only after fewer replicas have been enough for
+    ``DOWN_DELAY_S``, and then to the most that were needed during that time. The last replica is never removed here: it
+    idles, and keep-alive decides when it ends.
 
     ``num_now`` counts the replicas that take requests or will once they are ready, not those that drain or stop.
     """

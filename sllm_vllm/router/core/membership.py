@@ -8,7 +8,7 @@ from dataclasses import replace
 from sllm_vllm.router.core.cluster import Replica, ReplicaState
 from sllm_vllm.router.core.events import ModelDeployed, NodeJoined, NodeReported, Todo
 from sllm_vllm.router.core.facts import FoundReplica, ModelSpec, RequestFacts
-from sllm_vllm.router.core.model_state import ModelState, Picture, Request
+from sllm_vllm.router.core.model_state import CoreState, ModelState, Request
 from sllm_vllm.router.core.queues import ModelQueues
 from sllm_vllm.router.core.scaling import Scaling
 
@@ -16,12 +16,12 @@ from sllm_vllm.router.core.scaling import Scaling
 class Deployments:
     """Which models are served, and how: they are deployed, changed and deleted here. Only reads the requests."""
 
-    def __init__(self, scaling: Scaling, picture: Picture, queues: ModelQueues) -> None:
+    def __init__(self, scaling: Scaling, core_state: CoreState, queues: ModelQueues) -> None:
         self._scaling = scaling
-        self._models = picture.models
+        self._models = core_state.models
         self._queues = queues
-        self._requests = picture.requests
-        self._strays = picture.strays
+        self._requests = core_state.requests
+        self._strays = core_state.strays
 
     def deployed(self, event: ModelDeployed, now_s: float) -> Todo:
         """Deploy a new model, or change one that is deployed."""
@@ -82,12 +82,12 @@ class Recovery:
     joined again. Nothing that runs is ended because its router restarted.
     """
 
-    def __init__(self, scaling: Scaling, picture: Picture) -> None:
+    def __init__(self, scaling: Scaling, core_state: CoreState) -> None:
         self._scaling = scaling
         self._cluster = scaling.cluster
-        self._models = picture.models
-        self._requests = picture.requests
-        self._strays = picture.strays
+        self._models = core_state.models
+        self._requests = core_state.requests
+        self._strays = core_state.strays
 
     def replicas_found(self, found: Iterable[FoundReplica], node: str, now_s: float) -> Todo:
         """Take over the replicas found on a node that just joined; outdated ones are drained or stopped."""

@@ -136,7 +136,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class CoreState:
     """All deployed models and all requests that have not ended. Changed by ``RouterCore`` and its parts."""
 
     models: dict[str, ModelState] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from sllm_vllm.router.core.events import (
     Todo,
 )
 from sllm_vllm.router.core.facts import MoveLimits
-from sllm_vllm.router.core.model_state import Picture, Request
+from sllm_vllm.router.core.model_state import CoreState, Request
 from sllm_vllm.router.core.scaling import Scaling
 
 TARGETS_MAX = 8
@@ -32,15 +32,15 @@ TARGETS_MAX = 8
 class Moves:
     """Orders and tracks migrations."""
 
-    def __init__(self, limits: MoveLimits, scaling: Scaling, picture: Picture) -> None:
+    def __init__(self, limits: MoveLimits, scaling: Scaling, core_state: CoreState) -> None:
         self.limits = limits
         self.moving: dict[str, str] = {}
         """By request: the replica that it is moving to."""
         self._scaling = scaling
         self._cluster: Cluster = scaling.cluster
-        self._models = picture.models
-        self._requests = picture.requests
-        self._on_trial = picture.on_trial
+        self._models = core_state.models
+        self._requests = core_state.requests
+        self._on_trial = core_state.on_trial
         self._to: Counter[str] = Counter()
         """By replica: the number of requests that are moving to it."""
 

@@ -227,9 +227,6 @@ class ModelQueues:
         queue.head = head
 
 
-# Models that lack a replica and found no place for it, in the order in which they are served. Pure.
-
-
 Key = tuple[bool, int, float]
 """Whether no request waits, the negated priority, and the arrival of the oldest waiting request."""
 
@@ -238,7 +235,9 @@ SPARE = 64
 
 
 class Hungry:
-    """Higher priority first, then the longest-waiting oldest request; models without waiting requests come last.
+    """Models that lack a replica and found no place for it, in the order in which they are served.
+
+    Higher priority first, then the longest-waiting oldest request; models without waiting requests come last.
 
     A lazy heap: if a model's oldest request was served, its entry is corrected when popped. A model that gets an older
     request must be added again.

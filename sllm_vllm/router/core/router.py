@@ -44,11 +44,11 @@ from sllm_vllm.router.core.facts import FailureSign, PrefillSample, RequestFacts
 from sllm_vllm.router.core.failures import Failures
 from sllm_vllm.router.core.invariants import validate
 from sllm_vllm.router.core.membership import Deployments, Membership, Recovery
-from sllm_vllm.router.core.model_state import STEADY_S, ModelState, Picture, Request
+from sllm_vllm.router.core.model_state import STEADY_S, CoreState, ModelState, Request
 from sllm_vllm.router.core.moves import Moves
 from sllm_vllm.router.core.queues import ModelQueues, QueueFull
 from sllm_vllm.router.core.scaling import Scaling
-from sllm_vllm.router.core.trials import Suspects, Trials
+from sllm_vllm.router.core.trials import FailingReplicas, Trials
 from sllm_vllm.router.core.waits import due_s, what_it_waits_for
 
 CHOICES_MAX = 8
@@ -64,22 +64,22 @@ class RouterCore:
 
     def __init__(self, limits: RouterLimits | None = None, estimator: Estimator | None = None) -> None:
         self.limits = limits or RouterLimits()
-        picture = Picture()
-        self.models, self.requests = picture.models, picture.requests
+        core_state = CoreState()
+        self.models, self.requests = core_state.models, core_state.requests
         self.queues = ModelQueues(self.limits.waiting_max)
-        self.scaling = Scaling(self.limits, picture, self.queues, estimator=estimator or Estimator())
+        self.scaling = Scaling(self.limits, core_state, self.queues, estimator=estimator or Estimator())
         self.cluster = self.scaling.cluster
         self.estimator = self.scaling.estimator
         self._samples: dict[str, StartSample] = {}
         """Start samples of replicas that are ready and have not answered a request yet."""
-        self.suspects = Suspects()
-        self.deployments = Deployments(self.scaling, picture, self.queues)
-        self.moves = Moves(self.limits.moves, self.scaling, picture)
-        self.trials = Trials(self.limits.poison, picture, self.cluster, failing=self.suspects)
-        self._failures = Failures(self.limits, picture, self.cluster, trials=self.trials)
+        self.failing = FailingReplicas()
+        self.deployments = Deployments(self.scaling, core_state, self.queues)
+        self.moves = Moves(self.limits.moves, self.scaling, core_state)
+        self.trials = Trials(self.limits.poison, core_state, self.cluster, failing=self.failing)
+        self._failures = Failures(self.limits, core_state, self.cluster, trials=self.trials)
         self.deaths = self._failures.deaths
-        self._recovery = Recovery(self.scaling, picture)
-        self.membership = Membership(self.scaling, picture.models, self.queues, recovery=self._recovery)
+        self._recovery = Recovery(self.scaling, core_state)
+        self.membership = Membership(self.scaling, core_state.models, self.queues, recovery=self._recovery)
         self.events: deque[tuple[float, Event | Action]] = deque(maxlen=self.limits.story_max)
 
     # --------------------------------------------------------------------------------------------------- interface
@@ -189,7 +189,7 @@ class RouterCore:
         for replica in gone:
             self.moves.target_gone(replica, now_s)
             self._samples.pop(replica.id, None)
-            self.suspects.discard(replica.id)
+            self.failing.discard(replica.id)
             self.deaths.ended(replica.id, "", is_fault=False)
 
     # ---------------------------------------------------------------------------------------------------- requests
@@ -258,7 +258,7 @@ class RouterCore:
             found = self.trials.choose(request, now_s)
             return found if found is not None and self._is_fit(found, request) else None
         least = self.cluster.least_busy(facts.model, CHOICES_MAX)
-        fit = (one for one in least if len(one.ongoing) < spec.ongoing_max and one.id not in self.suspects)
+        fit = (one for one in least if len(one.ongoing) < spec.ongoing_max and one.id not in self.failing)
         return choose_replica(
             (one for one in fit if not self.trials.is_closed(one) and self._is_fit(one, request)), facts.prefix
         )
@@ -353,7 +353,7 @@ class RouterCore:
             return
         todo.models[request.facts.model] = None
         todo.do(self.moves.called_off(request, now_s))
-        self.suspects.add(request.replica, event.sign, now_s)
+        self.failing.add(request.replica, event.sign, now_s)
         is_held = self._failures.failed(request, event, now_s)
         was_reached = event.sign is not FailureSign.UNREACHED
         if was_reached:
@@ -403,7 +403,7 @@ class RouterCore:
             self.deaths.suspect(event.replica, unproven, now_s)
         self.deaths.ended(event.replica, event.reason, is_fault=has_died)
         self._samples.pop(event.replica, None)
-        self.suspects.discard(event.replica)
+        self.failing.discard(event.replica)
         if replica is None:
             return
         todo.add(self.scaling.ended(replica, now_s))
@@ -427,7 +427,7 @@ class RouterCore:
         for facts in self.queues.expire(now_s):
             todo.models[facts.model] = None
             todo.do(self._waited_long(self.requests[facts.id], now_s))
-        for replica_id in self.suspects.cleared(now_s):
+        for replica_id in self.failing.cleared(now_s):
             if (replica := self.cluster.replicas.get(replica_id)) is not None:
                 todo.models[replica.model] = None
         self.scaling.forget_failures(now_s)
@@ -451,7 +451,7 @@ class RouterCore:
             return None
         if state.back_off.reason and not self._has_replica(facts.model):
             return self._refused(_no_start(facts.id, state, now_s))
-        why, retry_s = what_it_waits_for(state, self.scaling, now_s, suspects=self.suspects)
+        why, retry_s = what_it_waits_for(state, self.scaling, now_s, failing=self.failing)
         return self._refused(RejectRequest(facts.id, Refusal.TOO_LATE, why, retry_s))
 
     def _refused(self, refusal: RejectRequest) -> RejectRequest:

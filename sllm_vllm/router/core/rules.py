@@ -6,7 +6,7 @@ from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.facts import ModelSpec, RouterLimits
 from sllm_vllm.router.core.keep_alive import keep_value_s
-from sllm_vllm.router.core.model_state import Picture
+from sllm_vllm.router.core.model_state import CoreState
 
 
 class RuleBook:
@@ -15,14 +15,14 @@ class RuleBook:
     ``nodes_max``: nodes examined per kind of plan. ``may_move``: whether requests can be moved at all.
     """
 
-    def __init__(self, limits: RouterLimits, picture: Picture, *, cluster: Cluster, estimator: Estimator) -> None:
+    def __init__(self, limits: RouterLimits, core_state: CoreState, *, cluster: Cluster, estimator: Estimator) -> None:
         self.cluster = cluster
         self.estimator = estimator
         self.nodes_max = limits.scaling.plans_max
         self.may_move = limits.moves.is_on
         self._moves_max = limits.moves.moves_max
-        self._models = picture.models
-        self._requests = picture.requests
+        self._models = core_state.models
+        self._requests = core_state.requests
 
     def is_spare(self, replica: Replica) -> bool:
         """Whether the replica may end without its model falling below its minimum; an old generation always may."""

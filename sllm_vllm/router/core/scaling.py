@@ -15,7 +15,7 @@ from sllm_vllm.router.core.events import Action, StartReplica, StopReplica, Todo
 from sllm_vllm.router.core.facts import ModelSpec, RouterLimits, StartSample
 from sllm_vllm.router.core.foresight import Foresight
 from sllm_vllm.router.core.keep_alive import desired_replicas
-from sllm_vllm.router.core.model_state import STEADY_S, ModelState, Picture, Prediction
+from sllm_vllm.router.core.model_state import STEADY_S, CoreState, ModelState, Prediction
 from sllm_vllm.router.core.pending import PendingStart, PendingStarts, slug_of
 from sllm_vllm.router.core.placement import (
     Plan,
@@ -34,19 +34,21 @@ from sllm_vllm.router.core.rules import RuleBook
 class Scaling:
     """Decides on starts and stops, updates the cluster, and returns what is to be done. Owned by ``RouterCore``."""
 
-    def __init__(self, limits: RouterLimits, picture: Picture, queues: ModelQueues, *, estimator: Estimator) -> None:
-        models = picture.models
+    def __init__(
+        self, limits: RouterLimits, core_state: CoreState, queues: ModelQueues, *, estimator: Estimator
+    ) -> None:
+        models = core_state.models
         self.limits = limits.scaling
         self.cluster = Cluster()
         self.estimator = estimator
-        self.rule_book = RuleBook(limits, picture, cluster=self.cluster, estimator=estimator)
+        self.rule_book = RuleBook(limits, core_state, cluster=self.cluster, estimator=estimator)
         self.pending = PendingStarts(self.cluster)
         self._loads: dict[str, dict[str, float]] = {}
         """Loads under way, by node and replica: how long each is expected to take."""
         self.predictions: dict[str, Prediction] = {}
         """By replica until its first answer; after that by model, the last one that has come true."""
         self._models = models
-        self._suspects_waiting = picture.suspects_waiting
+        self._suspects_waiting = core_state.suspects_waiting
         self._queues = queues
         self._hungry = Hungry(queues)
         self._blocking: str | None = None

@@ -11,9 +11,6 @@ from typing import Generic, TypeVar
 
 from sllm_vllm.router.core.facts import Tier
 
-# Ids in sorted groups, with which the cluster finds the best few without scanning all. Pure.
-
-
 Group = TypeVar("Group", bound=Hashable)
 
 

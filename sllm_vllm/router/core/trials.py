@@ -14,10 +14,7 @@ from __future__ import annotations
 
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.facts import FailureSign, PoisonLimits
-from sllm_vllm.router.core.model_state import Picture, Request
-
-# Replicas that have just failed a request: usually their end is about to be reported. Pure.
-
+from sllm_vllm.router.core.model_state import CoreState, Request
 
 SUSPECT_S = 1.0
 """How long a failing replica gets no requests."""
@@ -28,8 +25,8 @@ Sent there again before that, a request would use up its attempts.
 """
 
 
-class Suspects:
-    """Failing replicas, and until when each gets no requests."""
+class FailingReplicas:
+    """Replicas that have just failed a request, and until when each gets none: usually their end is reported soon."""
 
     def __init__(self) -> None:
         self._until_s: dict[str, float] = {}
@@ -61,9 +58,11 @@ EMPTY_MAX = 8
 class Trials:
     """Which replicas are on trial, and which suspects wait. ``failing``: replicas that just failed a request."""
 
-    def __init__(self, limits: PoisonLimits, picture: Picture, cluster: Cluster, *, failing: Suspects) -> None:
+    def __init__(
+        self, limits: PoisonLimits, core_state: CoreState, cluster: Cluster, *, failing: FailingReplicas
+    ) -> None:
         self._limits = limits
-        self._picture = picture
+        self._core_state = core_state
         self._cluster = cluster
         self._failing = failing
         self._reserved: dict[str, str] = {}
@@ -71,66 +70,66 @@ class Trials:
 
     def is_closed(self, replica: Replica) -> bool:
         """Whether the replica takes no request except a suspect."""
-        return replica.id in self._picture.on_trial or self._reserved.get(replica.model) == replica.id
+        return replica.id in self._core_state.on_trial or self._reserved.get(replica.model) == replica.id
 
     def waits(self, request: Request, now_s: float) -> None:
         """Note that a suspect was queued."""
-        self._picture.suspects_waiting.setdefault(request.facts.model, {}).setdefault(request.facts.id, now_s)
+        self._core_state.suspects_waiting.setdefault(request.facts.model, {}).setdefault(request.facts.id, now_s)
 
     def waits_no_more(self, request: Request) -> None:
         """Note that a suspect was sent to a replica, or left."""
-        waiting = self._picture.suspects_waiting.get(request.facts.model, {})
+        waiting = self._core_state.suspects_waiting.get(request.facts.model, {})
         waiting.pop(request.facts.id, None)
         if not waiting:
-            self._picture.suspects_waiting.pop(request.facts.model, None)
+            self._core_state.suspects_waiting.pop(request.facts.model, None)
             self._reserved.pop(request.facts.model, None)
 
     def begin(self, request: Request, replica: str) -> None:
         """Note that a suspect was sent to a replica for its trial."""
         self.waits_no_more(request)
-        self._picture.on_trial[replica] = request.facts.id
+        self._core_state.on_trial[replica] = request.facts.id
         self._reserved.pop(request.facts.model, None)
 
     def end(self, replica: str, request: str) -> bool:
         """End the trial of a request that was cleared or left the replica; return whether it was on trial there."""
-        if self._picture.on_trial.get(replica) != request:
+        if self._core_state.on_trial.get(replica) != request:
             return False
-        del self._picture.on_trial[replica]
+        del self._core_state.on_trial[replica]
         return True
 
     def tried(self) -> list[str]:
         """Return the suspects on trial."""
-        return list(self._picture.on_trial.values())
+        return list(self._core_state.on_trial.values())
 
     def models(self) -> list[str]:
         """Return the models with suspects that wait or are on trial; for these, time alone may allow new dispatches."""
-        requests = self._picture.requests
-        tried = [requests[name].facts.model for name in self._picture.on_trial.values()]
-        return [*self._picture.suspects_waiting, *tried]
+        requests = self._core_state.requests
+        tried = [requests[name].facts.model for name in self._core_state.on_trial.values()]
+        return [*self._core_state.suspects_waiting, *tried]
 
     def overdue(self, now_s: float) -> list[str]:
         """Return the suspects that their engines have survived for ``trial_s``."""
-        requests = self._picture.requests
+        requests = self._core_state.requests
         return [
             name
-            for name in self._picture.on_trial.values()
+            for name in self._core_state.on_trial.values()
             if now_s - requests[name].dispatched_s >= self._limits.trial_s
         ]
 
     def choose(self, request: Request, now_s: float) -> Replica | None:
         """Return a replica to try the suspect on; None if there is none now."""
         model = request.facts.model
-        if any(self._picture.requests[name].facts.model == model for name in self._picture.on_trial.values()):
+        if any(self._core_state.requests[name].facts.model == model for name in self._core_state.on_trial.values()):
             return None
         ready = [one for one in self._cluster.least_busy(model, EMPTY_MAX) if one.id not in self._failing]
         empty = next((one for one in ready if not one.ongoing), None)
-        since_s = self._picture.suspects_waiting.get(model, {}).get(request.facts.id, now_s)
+        since_s = self._core_state.suspects_waiting.get(model, {}).get(request.facts.id, now_s)
         if empty is None:
             is_late = 0 <= now_s - since_s - self._limits.last_replica_s < self._limits.trial_s
             self._reserve(model, ready, num_least=1 if is_late else 2)
             return ready[0] if is_late and len(ready) == 1 and self._is_settled(ready[0]) else None
         is_last = len(self._cluster.replicas_of(model, ReplicaState.READY)) == 1
-        may_have_more = self._picture.models[model].spec.max_replicas > 1
+        may_have_more = self._core_state.models[model].spec.max_replicas > 1
         if is_last and may_have_more and now_s - since_s < self._limits.last_replica_s:
             return None
         return empty
@@ -146,23 +145,25 @@ class Trials:
 
     def _is_settled(self, replica: Replica) -> bool:
         """Whether the replica has room and has begun to answer all its requests, so that none of them can kill it."""
-        ongoing_max = self._picture.models[replica.model].spec.ongoing_max
+        ongoing_max = self._core_state.models[replica.model].spec.ongoing_max
         return len(replica.ongoing) < ongoing_max and all(
-            self._picture.requests[name].is_proven for name in replica.ongoing
+            self._core_state.requests[name].is_proven for name in replica.ongoing
         )
 
     def validate(self) -> None:
         """Assert that a replica on trial has begun to answer all its other requests, and that the waiting suspects are
         exactly the queued ones."""
-        models = [self._picture.requests[name].facts.model for name in self._picture.on_trial.values()]
+        models = [self._core_state.requests[name].facts.model for name in self._core_state.on_trial.values()]
         assert len(models) == len(set(models)), "two suspects of one model are tried at once"
-        for replica_id, request_id in self._picture.on_trial.items():
-            request = self._picture.requests[request_id]
+        for replica_id, request_id in self._core_state.on_trial.items():
+            request = self._core_state.requests[request_id]
             assert request.is_suspect, f"{request_id} is on trial"
             if (replica := self._cluster.replicas.get(replica_id)) is not None:
-                others = [name for name in replica.ongoing if not self._picture.requests[name].is_proven]
+                others = [name for name in replica.ongoing if not self._core_state.requests[name].is_proven]
                 assert others == [request_id], f"{request_id} is tried beside {replica.ongoing}"
         waiting = {
-            (name, one.facts.model) for name, one in self._picture.requests.items() if one.is_suspect and one.is_queued
+            (name, one.facts.model)
+            for name, one in self._core_state.requests.items()
+            if one.is_suspect and one.is_queued
         }
-        assert waiting == {(name, model) for model, ids in self._picture.suspects_waiting.items() for name in ids}
+        assert waiting == {(name, model) for model, ids in self._core_state.suspects_waiting.items() for name in ids}

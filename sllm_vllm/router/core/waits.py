@@ -27,11 +27,11 @@ def due_s(spec: ModelSpec, cluster: Cluster) -> float | None:
 
 
 def what_it_waits_for(
-    state: ModelState, scaling: Scaling, now_s: float, *, suspects: Container[str]
+    state: ModelState, scaling: Scaling, now_s: float, *, failing: Container[str]
 ) -> tuple[str, float]:
     """Return what a waiting request waits for, as text, and after how many seconds to retry.
 
-    ``suspects``: IDs of the replicas that get no requests because they have just failed one.
+    ``failing``: IDs of the replicas that get no requests because they have just failed one.
     """
     spec, cluster = state.spec, scaling.cluster
     # 1. An engine is starting.
@@ -44,7 +44,7 @@ def what_it_waits_for(
         return f"its engine starts when these have ended: {_listed(victims, now_s)}", _retry_s(startup_s)
     # 3. Its replicas have just failed requests, or they are full.
     if ready := cluster.replicas_of(spec.name, ReplicaState.READY):
-        if all(one.id in suspects for one in ready):
+        if all(one.id in failing for one in ready):
             return f"all its replicas have just failed requests: {_listed(ready, now_s)}", RETRY_S_MIN
         num = sum(len(one.ongoing) for one in ready)
         return f"all its replicas are busy: {num} requests on {len(ready)}", _retry_s(state.service_s)

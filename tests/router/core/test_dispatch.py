@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from random import Random
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sllm_vllm.router.core.cluster import choose_replica
+from sllm_vllm.router.core.cluster import Replica, choose_replica
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@dataclass
-class Replica:
-    """As much of one as is looked at."""
-
-    id: str
-    ongoing: set[str]
-    prefixes: dict[str, float] = field(default_factory=dict)
-
-
 def replica(name: str, num_ongoing: int, **prefixes: float) -> Replica:
-    return Replica(name, {f"{name}-{index}" for index in range(num_ongoing)}, prefixes)
+    ongoing = {f"{name}-{index}" for index in range(num_ongoing)}
+    return Replica(name, "m", "n", ongoing=ongoing, prefixes=prefixes)
 
 
 def chosen(*candidates: Replica, prefix: str = "p") -> str | None:

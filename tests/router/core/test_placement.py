@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.facts import Estimate, ModelSpec, RouterLimits, Term, Tier
-from sllm_vllm.router.core.model_state import Picture
+from sllm_vllm.router.core.model_state import CoreState
 from sllm_vllm.router.core.placement import Plan, PlanKind, best_plan, plan_starts
 from sllm_vllm.router.core.rules import RuleBook
 
@@ -67,7 +67,7 @@ class FakeRules(RuleBook):
         resume_s: float = 0.25,
         nodes_max: int = 8,
     ) -> None:
-        super().__init__(RouterLimits(), Picture(), cluster=Cluster(), estimator=Estimator())
+        super().__init__(RouterLimits(), CoreState(), cluster=Cluster(), estimator=Estimator())
         self.nodes_max = nodes_max
         self.may_move = room is not None
         self._values = values or {}

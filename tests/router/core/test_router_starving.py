@@ -8,7 +8,7 @@ from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import DrainAsked
 from sllm_vllm.router.core.facts import ModelSpec, RouterLimits, ScalingLimits
-from sllm_vllm.router.core.model_state import ModelState, Picture
+from sllm_vllm.router.core.model_state import CoreState, ModelState
 from sllm_vllm.router.core.placement import Room, find_room
 from sllm_vllm.router.core.rules import RuleBook
 from tests.router.core.router_bench import RouterBench
@@ -224,11 +224,11 @@ def test_the_fewest_requests_are_in_the_way(num_slots: int, expected: Room | Non
             cluster.set_state(name, ReplicaState.READY, 1.0)
             for number in range(num_requests):
                 cluster.begin_request(name, f"{name}-{number}", prefix="", now_s=1.0)
-    picture = Picture()
-    rules = RuleBook(RouterLimits(), picture, cluster=cluster, estimator=Estimator())
+    core_state = CoreState()
+    rules = RuleBook(RouterLimits(), core_state, cluster=cluster, estimator=Estimator())
     assert find_room(rules, "new", num_slots) == expected
     for replica in cluster.replicas.values():
-        picture.models[replica.model] = ModelState(ModelSpec(replica.model, min_replicas=1))
+        core_state.models[replica.model] = ModelState(ModelSpec(replica.model, min_replicas=1))
     assert find_room(rules, "new", num_slots) is None
     cluster.validate()
 
