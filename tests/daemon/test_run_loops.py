@@ -110,7 +110,7 @@ kind, directory = sys.argv[1], Path(sys.argv[2])
 if kind == "store":
     from sllm_vllm.store import daemon
     from sllm_vllm.config import StoreConfig
-    daemon.Server.accept = broken
+    daemon.StoreServer.accept = broken
     start = lambda: daemon.serve(StoreConfig(store_dir=directory, memory_bytes=1 << 26))
 elif kind == "node":
     from sllm_vllm.node import agent, daemon
