@@ -113,7 +113,7 @@ def run_demo(workspace: Workspace, size: str) -> int:
         return 1
     console.print(table_of(rows))
     for line in verdicts_of(rows, move):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if move.is_identical and all(row.is_identical for row in rows) else 1
 
 
@@ -209,7 +209,7 @@ def _order_move(router: Router) -> str | None:
 def table_of(rows: list[Row]) -> Table:
     """The table of seconds to the first token."""
     table = Table(title="seconds to the first token", title_justify="left", box=None)
-    for name in ("model", "stock `vllm serve`", "first request", "again, engine stopped", "(predicted)", "tokens"):
+    for name in ("model", "stock", "first request", "stopped, again", "(predicted)", "tokens"):
         table.add_column(name, justify="left" if name in ("model", "tokens") else "right")
     for row in rows:
         seconds = [row.stock, row.first, row.again]
