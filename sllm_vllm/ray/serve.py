@@ -27,7 +27,7 @@ from sllm_vllm.ray.app import RemoteApp
 from sllm_vllm.ray.controller import RayController, read_told
 from sllm_vllm.ray.session import Answer, ControllerGone, Held, News, Note, SessionWelcome, Unknown
 from sllm_vllm.router.config.file import read_key_digests, read_router_config
-from sllm_vllm.router.config.sections import RouterConfig
+from sllm_vllm.router.config.sections import KeySource, RouterConfig
 from sllm_vllm.router.config.values import needs_keys
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Failure, Ticket
@@ -168,19 +168,15 @@ def build(arguments: Arguments) -> serve.Application:
 
 def _with_digests(config: RouterConfig) -> RouterConfig:
     """The same configuration, with digests instead of keys."""
-    clients, admin = (
-        [{"sha256": digest} for digest in read_key_digests(getattr(config.keys, which), f"keys.{which}")]
-        for which in ("clients", "admin")
-    )
-    if needs_keys(None, has_keys=bool(clients), is_insecure=config.keys.insecure_no_keys):
-        raise ConfigError("no access is configured: set `keys.clients` or `keys.insecure_no_keys: true`")
-    keys = {
-        "clients": clients,
-        "admin": admin,
-        "hidden_variables": config.keys.secret_variables(),  # they may be set on the agents' machines, too
-        "insecure_no_keys": config.keys.insecure_no_keys,
+    digests = {
+        which: tuple(KeySource(sha256=one) for one in read_key_digests(getattr(config.keys, which), f"keys.{which}"))
+        for which in ("clients", "admin", "metrics")
     }
-    return config.model_copy(update={"keys": type(config.keys).model_validate(keys)})
+    if needs_keys(None, has_keys=bool(digests["clients"]), is_insecure=config.keys.insecure_no_keys):
+        raise ConfigError("no access is configured: set `keys.clients` or `keys.insecure_no_keys: true`")
+    hidden = config.keys.secret_variables()  # they may be set on the agents' machines, too
+    keys = config.keys.model_copy(update={**digests, "hidden_variables": hidden})
+    return config.model_copy(update={"keys": keys})
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - as modules have it

@@ -21,6 +21,7 @@ from sllm_vllm.errors import ConfigError
 from sllm_vllm.ray.controller import read_told
 from sllm_vllm.ray.serve import Arguments, build, link_of
 from sllm_vllm.router.config.file import parse_router_config
+from sllm_vllm.router.config.keys import digest_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -113,6 +114,19 @@ def test_keys_stay_where_they_are_read(tmp_path: Path) -> None:
     (tmp_path / "key").chmod(0o600)
     path.write_text(yaml.safe_dump({**read("demo.yaml"), "keys": {"clients": [{"file": str(tmp_path / "key")}]}}))
     assert b"a-secret-that-is" not in cloudpickle.dumps(build(Arguments(config=str(path))))
+
+
+def test_every_kind_of_key_reaches_the_controller_as_a_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kinds = tmp_path / "router.yaml", ("clients", "admin", "metrics")
+    for kind in kinds:
+        monkeypatch.setenv(f"KEY_OF_{kind}", f"a-key-of-{kind}")
+    path.write_text("keys: {" + ", ".join(f"{kind}: [{{env: KEY_OF_{kind}}}]" for kind in kinds) + "}\n")
+    told = link_of(str(path))[0]
+    keys = read_told(told).keys
+    assert [[one.sha256 for one in getattr(keys, kind)] for kind in kinds] == [
+        [digest_of(f"a-key-of-{kind}")] for kind in kinds
+    ]
+    assert "a-key-of" not in told
 
 
 def test_agents_of_a_cluster_know_which_variables_hold_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
