@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,10 +44,10 @@ from benchmarks.cold_start.report import (
 )
 from benchmarks.cold_start.run import ColdStarts
 from benchmarks.common.cached_model import SIZES
+from benchmarks.common.machine import has_cuda, machine
 from benchmarks.common.progress import Progress
 from benchmarks.common.supervise import CACHE_DEFAULT, Workspace, run_supervised
 from benchmarks.common.vllm_server import ServerFailed
-from benchmarks.loading.__main__ import has_cuda, installed
 from benchmarks.loading.bytecode import environment_of, warm_up
 from benchmarks.loading.page_cache import PageCacheRefused
 from benchmarks.loading.report import Verdict
@@ -61,8 +60,6 @@ FAILURES = (EngineFailed, ServerFailed, DaemonFailed, PageCacheRefused, SllmErro
 """Errors that end a run; what was measured before is still reported."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 """Set for every engine, in addition to what it inherits."""
-TOLD_VARIABLES = ("OMP_", "KMP_", "GOMP_", "HF_HUB_", "VLLM_")
-"""Prefixes of the environment variables that the results list."""
 WIDTH_MIN = 150
 
 
@@ -235,7 +232,8 @@ def _tell(outcome: Outcome, console: Console, arguments: argparse.Namespace) -> 
         wide.print(cycles_table_of(outcome.cycles))
     for verdict in verdicts:
         console.print(f"{verdict.name}: {verdict.figures}: {'yes' if verdict.is_met else 'NO'}", highlight=False)
-    lines = [machine(), *(start.as_json() for start in starts), *(row.as_json() for row in rows)]
+    told = machine(arguments=list(ENGINE_ARGUMENTS))
+    lines = [told, *(start.as_json() for start in starts), *(row.as_json() for row in rows)]
     lines += [memory.as_json() for memory in outcome.memory] + [cycle.as_json() for cycle in outcome.cycles]
     lines += [verdict.as_json() for verdict in verdicts]
     write_lines(lines, arguments.json)
@@ -254,27 +252,6 @@ def _draw(lines: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Non
     ]
     draw(chosen, arguments.png)
     print(f"picture: {arguments.png}")
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the settings of the measurement, for a line of JSON."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "kind": "machine",
-        "cpus": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "cpu": names[0] if names else platform.machine(),
-        "cuda": has_cuda(),
-        "versions": {name: installed(name) for name in ("vllm", "torch")},
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "arguments": list(ENGINE_ARGUMENTS),
-        "environment": {name: value for name, value in child_environment().items() if name.startswith(TOLD_VARIABLES)},
-    }
-
-
-def _cpuinfo() -> list[str]:
-    return Path("/proc/cpuinfo").read_text().splitlines()
 
 
 if __name__ == "__main__":

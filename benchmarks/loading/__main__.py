@@ -16,18 +16,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.common.cached_model import SIZES, ensure_model, weight_files
+from benchmarks.common.machine import has_cuda, machine
 from benchmarks.common.progress import Progress
 from benchmarks.common.supervise import CACHE_DEFAULT, Workspace, run_supervised
 from benchmarks.loading.bytecode import environment_of
@@ -335,7 +333,8 @@ def tell(bench: Bench, console: Console, file: Path | None) -> None:
     console.print(f"limits: {json.dumps(limits)}", markup=False, highlight=False)
     for verdict in verdicts:
         console.print(f"{verdict.name}: {verdict.figures}: {'yes' if verdict.is_met else 'NO'}", highlight=False)
-    lines = [machine(bench), limits, *(row.as_json() for row in rows)]
+    told = machine(bench.environment, model=bench.model.name, claims_memory=bench.claims_memory)
+    lines = [told, limits, *(row.as_json() for row in rows)]
     lines += [{"kind": "unavailable", "loader": name, "reason": why} for name, why in bench.unavailable.items()]
     lines += [verdict.as_json() for verdict in verdicts] + bench.lines
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
@@ -345,40 +344,6 @@ def tell(bench: Bench, console: Console, file: Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
         console.print(f"lines of JSON: {file}", markup=False, highlight=False)
-
-
-def machine(bench: Bench) -> dict[str, Any]:
-    """The machine and the settings of the measurement, for a line of JSON."""
-    return {
-        "kind": "machine",
-        "cpus": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "cpu": next((v.split(":")[1].strip() for v in _cpuinfo() if v.startswith("model name")), platform.machine()),
-        "cuda": bench.has_cuda,
-        "model": bench.model.name,
-        "claims_memory": bench.claims_memory,
-        "versions": {name: installed(name) for name in ("vllm", "torch", "safetensors", "runai-model-streamer")},
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "environment": {n: v for n, v in bench.environment.items() if n.startswith(("OMP_", "KMP_", "GOMP_", "VLLM_"))},
-    }
-
-
-def installed(name: str) -> str | None:
-    """Version of an installed package; None if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def has_cuda() -> bool:
-    """Whether there is an NVIDIA device. Does not import torch, which would start threads."""
-    return Path("/proc/driver/nvidia/version").exists()
-
-
-def _cpuinfo() -> list[str]:
-    return Path("/proc/cpuinfo").read_text().splitlines()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cold_start.__main__ import machine
+from benchmarks.common.machine import machine
 from benchmarks.common.progress import Progress
 from benchmarks.common.supervise import CACHE_DEFAULT, ROOT, Workspace, run_supervised
 from benchmarks.ray.cluster import RayCluster, ray_cluster, sections_of

@@ -36,8 +36,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cold_start.__main__ import machine
 from benchmarks.common.cached_model import SIZES, ensure_model
+from benchmarks.common.machine import machine
 from benchmarks.common.progress import Progress
 from benchmarks.common.supervise import CACHE_DEFAULT, Workspace, run_supervised
 from benchmarks.loading.bytecode import environment_of, warm_up

@@ -36,8 +36,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cold_start.__main__ import machine
 from benchmarks.common.cached_model import ensure_model
+from benchmarks.common.machine import machine
 from benchmarks.common.progress import Progress
 from benchmarks.common.supervise import CACHE_DEFAULT, ROOT, Workspace, run_supervised
 from benchmarks.common.vllm_server import HOST, vllm_command

@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.cold_start import __main__ as cold_start
 from benchmarks.cold_start import cycles as cold_start_cycles
 from benchmarks.cold_start.cycles import Cycle, cycles_table_of, cycles_verdict, growth_of
-from benchmarks.cold_start.engine import LogFollower, session_cpu_s
+from benchmarks.cold_start.engine import ENGINE_ARGUMENTS, LogFollower, session_cpu_s
 from benchmarks.cold_start.memory import Memory, memory_table_of
 from benchmarks.cold_start.plot import COLORS, draw, groups_of, merged, read_lines, title_of
 from benchmarks.cold_start.report import (
@@ -40,6 +40,7 @@ from benchmarks.cold_start.report import (
     ways_in_turn,
 )
 from benchmarks.cold_start.run import files_of
+from benchmarks.common.machine import machine
 from sllm_vllm.node.core.phases import StartPhase
 from sllm_vllm.units import MIB
 
@@ -208,7 +209,7 @@ def test_equal_tokens_have_equal_digests() -> None:
 
 
 def test_machine_tells_versions_and_arguments() -> None:
-    line = json.loads(json.dumps(cold_start.machine()))
+    line = json.loads(json.dumps(machine(arguments=ENGINE_ARGUMENTS)))
     assert line["kind"] == "machine"
     assert line["cpus"] == os.cpu_count()
     assert "--enforce-eager" in line["arguments"]
@@ -218,7 +219,7 @@ def test_machine_tells_versions_and_arguments() -> None:
 
 
 def test_picture_is_drawn_from_the_lines_of_an_earlier_run(tmp_path: Path) -> None:
-    lines = [cold_start.machine(), *(row.as_json() for row in rows_of(starts()))]
+    lines = [machine(arguments=ENGINE_ARGUMENTS), *(row.as_json() for row in rows_of(starts()))]
     (tmp_path / "run.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     read = read_lines(tmp_path / "run.jsonl")
     assert "CPUs" in title_of(read)
