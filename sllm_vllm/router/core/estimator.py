@@ -1,6 +1,6 @@
 """How long starts, stops and first tokens take, learned from past ones. Pure; owned by the router's core.
 
-Every term is a median or line fitted by ``samples.py`` to its last samples. A term without samples falls back to the
+Every term is a median or line fitted to its last samples. A term without samples falls back to the
 nearest one with samples: the same model on other nodes, other models on the same node, other models on other nodes,
 and finally the defaults.
 """

@@ -1,7 +1,7 @@
 """The decisions of one live migration: rounds of prefill at the target, then the switch or giving up. Pure.
 
 Tokens are moved, not KV (ServerlessLLM, section 5): the target computes the KV of the prompt and the output so far into
-its prefix cache while the source keeps generating; the next round covers only the new tokens. ``router/mover.py``
+its prefix cache while the source keeps generating; the next round covers only the new tokens. ``migration/mover.py``
 carries out these decisions.
 
 When to switch. The target's cache holds whole blocks, so the tokens beyond the last whole block are always computed at
