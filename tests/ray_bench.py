@@ -11,13 +11,13 @@ from typing import Any
 from benchmarks.ray import cluster as ray_cluster
 from benchmarks.ray.cluster import ADMIN_KEY, RayCluster, sections_of
 from tests.router.router_process import FAKE_ENGINE, Cut, RouterUnderTest, Stream
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 class RayBench(RayCluster):
     """A cluster that is asked over real sockets."""
 
-    answer_s_max: float = 60.0
+    answer_s_max: float = DEADLINE_S
 
     @property
     def router(self) -> RouterUnderTest:

@@ -18,8 +18,8 @@ import pytest
 
 from sllm_vllm.plugin import register
 from sllm_vllm.store.channel import PROTOCOL_VERSION, short_address
+from tests.waiting import DEADLINE_S, wait_until
 
-PROCESS_TIMEOUT_S = 60.0
 LOADED = """
 import sys
 from vllm.plugins import load_general_plugins
@@ -43,7 +43,9 @@ if __name__ == "__main__":
 
 
 def test_the_loader_is_registered_once_somebody_imports_the_loaders_and_not_before() -> None:
-    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=DEADLINE_S, check=True
+    )
     assert done.stdout.split()[-3:] == ["False", "False", "SllmModelLoader"]
 
 
@@ -65,7 +67,7 @@ for wanted in ("1", "0", ""):
 
 def test_vllm_is_hooked_for_migration_if_that_is_wanted_and_else_stock() -> None:
     command = [sys.executable, "-c", HOOKED]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
     told = [line for line in done.stdout.splitlines() if line.startswith("'")]
     assert told == ["'1' True", "'0' False", "'' False"]
 
@@ -126,7 +128,7 @@ def listening(state_dir: Path, *, hangs: bool = False) -> Iterator[Listener]:
 def start(script: Path, *arguments: str, store: dict[str, object]) -> str:
     extra = ["--load-format", "sllm", "--model-loader-extra-config", json.dumps(store)]
     command = [sys.executable, str(script), "serve", *arguments, *extra]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT_S, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
     assert done.stderr == ""
     return done.stdout
 
@@ -134,6 +136,7 @@ def start(script: Path, *arguments: str, store: dict[str, object]) -> str:
 def test_the_first_process_alone_tells_the_daemon_what_it_will_want(script: Path, state_dir: Path) -> None:
     with listening(state_dir) as daemon:
         start(script, "org/model", "-tp", "2", store={"store_dir": str(state_dir.parent)})
+        wait_until(lambda: daemon.heard, "the connection to be accepted")
     hello = {"kind": "hello", "version": PROTOCOL_VERSION}
     assert daemon.heard == [[hello, {"kind": "hint", "model": "org/model", "tensor_parallel_size": 2}]]
 
@@ -144,6 +147,7 @@ def test_a_store_that_is_not_named_is_the_default_one(state_dir: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", "--load-format", "sllm"])
     with listening(state_dir) as daemon:
         register()
+        wait_until(lambda: daemon.heard, "the connection to be accepted")
     assert daemon.heard[0][1] == {"kind": "hint", "model": "m", "tensor_parallel_size": 1}
 
 
@@ -162,6 +166,7 @@ def test_a_start_that_does_without_the_store_tells_nobody(script: Path, state_di
 def test_a_daemon_that_hangs_does_not_fail_a_start(script: Path, state_dir: Path) -> None:
     with listening(state_dir, hangs=True) as daemon:
         assert start(script, "org/model", store={"store_dir": str(state_dir.parent)}) == "registered 0\n"
+        wait_until(lambda: daemon.heard, "the connection to be accepted")
     assert daemon.heard == [[]]
 
 
@@ -192,7 +197,7 @@ logger.warning("plainly %s", ["sllm"])
 def test_a_plain_start_does_not_advise_to_allow_our_endpoints(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
     done = subprocess.run(
-        [sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120, check=True, env=environment
+        [sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=DEADLINE_S, check=True, env=environment
     )
     said = done.stdout + done.stderr
     assert said.count("Found endpoint plugin(s)") == 1

@@ -35,30 +35,39 @@ LEFT_SHARE_MAX = 0.2
 QUIET_S = 1.0
 _ASKER = """
 import select, socket, sys, time
-router = socket.create_connection((sys.argv[1], int(sys.argv[2])))
-longest_s = 0.0
+router, pid = socket.create_connection((sys.argv[1], int(sys.argv[2]))), int(sys.argv[3])
+longest_s = busy_s = 0.0
+
+def busy():
+    return time.clock_gettime(~pid << 3 | 2)  # the processor clock of another process: see clock_getcpuclockid(3)
+
 while True:
-    began_s = time.monotonic()
+    began_s, began_busy_s = time.monotonic(), busy()
     router.sendall(b"GET /health HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
     data = b""
     while b"{}" not in data:
         data += router.recv(4096)
     longest_s = max(longest_s, time.monotonic() - began_s)
+    busy_s = max(busy_s, busy() - began_busy_s)
     if select.select([sys.stdin], [], [], 0.005)[0]:
         sys.stdin.readline()
-        print(longest_s, flush=True)
-        longest_s = 0.0
+        print(longest_s, busy_s, flush=True)
+        longest_s = busy_s = 0.0
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """One body: the status of its answer (0 if accepted and held) and the longest wait of `/health` meanwhile."""
+    """One body: the status of its answer (0 if accepted and held) and the longest wait of `/health` meanwhile.
+
+    ``busy_s``: the most processor time that the router used during one wait. Other processes change it little.
+    """
 
     body: str
     nbytes: int
     status: int
     wait_s: float
+    busy_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,32 +107,33 @@ async def measure_waits(router: RouterUnderTest, nbytes: int, *, tries: int = 1)
     """Measure with each body alone. With several tries the best counts, for machines that run other work, too."""
     async with asked_for_health(router) as longest:
         await asyncio.sleep(QUIET_S)
-        waits = [Wait("none", 0, 0, await longest())]
+        waits = [Wait("none", 0, 0, *await longest())]
         for name, body in hostile_bodies(nbytes):
             found = []
             for _ in range(tries):
                 status = await send_body(router, body)
                 found.append(await longest())
-            waits.append(Wait(name, len(body), status, min(found)))
+            waits.append(Wait(name, len(body), status, *map(min, zip(*found, strict=True))))
     return waits
 
 
 @contextlib.asynccontextmanager
-async def asked_for_health(router: RouterUnderTest) -> AsyncIterator[Callable[[], Awaitable[float]]]:
+async def asked_for_health(router: RouterUnderTest) -> AsyncIterator[Callable[[], Awaitable[tuple[float, float]]]]:
     """Ask for `/health` from another process until the block ends; yields a function for the longest wait since its
-    last call.
+    last call, in seconds and in processor seconds of the router.
     """
     host, port = router.address
-    command = (sys.executable, "-c", _ASKER, host, str(port))
+    command = (sys.executable, "-c", _ASKER, host, str(port), str(router.process.pid))
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
     asks, tells = process.stdin, process.stdout
     assert asks is not None
     assert tells is not None
 
-    async def longest() -> float:
+    async def longest() -> tuple[float, float]:
         asks.write(b"\n")
-        return float(await tells.readline())
+        wait_s, busy_s = map(float, (await tells.readline()).split())
+        return wait_s, busy_s
 
     try:
         yield longest

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.common.supervise import ROOT
 from tests.benchmarks.process_tree import alive, descendants, read_until
+from tests.waiting import DEADLINE_S
 
-TIMEOUT_S = 30.0
 SCRIPT = """
 import subprocess, sys
 from pathlib import Path
@@ -59,14 +59,14 @@ def left_behind(places: tuple[Path, Path]) -> list[str]:
 
 def test_status_of_the_work_is_returned(places: tuple[Path, Path]) -> None:
     process = start("return 7", *places)
-    process.communicate(timeout=TIMEOUT_S)
+    process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 7
     assert left_behind(places) == []
 
 
 def test_error_of_the_work_is_shown(places: tuple[Path, Path]) -> None:
     process = start("raise ValueError('on purpose')", *places)
-    output, _ = process.communicate(timeout=TIMEOUT_S)
+    output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
     assert b"ValueError: on purpose" in output
     assert left_behind(places) == []
@@ -75,7 +75,7 @@ def test_error_of_the_work_is_shown(places: tuple[Path, Path]) -> None:
 def test_work_that_leaves_processes_behind_is_tidied_up(places: tuple[Path, Path]) -> None:
     body = 'print(subprocess.Popen(["sleep", "1000"], start_new_session=True, stdout=-3).pid, flush=True); return 0'
     process = start(body, *places)
-    output, _ = process.communicate(timeout=TIMEOUT_S)
+    output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     assert not Path(f"/proc/{int(output)}").exists()
 
@@ -83,10 +83,10 @@ def test_work_that_leaves_processes_behind_is_tidied_up(places: tuple[Path, Path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_every_process_and_removes_every_directory(number: int, places: tuple[Path, Path]) -> None:
     process = start(HANG, *places)
-    read_until(process, "ready", TIMEOUT_S)
+    read_until(process, "ready", DEADLINE_S)
     children = descendants(process.pid)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=TIMEOUT_S)
+    output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 128 + number
     assert b"cleaning up" in output
     assert len(children) >= 3
@@ -98,7 +98,7 @@ def test_directory_of_a_killed_run_is_removed_by_the_next(places: tuple[Path, Pa
     cache, _ = places
     (cache / "run-killed").mkdir(parents=True)
     (cache / "run-killed" / ".lock").touch()
-    start("return 0", *places).communicate(timeout=TIMEOUT_S)
+    start("return 0", *places).communicate(timeout=DEADLINE_S)
     assert left_behind(places) == []
 
 
@@ -107,5 +107,5 @@ def test_directory_of_a_running_run_stays(places: tuple[Path, Path]) -> None:
     (cache / "run-running").mkdir(parents=True)
     with (cache / "run-running" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        start("return 0", *places).communicate(timeout=TIMEOUT_S)
+        start("return 0", *places).communicate(timeout=DEADLINE_S)
         assert left_behind(places) == ["run-running"]

@@ -20,6 +20,7 @@ from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.errors import CheckpointCorrupt
 from tests.checkpoint.builders import assert_says_where_and_mend
 from tests.checkpoint.conftest import Mount
+from tests.waiting import DEADLINE_S
 
 CHUNK_NBYTES = 1 << 16
 CONTENT = random.Random(0).randbytes(10 * CHUNK_NBYTES + 12_345)
@@ -201,7 +202,7 @@ def test_threads_that_are_refused_at_once_log_once(
     together = threading.Barrier(4)
 
     def direct() -> int:
-        together.wait(timeout=30)
+        together.wait(timeout=DEADLINE_S)
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     refuse_direct(direct)

@@ -200,9 +200,10 @@ def test_look_at_40_files_of_100_gb_is_cheap(
 
 
 def _look_s(records: SourceRecords, model: Path) -> float:
-    start = time.perf_counter()
+    """In processor time, which other processes change little."""
+    start = time.process_time()
     assert known(records, model) is not None
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def test_mtime_of_the_future_is_no_write_of_this_moment(

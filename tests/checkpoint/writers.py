@@ -22,10 +22,10 @@ from typing import Any, Self
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.errors import WriteError
 from tests.checkpoint.builders import CHUNK_NBYTES, make_key, write_rank
+from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("open", "pwrite", "fsync", "rename", "mkdir", "unlink", "rmdir")
-BARRIER_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def serve() -> None:
     context = multiprocessing.get_context("fork")
     for line in sys.stdin:
         jobs = [Job(**value) for value in json.loads(line)]
-        barrier = context.Barrier(len(jobs), timeout=BARRIER_TIMEOUT_S)
+        barrier = context.Barrier(len(jobs), timeout=DEADLINE_S)
         pipes = [context.Pipe(duplex=False) for _ in jobs]
         children = [
             context.Process(target=_child, args=(job, barrier, sender))

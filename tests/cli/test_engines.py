@@ -20,7 +20,7 @@ from sllm_vllm.node import launcher
 from sllm_vllm.node.client import NodeClient
 from tests.node.commands import Run, caller, command, use_folders
 from tests.node.fake_agent import KEY, ServedAgent, agent_command, agent_process, start_report
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_an_interrupt_stops_what_starts(served: ServedAgent, how: signal.Signals
     )
     wait_until(lambda: served.do(lambda: served.agent.num_streams) == 1, "the command to watch")
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, err) == (130, b"interrupted: stopping s\n")
     assert state_of(served, "s") == "stopped"
 
@@ -218,7 +218,7 @@ def test_a_terminal_sees_how_far_it_is(served: ServedAgent) -> None:
         while b"s  loading weights  0.5 s  3.00 MiB  warm" not in seen:
             seen += os.read(reader, 4096)
         served.do(lambda: served.agent.change("s", state="ready", start=start_report("ready")))
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=DEADLINE_S)
     finally:
         process.kill()
         process.wait()
@@ -298,7 +298,7 @@ def test_logs_are_followed_to_the_end(served: ServedAgent, options: tuple[str, .
     served.client.stop_replica("s")
     assert process.stdout is not None
     process.stdout.reconfigure(errors="replace")  # type: ignore[attr-defined]
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0
     assert (out.splitlines()[0], out.splitlines()[-1]) == (first, "last")
 
@@ -312,7 +312,7 @@ def test_logs_into_a_pipe_that_breaks(served: ServedAgent) -> None:
     served.do(lambda: served.agent.say("s", b"more\n"))
     assert process.stderr is not None
     err = process.stderr.read()
-    assert (process.wait(60), err) == (0, b"")
+    assert (process.wait(DEADLINE_S), err) == (0, b"")
 
 
 def test_logs_interrupted(served: ServedAgent) -> None:
@@ -322,7 +322,7 @@ def test_logs_interrupted(served: ServedAgent) -> None:
     )
     wait_until(lambda: served.do(lambda: served.agent.num_streams) == 1, "the command to follow")
     process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 130)
+    assert (process.communicate(timeout=DEADLINE_S)[1], process.returncode) == (b"", 130)
 
 
 def test_stop(run: Run, served: ServedAgent) -> None:

@@ -16,12 +16,12 @@ import typer
 from sllm_vllm import __version__
 from sllm_vllm.cli import main as cli
 from tests.node.commands import Run, caller, command
+from tests.waiting import DEADLINE_S
 
 GUIDE = "\n".join(
     page.read_text() for page in sorted((Path(__file__).resolve().parents[2] / "docs" / "guide").glob("*.md"))
 )
 ROOT: Any = typer.main.get_command(cli.app)
-SUBPROCESS_S = 60.0
 _ROW = re.compile(r"^\| (`.*?) \| .* \|$", re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def test_help_is_printed_whole(run: Run, path: tuple[str, ...]) -> None:
 
 
 def test_help_of_a_process() -> None:
-    done = subprocess.run(command("pull", "--help"), capture_output=True, text=True, timeout=SUBPROCESS_S, check=False)
+    done = subprocess.run(command("pull", "--help"), capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "hf://org/name[@revision][/NAME]" in re.sub(r"\s+", "", done.stdout)
 
@@ -109,7 +109,7 @@ def test_a_shell_completes_commands_and_options() -> None:
         environment = os.environ | {"_SLLM_VLLM_COMPLETE": "complete_bash"} | variables
         script = Path(sys.executable).with_name("sllm-vllm")
         done = subprocess.run(
-            [script], env=environment, capture_output=True, text=True, timeout=SUBPROCESS_S, check=False
+            [script], env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
         )
         assert expected in done.stdout.split()
 

@@ -29,8 +29,8 @@ from sllm_vllm.loader.limits import LIMITS_NAME
 from sllm_vllm.units import KIB
 from tests.conftest import ModelDir
 from tests.vllm_server import vllm_server
+from tests.waiting import DEADLINE_S
 
-PROCESS_TIMEOUT_S = 60.0
 SCRIPT = Path(sys.executable).with_name("sllm-vllm")
 
 Run = Callable[..., tuple[int, str, str]]
@@ -346,8 +346,8 @@ def test_convert_ends_its_ranks_when_it_is_told_to(tmp_path: Path, number: signa
     rank = os.pidfd_open(int((tmp_path / "rank").read_text()))
     try:
         process.send_signal(number)
-        _, err = process.communicate(timeout=PROCESS_TIMEOUT_S)
-        ended, _, _ = select.select([rank], [], [], PROCESS_TIMEOUT_S)
+        _, err = process.communicate(timeout=DEADLINE_S)
+        ended, _, _ = select.select([rank], [], [], DEADLINE_S)
     finally:
         os.close(rank)
     assert (process.returncode, ended) == (code, [rank])

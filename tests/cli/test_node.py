@@ -17,7 +17,7 @@ from sllm_vllm.node import launcher
 from sllm_vllm.units import GIB, MIB
 from tests.node.commands import Run, caller, use_folders
 from tests.node.fake_agent import ServedAgent, agent_process
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_node_stop_returns_when_it_is_gone(run: Run, node_dir: Path) -> None:
         code, out, _ = run("node", "stop")
         assert (code, out) == (0, f"stopped: {node_dir} (1 engine ended)\n")
         assert not client.is_there()
-        assert process.wait(60) == 0
+        assert process.wait(DEADLINE_S) == 0
 
 
 def test_node_stop_that_takes_too_long(run: Run, served: ServedAgent) -> None:

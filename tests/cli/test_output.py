@@ -11,12 +11,12 @@ import pytest
 
 from sllm_vllm.cli.engines import REPLICA_CUT
 from sllm_vllm.cli.output import cell_width, table_lines
+from tests.waiting import DEADLINE_S
 
 LONG = "/data/models/an-organisation/" + "a-model-with-a-long-name-" * 4 + "instruct"
 ID = "a-model-with-a-long-name-3f2a9c"
 PROBLEM = "it exited with status 1: No module named 'torchvision'; see the log"
 ROW: dict[str, object] = {"id": ID, "model": LONG, "slots": 2, "reason": PROBLEM}
-PROCESS_S = 60.0
 
 
 def test_away_from_a_terminal_nothing_is_cut() -> None:
@@ -59,7 +59,7 @@ def test_a_real_terminal_of_eighty_columns() -> None:
     try:
         environment = {key: value for key, value in os.environ.items() if key != "LINES"} | {"COLUMNS": "80"}
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, stdout=theirs, env=environment, timeout=PROCESS_S, check=False)
+        done = subprocess.run(command, stdout=theirs, env=environment, timeout=DEADLINE_S, check=False)
         printed = os.read(ours, 65536).decode()
     finally:
         os.close(ours)

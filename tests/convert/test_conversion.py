@@ -24,8 +24,8 @@ from sllm_vllm.convert.parent import (
     watch_ranks,
 )
 from sllm_vllm.errors import ConfigError, SllmError, WriteError, WriterBusy
+from tests.waiting import DEADLINE_S
 
-END_TIMEOUT_S = 60.0
 LONELY_RANK = """
 import sys
 import tempfile
@@ -64,7 +64,7 @@ def test_no_rank_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
         try:
             parent.kill()
             parent.wait()
-            ended, _, _ = select.select([rank], [], [], END_TIMEOUT_S)
+            ended, _, _ = select.select([rank], [], [], DEADLINE_S)
         finally:
             os.close(rank)
     assert ended == [rank]

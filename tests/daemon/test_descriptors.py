@@ -25,7 +25,7 @@ from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
 from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Order
 from tests.router.router_process import FAKE_ENGINE, RouterUnderTest, running_router, write_config
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 FLOOD = 300
 LIMITS = (64, 128, 256)
@@ -51,7 +51,7 @@ def daemon(limit: int, log: Path, *arguments: str) -> Iterator[subprocess.Popen[
         if process.poll() is None:
             process.terminate()
         try:
-            process.wait(60)
+            process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -103,7 +103,7 @@ def answers(client: NodeClient) -> bool:
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_an_agent_outlives_a_flood_with_all_slots(tmp_path: Path, limit: int) -> None:
-    log, client = tmp_path / "log", NodeClient(tmp_path / "node" / "socket", timeout_s=20.0)
+    log, client = tmp_path / "log", NodeClient(tmp_path / "node" / "socket", timeout_s=DEADLINE_S)
     config = tmp_path / "node.json"
     config.write_text(json.dumps({"engine_command": [sys.executable, str(FAKE_ENGINE), "serve"]}))
     folders = ("--node-dir", str(tmp_path / "node"), "--store-dir", str(tmp_path), "--config", str(config))
@@ -150,12 +150,12 @@ def test_a_store_outlives_a_flood(tmp_path: Path, limit: int) -> None:
         wait_until(lambda: process.poll() is not None or asked_store(path), "the store to answer")
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(DEADLINE_S) == 0
 
 
 def asked_store(path: Path) -> bool:
     try:
-        with StoreClient(path, timeout_s=10.0) as client:
+        with StoreClient(path, timeout_s=DEADLINE_S) as client:
             return bool(client.order(Order(order="status"))["problem"] == "")
     except Exception:
         return False

@@ -16,7 +16,7 @@ import pytest
 from sllm_vllm.daemon import run_loops
 from sllm_vllm.daemon.run_loops import FAILURES_MAX, RunLoops
 from tests.router.fake_gate import until
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ async def test_a_step_that_fails_is_tried_again_and_the_problem_is_told_meanwhil
             told.append(loops.problem)
 
     loops.start("a loop", watched)
-    await asyncio.wait_for(is_well.wait(), 60)
+    await asyncio.wait_for(is_well.wait(), DEADLINE_S)
     await until(lambda: not loops.problem, "it to work")
     assert told[:3] == ["", "a loop: ValueError: no", "a loop: ValueError: no"]
 
@@ -59,7 +59,7 @@ async def test_a_shortage_ends_nothing_however_long_it_lasts() -> None:
     given_up: list[str] = []
     step, is_well = failing(10 * FAILURES_MAX, OSError(errno.EMFILE, "Too many open files"))
     RunLoops(given_up.append).start("a loop", step)
-    await asyncio.wait_for(is_well.wait(), 60)
+    await asyncio.wait_for(is_well.wait(), DEADLINE_S)
     assert given_up == []
 
 
@@ -67,7 +67,7 @@ async def test_what_fails_again_and_again_ends_with_the_reason_and_stays_a_probl
     given_up: list[str] = []
     step, _ = failing(FAILURES_MAX, KeyError("x"))
     loops = RunLoops(given_up.append)
-    await asyncio.wait_for(loops.start("a loop", step), 60)
+    await asyncio.wait_for(loops.start("a loop", step), DEADLINE_S)
     assert given_up == [f"a loop failed {FAILURES_MAX} times, the last time with KeyError: 'x'"]
     assert loops.problem == "a loop: KeyError: 'x'"
 
@@ -83,7 +83,7 @@ async def test_a_loop_outlives_the_cancellation_of_what_it_waits_for() -> None:
         await asyncio.sleep(0.01)
 
     RunLoops().start("a loop", step)
-    await asyncio.wait_for(is_well.wait(), 60)
+    await asyncio.wait_for(is_well.wait(), DEADLINE_S)
 
 
 async def test_one_that_is_cancelled_ends_and_is_no_problem() -> None:
@@ -134,7 +134,7 @@ cli.main()
 @pytest.mark.parametrize("kind", ["store", "node", "router"])
 def test_a_daemon_whose_loop_is_broken_ends_with_a_status_and_the_reason(tmp_path: Path, kind: str) -> None:
     command = [sys.executable, "-c", _BROKEN, kind, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("sllm-vllm: ended because ")

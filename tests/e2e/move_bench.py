@@ -23,7 +23,7 @@ from sllm_vllm.router.http.ingress import Ingress
 from sllm_vllm.router.http.serve import serve_app
 from tests.e2e.real_agent import order, ready, warm_agent
 from tests.resumed import Answer, Client
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 STEP_S = 0.01
 """Of an engine, at least: so that a switch comes soon after the token that it was ordered at."""
@@ -223,7 +223,7 @@ async def _served(gate: TwoEnginesGate) -> AsyncIterator[str]:
     started = asyncio.Event()
     running = asyncio.create_task(serve_app(Ingress(gate, settings), settings, sockets=[listener], started=started))
     try:
-        await asyncio.wait_for(started.wait(), 60)
+        await asyncio.wait_for(started.wait(), DEADLINE_S)
         yield "http://127.0.0.1:{1}".format(*listener.getsockname())
     finally:
         running.cancel()

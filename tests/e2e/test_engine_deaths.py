@@ -15,7 +15,7 @@ from tests.conftest import ModelDir
 from tests.e2e.resume_cases import CARRYING, CASES, Case, completion
 from tests.e2e.test_migration_exact import differs
 from tests.e2e.test_resume_exact import with_marks
-from tests.e2e.test_router_faults import START_MAX_S, wait_long
+from tests.e2e.test_router_faults import START_MAX_S
 from tests.e2e.test_router_moves import expect_no_port
 from tests.resumed import COMPLETIONS, Answer, Client
 from tests.router.router_process import RouterUnderTest, running_router, write_config
@@ -83,10 +83,10 @@ def router(model_dir: ModelDir, tmp_path: Path) -> Iterator[RouterUnderTest]:
     variables["PYTHONPATH"] = str(write_plugin(tmp_path / "plugin"))
     with running_router(tmp_path, environment=variables) as running:
         running.answer_s_max = START_MAX_S
-        wait_long(lambda: "event=warm_parent_ready" in running.log, "the warm parent")
+        wait_until(lambda: "event=warm_parent_ready" in running.log, "the warm parent")
         write_config(tmp_path, **sections, models=[{**one, "min_replicas": 2}])
         assert running.admin("reload", "POST").status == 200
-        wait_long(lambda: movable(running) == 2, "two engines that take over requests")
+        wait_until(lambda: movable(running) == 2, "two engines that take over requests")
         yield running
 
 
@@ -147,9 +147,9 @@ def test_a_poison_beside_twelve_streams_ends_one_engine_and_no_stream(router: Ro
     problems = {name: differs(whole[name], moved[name]) for name in NAMES}
     assert {name: problem for name, problem in problems.items() if problem} == {}
     assert len(moved[UNSEEDED].token_ids[0]) == NUM_TOKENS
-    assert router.log.count("attempts=2") >= 4, "streams of the engine that died"
+    wait_until(lambda: router.log.count("attempts=2") >= 4, "the lines of the streams of the engine that died")
     status, error, retry_after = poisoned(client)
     assert (status, error["code"]) == (502, "request_killed_engine")
     assert 0 < int(retry_after) <= 600
-    wait_long(lambda: movable(router) == 2, "another engine")
+    wait_until(lambda: movable(router) == 2, "another engine")
     assert router.log.count("event=start ") == 3

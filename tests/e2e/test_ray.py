@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,7 +49,7 @@ def bench(model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Iter
             )
         )
         bench.wait_for_nodes(*NODES)
-        wait_long(lambda: all(bench.agent(node).report().warm.pid for node in NODES), "warm parents")
+        wait_until(lambda: all(bench.agent(node).report().warm.pid for node in NODES), "warm parents")
         yield bench
 
 
@@ -63,15 +63,6 @@ def said(bench: RayBench) -> dict[str, str]:
 def told(bench: RayBench, said: dict[str, str]) -> dict[str, str]:
     """The same, of a long answer."""
     return {model: LongAnswer(bench, model).outcome() for model in said}
-
-
-def wait_long(is_so: Callable[[], object], what: str) -> None:
-    """Three imports of vLLM on two processors take longer than any other state is waited for."""
-    for _ in range(4):
-        with contextlib.suppress(TimeoutError):
-            wait_until(is_so, what)
-            return
-    wait_until(is_so, what)
 
 
 def ask(bench: RayBench, model: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,16 +38,8 @@ def router(model_dir: ModelDir, tmp_path: Path) -> Iterator[RouterUnderTest]:
     del variables["VLLM_CPU_KVCACHE_SPACE"]  # the agent's own share counts
     with running_router(tmp_path, environment=variables) as running:
         running.answer_s_max = START_MAX_S
-        wait_long(lambda: "event=warm_parent_ready" in running.log, "the warm parent")
+        wait_until(lambda: "event=warm_parent_ready" in running.log, "the warm parent")
         yield running
-
-
-def wait_long(is_so: Callable[[], object], what: str) -> None:
-    """An import of vLLM may take three times as long as any other state is waited for."""
-    for _ in range(2):
-        with contextlib.suppress(TimeoutError):
-            wait_until(is_so, what)
-    wait_until(is_so, what)
 
 
 def ask(router: RouterUnderTest, model: str) -> str:
@@ -76,7 +67,7 @@ def test_a_warm_parent_that_is_killed_costs_no_request(router: RouterUnderTest, 
     assert ask(router, "llama") == said
     assert engine_of(router, model_dir("llama")) == engine
 
-    wait_long(lambda: router.node.report().warm.pid not in (None, parent), "another parent")
+    wait_until(lambda: router.node.report().warm.pid not in (None, parent), "another parent")
     os.kill(engine, signal.SIGKILL)
     wait_until(lambda: not is_alive(engine), "the engine's end")
     assert ask(router, "llama") == said

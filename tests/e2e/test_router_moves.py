@@ -15,7 +15,6 @@ from sllm_vllm.daemon.unix_listener import socket_of_url
 from sllm_vllm.node.engine_process import living_members
 from tests.conftest import ModelDir
 from tests.e2e.move_bench import write_slow_plugin
-from tests.e2e.test_router_faults import wait_long
 from tests.listening import own_addresses, servers_of
 from tests.router.router_process import RouterUnderTest, Stream, running_router, write_config
 from tests.vllm_server import SERVER_ENVIRONMENT
@@ -46,7 +45,7 @@ def router(model_dir: ModelDir, tmp_path: Path) -> Iterator[RouterUnderTest]:
     variables["PYTHONPATH"] = str(write_slow_plugin(tmp_path / "plugin"))
     with running_router(tmp_path, environment=variables) as running:
         running.answer_s_max = 300.0
-        wait_long(lambda: "event=warm_parent_ready" in running.log, "the warm parent")
+        wait_until(lambda: "event=warm_parent_ready" in running.log, "the warm parent")
         yield running
 
 

@@ -24,7 +24,7 @@ from sllm_vllm.node.warm_order import WarmOrder
 from sllm_vllm.node.warm_pool import NotWarm, WarmPool
 from tests.conftest import ModelDir
 from tests.vllm_server import SERVER_ENVIRONMENT, Server, vllm_server
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.e2e_long
 
@@ -140,7 +140,7 @@ async def test_a_forked_server_answers_like_stock_and_outlives_its_parent(
     assert await asyncio.to_thread(answers, second)
     for process in (engine, second_engine):
         process.terminate()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             assert await process.wait() == 0
         await asyncio.to_thread(wait_until, partial(is_gone, process.pid), "all of its group to be gone")
     with vllm_server(model, tmp_path) as stock:
@@ -159,7 +159,7 @@ async def test_a_bad_argument_ends_with_vllms_own_message(bench: Bench, tmp_path
     )
     engine = await bench.pool.fork(order, pipe.writer)
     pipe.close_writer()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         assert await engine.wait() == 2
         await pipe.wait_closed()
     assert any("--no-such-argument" in line for line in lines)

@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from sllm_vllm.engine.endpoints import SllmEndpoints, _respond
 from sllm_vllm.engine.hook_points import HookPoints
 from sllm_vllm.engine.self_test import why_unable
+from tests.waiting import DEADLINE_S
 
 
 class App:
@@ -75,7 +76,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 async def started(endpoints: SllmEndpoints, *keys: str) -> None:
     await endpoints.init_state(Engine(), None, SimpleNamespace(api_key=list(keys) or None))
     assert endpoints._trial is not None
-    await asyncio.wait_for(endpoints._trial, 30)
+    await asyncio.wait_for(endpoints._trial, DEADLINE_S)
 
 
 @pytest.mark.parametrize(
@@ -115,19 +116,37 @@ async def test_an_engine_that_cant_resume_says_why_and_serves_on(
 async def test_the_trial_waits_for_a_quiet_moment_but_not_for_ever(
     endpoints: SllmEndpoints, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    monkeypatch.setattr("sllm_vllm.engine.endpoints.QUIET_S", 0.2)
-    monkeypatch.setattr("sllm_vllm.engine.endpoints.QUIET_S_MAX", 60.0 if ends else 0.5)
+    clock = SimpleNamespace(now_s=0.0)
+
+    async def at(now_s: float) -> None:
+        """Set the clock, and let the trial look at it."""
+        clock.now_s = now_s
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr("sllm_vllm.engine.endpoints.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr("sllm_vllm.engine.endpoints._LOOK_S", 0)
+    monkeypatch.setattr("sllm_vllm.engine.endpoints.QUIET_S", 1.0)
     engine = Engine()
     engine.output_processor.request_states["r"] = "in flight"
     await endpoints.init_state(engine, None, SimpleNamespace(api_key=None))
-    assert endpoints._trial is not None
-    await asyncio.wait([endpoints._trial], timeout=0.4)
-    assert not endpoints._trial.done()
+    trial = endpoints._trial
+    assert trial is not None
+    for half_s in range(50):
+        await at(half_s / 2)
+        assert not trial.done()
     status, state = await ask(endpoints, "/sllm/state")
     assert (status, state["resume"], state["reason"]) == (200, None, "the trial has not ended")
     if ends:
         engine.output_processor.request_states.clear()
-    await asyncio.wait_for(endpoints._trial, 30)
+        await at(25.4)
+        assert not trial.done()
+        await at(25.5)
+    else:
+        for half_s in range(50, 61):
+            assert not trial.done()
+            await at(half_s / 2)
+    await asyncio.wait_for(trial, DEADLINE_S)
     assert (await ask(endpoints, "/sllm/state"))[1]["resume"] is False
 
 

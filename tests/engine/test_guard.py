@@ -10,6 +10,7 @@ import pytest
 
 from sllm_vllm.engine.guard import EngineGuard
 from sllm_vllm.node.core.launch import GUARD
+from tests.waiting import DEADLINE_S
 
 KEY = "the-engines-key"
 KEYLESS = "/health"
@@ -64,7 +65,7 @@ async def ask(app: Any, path: str, method: str = "GET", *, kind: str = "http", *
         sent.append(message)
 
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             await app(scope, receive, send)
     except Exception:  # whatever a route does without an engine: it was reached
         return "reached", 0

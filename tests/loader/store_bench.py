@@ -18,7 +18,8 @@ from sllm_vllm.config import LoaderConfig
 from sllm_vllm.loader.load import load_module
 from sllm_vllm.loader.report import LoadReport
 from tests.loader.test_module_state import assert_equal, stored
-from tests.store.lease_daemon import WAIT_MAX_S, LeaseDaemon, Script, open_fds
+from tests.store.lease_daemon import LeaseDaemon, Script, open_fds
+from tests.waiting import DEADLINE_S
 
 CHUNK_NBYTES = 4096
 NUM_SPANS = 5  # of 4 chunks each, the last one shorter
@@ -80,7 +81,7 @@ def nothing_left_behind() -> Iterator[None]:
     gc.collect()
     for thread in threading.enumerate():
         if thread.name == "sllm-lease":  # its lease has just ended
-            thread.join(WAIT_MAX_S)
+            thread.join(DEADLINE_S)
     assert len(open_fds() - fds) == 0
     assert threading.active_count() == threads
 

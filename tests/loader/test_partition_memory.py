@@ -10,8 +10,7 @@ import pytest
 from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.loader.partition_memory import PartitionMemory, Serial
 from tests.checkpoint.builders import CHUNK_NBYTES, make_checkpoint
-
-WAIT_MAX_S = 30.0
+from tests.waiting import DEADLINE_S
 
 
 def test_a_call_made_by_a_call_runs_after_it() -> None:
@@ -31,15 +30,15 @@ def test_a_call_made_while_another_thread_is_at_one_is_run_there() -> None:
 
     def slow() -> None:
         began.set()
-        assert may_end.wait(WAIT_MAX_S)
+        assert may_end.wait(DEADLINE_S)
 
     thread = threading.Thread(target=lambda: serial.run(slow), name="first")
     thread.start()
-    assert began.wait(WAIT_MAX_S)
+    assert began.wait(DEADLINE_S)
     serial.run(lambda: runners.append(threading.current_thread().name))
     assert runners == []
     may_end.set()
-    thread.join(WAIT_MAX_S)
+    thread.join(DEADLINE_S)
     assert runners == ["first"]
 
 

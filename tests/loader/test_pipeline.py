@@ -9,8 +9,7 @@ import pytest
 
 from sllm_vllm.loader.pipeline import ChunkPipeline
 from sllm_vllm.loader.sink import Target
-
-WAIT_MAX_S = 30.0
+from tests.waiting import DEADLINE_S
 
 
 class FakeSource:
@@ -28,14 +27,14 @@ class FakeSource:
             self.begun.append(chunk)
             self.started.notify_all()
         if chunk in self._held:
-            assert self.release.wait(WAIT_MAX_S)
+            assert self.release.wait(DEADLINE_S)
         if chunk in self._broken:
             raise OSError(5, "the device failed")
         return len(buffer)
 
     def wait_begun(self, count: int) -> None:
         with self.started:
-            assert self.started.wait_for(lambda: len(self.begun) >= count, WAIT_MAX_S)
+            assert self.started.wait_for(lambda: len(self.begun) >= count, DEADLINE_S)
 
 
 class FakeSink:
@@ -84,7 +83,7 @@ def test_wait_for_a_later_position_holds_until_an_earlier_chunk_has_come() -> No
         source.wait_begun(2)
         assert not waited.is_set()
         source.release.set()
-        consumer.join(WAIT_MAX_S)
+        consumer.join(DEADLINE_S)
     assert waited.is_set()
 
 

@@ -28,7 +28,8 @@ from tests.loader.store_bench import (
     spans_of,
 )
 from tests.loader.test_module_state import assert_equal
-from tests.store.lease_daemon import WAIT_MAX_S, Script, open_fds
+from tests.store.lease_daemon import Script, open_fds
+from tests.waiting import DEADLINE_S
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def test_two_loads_at_once_share_the_pool(bench: Bench) -> None:
         for load in loads:
             load.start()
         for load in loads:
-            load.join(WAIT_MAX_S)
+            load.join(DEADLINE_S)
         for module in modules:
             assert_equal(Block(1), module)
         del modules, module
@@ -269,6 +270,6 @@ def test_tensors_that_die_on_many_threads_release_each_span_once(bench: Bench) -
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(WAIT_MAX_S)
+                thread.join(DEADLINE_S)
             daemon.wait_released(range(len(bench.partition.record.chunks)))
             daemon.wait_idle()

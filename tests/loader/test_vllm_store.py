@@ -13,8 +13,9 @@ from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from tests.conftest import ModelDir
 from tests.loader.test_bit_identity import wait_until_written
-from tests.store.lease_daemon import WAIT_MAX_S, LeaseDaemon, Script
+from tests.store.lease_daemon import LeaseDaemon, Script
 from tests.vllm_fill import Fill, load_model, tensors_after_load_weights
+from tests.waiting import DEADLINE_S
 
 CHUNK_NBYTES = 8192
 
@@ -71,7 +72,7 @@ def test_packed_modules_give_their_spans_back_and_the_embedding_keeps_its_own(se
         num_spans = len(daemon.chunks_of_spans(setting.checkpoint.partition(0)))
         with daemon.changed:
             if packs(module):
-                assert daemon.changed.wait_for(lambda: len(daemon.released) > 0, WAIT_MAX_S)
+                assert daemon.changed.wait_for(lambda: len(daemon.released) > 0, DEADLINE_S)
             assert len(daemon.released) < num_spans
             assert daemon.num_open == 1
         del module

@@ -34,6 +34,7 @@ from sllm_vllm.node.protocol import (
     WarmReport,
 )
 from sllm_vllm.node.server import Agent, AgentServer
+from tests.waiting import DEADLINE_S
 
 KEY = "sk-this-is-secret"
 T = TypeVar("T")
@@ -226,7 +227,7 @@ class ServedAgent:
 
     @property
     def client(self) -> NodeClient:
-        return NodeClient(self.socket, timeout_s=20.0)
+        return NodeClient(self.socket, timeout_s=DEADLINE_S)
 
     def order(self, model: str, **fields: object) -> ReplicaReport:
         return self.client.order(ReplicaOrder.model_validate({"model": model, **fields}))
@@ -273,7 +274,7 @@ def agent_process(node_dir: Path) -> Iterator[tuple[NodeClient, subprocess.Popen
     """A fake agent in a process of its own, for the whole of `daemon.serve`."""
     from tests.waiting import wait_until  # as a program, it does not find the tests
 
-    client = NodeClient(node_dir / "socket", timeout_s=20.0)
+    client = NodeClient(node_dir / "socket", timeout_s=DEADLINE_S)
     process = subprocess.Popen(agent_command(node_dir), stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: client.is_there() or process.poll() is not None, "the agent to answer")

@@ -21,6 +21,7 @@ from sllm_vllm.node.protocol import NodeReport, ReplicaOrder
 from tests.listening import listening_addresses as session_listeners
 from tests.listening import servers_of
 from tests.node.agent_bench import Bench, ask, descriptors, node_config, running_agent, text_of
+from tests.waiting import DEADLINE_S
 
 _LISTENING = "0A"
 
@@ -306,7 +307,7 @@ async def test_nobody_knows_an_id_that_was_never_ordered(tmp_path: Path) -> None
 async def test_a_watch_ends_with_the_replica_and_tells_every_state(tmp_path: Path) -> None:
     async with running_agent(tmp_path) as bench:
         states: list[str] = []
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             async for report in bench.agent.watch((await bench.order()).id):
                 states += [report.state] if states[-1:] != [report.state] else []
                 if report.is_ready:

@@ -22,7 +22,7 @@ from sllm_vllm.node.launcher import LOG_NBYTES_MAX, start_in_background
 from sllm_vllm.node.protocol import ReplicaOrder
 from tests.node import fake_agent
 from tests.node.fake_agent import KEY, ServedAgent, agent_command, agent_process
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
@@ -105,7 +105,7 @@ def answering(path: Path, answer: bytes) -> Iterator[NodeClient]:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield NodeClient(path, timeout_s=20.0)
+            yield NodeClient(path, timeout_s=DEADLINE_S)
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
@@ -203,11 +203,12 @@ def test_an_agent_that_does_not_answer(tmp_path: Path) -> None:
 def test_what_may_take_for_ever_notices_an_agent_that_stands_still(tmp_path: Path, kind: str) -> None:
     with agent_process(tmp_path / "node") as (client, process):
         client.order(ReplicaOrder(model="slow", id="s"))
-        impatient = NodeClient(tmp_path / "node" / "socket", timeout_s=0.2, silent_s=0.05)
+        impatient = NodeClient(tmp_path / "node" / "socket", timeout_s=DEADLINE_S, silent_s=0.05)
         watch, logs = impatient.watch("s"), impatient.logs("s", follow=True)
         next(watch)
         next(logs)
         process.send_signal(signal.SIGSTOP)
+        impatient._timeout_s = 0.2
         with pytest.raises(NodeUnavailable, match="does not answer"):
             impatient.prefetch("c") if kind == "prefetch" else list(watch if kind == "watch" else logs)
 
@@ -226,9 +227,9 @@ def test_a_silent_engine_is_waited_for_while_its_agent_answers(served: ServedAge
     states: list[str] = []
     watching = threading.Thread(target=lambda: states.extend(report.state for report in patient.watch("s")))
     watching.start()
-    assert asked.wait(60)
+    assert asked.wait(DEADLINE_S)
     served.client.stop_replica("s")
-    watching.join(60)
+    watching.join(DEADLINE_S)
     assert states[-1] == "stopped"
 
 

@@ -17,9 +17,8 @@ from sllm_vllm.config import child_environment
 from sllm_vllm.node.cold_start import serve_command
 from sllm_vllm.node.engine_process import EngineProcess, start_cold
 from sllm_vllm.node.logs import BoundedLog, OutputPipe
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
-TIMEOUT_S = 60
 _SLEEPER = (
     "import subprocess, sys, time; subprocess.Popen(['sleep', '1000']); print('up', flush=True); time.sleep(1000)"
 )
@@ -53,7 +52,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize(("script", "status"), [("", 0), ("raise SystemExit(3)", 3), ("import os; os.abort()", -6)])
 async def test_the_status_tells_how_it_ended(script: str, status: int) -> None:
     process = spawn(script, 2)
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(DEADLINE_S):
         assert await process.wait() == status
     assert process.status == status
     process.kill()  # too late: harmless
@@ -67,7 +66,7 @@ async def test_nothing_of_its_group_is_left(how: str) -> None:
     with os.fdopen(reading, "rb") as pipe:
         assert await asyncio.to_thread(pipe.readline) == b"up\n"
         getattr(process, how)()
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(DEADLINE_S):
             assert await process.wait() == (-signal.SIGTERM if how == "terminate" else -signal.SIGKILL)
             assert await asyncio.to_thread(pipe.read) == b""  # nobody has the other end any more
 
@@ -77,7 +76,7 @@ async def test_a_cold_start_ends_with_vllms_own_message(tmp_path: Path) -> None:
     pipe = OutputPipe(BoundedLog(tmp_path / "log", 1 << 20), lines.append)
     process = start_cold([*serve_command(), "--no-such-argument"], child_environment(), pipe.writer)
     pipe.close_writer()
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(DEADLINE_S):
         assert await process.wait() == 2
         await pipe.wait_closed()
     assert any("--no-such-argument" in line for line in lines)
@@ -105,6 +104,6 @@ async def test_an_engine_inherits_no_descriptor_that_a_library_left_inheritable(
         own = {"0", "1", "2"}
         await asyncio.to_thread(wait_until, lambda: set(os.listdir(held)) == own, "the engine to hold its own alone")
         process.kill()
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(DEADLINE_S):
             await process.wait()
             await pipe.wait_closed()

@@ -26,10 +26,9 @@ from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import ReplicaOrder
 from sllm_vllm.node.running_time import within
 from tests.node.commands import command
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
-TIMEOUT_S = 60
 SHORT_S = 0.1
 
 
@@ -93,7 +92,7 @@ async def test_only_status_200_is_well(
     engine: tuple[Engine, str], client: aiohttp.ClientSession, answer: bytes | None, problem: str
 ) -> None:
     engine[0].answers = [answer]
-    answer_s = SHORT_S if answer is None else TIMEOUT_S
+    answer_s = SHORT_S if answer is None else DEADLINE_S
     assert await ask_health(client, engine[1], answer_s=answer_s) == problem
     assert engine[0].requests in ([b"GET /health HTTP/1.1"], [])
 
@@ -103,12 +102,12 @@ async def test_one_that_hangs_up_or_talks_nonsense_is_not_well(
     engine: tuple[Engine, str], client: aiohttp.ClientSession, answer: bytes
 ) -> None:
     engine[0].answers = [answer]
-    assert await ask_health(client, engine[1], answer_s=TIMEOUT_S) != ""
+    assert await ask_health(client, engine[1], answer_s=DEADLINE_S) != ""
 
 
 async def test_one_that_does_not_listen_is_not_well(client: aiohttp.ClientSession) -> None:
     with Ports().reserve() as port:
-        problem = await ask_health(client, f"http://127.0.0.1:{port.port}", answer_s=TIMEOUT_S)
+        problem = await ask_health(client, f"http://127.0.0.1:{port.port}", answer_s=DEADLINE_S)
     assert problem is not None
     assert "Cannot connect" in problem
 
@@ -116,10 +115,10 @@ async def test_one_that_does_not_listen_is_not_well(client: aiohttp.ClientSessio
 async def test_a_socket_that_is_not_there_or_not_listened_to_is_not_well(tmp_path: Path) -> None:
     path = tmp_path / "engine"
     async with session_to(url_of_socket(path)) as client:
-        assert "Cannot connect" in (await ask_health(client, "http://localhost", answer_s=TIMEOUT_S) or "")
+        assert "Cannot connect" in (await ask_health(client, "http://localhost", answer_s=DEADLINE_S) or "")
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
-            assert "Cannot connect" in (await ask_health(client, "http://localhost", answer_s=TIMEOUT_S) or "")
+            assert "Cannot connect" in (await ask_health(client, "http://localhost", answer_s=DEADLINE_S) or "")
 
 
 def test_a_socket_whose_queue_is_full_is_waited_for(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_a_socket_whose_queue_is_full_is_waited_for(tmp_path: Path) -> None:
             first.connect(str(path))
             async with session_to(url_of_socket(path)) as client:
                 assert await ask_health(client, "http://localhost", answer_s=SHORT_S) == "no answer within 0.1 s"
-                asked = asyncio.create_task(ask_health(client, "http://localhost", answer_s=TIMEOUT_S))
+                asked = asyncio.create_task(ask_health(client, "http://localhost", answer_s=DEADLINE_S))
                 server.accept()[0].close()
                 made, _ = await asyncio.to_thread(server.accept)
                 with made:
@@ -146,7 +145,7 @@ def test_a_socket_whose_queue_is_full_is_waited_for(tmp_path: Path) -> None:
 
 async def test_the_first_yes_is_waited_for(engine: tuple[Engine, str], client: aiohttp.ClientSession) -> None:
     engine[0].answers = [b"503 Busy", None, b"", b"200 OK"]
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(DEADLINE_S):
         await wait_healthy(client, engine[1], answer_s=1)
     assert len(engine[0].requests) == 4
 
@@ -155,7 +154,7 @@ async def test_it_is_asked_again_and_again(engine: tuple[Engine, str], client: a
     engine[0].answers = [b"503 Busy", b"200 OK", b"500 Oh"]
     answers: asyncio.Queue[str] = asyncio.Queue()
     asking = asyncio.create_task(keep_asking(client, engine[1], answers.put_nowait, every_s=0.5))
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(DEADLINE_S):
         got = [await answers.get() for _ in range(3)]
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
@@ -193,7 +192,7 @@ async def test_a_question_that_there_is_no_descriptor_for_was_not_asked(
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr("aiohappyeyeballs.impl.socket.socket", no_socket)
-    assert await ask_health(client, "http://127.0.0.1:1", answer_s=TIMEOUT_S) is None
+    assert await ask_health(client, "http://127.0.0.1:1", answer_s=DEADLINE_S) is None
 
 
 async def test_what_takes_too_long_on_a_loop_that_runs_is_cancelled() -> None:
@@ -212,7 +211,7 @@ async def test_what_takes_too_long_on_a_loop_that_runs_is_cancelled() -> None:
 
 def test_an_engine_is_not_ended_because_its_agent_was_stopped(tmp_path: Path) -> None:
     """By a signal, while a question was under way, for longer than an answer may take."""
-    client, health_s = NodeClient(tmp_path / "node" / "socket", timeout_s=60.0), 2.0
+    client, health_s = NodeClient(tmp_path / "node" / "socket", timeout_s=DEADLINE_S), 2.0
     engine_command = [sys.executable, str(FAKE_ENGINE), "serve"]
     config = tmp_path / "node.json"
     config.write_text(json.dumps({"engine_command": engine_command, "health_s": health_s, "unwell_max": 1}))

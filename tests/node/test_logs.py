@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.node.logs import BoundedLog, OutputPipe, read_log
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 def test_a_log_is_two_files_of_bounded_size(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ async def test_lines_are_told_as_they_come_however_they_are_cut(tmp_path: Path) 
         os.write(pipe.writer, piece)
         await asyncio.sleep(0)
     pipe.close_writer()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         await pipe.wait_closed()
     assert lines == ["one", "two", "three \ufffd"]
     assert (tmp_path / "log").read_bytes() == b"one\ntwo\nthree \xff"
@@ -68,7 +68,7 @@ async def test_a_log_is_followed_into_the_next_file_until_its_engine_ends(tmp_pa
             found.extend(data)
 
     following = asyncio.create_task(follow())
-    async with asyncio.timeout(50):
+    async with asyncio.timeout(DEADLINE_S):
         await asyncio.to_thread(wait_until, partial(found.endswith, b"first\n"), "what was there to be read")
         for number in range(20):
             line = f"line {number:02}\n".encode()

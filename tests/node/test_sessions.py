@@ -14,9 +14,8 @@ import pytest
 
 from sllm_vllm.node.engine_process import end_session, living_members, reap_adopted
 from sllm_vllm.node.orphans import find_process
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
-TIMEOUT_S = 60
 _PR_SET_CHILD_SUBREAPER = 36
 _LEADER = """
 import os, signal, sys, time
@@ -71,7 +70,7 @@ def test_members_are_found_in_every_group(leader: subprocess.Popen[str]) -> None
 
 
 async def test_a_session_is_ended_with_its_leader(leader: subprocess.Popen[str]) -> None:
-    assert await end_session(leader.pid, timeout_s=TIMEOUT_S)
+    assert await end_session(leader.pid, timeout_s=DEADLINE_S)
     assert living_members(leader.pid) == []
     assert leader.wait() == -signal.SIGKILL
 
@@ -80,26 +79,26 @@ async def test_a_session_is_ended_without_its_leader(leader: subprocess.Popen[st
     leave(leader)
     assert leader.wait() == 7
     assert len(living_members(leader.pid)) == 2
-    assert await end_session(leader.pid, timeout_s=TIMEOUT_S)
+    assert await end_session(leader.pid, timeout_s=DEADLINE_S)
     assert living_members(leader.pid) == []
 
 
 async def test_a_session_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose members can't be killed, as those that wait for a dead disk can't."""
     monkeypatch.setattr("sllm_vllm.node.engine_process.living_members", lambda session: [2**22 + 1])
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(DEADLINE_S):
         assert not await end_session(5, timeout_s=0.05)
 
 
 async def test_nothing_is_left_to_do_where_there_is_no_session() -> None:
-    assert await end_session(2**22 + 1, timeout_s=TIMEOUT_S)
+    assert await end_session(2**22 + 1, timeout_s=DEADLINE_S)
 
 
 async def test_what_was_adopted_is_reaped(leader: subprocess.Popen[str]) -> None:
     leave(leader)
     leader.wait()
     children = living_members(leader.pid)
-    await end_session(leader.pid, timeout_s=TIMEOUT_S)
+    await end_session(leader.pid, timeout_s=DEADLINE_S)
     assert reap_adopted([]) == 0
     assert reap_adopted([leader.pid]) == 2
     assert [find_process(pid) for pid in children] == [None, None]

@@ -16,6 +16,7 @@ from sllm_vllm.node import warm_pool
 from sllm_vllm.node.warm_order import WarmOrder, installation
 from sllm_vllm.node.warm_pool import NotWarm, WarmPool
 from tests.node.agent_bench import until
+from tests.waiting import DEADLINE_S
 
 
 def parent() -> Any:
@@ -41,7 +42,7 @@ async def pauses_of(num: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     monkeypatch.setattr(WarmPool, "_start", start)
     pool = WarmPool({}, tmp_path / "log")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         await done.wait()
     await pool.close()
     return [after - before for before, after in itertools.pairwise(started_s)]
@@ -78,7 +79,7 @@ async def test_an_error_that_was_not_foreseen_does_not_end_the_keeper(
 
     monkeypatch.setattr(WarmPool, "_start", start)
     pool = WarmPool({}, tmp_path / "log")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         await again.wait()
     await pool.close()
 
@@ -129,7 +130,7 @@ async def test_a_parent_whose_end_is_seen_twice_is_replaced_once(
     monkeypatch.setattr(WarmPool, "_start", start)
     monkeypatch.setattr(warm_pool, "RESTART_PAUSE_S", 0.01)
     pool = WarmPool({}, tmp_path / "log")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         assert await pool.wait_warm(60)
         await imports.get()
         order = WarmOrder(number=0, arguments=(), environment={}, directory="/", num_threads=1)

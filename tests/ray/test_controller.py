@@ -13,6 +13,7 @@ from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.ray import controller as ray_controller
 from sllm_vllm.ray.controller import RayController
 from sllm_vllm.ray.nodes import RayNodeFacts
+from tests.waiting import DEADLINE_S
 
 NODES = ("a", "b")
 
@@ -60,7 +61,7 @@ async def opened_with(controller: TwoNodes) -> set[str]:
     first_s = asyncio.get_running_loop().time()
     following = RunLoops().start("a", lambda: controller._follow_cluster(service, first_s=first_s))  # type: ignore[arg-type]
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             await service.is_open.wait()
     finally:
         following.cancel()

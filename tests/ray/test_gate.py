@@ -21,11 +21,11 @@ from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, Outcome, Rejected, Ticket
 from tests.router.fake_gate import until
 from tests.router.fake_node import FakeNode
+from tests.waiting import DEADLINE_S
 
 T = TypeVar("T")
 MODEL = "meta/tiny"
 UNREACHED = FailureSign.UNREACHED
-TIMEOUT_S = 60.0
 DONE = Outcome("done", 200, first_byte_s=None, seconds=0.1, prompt_tokens=None, output_tokens=None)
 
 
@@ -109,7 +109,7 @@ class Bench:
         await self.controller.close()
 
     async def ask(self, name: str) -> Ticket:
-        return await asyncio.wait_for(self.gate.acquire(RequestFacts(name, MODEL)), TIMEOUT_S)
+        return await asyncio.wait_for(self.gate.acquire(RequestFacts(name, MODEL)), DEADLINE_S)
 
     def requests(self) -> dict[str, str | None]:
         """Where the core believes each to be."""
@@ -120,7 +120,7 @@ class Bench:
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     bench = Bench(tmp_path, FakeNode(num_slots=2))
     await bench.start_controller()
-    await asyncio.wait_for(bench.gate.start(), TIMEOUT_S)
+    await asyncio.wait_for(bench.gate.start(), DEADLINE_S)
     yield bench
     await bench.gate.close()
     await bench.controller.close()
@@ -160,7 +160,7 @@ async def test_an_answer_that_is_lost_costs_no_second_place(bench: Bench, call: 
     else:
         first = await bench.ask("r")
         bench.link.lost.add(call)
-        ticket = await asyncio.wait_for(bench.gate.retry(first, Failure("connection reset", UNREACHED)), TIMEOUT_S)
+        ticket = await asyncio.wait_for(bench.gate.retry(first, Failure("connection reset", UNREACHED)), DEADLINE_S)
     assert bench.requests() == {"r": ticket.replica}
     ongoing = [one.ongoing for one in bench.controller.core.cluster.replicas.values() if one.ongoing]
     assert ongoing == [{"r"}]
@@ -199,7 +199,7 @@ async def test_a_retry_of_what_a_new_controller_never_sent_is_a_request(bench: B
         life.become("failed")
     await bench.start_controller()
     await until(lambda: bench.service.num_ingresses == 1, "the ingress to be back")
-    again = await asyncio.wait_for(bench.gate.retry(ticket, Failure("connection reset", UNREACHED)), TIMEOUT_S)
+    again = await asyncio.wait_for(bench.gate.retry(ticket, Failure("connection reset", UNREACHED)), DEADLINE_S)
     assert again.replica != ticket.replica
 
 

@@ -24,6 +24,7 @@ from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcom
 from sllm_vllm.router.http.client_state import ClientCounts
 from sllm_vllm.router.http.ingress import Ingress
 from sllm_vllm.router.http.serve import serve_app
+from tests.waiting import DEADLINE_S
 
 ENGINE_KEY = "the-engines-own-key"
 MODELS = ("meta/tiny", "other")
@@ -44,7 +45,7 @@ class EngineProcess:
 
     def stats(self) -> dict[str, Any]:
         """What it counted; blocks for a moment."""
-        with urllib.request.urlopen(f"{self.url}/stats", timeout=30) as answer:
+        with urllib.request.urlopen(f"{self.url}/stats", timeout=DEADLINE_S) as answer:
             counted: dict[str, Any] = json.load(answer)
         return counted
 
@@ -224,7 +225,7 @@ async def serving(gate: FakeGate, settings: IngressSettings | None = None) -> As
     counts = ClientCounts()
     running = asyncio.create_task(serve_app(app, settings, sockets=[listener], started=started, counts=counts))
     try:
-        await asyncio.wait_for(started.wait(), 60)
+        await asyncio.wait_for(started.wait(), DEADLINE_S)
         yield Served(listener.getsockname()[1], gate, counts)
     finally:
         running.cancel()

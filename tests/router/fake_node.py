@@ -37,6 +37,7 @@ from sllm_vllm.router.http.deadline import Message, Receive, Send
 from sllm_vllm.router.http.serve import serve_app
 from sllm_vllm.router.state.store import StateBusy, StateDamaged, StateError, StateFull
 from tests.router.fake_gate import Answer, until
+from tests.waiting import DEADLINE_S
 
 T = TypeVar("T")
 
@@ -44,7 +45,6 @@ ADMIN_KEY = "the-admins-own-key"
 ENGINE_KEY = "the-engines-secret"
 HUB_TOKEN = "hf_secret"
 SECRETS = (ADMIN_KEY, ENGINE_KEY, HUB_TOKEN)
-TIMEOUT_S = 60.0
 UNKEEPABLE: dict[str, type[StateError]] = {
     "org/unkeepable": StateError,
     "org/locked": StateBusy,
@@ -251,7 +251,7 @@ class ServedAdmin:
 
     async def answer_request(self, model: str, request: str = "r-1") -> None:
         """One request, from its arrival to its end."""
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(DEADLINE_S):
             ticket = await self.controller.acquire(RequestFacts(request, model, prompt_tokens=10))
         self.controller.first_byte(ticket)
         outcome = Outcome("done", 200, first_byte_s=0.1, seconds=0.5, prompt_tokens=10, output_tokens=5)
@@ -295,7 +295,7 @@ async def serving_admin(
         serve_app(_App(admin), IngressSettings(drain_s=1), sockets=[listener], started=started)
     )
     try:
-        await asyncio.wait_for(started.wait(), TIMEOUT_S)
+        await asyncio.wait_for(started.wait(), DEADLINE_S)
         yield ServedAdmin(listener.getsockname()[1], node, controller, admin, reloads)
     finally:
         running.cancel()
@@ -320,11 +320,11 @@ class AdminThread:
         async def acting() -> T:
             return act(self.served)
 
-        return asyncio.run_coroutine_threadsafe(acting(), self._loop).result(TIMEOUT_S)
+        return asyncio.run_coroutine_threadsafe(acting(), self._loop).result(DEADLINE_S)
 
     def answer_request(self, model: str) -> None:
         """One request, from its arrival to its end."""
-        asyncio.run_coroutine_threadsafe(self.served.answer_request(model), self._loop).result(TIMEOUT_S)
+        asyncio.run_coroutine_threadsafe(self.served.answer_request(model), self._loop).result(DEADLINE_S)
 
     async def _serve(self) -> None:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
@@ -336,7 +336,7 @@ class AdminThread:
 
     def __enter__(self) -> AdminThread:
         self._thread.start()
-        assert self._running.wait(TIMEOUT_S)
+        assert self._running.wait(DEADLINE_S)
         return self
 
     def __exit__(self, *exc: object) -> None:

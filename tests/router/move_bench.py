@@ -15,6 +15,7 @@ import aiohttp
 from sllm_vllm.router.config.settings import IngressSettings, MigrationSection
 from tests.router.fake_gate import MODELS, FakeGate, Served, serving, until
 from tests.router.moving_engine import MovingEngine, moving_engines, text_of
+from tests.waiting import DEADLINE_S
 
 NUM_TOKENS = 40
 DONE = "[DONE]"
@@ -57,7 +58,7 @@ class Bench:
         await until(lambda: self.client.num_tokens >= num_tokens, f"{num_tokens} tokens at the client")
 
     async def ended(self) -> Client:
-        await asyncio.wait_for(self.reading, 60)
+        await asyncio.wait_for(self.reading, DEADLINE_S)
         return self.client
 
     async def refused(self) -> tuple[str, bool]:
@@ -71,7 +72,7 @@ class Bench:
         reading = asyncio.create_task(self.again(client))
         await until(lambda: client.num_tokens == 5, "the first tokens of the next stream")
         await self.a.allow(NUM_TOKENS)
-        await asyncio.wait_for(reading, 60)
+        await asyncio.wait_for(reading, DEADLINE_S)
         assert_whole(client)
 
     async def moved(self) -> None:

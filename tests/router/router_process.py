@@ -22,7 +22,7 @@ from typing import Any
 from sllm_vllm.config import child_environment
 from sllm_vllm.node.client import NodeClient
 from tests.engine_http import ask_engine
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 _WITH_OTHER_LIMITS = """
 import json, sys
@@ -42,7 +42,6 @@ sys.exit(serve(Path(sys.argv[1])))
 """
 """`sllm-vllm serve` with limits that its configuration has no keys for: by themselves they are minutes."""
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
-ANSWER_MAX_S = 60.0
 _URL = re.compile(r"event=router_serving url=(\S+)")
 
 
@@ -105,7 +104,7 @@ class RouterUnderTest:
     directory: Path
     process: subprocess.Popen[bytes]
     url: str
-    answer_s_max: float = ANSWER_MAX_S
+    answer_s_max: float = DEADLINE_S
     admin_key: str = ""
     """Empty: the one that the router has written."""
 
@@ -267,7 +266,7 @@ def running_router(
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(60)
+            process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

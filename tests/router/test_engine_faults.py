@@ -171,7 +171,7 @@ def test_an_engine_that_freezes_is_replaced_and_who_waited_is_answered(
         answers = [one.result() for one in (*plain, *queued)]
         assert [answer.status for answer in answers] == [200] * len(answers)
         assert begun["pid"] not in {answer.body["pid"] for answer in answers}
-        assert not is_alive(begun["pid"])
+        wait_until(lambda: not is_alive(begun["pid"]), "its end")
         assert_all_capacity_is_back(router, "freezes", pool)
 
 

@@ -24,6 +24,7 @@ from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.node_watch import NodeWatch
 from tests.router.fake_gate import until
 from tests.router.fake_node import FakeNode
+from tests.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 DONE = Outcome("done", 200, first_byte_s=None, seconds=0.1, prompt_tokens=None, output_tokens=None)
@@ -67,7 +68,7 @@ async def test_the_plan_after_a_start_knows_the_checkpoint_that_it_made(tmp_path
         await until(lambda: controller.replica_reports(), "the start")
         node.checkpoints = (checkpoint(resident=100),)
         node.may_be_ready.set()
-        controller.finished(await asyncio.wait_for(asking, 60), DONE)
+        controller.finished(await asyncio.wait_for(asking, DEADLINE_S), DONE)
         await until(lambda: tier_of(controller) is Tier.HOST, "the new tier")
         assert explain_view(controller, MODEL)["plans"][0]["tier"] == "HOST"
         assert controller.core.models[MODEL].spec.nbytes == 100
@@ -244,7 +245,7 @@ async def test_an_order_that_fails_as_nobody_foresaw_gives_its_slot_back(
             patched.setattr(node, "ensure_replica", failing_order)
             asking = asyncio.create_task(controller.acquire(RequestFacts("r-1", MODEL)))
             await until(lambda: controller.core.models[MODEL].back_off.num_failures, "a failed start")
-        controller.finished(await asyncio.wait_for(asking, 60), DONE)
+        controller.finished(await asyncio.wait_for(asking, DEADLINE_S), DONE)
 
 
 async def test_a_watch_that_fails_as_nobody_foresaw_is_begun_again(
@@ -261,7 +262,7 @@ async def test_a_watch_that_fails_as_nobody_foresaw_is_begun_again(
 
     monkeypatch.setattr(node, "watch", watch_or_fail)
     async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
-        controller.finished(await asyncio.wait_for(controller.acquire(RequestFacts("r-1", MODEL)), 60), DONE)
+        controller.finished(await asyncio.wait_for(controller.acquire(RequestFacts("r-1", MODEL)), DEADLINE_S), DONE)
     assert not failures
 
 

@@ -20,6 +20,7 @@ from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Ticket
 from tests.router.fake_gate import until
 from tests.router.fake_node import FakeNode
+from tests.waiting import DEADLINE_S
 
 MODEL = ModelConfig(name="m", source="/models/m", max_replicas=2, ongoing_max=4, target_ongoing=4)
 CHECKPOINT = CheckpointReport(name="m-c0ffee", nbytes=100, resident_nbytes=0, tiers=("DISK",), model="/models/m")
@@ -65,7 +66,7 @@ async def serving(directory: Path, *nodes: FakeNode, holders_max: int = 0) -> As
 
 
 async def ask(controller: Controller, name: str = "r") -> Ticket:
-    return await asyncio.wait_for(controller.acquire(RequestFacts(name, "m")), 60)
+    return await asyncio.wait_for(controller.acquire(RequestFacts(name, "m")), DEADLINE_S)
 
 
 async def test_a_start_pulls_from_the_node_that_has_it(tmp_path: Path) -> None:

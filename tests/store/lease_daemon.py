@@ -38,8 +38,7 @@ from sllm_vllm.store.protocol import (
     decode_request,
     encode,
 )
-
-WAIT_MAX_S = 30.0
+from tests.waiting import DEADLINE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class LeaseDaemon:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.die()
         for thread in self._threads:
-            thread.join(WAIT_MAX_S)
+            thread.join(DEADLINE_S)
         self.pool.close()
 
     def die(self) -> None:
@@ -111,13 +110,13 @@ class LeaseDaemon:
     def wait_released(self, spans: Sequence[int]) -> None:
         """Return once exactly these spans were released, each as often as it is named."""
         with self.changed:
-            assert self.changed.wait_for(lambda: len(self.released) >= len(spans), WAIT_MAX_S), self.released
+            assert self.changed.wait_for(lambda: len(self.released) >= len(spans), DEADLINE_S), self.released
             assert sorted(self.released) == sorted(spans), self.released
 
     def wait_idle(self) -> None:
         """Return once no connection is open."""
         with self.changed:
-            assert self.changed.wait_for(lambda: self.num_open == 0, WAIT_MAX_S), self.num_open
+            assert self.changed.wait_for(lambda: self.num_open == 0, DEADLINE_S), self.num_open
 
     def slot_bytes(self, span: int) -> bytes:
         """What a span's slot holds; one partition only."""
@@ -242,7 +241,7 @@ class _Conversation:
                 self._send(Failed(token=1, error=script.fails_at[1], path="daemon", problem="bad", mend="mend it"))
                 return
             if span in script.gates:
-                assert script.gates[span].wait(WAIT_MAX_S)
+                assert script.gates[span].wait(DEADLINE_S)
             keep = request.hold and script.keep(span)
             self._await_transit(span, keep)
             batch.append((span, self._daemon.fill(partition, span), keep))
@@ -257,7 +256,7 @@ class _Conversation:
             return
         with self._daemon.changed:
             limit = self._daemon.script.transit
-            self._daemon.changed.wait_for(lambda: not self._is_open or len(self._in_transit) < limit, WAIT_MAX_S)
+            self._daemon.changed.wait_for(lambda: not self._is_open or len(self._in_transit) < limit, DEADLINE_S)
             self._in_transit.add(span)
 
     def _send(self, answer: Answer) -> None:

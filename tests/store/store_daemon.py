@@ -17,7 +17,7 @@ from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import StoreUnavailable
 from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Order
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 _PR_SET_PDEATHSIG = 1
 _SCRIPT = """
@@ -42,7 +42,7 @@ class RunningDaemon:
         return self.config.socket_path
 
     def client(self) -> StoreClient:
-        return StoreClient(self.socket, timeout_s=20.0)
+        return StoreClient(self.socket, timeout_s=DEADLINE_S)
 
     def status(self) -> dict[str, Any]:
         with self.client() as client:
@@ -50,7 +50,7 @@ class RunningDaemon:
 
     def prefetch(self, name: str) -> dict[str, Any]:
         with self.client() as client:
-            return client.order(Order(order="prefetch", checkpoint=name, wait=True), timeout_s=60.0)
+            return client.order(Order(order="prefetch", checkpoint=name, wait=True), timeout_s=DEADLINE_S)
 
     def evict(self, name: str) -> dict[str, Any]:
         with self.client() as client:

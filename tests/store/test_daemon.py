@@ -25,7 +25,7 @@ from sllm_vllm.store.protocol import Order
 from sllm_vllm.units import MIB
 from tests.store.builders import data_of, lease_of, load_through, make_checkpoint
 from tests.store.store_daemon import RunningDaemon, store_daemon
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 def row_of(daemon: RunningDaemon, name: str) -> dict[str, object]:
@@ -306,7 +306,7 @@ def test_a_daemon_that_hangs_in_the_middle_counts_as_gone(tmp_path: Path, monkey
 def test_pins_outlive_the_daemon_and_the_pressure_of_others(tmp_path: Path) -> None:
     pinned, other = (make_checkpoint(tmp_path / "store", name, nbytes=12 * MIB) for name in "ab")
     with store_daemon(tmp_path / "store", memory_bytes=24 * MIB) as daemon, daemon.client() as client:
-        client.order(Order(order="pin", checkpoint=pinned.path.name, wait=True), timeout_s=60.0)
+        client.order(Order(order="pin", checkpoint=pinned.path.name, wait=True), timeout_s=DEADLINE_S)
     with store_daemon(tmp_path / "store", memory_bytes=24 * MIB) as daemon:
         nbytes = pinned.partition(0).record.data_nbytes
 

@@ -23,10 +23,10 @@ from sllm_vllm.metrics import SERIES_MAX, StoreMetric
 from sllm_vllm.store.metrics_server import HEAD_NBYTES_MAX, KEY_NAME, SCRAPES_MAX, MetricsServer, Status
 from sllm_vllm.units import GIB, MIB
 from tests.store.scripted_daemon import EMPTY, STATUS
+from tests.waiting import DEADLINE_S
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 Serve = Callable[[Status], MetricsServer]
-TIMEOUT_S = 30.0
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def key(tmp_path: Path) -> str:
 
 
 def get(server: MetricsServer, key: str | None, path: str = "/metrics", *, method: str = "GET") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT_S)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=DEADLINE_S)
     with contextlib.closing(connection):
         connection.request(method, path, headers={} if key is None else {"Authorization": f"Bearer {key}"})
         answer = connection.getresponse()
@@ -156,7 +156,7 @@ def test_a_status_that_can_t_be_told_ends_that_scrape_alone(
 
 def exchange(server: MetricsServer, request: bytes) -> bytes:
     """Send raw bytes; everything that comes back."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S) as channel:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_S) as channel:
         channel.sendall(request)
         channel.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError), channel.makefile("rb") as stream:
@@ -185,7 +185,7 @@ def test_scrapes_are_answered_at_the_same_time(serve: Serve, key: str) -> None:
     barrier = threading.Barrier(SCRAPES_MAX)
 
     def status() -> dict[str, Any]:
-        barrier.wait(TIMEOUT_S)
+        barrier.wait(DEADLINE_S)
         return STATUS
 
     server = serve(status)
@@ -198,14 +198,14 @@ def test_more_scrapes_than_allowed_are_hung_up_on(serve: Serve, key: str) -> Non
     barrier, proceed = threading.Barrier(SCRAPES_MAX + 1), threading.Event()
 
     def status() -> dict[str, Any]:
-        barrier.wait(TIMEOUT_S)
-        proceed.wait(TIMEOUT_S)
+        barrier.wait(DEADLINE_S)
+        proceed.wait(DEADLINE_S)
         return STATUS
 
     server = serve(status)
     with ThreadPoolExecutor(SCRAPES_MAX) as pool:
         answers = [pool.submit(get, server, key) for _ in range(SCRAPES_MAX)]
-        barrier.wait(TIMEOUT_S)
+        barrier.wait(DEADLINE_S)
         assert exchange(server, b"") == b""
         with pytest.raises((http.client.HTTPException, ConnectionError)):
             get(server, key)
@@ -240,7 +240,7 @@ def test_an_error_of_one_moment_ends_no_server(serve: Serve, key: str, monkeypat
         raise failures.pop()
 
     monkeypatch.setattr(server._server, "service_actions", ready)
-    assert failed.wait(TIMEOUT_S)
+    assert failed.wait(DEADLINE_S)
     assert get(server, key)[0] == 200
 
 

@@ -16,6 +16,7 @@ from sllm_vllm.store.remote import Remote
 from sllm_vllm.store.span_reader import KnownPartition, SpanFile, SpanReader, spec_of
 from sllm_vllm.units import MIB
 from tests.store.builders import make_checkpoint
+from tests.waiting import DEADLINE_S
 
 
 class Broken(SpanFile):
@@ -45,7 +46,7 @@ async def test_what_nobody_thought_of_is_told_to_who_waits(tmp_path: Path, caplo
         )
         known = KnownPartition(spec_of(partition, "a", 2), partition, 0, "a", 2, device=device, file=Broken(partition))
         reader.start(known, StartRead(known.spec.id, 0, 0, is_urgent=True))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             error = await ended
         await device.close()
         await network.close()

@@ -19,6 +19,7 @@ from sllm_vllm.router.config.sections import ModelDefaults
 from sllm_vllm.router.core.facts import RequestFacts
 from tests.router.fake_gate import until
 from tests.router.fake_node import ADMIN_KEY, HUB_TOKEN, ServedAdmin, serving_admin
+from tests.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 V1 = "/sllm/v1"
@@ -378,7 +379,7 @@ async def test_the_newest_prediction_is_shown(served: ServedAdmin) -> None:
 
 async def test_explain_full_replicas_queues_and_refusals(served: ServedAdmin) -> None:
     await served.deploy(MODEL, ongoing_max=1, queue_max=1)
-    first = await asyncio.wait_for(served.controller.acquire(RequestFacts("r-1", MODEL)), 60)
+    first = await asyncio.wait_for(served.controller.acquire(RequestFacts("r-1", MODEL)), DEADLINE_S)
     assert (await served.get(f"{V1}/explain/{MODEL}"))["request"]["why"] == "every replica is full"
     second = asyncio.create_task(served.controller.acquire(RequestFacts("r-2", MODEL)))
     await until(lambda: served.controller.core.queues.waiting(MODEL), "the second one's place in the queue")

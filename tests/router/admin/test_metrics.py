@@ -23,6 +23,7 @@ from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.gate import How, Outcome, Rejected, Ticket
 from tests.router.fake_gate import until
 from tests.router.fake_node import ServedAdmin, serving_admin
+from tests.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 Samples = dict[tuple[str, ...], float]
@@ -129,7 +130,7 @@ async def test_a_key_for_scrapes_opens_the_metrics_alone(served: ServedAdmin) ->
 
 async def test_what_runs_and_what_waits(served: ServedAdmin) -> None:
     await served.deploy(MODEL, ongoing_max=1)
-    await asyncio.wait_for(served.controller.acquire(RequestFacts("r-1", MODEL)), 60)
+    await asyncio.wait_for(served.controller.acquire(RequestFacts("r-1", MODEL)), DEADLINE_S)
     second = asyncio.create_task(served.controller.acquire(RequestFacts("r-2", MODEL)))
     await until(lambda: served.controller.core.queues.waiting(MODEL), "the second one's place in the queue")
     found = await scrape(served)

@@ -23,6 +23,7 @@ from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.gate import Outcome
 from tests.router.fake_gate import until
 from tests.router.fake_node import ADMIN_KEY, FakeNode
+from tests.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 
@@ -56,7 +57,7 @@ async def test_a_start_that_waits_for_another_replicas_slots(tmp_path: Path) -> 
     async with running(controller, node):
         controller.deploy(ModelConfig(name="old"))
         controller.deploy(ModelConfig(name="new", accelerators=2))
-        ticket = await asyncio.wait_for(controller.acquire(RequestFacts("r-1", "old")), 60)
+        ticket = await asyncio.wait_for(controller.acquire(RequestFacts("r-1", "old")), DEADLINE_S)
         outcome = Outcome("done", 200, first_byte_s=None, seconds=0.1, prompt_tokens=None, output_tokens=None)
         controller.finished(ticket, outcome)
         (plan,) = explain_view(controller, "new")["plans"]
@@ -72,7 +73,7 @@ async def test_a_start_that_waits_for_another_replicas_slots(tmp_path: Path) -> 
         (shown,) = nodes_view(controller)["nodes"]
         assert (shown["num_free"], shown["replicas"]) == (0, [ticket.replica])
         node.may_stop.set()
-        assert (await asyncio.wait_for(waiting, 60)).replica == replica
+        assert (await asyncio.wait_for(waiting, DEADLINE_S)).replica == replica
 
 
 async def test_a_model_whose_starts_fail(tmp_path: Path) -> None:

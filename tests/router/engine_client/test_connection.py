@@ -23,7 +23,7 @@ from sllm_vllm.router.engine_client.connection import (
     EngineFailed,
     Upstream,
 )
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 CLOSES = b"<close>"
@@ -100,7 +100,7 @@ async def scripted(*answers: bytes, keep_alive_s: float = 60.0) -> AsyncIterator
     server, script.url = await serving(script.connection)
     upstream = Upstream(keep_alive_s)
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             yield upstream, script
     finally:
         upstream.close()
@@ -311,7 +311,7 @@ def test_a_full_queue_of_connections_is_waited_for(run: Callable[[Any], None]) -
             for _ in range(100):  # often enough that a refused connection would show
                 await asyncio.sleep(0.001)
             assert not any(one.done() for one in asked)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 for _ in asked:
                     engine, _ = await asyncio.to_thread(server.accept)
                     with engine:

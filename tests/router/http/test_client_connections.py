@@ -15,6 +15,7 @@ import pytest
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.http.client_state import ClientCounts
 from tests.router.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
+from tests.waiting import DEADLINE_S
 
 BODY = json.dumps(chat()).encode()
 JSON = b"host: x\r\ncontent-type: application/json\r\n"
@@ -69,7 +70,7 @@ async def test_request_that_offers_h2c_is_answered_in_http_1_with_its_body_whole
             writer.write(data[at : at + size])
             await writer.drain()
             await asyncio.sleep(0)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             status, body = await answer_of(reader)
             assert status == 200
             assert json.loads(body)["echo"]["body"].encode() == BODY
@@ -85,7 +86,7 @@ async def test_curl_with_http2_gets_its_answer(gate: FakeGate) -> None:
     async with serving(gate) as served:
         words = ["--http2", "-sS", "-H", "content-type: application/json", "-d", BODY.decode(), f"{served.url}{CHAT}"]
         process = await asyncio.create_subprocess_exec("curl", *words, stdout=asyncio.subprocess.PIPE)
-        said, _ = await asyncio.wait_for(process.communicate(), 60)
+        said, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
     assert json.loads(said)["echo"]["body"].encode() == BODY
 
 
@@ -95,7 +96,7 @@ async def test_nothing_is_smuggled_behind_an_offer(gate: FakeGate) -> None:
     async with serving(gate) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(data)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             assert (await reader.read()).count(b"HTTP/1.1 200") == 1
         writer.close()
     assert len(gate.facts) == 1
@@ -105,7 +106,7 @@ async def test_connect_is_refused_and_nothing_after_it_is_read(gate: FakeGate) -
     async with serving(gate) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n" + LINE + JSON + sized(BODY))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             answer = await reader.read()
         writer.close()
     assert answer.count(b"HTTP/1.1 ") == 1
@@ -117,7 +118,7 @@ async def test_two_host_headers_are_refused(gate: FakeGate) -> None:
     async with serving(gate) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(LINE + JSON + b"Host: y\r\n" + sized(BODY))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             status, body = await answer_of(reader)
         writer.close()
     assert status == 400
@@ -142,7 +143,7 @@ async def test_client_that_ends_its_side_gets_its_answer(gate: FakeGate) -> None
         await until(lambda: gate.num_waiting, "the request to wait")
         await asyncio.sleep(0.5)  # several probes find it there
         gate.released.set()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             assert (await answer_of(reader))[0] == 200
             assert await reader.read() == b""  # no other request can come
         writer.close()
@@ -151,7 +152,7 @@ async def test_client_that_ends_its_side_gets_its_answer(gate: FakeGate) -> None
 async def test_client_that_ends_its_side_gets_its_stream(gate: FakeGate) -> None:
     async with serving(gate) as served:
         reader, writer = await half_closed(served, json.dumps(chat(stream=True, chunks=50, pace_s=0.01)).encode())
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             assert b"[DONE]" in await reader.read()
         writer.close()
 
@@ -160,7 +161,7 @@ async def test_client_that_leaves_once_its_answer_has_begun_is_not_taken_for_hal
     async with serving(gate) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(LINE + JSON + sized(json.dumps(chat(stream=True, stalls_after=1)).encode()))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             await reader.readuntil(b"data: ")
         writer.close()
         await until(lambda: gate.outcomes, "the request to end")
@@ -269,7 +270,7 @@ async def test_connections_over_the_limit_are_counted_and_logged_once_in_a_while
         await until(lambda: served.counts.num_open == 1, "the first")
         for _ in range(20):
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 assert await reader.read() == b""
             writer.close()
         assert served.counts.num_refused == 20

@@ -9,7 +9,7 @@ from sllm_vllm.units import MIB
 from tests.router.router_process import running_router, write_config
 
 WAIT_S_MAX = 0.5
-"""Five times what is allowed on a quiet machine."""
+"""Of the router's processor time, which other processes change little: five times what a quiet machine may wait."""
 
 
 async def test_health_never_waits_long_beside_any_body(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ async def test_health_never_waits_long_beside_any_body(tmp_path: Path) -> None:
     with running_router(tmp_path) as router:
         waits = await measure_waits(router, 32 * MIB, tries=2)
     quiet, *others = waits
-    assert {one.body: one.wait_s for one in others if one.wait_s > WAIT_S_MAX + quiet.wait_s} == {}
+    assert {one.body: one.busy_s for one in others if one.busy_s > WAIT_S_MAX + quiet.busy_s} == {}
     statuses = {one.body: one.status for one in others}
     assert {statuses.pop(name) for name in ("numbers", "strings", "one string", "wide characters", "spaces")} == {0}
     assert statuses.pop("escapes") == 0

@@ -16,6 +16,7 @@ from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.gate import Rejected
 from sllm_vllm.router.http.proxy import Report
 from tests.router.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
+from tests.waiting import DEADLINE_S
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ async def test_stream_passes_unchanged(gate: FakeGate) -> None:
 async def test_first_event_does_not_wait_for_the_second(gate: FakeGate) -> None:
     async with serving(gate) as served, aiohttp.ClientSession() as client:
         async with client.post(served.url + CHAT, json=chat(stream=True, stalls_after=1)) as answer:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 assert b"me/0" in await answer.content.readuntil(b"\n\n")
         await until(lambda: gate.outcomes, "the end of the stream")
     assert gate.outcomes[0].how == "client_left"

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.fake_engine import MAX_MODEL_LEN
 from tests.router.router_process import Answer, RouterUnderTest, running_router, write_config
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 def waiting(router: RouterUnderTest, model: str) -> int:
@@ -37,7 +37,7 @@ def test_a_models_queue_is_full_and_whoever_waits_too_long_is_told(tmp_path: Pat
         first = router.post_later(pool, "hangs")
         wait_until(lambda: waiting(router, "hangs") == 1, "the first to wait")
         assert told(router.post("hangs")) == (429, "queue_full", True)
-        assert told(first.result(60)) == (503, "no_capacity", True)
+        assert told(first.result(DEADLINE_S)) == (503, "no_capacity", True)
 
 
 def test_the_routers_queue_is_full_and_a_reload_makes_it_longer(tmp_path: Path) -> None:
@@ -53,14 +53,14 @@ def test_the_routers_queue_is_full_and_a_reload_makes_it_longer(tmp_path: Path) 
         second = router.post_later(pool, "fine")
         wait_until(lambda: waiting(router, "fine") == 1, "the second to wait beside the first")
         assert router.admin("models/hangs", "DELETE").status == 200
-        assert (first.result(60).status, second.result(60).status) == (404, 200)
+        assert (first.result(DEADLINE_S).status, second.result(DEADLINE_S).status) == (404, 200)
 
 
 def test_the_list_of_models_has_the_length_that_the_engine_says(tmp_path: Path) -> None:
     write_config(tmp_path, "fine")
 
     def length(router: RouterUnderTest) -> object:
-        with urllib.request.urlopen(f"{router.url}/v1/models/fine", timeout=60) as answer:
+        with urllib.request.urlopen(f"{router.url}/v1/models/fine", timeout=DEADLINE_S) as answer:
             card = json.load(answer)
         assert card["root"] == "fine"  # and not where it is
         return card["max_model_len"]
@@ -82,5 +82,5 @@ def test_a_drained_node_starts_nothing_until_it_is_undrained(tmp_path: Path) -> 
         assert router.log.count("event=start ") == 1
         assert router.admin("nodes").body["nodes"][0]["is_drained"] is True
         assert router.admin("nodes/local/undrain", "POST").status == 200
-        assert later.result(60).status == 200
+        assert later.result(DEADLINE_S).status == 200
         assert router.log.count("event=start ") == 2

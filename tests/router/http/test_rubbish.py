@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sllm_vllm.router.http.openapi import openapi_document
 from tests.router.fake_gate import MODELS, FakeGate, Served, running_engine, serving
+from tests.waiting import DEADLINE_S
 
 FUZZ_EXAMPLES = 300
 
@@ -33,7 +34,7 @@ HEADERS = st.lists(
 async def first_status(served: Served, data: bytes) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     writer.write(data)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         line = await reader.readline()
     writer.close()
     return int(line.split()[1])

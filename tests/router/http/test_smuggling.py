@@ -10,6 +10,7 @@ import pytest
 
 from sllm_vllm.router.config.settings import IngressSettings
 from tests.router.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
+from tests.waiting import DEADLINE_S
 
 BODY = json.dumps(chat()).encode()
 JSON = b"host: x\r\ncontent-type: application/json\r\n"
@@ -32,7 +33,7 @@ async def exchange(served: Served, data: bytes) -> bytes:
     """All that comes back until the ingress hangs up, or nothing more is to come."""
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     writer.write(data)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         answer = await reader.read()
     writer.close()
     return answer
@@ -42,7 +43,7 @@ async def statuses(served: Served, data: bytes) -> list[int]:
     """Of all the answers to what was sent on one connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     writer.write(data)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         answer = await reader.read()
     writer.close()
     return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
@@ -198,7 +199,7 @@ async def test_large_head_is_refused(gate: FakeGate, head: bytes) -> None:
     async with serving(gate, IngressSettings(head_nbytes_max=4096, drain_s=1)) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             assert (await reader.readuntil(b"\r\n")).split()[1] == b"431"
         writer.close()
 

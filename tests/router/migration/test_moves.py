@@ -335,7 +335,7 @@ async def test_a_target_whose_queue_stands_still_gives_the_client_back() -> None
         await one.a.allow(10)
         await one.has(10)
         one.gate.order_move("b")
-        await until(lambda: one.b.running, "the switch")
+        await until(lambda: len(one.b.bodies) == 2, "the switch")
         await one.a.allow(25)
         assert "did not go on within 0.3 s" in (await one.refused())[0]
         await one.has(25)
