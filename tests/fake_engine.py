@@ -75,7 +75,9 @@ class Wish:
     pad: int = 0
     """Bytes more in each."""
     stalls_after: int | None = None
-    """From then on the stream says nothing more, and does not end."""
+    """From then on the stream says nothing more, and does not end, unless there is a file to wait for."""
+    stalls_until: str = ""
+    """A stream that stalls goes on when this file is there."""
     waits_for: str = ""
     """Nothing is said before this file is there. What waits is told by a line ``waits USER``."""
 
@@ -147,8 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         wish = Wish(**given) if isinstance(given, dict) else Wish()
         if wish.waits_for:
             say(f"waits {request.get('user')}")
-        while wish.waits_for and not os.path.exists(wish.waits_for):
-            time.sleep(_POLL_S)
+            wait_for_file(wish.waits_for)
         if request.get("stream") is True:
             self.stream(request, wish)
         else:
@@ -163,8 +164,10 @@ class Handler(BaseHTTPRequestHandler):
         padding = {"pad": "x" * wish.pad} if wish.pad else {}
         try:
             for number in range(wish.events):
-                if number == wish.stalls_after:
+                if number == wish.stalls_after and not wish.stalls_until:
                     wait_for_ever()
+                if number == wish.stalls_after:
+                    wait_for_file(wish.stalls_until)
                 time.sleep(wish.pace_s)
                 choice = {"index": 0, "text": f"{request.get('user')}/{number} ", "finish_reason": None}
                 self.send_event(json.dumps({**head, "choices": [choice], "pid": os.getpid(), **padding}))
@@ -222,6 +225,11 @@ def wait_for_ever() -> None:
     threading.Event().wait()
 
 
+def wait_for_file(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(_POLL_S)
+
+
 def start_children() -> None:
     for has_own_group in (False, True):
         pid = os.fork()
@@ -245,8 +253,8 @@ def prepare(name: str) -> None:
             say(NOISE)
     if name == "hangs":
         wait_for_ever()
-    while name == "late" and not os.path.exists(os.environ["FAKE_ENGINE_GO"]):
-        time.sleep(_POLL_S)
+    if name == "late":
+        wait_for_file(os.environ["FAKE_ENGINE_GO"])
 
 
 def main(arguments: list[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ import pytest
 pytest.importorskip("ray")
 
 from tests.ray_bench import RayBench, end_of, fake_sections, ray_bench
-from tests.router.router_process import Stream
+from tests.router.router_process import Stream, is_alive
 from tests.waiting import wait_until
 
 NODES = ("a", "b")
 CAPACITY = 2
 """Requests at once, of an engine."""
+NUM_EVENTS = 20
+"""Of a stream that something is killed under."""
 MODELS: dict[str, dict[str, Any]] = {"fine": {}, "family": {"max_replicas": 1}, "noisy": {"max_replicas": 1}}
 """As many replicas as there are places."""
 INGRESSES = {"ingress_min": 2, "ingress_max": 2}
@@ -36,21 +39,33 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayBench]:
 
 
 @pytest.fixture
+def go(tmp_path: Path) -> Path:
+    """The file that begun streams wait for."""
+    return tmp_path / "go"
+
+
+@pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as threads:
         yield threads
 
 
-def slow_stream(bench: RayBench, model: str, user: str, *, events: int = 200) -> Stream:
-    """One that takes some seconds, and has begun."""
-    stream = bench.router.streaming(model, user=user, fake={"events": events, "pace_s": 0.03})
+def begun_stream(bench: RayBench, model: str, user: str, go: Path) -> Stream:
+    """One that has begun, and goes on when this file is there: so it does not end before something is killed."""
+    fake = {"events": NUM_EVENTS, "pace_s": 0.03, "stalls_after": 1, "stalls_until": str(go)}
+    stream = bench.router.streaming(model, user=user, fake=fake)
     assert stream.event()["choices"][0]["text"] == f"{user}/0 "
     return stream
 
 
-def assert_whole(stream: Stream, user: str, *, events: int = 200) -> None:
+def pids_on(bench: RayBench, node: str) -> list[int]:
+    """Of the engines there."""
+    return [one["report"]["pid"] for one in bench.replicas() if one["node"] == node]
+
+
+def assert_whole(stream: Stream, user: str) -> None:
     texts = [event["choices"][0]["text"] for event in stream.rest() if isinstance(event, dict) and event.get("choices")]
-    assert [text for text in texts if text] == [f"{user}/{number} " for number in range(1, events)]
+    assert [text for text in texts if text] == [f"{user}/{number} " for number in range(1, NUM_EVENTS)]
 
 
 def assert_all_capacity_is_back(bench: RayBench, model: str, pool: ThreadPoolExecutor) -> None:
@@ -80,10 +95,13 @@ def test_models_are_served_from_all_nodes_and_everything_is_held_by_the_agents(
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
-def test_a_controller_that_is_killed_costs_no_stream_and_no_request(bench: RayBench, pool: ThreadPoolExecutor) -> None:
-    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2)]
+def test_a_controller_that_is_killed_costs_no_stream_and_no_request(
+    bench: RayBench, pool: ThreadPoolExecutor, go: Path
+) -> None:
+    streams = [begun_stream(bench, "fine", f"u{num}", go) for num in range(2)]
     replicas = {one["id"] for one in bench.replicas()}
     bench.kill_controller()
+    go.touch()
     later = [bench.router.post_later(pool, "family", user=f"v{num}") for num in range(4)]
     for num, stream in enumerate(streams):
         assert_whole(stream, f"u{num}")
@@ -106,12 +124,17 @@ def test_what_was_deployed_by_hand_outlives_the_controller(bench: RayBench) -> N
     bench.wait_for_nodes(*NODES)
 
 
-def test_an_agent_that_is_killed_costs_its_own_streams_alone(bench: RayBench, pool: ThreadPoolExecutor) -> None:
-    stays = slow_stream(bench, "noisy", "stays")
-    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+def test_an_agent_that_is_killed_costs_its_own_streams_alone(
+    bench: RayBench, pool: ThreadPoolExecutor, go: Path
+) -> None:
+    stays = begun_stream(bench, "noisy", "stays", go)
+    streams = [begun_stream(bench, "fine", f"u{num}", go) for num in range(2 * CAPACITY)]
     (other,) = set(NODES) - bench.nodes_of("noisy")
     expected = ends_expected(bench, other)
+    engines = pids_on(bench, other)
     bench.kill_agent(other)
+    wait_until(lambda: not any(map(is_alive, engines)), "its engines' end")
+    go.touch()
     assert {end_of(stream) for stream in streams} == expected
     assert_whole(stays, "stays")
     assert bench.router.post("fine").status == 200
@@ -120,18 +143,21 @@ def test_an_agent_that_is_killed_costs_its_own_streams_alone(bench: RayBench, po
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
-def test_an_ingress_that_is_killed_costs_its_own_streams_alone(bench: RayBench, pool: ThreadPoolExecutor) -> None:
-    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+def test_an_ingress_that_is_killed_costs_its_own_streams_alone(
+    bench: RayBench, pool: ThreadPoolExecutor, go: Path
+) -> None:
+    streams = [begun_stream(bench, "fine", f"u{num}", go) for num in range(2 * CAPACITY)]
     bench.kill_ingress()
+    go.touch()
     assert {end_of(stream) for stream in streams} <= {"[DONE]", "cut"}  # Serve does not tell which had how many
     assert_all_capacity_is_back(bench, "fine", pool)
 
 
 def test_all_ingresses_that_are_killed_come_back_and_give_back_their_places(
-    bench: RayBench, pool: ThreadPoolExecutor
+    bench: RayBench, pool: ThreadPoolExecutor, go: Path
 ) -> None:
     wait_until(lambda: len(bench.ingresses()) == INGRESSES["ingress_min"], "both")
-    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+    streams = [begun_stream(bench, "fine", f"u{num}", go) for num in range(2 * CAPACITY)]
     for pid in bench.ingresses():
         os.kill(pid, signal.SIGKILL)
     assert {end_of(stream) for stream in streams} == {"cut"}
@@ -140,13 +166,16 @@ def test_all_ingresses_that_are_killed_come_back_and_give_back_their_places(
 
 
 def test_a_node_that_is_lost_is_written_off_and_another_takes_its_place(
-    bench: RayBench, pool: ThreadPoolExecutor
+    bench: RayBench, pool: ThreadPoolExecutor, go: Path
 ) -> None:
-    stays = slow_stream(bench, "noisy", "stays")
-    streams = [slow_stream(bench, "fine", f"u{num}") for num in range(2 * CAPACITY)]
+    stays = begun_stream(bench, "noisy", "stays", go)
+    streams = [begun_stream(bench, "fine", f"u{num}", go) for num in range(2 * CAPACITY)]
     (gone,) = set(NODES) - bench.nodes_of("noisy")
     expected = ends_expected(bench, gone)
+    engines = pids_on(bench, gone)
     bench.kill_node(gone)
+    wait_until(lambda: not any(map(is_alive, engines)), "its engines' end")
+    go.touch()
     ends = {end_of(stream) for stream in streams}
     assert ends & {"engine_failed", "cut"}
     assert ends <= expected | {"cut"}, "cut: of an ingress that was there, too"
