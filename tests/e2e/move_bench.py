@@ -27,8 +27,11 @@ from tests.waiting import DEADLINE_S, wait_until
 
 STEP_S = 0.01
 """Of an engine, at least: so that a switch comes soon after the token that it was ordered at."""
-HELD_STEP_S = 0.25
-"""Of an engine that a request is to leave, until it has: on a busy machine, too, it should not end before."""
+HELD_STEP_S = 0.5
+"""Of an engine that a request is to leave, until it has: on a busy machine, too, it should not end before.
+
+It begins with the token at which the move is ordered, and not with the order: the engine does not run ahead meanwhile.
+"""
 _SLOW = """
 import os, time
 
@@ -36,9 +39,16 @@ def register():
     from vllm.v1.engine.core import EngineCore
     stock = EngineCore.step
 
+    def is_held(core):
+        try:
+            with open(os.environ.get("SLOW_HELD", "")) as file:
+                at_tokens = int(file.read() or 0)
+        except OSError:
+            return False
+        return any(one.num_output_tokens >= at_tokens for one in core.scheduler.requests.values())
+
     def step(self):
-        is_held = os.path.exists(os.environ.get("SLOW_HELD", ""))
-        time.sleep(float(os.environ["SLOW_HELD_STEP_S" if is_held else "SLOW_STEP_S"]))
+        time.sleep(float(os.environ["SLOW_HELD_STEP_S" if is_held(self) else "SLOW_STEP_S"]))
         return stock(self)
 
     EngineCore.step = step
@@ -70,16 +80,22 @@ class TwoEnginesGate:
     is_first: Callable[[str], int] = lambda _: 0
     """Which engine a request begins at."""
     holds: Sequence[Path] = ()
-    """Files of the engines: while one is there, that engine is slow."""
+    """Files of the engines: while one is there, that engine is slow once a request has as many tokens as it says."""
     held: dict[str, int] = field(default_factory=dict)
     """Which engine a request is about to leave."""
+    at_tokens: dict[str, int] = field(default_factory=dict)
+    """By X-Request-Id: with how many tokens a request is to leave its first engine."""
 
     def served(self) -> Sequence[ServedModel]:
         return (ServedModel(self.model, 1, self.model),)
 
     async def acquire(self, facts: RequestFacts) -> Ticket:
-        ticket = self._ticket(facts.id, self.is_first(facts.id))
+        first = self.is_first(facts.id)
+        ticket = self._ticket(facts.id, first)
         self.tickets[facts.id] = ticket
+        for name, at_tokens in self.at_tokens.items():
+            if facts.id.startswith(name):
+                self._hold(facts.id, first, at_tokens)
         return ticket
 
     def first_byte(self, ticket: Ticket) -> None: ...
@@ -116,9 +132,15 @@ class TwoEnginesGate:
         for request, ticket in self.tickets.items():
             if request.startswith(name) and request in self.followers:
                 here = [one.id for one in self.engines].index(ticket.replica)
-                self.held[request] = here
-                self.holds[here].touch()
+                if request not in self.held:
+                    self._hold(request, here, 0)
                 self.followers[request](MoveOrder(ticket.replica, self._ticket(request, 1 - here)))
+
+    def _hold(self, request: str, here: int, at_tokens: int) -> None:
+        self.held[request] = here
+        staging = self.holds[here].with_suffix(".new")
+        staging.write_text(str(at_tokens))
+        staging.replace(self.holds[here])
 
     def _let_go(self, request: str) -> None:
         here = self.held.pop(request, None)
@@ -153,6 +175,8 @@ class MoveBench:
         choice that has the most; and its name."""
         name = uuid.uuid4().hex
         named = replace(self.routed, headers={"X-Request-Id": name})
+        if len(at_tokens) == 1:
+            self.gate.at_tokens[name] = at_tokens[0]
         if body.get("stream"):
             return await asyncio.to_thread(self._stream, named, (path, body), name, at_tokens), name
         asking = asyncio.create_task(asyncio.to_thread(named.ask, path, body))
