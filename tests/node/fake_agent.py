@@ -34,9 +34,10 @@ from sllm_vllm.node.protocol import (
     WarmReport,
 )
 from sllm_vllm.node.server import Agent, AgentServer
-from tests.waiting import DEADLINE_S
 
 KEY = "sk-this-is-secret"
+ANSWER_MAX_S = 300.0
+"""As ``tests.waiting.DEADLINE_S``, which it does not find as a program."""
 T = TypeVar("T")
 
 
@@ -227,7 +228,7 @@ class ServedAgent:
 
     @property
     def client(self) -> NodeClient:
-        return NodeClient(self.socket, timeout_s=DEADLINE_S)
+        return NodeClient(self.socket, timeout_s=ANSWER_MAX_S)
 
     def order(self, model: str, **fields: object) -> ReplicaReport:
         return self.client.order(ReplicaOrder.model_validate({"model": model, **fields}))
@@ -238,7 +239,7 @@ class ServedAgent:
         async def acting() -> T:
             return act()
 
-        return asyncio.run_coroutine_threadsafe(acting(), self._loop).result(20.0)
+        return asyncio.run_coroutine_threadsafe(acting(), self._loop).result(ANSWER_MAX_S)
 
     async def _serve(self) -> None:
         agent: Agent = self.agent
@@ -256,7 +257,7 @@ class ServedAgent:
     def __enter__(self) -> ServedAgent:
         make_private_directory(self.config.node_dir, WORDS)
         self._thread.start()
-        assert self._running.wait(20.0)
+        assert self._running.wait(ANSWER_MAX_S)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -274,7 +275,7 @@ def agent_process(node_dir: Path) -> Iterator[tuple[NodeClient, subprocess.Popen
     """A fake agent in a process of its own, for the whole of `daemon.serve`."""
     from tests.waiting import wait_until  # as a program, it does not find the tests
 
-    client = NodeClient(node_dir / "socket", timeout_s=DEADLINE_S)
+    client = NodeClient(node_dir / "socket", timeout_s=ANSWER_MAX_S)
     process = subprocess.Popen(agent_command(node_dir), stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: client.is_there() or process.poll() is not None, "the agent to answer")
