@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup fix check test cover e2e compat docs sim sim-store bench gpu demo demo-loading demo-ray lock clean
+.PHONY: help setup fix check test test-busy cover e2e compat docs sim sim-store bench gpu demo demo-loading demo-ray lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ WORKERS ?= 2
 
 test: $(READY) ## all tests but the longer matrix on real vLLM; ARGS="-k name" for some, WORKERS=0 for one at a time
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not e2e_long and not gpu" $(ARGS)
+
+test-busy: $(READY) ## the same beside two busy loops, as on a CI machine that runs other work
+	@trap 'kill $$(jobs -p)' EXIT; for _ in 1 2; do $(BIN)/python -c 'while True: pass' & done; $(MAKE) test
 
 cover: $(READY) ## the same with branch coverage, which must be 90 %
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not e2e_long and not gpu" --cov --cov-report=term $(ARGS)
