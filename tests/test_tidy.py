@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cases import every_case
+
 ROOT = Path(__file__).resolve().parent.parent
 FILE_LINES_MAX = 600
 FUNCTION_LINES_MAX = 60
@@ -181,7 +183,7 @@ def test_no_handler_hides_every_error() -> None:
     assert hidden == []
 
 
-@pytest.mark.parametrize("package", EDGES)
+@every_case("package", EDGES)
 def test_vllm_and_ray_are_imported_at_the_edge_alone(package: str) -> None:
     users = [name_of(path) for path in SOURCES if package in facts(path).imported]
     ours = [name for name in users if name.startswith("sllm_vllm/")]

@@ -43,6 +43,7 @@ from benchmarks.cold_start.run import files_of
 from benchmarks.common.machine import machine
 from sllm_vllm.node.core.phases import StartPhase
 from sllm_vllm.units import MIB
+from tests.support.cases import every_case
 
 TOKENS: Tokens = (((1, 2), (3, 4)),)
 LLAMA = Case("llama", "tiny", "disk warm")
@@ -157,8 +158,8 @@ def test_tables_tell_medians_and_spread() -> None:
 # ---------------------------------------------------------------------------------------------------------- verdicts
 
 
-@pytest.mark.parametrize(
-    ("stock", "warm", "expected"),
+@every_case(
+    "stock, warm, expected",
     [
         (20.0, 1.5, [True, True, True]),
         (20.0, 1.6, [False, True, True]),
@@ -287,10 +288,9 @@ def test_what_grows_before_it_has_settled_does_not_count() -> None:
     assert (verdict.is_met, verdict.figures) == (True, "cycles 5 to 50")
 
 
-@pytest.mark.parametrize(
+@every_case(
     "fields",
     [{"descriptors": 11}, {"parent_threads": 11}, {"shm_entries": 11}, {"parent_pss_nbytes": 511 * MIB}],
-    ids=str,
 )
 def test_what_grows_afterwards_is_told(fields: dict[str, int]) -> None:
     cycles = [*(cycle(number) for number in range(1, 10)), cycle(10, **fields)]

@@ -28,6 +28,7 @@ from benchmarks.loading.bytecode import bytecode_environment
 from benchmarks.loading.spans import SpanReceiver, logged_load_s
 from sllm_vllm.config import child_environment
 from tests.benchmarks.process_tree import Identity, alive, descendants, read_until
+from tests.support.cases import every_case
 
 START_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 300.0
@@ -97,7 +98,7 @@ def test_no_token_at_all_is_a_problem() -> None:
     assert len(problems_of(starts)) == 3
 
 
-@pytest.mark.parametrize("outcome", ["converted", "unconverted", "stock"])
+@every_case("outcome", ["converted", "unconverted", "stock"])
 def test_third_start_that_did_not_load_is_a_problem(outcome: str) -> None:
     problems = problems_of(three(outcome=outcome))
     assert problems == [f"the starts were stock, converted, {outcome}, not stock, converted, loaded"]
@@ -116,8 +117,8 @@ def test_a_row_compares_all_its_answers() -> None:
         assert not changed.is_identical
 
 
-@pytest.mark.parametrize(
-    ("moved", "unmoved", "is_identical"),
+@every_case(
+    "moved, unmoved, is_identical",
     [(MOVED_TOKENS, MOVED_TOKENS, True), (MOVED_TOKENS, MOVED_TOKENS - 1, False), (20, 20, False)],
 )
 def test_a_moved_stream_needs_all_its_tokens(moved: int, unmoved: int, *, is_identical: bool) -> None:

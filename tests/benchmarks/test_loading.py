@@ -37,6 +37,7 @@ from benchmarks.loading.report import limit_of, limits_as_json, rows_of, table_o
 from benchmarks.store.device_limits import Limits, measure_limits, read_direct_s
 from sllm_vllm.units import MIB
 from tests.benchmarks.process_tree import alive, descendants
+from tests.support.cases import every_case
 
 NBYTES = 2_000_000_000
 RUN_TIMEOUT_S = 240.0
@@ -83,8 +84,8 @@ def test_row_is_compared_with_the_stock_loader_of_its_own_tier() -> None:
     assert rows[REFERENCE, "cold"].ratio == 1.0
 
 
-@pytest.mark.parametrize(
-    ("tier", "read_s", "copy_bps", "expected_s"),
+@every_case(
+    "tier, read_s, copy_bps, expected_s",
     [
         ("cold", 5.0, 4e9, 5.0),  # the disk
         ("cold", 1.0, 4e9, 2.0),  # post-processing

@@ -32,6 +32,7 @@ from benchmarks.router.overhead_report import (
     verdicts_of,
 )
 from benchmarks.router.overhead_targets import PEERS, Peer, TargetFailed, ensure_peer
+from tests.support.cases import every_case
 from tests.waiting import wait_until
 
 CHUNKS = 5
@@ -117,8 +118,8 @@ async def broken_server(answer: bytes) -> asyncio.Server:
     return await asyncio.start_server(reply, HOST, 0)
 
 
-@pytest.mark.parametrize(
-    ("answer", "told"),
+@every_case(
+    "answer, told",
     [
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\ndata\r\n", "closed before the end"),
         (b"HTTP/1.1 500 No\r\ncontent-length: 4\r\n\r\noops", "status 500: oops"),
@@ -147,7 +148,7 @@ def test_events_are_read_with_roles_usage_and_empty_pieces() -> None:
     assert read_events(body) == Read("abc", 2, 2, is_done=True)
 
 
-@pytest.mark.parametrize(("share", "value"), [(0.5, 50.0), (0.99, 99.0), (1.0, 100.0)])
+@every_case("share, value", [(0.5, 50.0), (0.99, 99.0), (1.0, 100.0)])
 def test_a_percentile_is_one_of_the_values(share: float, value: float) -> None:
     assert percentile([float(number) for number in range(100, 0, -1)], share) == value
     assert percentile([7.0], share) == 7.0

@@ -24,6 +24,7 @@ from sllm_vllm.checkpoint.reader import Checkpoint
 from sllm_vllm.loader.module_state import named_state
 from sllm_vllm.store import channel
 from tests.benchmarks.test_loading import limits, samples
+from tests.support.cases import every_case
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
 
@@ -49,7 +50,7 @@ def test_seconds_may_not_exceed_the_goal() -> None:
     assert not share("seconds", 0.05, [0.051], []).is_met
 
 
-@pytest.mark.parametrize(("ours", "said"), [(1.0, "yes"), (2.0, "NO")])
+@every_case("ours, said", [(1.0, "yes"), (2.0, "NO")])
 def test_line_of_a_share_ends_with_its_verdict(ours: float, said: str) -> None:
     assert share("share", 0.9, [ours], [1.0]).line().endswith(f": {said}")
     assert share("times", 1.1, [ours], [1.0]).line().endswith(f": {said}")
@@ -62,7 +63,7 @@ def test_share_is_a_line_of_json() -> None:
     assert (told["value"], told["met"], told["ours_s"], told["limit_s"]) == (0.95, True, [1.0], [0.95])
 
 
-@pytest.mark.parametrize(("seconds", "is_met"), [(2.2, True), (2.21, False)])
+@every_case("seconds, is_met", [(2.2, True), (2.21, False)])
 def test_load_from_the_pool_may_take_a_tenth_longer_than_post_processing(seconds: float, is_met: bool) -> None:
     found = samples()
     (ours, *_) = found[OURS, "warm"]

@@ -23,6 +23,7 @@ from sllm_vllm.checkpoint import source_records
 from sllm_vllm.checkpoint.fingerprint import fingerprint_directory, scan_source
 from sllm_vllm.checkpoint.source_records import SourceRecords
 from sllm_vllm.errors import ConfigError
+from tests.support.cases import every_case
 from tests.waiting import wait_until
 
 SETTLED_NS = 30_000_000
@@ -242,7 +243,7 @@ def test_found_checkpoint_holds_what_the_files_hold(
             world.start()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@every_case("layout", LAYOUTS)
 def test_unchanged_files_are_found_again_without_being_read(layout: str, tmp_path: Path) -> None:
     world = make(layout, tmp_path, random.Random(0))
     world.directories = world.directories[:1]

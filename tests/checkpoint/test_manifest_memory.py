@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from sllm_vllm.checkpoint.core.manifest import parse_manifest
 from sllm_vllm.config import MANIFEST_MARKS_MAX, MANIFEST_NBYTES_MAX
 from sllm_vllm.units import MIB
+from tests.support.cases import every_case
 
 GROWTH_NBYTES_MAX = 400 * MIB
 """256 MiB were seen: a text of 32 MiB with one wide character, four bytes for each, twice for a moment."""
@@ -69,7 +68,7 @@ def hostile_tensors() -> bytes:
     return f'{json.dumps(HEAD)[:-1]},"partitions":[{partition}]}}'.encode()
 
 
-@pytest.mark.parametrize("kind", ["text", "objects", "fields", "records", "more objects", "tensors"])
+@every_case("kind", ["text", "objects", "fields", "records", "more objects", "tensors"])
 def test_no_manifest_costs_more_than_a_few_hundred_megabytes(tmp_path: Path, kind: str) -> None:
     raw = hostile_tensors() if kind == "tensors" else hostile(kind)
     assert len(raw) <= MANIFEST_NBYTES_MAX

@@ -37,6 +37,7 @@ from tests.checkpoint.builders import (
     make_key,
     write_rank,
 )
+from tests.support.cases import every_case
 
 NAME = make_key().name
 
@@ -46,8 +47,8 @@ def needs_rank(root: Path, rank: int, *, num_partitions: int = 2, chunk_nbytes: 
         return needed
 
 
-@pytest.mark.parametrize(
-    ("model", "slug"),
+@every_case(
+    "model, slug",
     [
         ("org/tiny", "org--tiny"),
         ("/models/deep/er/tiny/", "er--tiny"),
@@ -131,7 +132,7 @@ UNSOUND: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", UNSOUND)
+@every_case("how", UNSOUND)
 def test_unsound_rank_is_written_again(tmp_path: Path, how: str) -> None:
     write_rank(tmp_path, make_key(2), 0)
     write_rank(tmp_path, make_key(2), 1, publishes=False)
@@ -336,7 +337,7 @@ def test_engine_that_has_it_open_reads_on_after_a_removal(checkpoint: Checkpoint
         partition.check_header(file)
 
 
-@pytest.mark.parametrize(
+@every_case(
     "name",
     ["", ".", "..", "../outside", "/", "folder", "folder/inside", ".hidden", "link", "none", f"{NAME}/", "a\0b"],
 )

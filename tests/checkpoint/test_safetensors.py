@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -18,6 +17,7 @@ from sllm_vllm.loader.module_state import dtype_name, named_state
 from sllm_vllm.loader.save import save_state
 from sllm_vllm.loader.sink import byte_view
 from tests.checkpoint.builders import CHUNK_NBYTES, make_key
+from tests.support.cases import every_case
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 PLAIN = [dtype for dtype in DTYPES if not dtype_name(dtype).startswith(("quint", "qint"))]
@@ -61,7 +61,7 @@ def assert_reads_back(root: Path, state: dict[str, torch.Tensor]) -> None:
             assert list(found[name].shape[:-1]) == list(tensor.shape)
 
 
-@pytest.mark.parametrize("dtype", PLAIN, ids=dtype_name)
+@every_case("dtype", PLAIN)
 def test_every_dtype_reads_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     shapes = {"scalar": (), "odd": (3, 5), "large": (3, 4096), "empty": (0, 4)}
     state = {name: random_tensor(dtype, *shape, seed=len(name)) for name, shape in shapes.items()}
@@ -78,7 +78,7 @@ def test_known_dtypes_are_those_of_torch_in_their_size() -> None:
     }
 
 
-@pytest.mark.parametrize(
+@every_case(
     "nbytes",
     [1, CHUNK_NBYTES - 1, CHUNK_NBYTES, CHUNK_NBYTES + 1, 2 * CHUNK_NBYTES, 5 * CHUNK_NBYTES + 12_345],
 )
@@ -126,7 +126,7 @@ def non_contiguous() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", non_contiguous())
+@every_case("name", non_contiguous())
 def test_non_contiguous_tensor_is_stored_row_major(tmp_path: Path, name: str) -> None:
     assert_reads_back(tmp_path, {name: non_contiguous()[name]})
 

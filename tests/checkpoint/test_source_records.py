@@ -16,6 +16,7 @@ from sllm_vllm.checkpoint import source_records
 from sllm_vllm.checkpoint.fingerprint import FileState, fingerprint_directory, scan_source
 from sllm_vllm.checkpoint.source_records import Identified, SourceRecords
 from tests.checkpoint.test_fingerprint import BLOB, COMMIT, CONTENT, rewrite
+from tests.support.cases import every_case
 
 NUM_FILES = 40
 
@@ -218,9 +219,7 @@ def test_mtime_of_the_future_is_no_write_of_this_moment(
     assert known(records, model) is not None
 
 
-@pytest.mark.parametrize(
-    ("ctime_ns", "is_known"), [(5_000_000_001, True), (5_000_000_000, False), (3_000_000_007, False)]
-)
+@every_case("ctime_ns, is_known", [(5_000_000_001, True), (5_000_000_000, False), (3_000_000_007, False)])
 def test_other_device_number_of_an_overlay_or_a_mount(ctime_ns: int, is_known: bool) -> None:
     """It may be another one if the ctime is the kernel's own: not if a file system has none, or shows the mtime."""
     before = FileState(100, 3_000_000_007, ctime_ns, 12, 58)

@@ -34,6 +34,7 @@ from tests.checkpoint.builders import (
     write_rank,
 )
 from tests.checkpoint.conftest import Mount, Mounted
+from tests.support.cases import every_case
 
 MIB = 1 << 20
 PARTITION = partition_path(0)
@@ -98,8 +99,8 @@ def test_large_tensors_keep_their_order_and_the_tail_is_last(tmp_path: Path) -> 
     assert names == ["embed", "exact", "small", "scale", "bias", "nothing"]
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, CHUNK_NBYTES - 1, CHUNK_NBYTES, CHUNK_NBYTES + 1, 3 * CHUNK_NBYTES, 50_001])
-@pytest.mark.parametrize("lead", [0, 256])
+@every_case("nbytes", [0, 1, CHUNK_NBYTES - 1, CHUNK_NBYTES, CHUNK_NBYTES + 1, 3 * CHUNK_NBYTES, 50_001])
+@every_case("lead", [0, 256])
 def test_every_chunk_has_the_checksum_of_its_bytes(tmp_path: Path, nbytes: int, lead: int) -> None:
     partition = write_synced(tmp_path, [blob("lead", lead), blob("t", nbytes)]).partition
     raw = (tmp_path / PARTITION).read_bytes()
@@ -158,7 +159,7 @@ UNTELLABLE: dict[str, tuple[list[Blob], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", UNTELLABLE)
+@every_case("kind", UNTELLABLE)
 def test_tensors_that_no_manifest_may_hold_are_refused_unwritten(tmp_path: Path, kind: str) -> None:
     tensors, told = UNTELLABLE[kind]
     with pytest.raises(NotConvertible, match=told) as refused:

@@ -20,6 +20,7 @@ from sllm_vllm.node import launcher
 from sllm_vllm.node.client import NodeClient
 from tests.node.commands import Run, caller, command, use_folders
 from tests.node.fake_agent import KEY, ServedAgent, agent_command, agent_process, start_report
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S, wait_until
 
 
@@ -141,8 +142,8 @@ def test_run_of_what_is_killed_names_the_signal(run: Run, served: ServedAgent) -
     assert "s failed: out of memory (killed by signal 9)" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
+@every_case(
+    "arguments, told",
     [
         (("-e", "NOVALUE", "m"), "KEY=VALUE"),
         (("-e", "=v", "m"), "KEY=VALUE"),

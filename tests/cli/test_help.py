@@ -16,6 +16,7 @@ import typer
 from sllm_vllm import __version__
 from sllm_vllm.cli import main as cli
 from tests.node.commands import Run, caller, command
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 GUIDE = "\n".join(
@@ -33,7 +34,7 @@ def walk(group: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 ALL = dict(walk(ROOT))
-each_command = pytest.mark.parametrize("path", ALL, ids=lambda path: " ".join(path) or "sllm-vllm")
+each_command = every_case("path", ALL)
 
 
 def options_of(path: tuple[str, ...]) -> set[str]:

@@ -28,6 +28,7 @@ from sllm_vllm.convert.parent import BytesDone, Converted, ConvertRequest, Event
 from sllm_vllm.loader.limits import LIMITS_NAME
 from sllm_vllm.units import KIB
 from tests.conftest import ModelDir
+from tests.support.cases import every_case
 from tests.vllm_server import vllm_server
 from tests.waiting import DEADLINE_S
 
@@ -115,7 +116,7 @@ def test_what_reads_only_the_disk_loads_neither_torch_nor_vllm(checkpoint: Check
     assert {"torch", "vllm"} & modules_after(*arguments) == set()
 
 
-@pytest.mark.parametrize(
+@every_case(
     "arguments",
     [
         ("convert",),

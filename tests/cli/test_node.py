@@ -17,6 +17,7 @@ from sllm_vllm.node import launcher
 from sllm_vllm.units import GIB, MIB
 from tests.node.commands import Run, caller, use_folders
 from tests.node.fake_agent import ServedAgent, agent_process
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S, wait_until
 
 
@@ -151,8 +152,8 @@ def test_node_serve_with_a_file(run: Run, configs: list[NodeConfig], tmp_path: P
     assert (config.node_dir, config.store_dir) == (tmp_path / "node", tmp_path / "store")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
+@every_case(
+    "arguments, told",
     [
         (("--slots", "0"), "--slots: must be at least 1"),
         (("--memory", "much"), "not a number of bytes"),

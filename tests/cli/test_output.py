@@ -7,10 +7,9 @@ import pty
 import subprocess
 import sys
 
-import pytest
-
 from sllm_vllm.cli.engines import REPLICA_CUT
 from sllm_vllm.cli.output import cell_width, table_lines
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 LONG = "/data/models/an-organisation/" + "a-model-with-a-long-name-" * 4 + "instruct"
@@ -25,7 +24,7 @@ def test_away_from_a_terminal_nothing_is_cut() -> None:
     assert line == f"{ID}  {LONG}      2  {PROBLEM}"
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 250])
+@every_case("width", [60, 80, 120, 250])
 def test_on_a_terminal_a_row_is_one_line_with_its_whole_id(width: int) -> None:
     header, line = table_lines([ROW, {**ROW, "model": "short", "reason": ""}], width=width, cut=REPLICA_CUT)[:2]
     assert max(len(header), len(line)) <= width

@@ -26,6 +26,7 @@ from sllm_vllm.router.config.file import FILE_NBYTES_MAX
 from sllm_vllm.router.config.sections import ModelConfig
 from tests.node.commands import Run, caller, use_folders
 from tests.router.fake_node import ADMIN_KEY, ENGINE_KEY, AdminThread
+from tests.support.cases import every_case
 from tests.waiting import wait_until
 
 MODEL = "meta/tiny"
@@ -329,7 +330,7 @@ def test_no_router(run: Run, folder: Path) -> None:
     assert "no router answers (Connection refused); start one with `sllm-vllm serve CONFIG`" in err
 
 
-@pytest.mark.parametrize("address", ["ftp://a", "localhost:8000", "http://me:secret@a", "http://a:x", "http://a?b=c"])
+@every_case("address", ["ftp://a", "localhost:8000", "http://me:secret@a", "http://a:x", "http://a?b=c"])
 def test_a_wrong_url(run: Run, folder: Path, address: str) -> None:
     code, _, err = run("status", "--url", address)
     assert (code, err.startswith("sllm-vllm: --url: must be a URL like")) == (1, True)

@@ -23,6 +23,7 @@ from sllm_vllm.store.calibrate import MeasurePlan, read_calibration
 from sllm_vllm.store.protocol import Order, RefusedReply, StoreReply
 from sllm_vllm.units import GIB, KIB, MIB
 from tests.store.scripted_daemon import EMPTY, STATUS, ScriptedDaemon
+from tests.support.cases import every_case
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -191,8 +192,8 @@ def test_serve_takes_a_file_and_options_override_it(run: Run, served: list[Store
     assert served == [StoreConfig(store_dir=tmp_path, memory_bytes=GIB, prefault=False, stall_s=7)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
+@every_case(
+    "arguments, said",
     [
         (("--memory", "much"), "'much' is not a number of bytes"),
         (("--memory", "1KiB"), "--memory: must be at least 2097152"),

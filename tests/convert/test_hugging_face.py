@@ -8,6 +8,7 @@ import pytest
 
 from sllm_vllm.checkpoint.core.manifest import Layout, TensorRecord
 from sllm_vllm.convert.hugging_face import RULES, NoWayBack, Piece, TensorPlan, holds_output_layer, plan_export
+from tests.support.cases import every_case
 
 CONFIG = {
     "hidden_size": 32,
@@ -126,8 +127,8 @@ def test_output_layer_of_its_own_is_seen() -> None:
     assert not holds_output_layer(plan(embedding))
 
 
-@pytest.mark.parametrize(
-    ("tensor", "reason"),
+@every_case(
+    "tensor, reason",
     [
         (record("model.layers.0.self_attn.qkv_proj.weight", 65, 32), r"65 rows, .* 32 \+ 16 \+ 16"),
         (record("model.layers.0.mlp.gate_up_proj.weight", 21, 32), r"21 rows, .* 10 \+ 10"),
@@ -149,8 +150,8 @@ def test_two_tensors_of_one_name_are_refused() -> None:
         plan(fused, fused)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
+@every_case(
+    "changes, reason",
     [
         ({"num_partitions": 2, "tensor_parallel_size": 2}, "sharded over 2 ranks"),
         ({"quantization": "fp8"}, r"quantised \(fp8\)"),

@@ -17,6 +17,7 @@ from sllm_vllm.convert.model_files import (
     workplace,
 )
 from sllm_vllm.errors import ConfigError, WriteError, WriterBusy
+from tests.support.cases import every_case
 
 
 def fill(directory: Path, *names: str) -> Path:
@@ -48,8 +49,8 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert (tmp_path / "target" / "config.json").read_text() == "abc"
 
 
-@pytest.mark.parametrize(
-    ("before", "is_untied", "after"),
+@every_case(
+    "before, is_untied, after",
     [
         ({}, False, {"dtype": "bfloat16"}),
         ({"dtype": "float32"}, False, {"dtype": "bfloat16"}),

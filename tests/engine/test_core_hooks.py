@@ -12,6 +12,7 @@ import pytest
 from sllm_vllm.engine.core_hooks import hook_core, hook_grammars, hook_requests
 from sllm_vllm.engine.hook_points import HookPoints
 from sllm_vllm.engine.resume import RESUME_KEY, ResumeRefused, handed_over
+from tests.support.cases import every_case
 
 
 @dataclass
@@ -130,13 +131,13 @@ def carrying(value: Any, max_tokens: int | None = 10, prompt: list[int] | None =
     return SimpleNamespace(sampling_params=params, prompt_token_ids=prompt or [1, 2, 3])
 
 
-@pytest.mark.parametrize("num_owned", [1, 9])
+@every_case("num_owned", [1, 9])
 def test_a_request_is_born_with_what_it_owns(num_owned: int) -> None:
     made = core(HookPoints()).preprocess_add_request(carrying(handed_over([99] * num_owned)))
     assert (made, made.num_preemptions) == ([99] * num_owned, 1)
 
 
-@pytest.mark.parametrize("params", [None, SimpleNamespace(extra_args=None), SimpleNamespace(extra_args={"mine": 1})])
+@every_case("params", [None, SimpleNamespace(extra_args=None), SimpleNamespace(extra_args={"mine": 1})])
 def test_a_request_that_carries_nothing_is_stock(params: Any) -> None:
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=None)
     for config in ({}, {"speculative_config": 1}):
@@ -144,8 +145,8 @@ def test_a_request_that_carries_nothing_is_stock(params: Any) -> None:
         assert (made, made.num_preemptions) == ([], 0)
 
 
-@pytest.mark.parametrize(
-    ("request_", "reason"),
+@every_case(
+    "request_, reason",
     [
         (carrying([5, 6]), "front end"),  # as a body can carry it past a front end that is not hooked
         (carrying('{"version":1}'), "front end"),
@@ -162,7 +163,7 @@ def test_a_core_refuses_what_would_kill_its_worker(request_: Any, reason: str) -
         core(HookPoints()).preprocess_add_request(request_)
 
 
-@pytest.mark.parametrize("name", ["speculative_config", "kv_transfer_config"])
+@every_case("name", ["speculative_config", "kv_transfer_config"])
 def test_a_core_of_an_engine_that_resumes_nothing_refuses(name: str) -> None:
     with pytest.raises(ResumeRefused, match="this engine"):
         core(HookPoints(), **{name: 1}).preprocess_add_request(carrying(handed_over([5])))

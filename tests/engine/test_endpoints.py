@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from sllm_vllm.engine.endpoints import SllmEndpoints, _respond
 from sllm_vllm.engine.hook_points import HookPoints
 from sllm_vllm.engine.self_test import why_unable
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 
@@ -162,7 +163,7 @@ async def test_several_api_servers_are_the_reason() -> None:
     assert "several API servers" in await why_unable(engine)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("speculative_config", "speculates"), ("kv_transfer_config", "KV")])
+@every_case("name, reason", [("speculative_config", "speculates"), ("kv_transfer_config", "KV")])
 async def test_a_kind_of_engine_that_resumes_nothing_is_the_reason(name: str, reason: str) -> None:
     engine = Engine()
     setattr(engine.vllm_config, name, "set")

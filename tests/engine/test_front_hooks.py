@@ -11,6 +11,7 @@ import pytest
 from sllm_vllm.engine.front_hooks import hook_generate, hook_outputs
 from sllm_vllm.engine.hook_points import HookPoints
 from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, handed_over, sign_resume
+from tests.support.cases import every_case
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_where_a_hook_is_missing_it_is_refused_before_the_trial_too() -> None:
         resumed(engine)
 
 
-@pytest.mark.parametrize("key", ["another", ""])
+@every_case("key", ["another", ""])
 def test_a_resume_that_the_router_has_not_signed_is_refused(key: str) -> None:
     """A client may write the key into its body: it would make the engine say that it said anything."""
     from vllm.exceptions import VLLMValidationError

@@ -10,6 +10,7 @@ import pytest
 
 from sllm_vllm.engine.guard import EngineGuard
 from sllm_vllm.node.core.launch import GUARD
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 KEY = "the-engines-key"
@@ -94,7 +95,7 @@ async def test_no_route_of_vllms_is_answered_without_the_key_but_health(app: Any
         assert await ask(app, path, kind="websocket") == ("websocket.close", 1008), path
 
 
-@pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY} "])
+@every_case("authorization", ["", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY} "])
 async def test_a_wrong_key_is_as_none(app: Any, authorization: str) -> None:
     for path in ("/version", "/metrics", "/v1/models"):
         assert await ask(app, path, authorization=authorization) == ("http.response.start", 401)

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from sllm_vllm.engine.hook_points import HookMissing, HookPoints, require, require_type
+from tests.support.cases import every_case
 
 NAME = "sllm_hooked_sample"
 
@@ -61,7 +62,7 @@ def test_what_is_missing_is_a_problem_and_changes_nothing() -> None:
     assert points.installed == []
 
 
-@pytest.mark.parametrize(("name", "told"), [("other", "there is no other"), ("value", "there is no value")])
+@every_case("name, told", [("other", "there is no other"), ("value", "there is no value")])
 def test_a_function_that_is_none_is_named(name: str, told: str) -> None:
     with pytest.raises(HookMissing, match=told):
         require(importlib.import_module(NAME), name)

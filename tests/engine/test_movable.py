@@ -5,9 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from sllm_vllm.engine.movable import why_immovable, why_immovable_in_flight
+from tests.support.cases import every_case
 
 TOKENS = {"type": "token", "prompt_token_ids": [1]}
 
@@ -33,13 +32,13 @@ def test_plain_requests_are_moved() -> None:
     assert why_immovable_in_flight(config(), in_flight(), params(seed=5)) == ""
 
 
-@pytest.mark.parametrize("prompt", [{"type": "multimodal"}, {"type": "embeds"}, {"type": "enc_dec"}, "text", None])
+@every_case("prompt", [{"type": "multimodal"}, {"type": "embeds"}, {"type": "enc_dec"}, "text", None])
 def test_prompts_of_another_kind_than_tokens_are_not(prompt: object) -> None:
     assert "can't be resumed" in why_immovable(config(), prompt, params())
 
 
-@pytest.mark.parametrize(
-    ("engine", "sampling", "reason"),
+@every_case(
+    "engine, sampling, reason",
     [
         ({"speculative_config": 1}, {}, "speculates"),
         ({"kv_transfer_config": 1}, {}, "KV connector"),
@@ -63,8 +62,8 @@ def test_requests_whose_state_is_elsewhere_are_not(
     assert reason in why_immovable_in_flight(config(**engine), in_flight(), params(**sampling))
 
 
-@pytest.mark.parametrize(
-    ("more", "reason"),
+@every_case(
+    "more, reason",
     [
         ({"prompt_embeds": 1}, "embeddings"),
         ({"prompt_token_ids": None}, "embeddings"),

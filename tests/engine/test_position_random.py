@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_vllm.engine.position_random import PositionGenerator, step_seed
+from tests.support.cases import every_case
 
 
 def test_the_seed_of_a_step_is_what_is_documented() -> None:
@@ -44,7 +45,7 @@ def test_taking_back_a_draw_does_not_fail() -> None:
     assert torch.equal(torch.rand(2, generator=generator), drawn)
 
 
-@pytest.mark.parametrize("seed", [0, 3, -1, 2**63 - 1])
+@every_case("seed", [0, 3, -1, 2**63 - 1])
 def test_until_its_first_step_it_is_the_generator_it_replaced(seed: int) -> None:
     """Nobody seeds it where the runner's hook is refused, or the engine speculates."""
     stock = torch.Generator().manual_seed(seed)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from sllm_vllm.engine.replay import HeldOutputs, hand_to_core
 from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, handed_over
+from tests.support.cases import every_case
 
 
 @dataclass
@@ -50,9 +49,7 @@ class Collector:
         return found
 
 
-@pytest.mark.parametrize(
-    ("step", "seen"), [(1, [[0], [1], [2], [3], [4]]), (2, [[0, 1], [2, 3], [4]]), (0, [[0, 1, 2, 3, 4]])]
-)
+@every_case("step, seen", [(1, [[0], [1], [2], [3], [4]]), (2, [[0, 1], [2, 3], [4]]), (0, [[0, 1, 2, 3, 4]])])
 async def test_replayed_outputs_come_first_in_their_steps(step: int, seen: list[list[int]]) -> None:
     collector = Collector()
     held = HeldOutputs(collector, step)

@@ -26,6 +26,7 @@ from sllm_vllm.engine.resume import (
     parse_resume,
     sign_resume,
 )
+from tests.support.cases import every_case
 
 PROMPT = [1, 2, 3]
 LIMITS = ResumeLimits(
@@ -100,7 +101,7 @@ def test_it_comes_out_as_it_went_in(resume: Resume) -> None:
     assert parse_resume(resume.to_json()) == resume
 
 
-@pytest.mark.parametrize(
+@every_case(
     "value",
     [
         None,
@@ -151,8 +152,8 @@ def two(num_open: int, num_ended: int) -> Resume:
     return Resume(LIMITS.prompt_digest, (OwnedChoice((5,) * num_open), OwnedChoice((5,) * num_ended, None, "stop")))
 
 
-@pytest.mark.parametrize(
-    ("resume", "limits", "reason"),
+@every_case(
+    "resume, limits, reason",
     [
         (Resume("another", (OwnedChoice((5,)),)), LIMITS, "prompt"),
         (owning(5), replace(LIMITS, num_choices=2), "n=2"),
@@ -183,7 +184,7 @@ def test_prompts_have_names_of_their_own() -> None:
     assert len({digest_tokens(ids) for ids in ([], [0], [0, 0], [1, 2], [2, 1], [258])}) == 6
 
 
-@pytest.mark.parametrize(
+@every_case(
     "extra_args",
     [
         None,
@@ -205,13 +206,13 @@ def test_a_core_takes_tokens_from_a_front_end_alone(extra_args: object) -> None:
 SIGNED = sign_resume("{}", key="key", request="name")
 
 
-@pytest.mark.parametrize("request_id", ["name", "chatcmpl-name", "cmpl-name-0", "cmpl-name-3"])
+@every_case("request_id", ["name", "chatcmpl-name", "cmpl-name-0", "cmpl-name-3"])
 def test_what_the_router_signed_is_taken_under_every_id_that_vllm_makes_of_its_name(request_id: str) -> None:
     assert check_signature(SIGNED, keys=["another", "key"], request=request_id) == "{}"
 
 
-@pytest.mark.parametrize(
-    ("value", "keys", "request_id"),
+@every_case(
+    "value, keys, request_id",
     [
         ("{}", ["key"], "name"),
         (SIGNED, ["another"], "name"),

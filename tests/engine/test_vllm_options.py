@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from sllm_vllm.node.vllm_options import unknown_options
+from tests.support.cases import every_case
 
 
 def test_every_option_of_vllms_parser_is_known() -> None:
@@ -25,8 +24,8 @@ def test_every_option_of_vllms_parser_is_known() -> None:
     assert list(unknown_options(options)) == []
 
 
-@pytest.mark.parametrize(
-    ("argument", "found"),
+@every_case(
+    "argument, found",
     [
         ("--max-model-len=5", None),
         ("--max_model_len", None),

@@ -12,6 +12,7 @@ from sllm_vllm.engine.hook_points import HookMissing
 from sllm_vllm.engine.position_random import step_seed
 from sllm_vllm.engine.resume import RESUME_KEY, handed_over
 from sllm_vllm.engine.worker_hooks import hook_request_states, hook_runner
+from tests.support.cases import every_case
 
 
 class State:
@@ -62,9 +63,7 @@ def drawn(generator: torch.Generator) -> list[float]:
     return [float(value) for value in torch.rand(4, generator=generator)]
 
 
-@pytest.mark.parametrize(
-    ("carried", "owned"), [(handed_over([5, 6]), [5, 6]), ([5, 6], []), ("[5, 6]", []), (None, [])]
-)
+@every_case("carried, owned", [(handed_over([5, 6]), [5, 6]), ([5, 6], []), ("[5, 6]", []), (None, [])])
 def test_a_worker_takes_what_its_core_has_checked(carried: Any, owned: list[int]) -> None:
     state = hooked_state(None, carried)
     assert (state.output_token_ids, state.generator) == (owned, None)
@@ -89,7 +88,7 @@ def test_where_the_runner_is_not_hooked_draws_are_stock() -> None:
     assert drawn(hooked_state(7).generator) == drawn(torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("missing", ["_update_states", "_get_prompt_logprobs_dict"])
+@every_case("missing", ["_update_states", "_get_prompt_logprobs_dict"])
 def test_a_runner_that_lacks_a_point_is_left_as_it_is(missing: str) -> None:
     module: Any = ModuleType("gpu_model_runner")
     module.GPUModelRunner = type("GPUModelRunner", (Runner,), {missing: None})

@@ -12,6 +12,7 @@ import numpy
 import pytest
 
 from sllm_vllm.loader.address_space import HUGE_PAGE_NBYTES, AddressSpace
+from tests.support.cases import every_case
 
 PAGE = mmap.PAGESIZE
 
@@ -37,7 +38,7 @@ def permissions_at(address: int) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("nbytes", [1, PAGE, HUGE_PAGE_NBYTES, 3 * HUGE_PAGE_NBYTES + PAGE])
+@every_case("nbytes", [1, PAGE, HUGE_PAGE_NBYTES, 3 * HUGE_PAGE_NBYTES + PAGE])
 def test_memory_is_aligned_zero_and_writable(nbytes: int) -> None:
     space = AddressSpace(nbytes)
     assert space.address % HUGE_PAGE_NBYTES == 0

@@ -17,6 +17,7 @@ from sllm_vllm.loader.load import load_module
 from sllm_vllm.loader.module_state import TransientBuffers, named_state, storable_tensors
 from sllm_vllm.loader.report import LoadReport
 from sllm_vllm.loader.save import save_state
+from tests.support.cases import every_case
 
 
 class Tied(nn.Module):
@@ -124,8 +125,8 @@ def dtypes() -> list[torch.dtype]:
     return sorted((d for d in found if "qint" not in str(d) and "quint" not in str(d)), key=str)
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7), (64, 128)], ids=str)
+@every_case("dtype", dtypes())
+@every_case("shape", [(), (0,), (3,), (5, 7), (64, 128)])
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     raw = torch.randint(0, 2, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
 
@@ -139,8 +140,8 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, 
     assert torch.equal(target.get_buffer("value").reshape(-1).view(torch.uint8), raw)
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
+@every_case(
+    "change, problem",
     [
         (lambda m: setattr(m, "extra", nn.Parameter(torch.zeros(2))), "'extra' is missing"),
         (lambda m: delattr(m, "turned"), "'turned' is not in this model"),
@@ -179,7 +180,7 @@ def test_stored_tied_fills_an_untied_module(tmp_path: Path) -> None:
     assert torch.equal(target.head.weight, source.embed.weight)
 
 
-@pytest.mark.parametrize(
+@every_case(
     "parameter",
     [
         lambda: nn.Parameter(torch.empty(2, device="meta")),

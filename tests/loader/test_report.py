@@ -11,6 +11,7 @@ import torch
 from sllm_vllm.loader.limits import LIMITS_NAME, measure_limits, read_limits
 from sllm_vllm.loader.report import Hop, HopCounter, LoadReport
 from sllm_vllm.units import MIB
+from tests.support.cases import every_case
 
 
 def test_hops_add_up_over_threads() -> None:
@@ -59,7 +60,7 @@ def test_a_file_smaller_than_a_chunk_is_refused(tmp_path: Path) -> None:
         measure_limits(file, tmp_path, num_threads=1)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"read_disk": "fast"}', "{"])
+@every_case("content", [None, "", "[]", '{"read_disk": "fast"}', "{"])
 def test_limits_that_cannot_be_read_are_none(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / LIMITS_NAME).write_text(content)

@@ -21,6 +21,7 @@ from sllm_vllm.node.protocol import NodeReport, ReplicaOrder
 from tests.listening import listening_addresses as session_listeners
 from tests.listening import servers_of
 from tests.node.agent_bench import Bench, ask, descriptors, node_config, running_agent, text_of
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 _LISTENING = "0A"
@@ -360,9 +361,7 @@ async def test_what_was_ordered_reaches_the_engine(tmp_path: Path) -> None:
     assert told["environment"]["SLLM_STORE_SOCKET"] == str(bench.config.store_socket)
 
 
-@pytest.mark.parametrize(
-    "option", ["--uds=/tmp/s", "--grpc", "--grpc-port=1", "--data-parallel-multi-port-external-lb"]
-)
+@every_case("option", ["--uds=/tmp/s", "--grpc", "--grpc-port=1", "--data-parallel-multi-port-external-lb"])
 async def test_an_engine_opens_no_door_but_its_port(tmp_path: Path, option: str) -> None:
     async with running_agent(tmp_path) as bench:
         with pytest.raises(OrderRefused, match=option.partition("=")[0]):

@@ -18,6 +18,7 @@ from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import find_process
 from sllm_vllm.node.protocol import ReplicaReport
 from tests.node.agent_bench import Bench, adopt_no_more, ask, descriptors, node_config, running_agent, until
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 EAGER_S = 0.25
@@ -84,7 +85,7 @@ async def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
         assert await free_slots(bench) == 2
 
 
-@pytest.mark.parametrize(
+@every_case(
     "order",
     [
         {"arguments": ("a\0b",)},
@@ -92,7 +93,6 @@ async def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
         {"environment": {"A": "B\0"}},
         {"arguments": ("x" * (1 << 20),)},
     ],
-    ids=["nul", "name", "value", "too long"],
 )
 async def test_words_that_no_process_can_be_given_are_told(tmp_path: Path, order: dict[str, Any]) -> None:
     """Such an order kept its slots for ever."""
@@ -171,11 +171,10 @@ async def test_one_that_turns_ill_is_unwell_until_it_is_well(tmp_path: Path) -> 
         assert len((await bench.agent.report()).timings) == 1  # it was started once
 
 
-@pytest.mark.parametrize("takes_socket", [False, True], ids=["port", "socket"])
-@pytest.mark.parametrize(
-    ("name", "path", "lasts"),
+@every_case("takes_socket", [False, True])
+@every_case(
+    "name, path, lasts",
     [("turns-ill", "/ill", {ILL, SILENT}), ("freezes", "/freeze", {SILENT})],
-    ids=["ill", "frozen"],
 )
 async def test_one_that_is_ill_or_frozen_for_long_is_ended(
     tmp_path: Path, name: str, path: str, lasts: set[str], takes_socket: bool

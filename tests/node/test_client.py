@@ -22,6 +22,7 @@ from sllm_vllm.node.launcher import LOG_NBYTES_MAX, start_in_background
 from sllm_vllm.node.protocol import ReplicaOrder
 from tests.node import fake_agent
 from tests.node.fake_agent import KEY, ServedAgent, agent_command, agent_process
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S, wait_until
 
 NOBODY = 65534
@@ -115,8 +116,8 @@ def http(status: int, body: bytes) -> bytes:
     return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "told"),
+@every_case(
+    "answer, kind, told",
     [
         (b"", NodeUnavailable, "ended in the middle"),
         (b"\x00\x01\x02\r\n\r\n", NodeUnavailable, "ended in the middle"),

@@ -11,12 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from sllm_vllm.config import child_environment
 from sllm_vllm.node.cold_start import serve_command
 from sllm_vllm.node.engine_process import EngineProcess, start_cold
 from sllm_vllm.node.logs import BoundedLog, OutputPipe
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S, wait_until
 
 _SLEEPER = (
@@ -49,7 +48,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("script", "status"), [("", 0), ("raise SystemExit(3)", 3), ("import os; os.abort()", -6)])
+@every_case("script, status", [("", 0), ("raise SystemExit(3)", 3), ("import os; os.abort()", -6)])
 async def test_the_status_tells_how_it_ended(script: str, status: int) -> None:
     process = spawn(script, 2)
     async with asyncio.timeout(DEADLINE_S):
@@ -58,7 +57,7 @@ async def test_the_status_tells_how_it_ended(script: str, status: int) -> None:
     process.kill()  # too late: harmless
 
 
-@pytest.mark.parametrize("how", ["terminate", "kill"])
+@every_case("how", ["terminate", "kill"])
 async def test_nothing_of_its_group_is_left(how: str) -> None:
     reading, writing = os.pipe()
     process = spawn(_SLEEPER, writing)

@@ -13,6 +13,7 @@ from sllm_vllm.node import hardware
 from sllm_vllm.node.core.launch import Gpu
 from sllm_vllm.node.hardware import FREE_SHARE, available_nbytes, detect_hardware, parse_gpu
 from sllm_vllm.units import GIB, MIB
+from tests.support.cases import every_case
 
 THREE = "0, GPU-aa11, 1000\n1, GPU-ab22, 2000\n\n2, GPU-cc33, 3000\n"
 
@@ -37,8 +38,8 @@ def ids(gpus: tuple[str, ...] | None = None, visible: str | None = None) -> list
     return [gpu.id for gpu in detect_hardware(gpus, GIB, visible).gpus]
 
 
-@pytest.mark.parametrize(
-    ("line", "found"),
+@every_case(
+    "line, found",
     [
         ("0, GPU-1b2c, 143771", (0, Gpu("GPU-1b2c", 143771 * MIB))),
         ("12,GPU-x,1", (12, Gpu("GPU-x", MIB))),

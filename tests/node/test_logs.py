@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.node.logs import BoundedLog, OutputPipe, read_log
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S, wait_until
 
 
@@ -79,7 +80,7 @@ async def test_a_log_is_followed_into_the_next_file_until_its_engine_ends(tmp_pa
     assert bytes(found) == b"first\n" + b"".join(f"line {number:02}\n".encode() for number in range(20))
 
 
-@pytest.mark.parametrize("tail_nbytes", [None, 1000, 190, 150, 101, 100, 99, 30, 1, 0])
+@every_case("tail_nbytes", [None, 1000, 190, 150, 101, 100, 99, 30, 1, 0])
 async def test_a_tail_reaches_into_the_older_file(tmp_path: Path, tail_nbytes: int | None) -> None:
     log = BoundedLog(tmp_path / "log", 100)
     for number in range(30):

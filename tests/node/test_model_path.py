@@ -9,6 +9,7 @@ import pytest
 from sllm_vllm.errors import ConfigError, OrderRefused
 from sllm_vllm.node.model_path import problem_with, require_model
 from sllm_vllm.router.daemon import serve
+from tests.support.cases import every_case
 
 
 @pytest.mark.parametrize("model", ["{}/nope", "./nope", "../nope/x", "~/nope", "./model.gguf", "{}/model/\0"])
@@ -27,7 +28,7 @@ def test_a_path_that_is_there_is_none(model: str, tmp_path: Path, monkeypatch: p
     assert problem_with(model.format(tmp_path, name=tmp_path.name), tmp_path) == ""
 
 
-@pytest.mark.parametrize("model", ["facebook/opt-125m", "gpt2", "s3://bucket/model", "org/repo:Q4_K_M", "a/b/c.gguf"])
+@every_case("model", ["facebook/opt-125m", "gpt2", "s3://bucket/model", "org/repo:Q4_K_M", "a/b/c.gguf"])
 def test_what_may_be_a_name_on_the_hub_or_a_url_is_left_to_vllm(model: str, tmp_path: Path) -> None:
     assert problem_with(model, tmp_path) == ""
 

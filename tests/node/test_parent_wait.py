@@ -14,6 +14,7 @@ from sllm_vllm.node.engine import Engine
 from sllm_vllm.node.logs import BoundedLog
 from sllm_vllm.node.parent_wait import CalledOff, ParentWait
 from sllm_vllm.node.protocol import StartReport
+from tests.support.cases import every_case
 
 
 class Pool:
@@ -84,7 +85,7 @@ async def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None
     assert waits(tmp_path).ready_in_s(pool) == 79.0
 
 
-@pytest.mark.parametrize("data", [b"", b"[[[[", b"{}", b'{"version": 1, "import_s": "x"}', b"\xff" * 70000])
+@every_case("data", [b"", b"[[[[", b"{}", b'{"version": 1, "import_s": "x"}', b"\xff" * 70000])
 async def test_a_broken_file_counts_as_none(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "imports.json").write_bytes(data)
     assert waits(tmp_path).ready_in_s(Pool()) == 29.0

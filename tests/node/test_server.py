@@ -32,6 +32,7 @@ from sllm_vllm.errors import (
 from sllm_vllm.node.protocol import REQUEST_NBYTES_MAX
 from sllm_vllm.node.server import CONNECTIONS_MAX
 from tests.node.fake_agent import KEY, ServedAgent, agent_process
+from tests.support.cases import every_case
 from tests.waiting import wait_until
 
 NOBODY = 65534
@@ -76,8 +77,8 @@ def test_order_is_answered_with_the_replica(served: ServedAgent) -> None:
     assert served.agent.orders[0].environment == {"K": "v"}
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "expected"),
+@every_case(
+    "method, path, expected",
     [
         ("GET", "/v1/replicas/slow-1", {"id": "slow-1", "state": "loading"}),
         ("DELETE", "/v1/replicas/slow-1", {"id": "slow-1", "state": "stopping"}),
@@ -103,7 +104,7 @@ def test_prefetch_and_stop_are_handed_on(served: ServedAgent) -> None:
     assert served.was_told_to_stop.is_set()
 
 
-@pytest.mark.parametrize("prefix", ["alpha-1", "al", "a"])
+@every_case("prefix", ["alpha-1", "al", "a"])
 def test_a_unique_prefix_is_enough(served: ServedAgent, prefix: str) -> None:
     served.order("slow", id="alpha-1")
     served.order("slow", id="beta-1")
@@ -124,8 +125,8 @@ def test_streams_end_with_the_replica(served: ServedAgent) -> None:
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status", "kind", "names"),
+@every_case(
+    "method, path, body, status, kind, names",
     [
         ("GET", "/v1/replicas/none", b"", 404, "ReplicaUnknown", "none"),
         ("DELETE", "/v1/replicas/none", b"", 404, "ReplicaUnknown", "none"),

@@ -13,6 +13,7 @@ import pytest
 
 from sllm_vllm.daemon.unix_listener import socket_of_url, url_of_socket
 from sllm_vllm.node.sockets import PATH_NBYTES_MAX, EngineSockets
+from tests.support.cases import every_case
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_a_folder_that_others_could_use_is_neither_used_nor_cleared(
     assert not path.parent.exists()
 
 
-@pytest.mark.parametrize("path", ["/a/b", "/with space/100%/ü#?", "/\udcff"])
+@every_case("path", ["/a/b", "/with space/100%/ü#?", "/\udcff"])
 def test_a_url_holds_any_path(path: str) -> None:
     url = url_of_socket(Path(path))
     assert url.isascii()

@@ -16,6 +16,7 @@ from sllm_vllm.ray import peer_server
 from sllm_vllm.ray.peer_server import PeerServer
 from sllm_vllm.store.transfer import pull_checkpoint
 from tests.checkpoint.builders import blob, files_below, make_checkpoint
+from tests.support.cases import every_case
 
 TENSORS = (blob("large", 600, 1000), blob("tail", 77))
 
@@ -64,7 +65,7 @@ async def test_without_its_key_nobody_gets_anything(server: PeerServer, tmp_path
     assert await status_of(f"http://{host}/m/{MANIFEST_NAME}") == 401
 
 
-@pytest.mark.parametrize(
+@every_case(
     "path",
     [
         "secret",

@@ -11,6 +11,7 @@ import pytest
 
 from sllm_vllm.router.config.settings import IngressSettings
 from tests.router.fake_gate import EngineProcess, FakeGate, Served, running_engine, serving
+from tests.support.cases import every_case
 
 CONTROLS = (
     "/abort_requests",
@@ -103,7 +104,7 @@ def spellings(path: str) -> Iterator[str]:
     yield f"{path[:-1]}%{ord(path[-1]):02x}"
 
 
-@pytest.mark.parametrize("path", CONTROLS)
+@every_case("path", CONTROLS)
 async def test_a_control_is_not_there(served: Served, engine: EngineProcess, path: str) -> None:
     for spelt in spellings(path):
         answer = await served.post({"model": "other"}, spelt)

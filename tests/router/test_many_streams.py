@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from benchmarks.router.streams import MODEL, Plan, limits_of, problem_of, stream_all
 from sllm_vllm.router.engine_client.connection import IDLE_MAX
 from tests.router.router_process import running_router, write_config
+from tests.support.cases import every_case
 from tests.waiting import wait_until
 
 MIB = 1 << 20
@@ -34,8 +33,8 @@ async def test_two_hundred_streams_at_once_are_whole_and_their_own(tmp_path: Pat
         assert "Traceback" not in router.log
 
 
-@pytest.mark.parametrize(
-    ("data", "problem"),
+@every_case(
+    "data, problem",
     [
         (WHOLE, ""),
         (WHOLE.replace("a/1", "b/1"), "'b/1 '"),

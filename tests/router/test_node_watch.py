@@ -24,6 +24,7 @@ from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.node_watch import NodeWatch
 from tests.router.fake_gate import until
 from tests.router.fake_node import FakeNode
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
@@ -159,7 +160,7 @@ async def test_the_very_first_start_is_planned_with_what_the_node_has(tmp_path: 
         assert [one.tier for one in controller.core.scaling.predictions.values()] == ["DISK", "DISK"]
 
 
-@pytest.mark.parametrize("written", ["weights", "./weights", "a/../weights", "absolute"])
+@every_case("written", ["weights", "./weights", "a/../weights", "absolute"])
 async def test_a_directory_is_measured_before_there_is_a_checkpoint(tmp_path: Path, written: str) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
@@ -212,8 +213,8 @@ async def test_a_replica_that_an_operator_has_its_agent_stop_has_no_fault(tmp_pa
         assert [(one.replica, one.is_fault) for one in ends] == [(replica, False)]
 
 
-@pytest.mark.parametrize(
-    ("files", "nbytes"),
+@every_case(
+    "files, nbytes",
     [
         ({}, 0),
         ({"config.json": 9}, 0),
@@ -223,7 +224,6 @@ async def test_a_replica_that_an_operator_has_its_agent_stop_has_no_fault(tmp_pa
         ({"consolidated.safetensors": 3}, 3),
         ({"model.pt": 8}, 8),
     ],
-    ids=["empty", "none", "safetensors", "bin", "twice", "consolidated", "pt"],
 )
 def test_weights_are_measured_by_the_files_that_are_read(tmp_path: Path, files: dict[str, int], nbytes: int) -> None:
     for name, size in files.items():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from sllm_vllm.router.core.events import (
     Dispatch,
     FirstByte,
@@ -41,6 +39,7 @@ from sllm_vllm.simulate.presets import HERE, PAPER
 from sllm_vllm.simulate.workload import draw_requests
 from sllm_vllm.simulate.world import World
 from tests.simulate.scripted import KIND
+from tests.support.cases import every_case
 
 NAMES = sorted(baselines({}, 0))
 HOPS = {Tier.HOST: 10_000.0, Tier.DISK: 2_000.0, Tier.REMOTE: 100.0}
@@ -102,14 +101,14 @@ def test_serverless_draws_among_nodes_with_free_slots() -> None:
     assert nodes == {"n0", "n1", "n2"}
 
 
-@pytest.mark.parametrize("make", [Shepherd, lambda: ServerlessLLM(CLASSES)], ids=["shepherd", "serverlessllm"])
+@every_case("make", [Shepherd, lambda: ServerlessLLM(CLASSES)])
 def test_locality_goes_where_the_model_lies(make: type[Baseline]) -> None:
     policy = make()
     join(policy, 3, disks={2: ["m-0"]})
     assert started(arrive(policy, "r0", "m-0")).node == "n2"
 
 
-@pytest.mark.parametrize("make", [Shepherd, lambda: ServerlessLLM(CLASSES)], ids=["shepherd", "serverlessllm"])
+@every_case("make", [Shepherd, lambda: ServerlessLLM(CLASSES)])
 def test_long_load_queue_weighs_more_than_the_disk(make: type[Baseline]) -> None:
     """Each load from n1's disk takes 5 s; from n0's memory 1 s."""
     policy = make()
@@ -221,8 +220,8 @@ def crowded(cluster: HardwareCluster) -> HardwareCluster:
     return replace(cluster, traffic=replace(cluster.traffic, rate=cluster.traffic.rate * 3), failures=ROUGH)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cluster", [PAPER, HERE], ids=["paper", "here"])
+@every_case("name", NAMES)
+@every_case("cluster", [PAPER, HERE])
 def test_every_request_ends_once_whatever_fails(name: str, cluster: HardwareCluster) -> None:
     rough = crowded(cluster)
     for seed in range(3):
@@ -233,7 +232,7 @@ def test_every_request_ends_once_whatever_fails(name: str, cluster: HardwareClus
         assert policy.requests == {}, f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_case("name", NAMES)
 def test_same_seed_has_the_same_result(name: str) -> None:
     rough = crowded(PAPER)
     requests = draw_requests(rough.traffic, list(rough.classes()), 150, seed=5)

@@ -17,6 +17,7 @@ from sllm_vllm.simulate.hardware import ModelClass
 from sllm_vllm.simulate.policy import SchedulingPolicy
 from sllm_vllm.simulate.presets import BIG, HERE
 from tests.simulate.scripted import Scripted
+from tests.support.cases import every_case
 
 SHORT = Options(preset="here", seeds=2, requests=20, validate=True)
 
@@ -90,7 +91,7 @@ def test_failure_is_told_with_its_seed(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "failed with seed 0 at 0.000 s: --preset here --policies ours --requests 20" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [Options(preset="huge"), Options(policies=("best",))])
+@every_case("options", [Options(preset="huge"), Options(policies=("best",))])
 def test_unknown_names_are_refused(options: Options) -> None:
     with pytest.raises(ConfigError, match="choose"):
         run_simulation(options)

@@ -6,10 +6,9 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 
-import pytest
-
 from sllm_vllm.router.core.keep_alive import DEFAULT_LIMITS, KeepAliveLimits
 from sllm_vllm.simulate.keep_alive import PATTERNS, Cost, arrivals_of, hourly, replay
+from tests.support.cases import every_case
 
 STARTUP_S = 20.0
 HOURS = 24.0
@@ -21,7 +20,7 @@ def cost_of(pattern: str, *, fixed_s: float | None = None, limits: KeepAliveLimi
     return sum((replay(one, startup_s=STARTUP_S, fixed_s=fixed_s, limits=limits) for one in arrivals), Cost())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@every_case("pattern", PATTERNS)
 def test_patterns_are_times_in_order_and_the_same_for_a_seed(pattern: str) -> None:
     times = arrivals_of(PATTERNS[pattern], 4.0, 1)
     assert all(first <= second for first, second in pairwise(times))
@@ -43,7 +42,7 @@ def test_an_hourly_job_costs_as_many_starts_as_five_minutes_and_half_the_idling(
     assert ours.idle_s < fixed.idle_s / 2
 
 
-@pytest.mark.parametrize(("fixed_s", "idle_worth"), [(300.0, 30.0), (600.0, 43.0)])
+@every_case("fixed_s, idle_worth", [(300.0, 30.0), (600.0, 43.0)])
 def test_over_all_patterns_there_are_fewer_cold_starts_at_no_more_idle_seconds(
     fixed_s: float, idle_worth: float
 ) -> None:

@@ -27,6 +27,7 @@ from sllm_vllm.simulate.metrics import (
 from sllm_vllm.simulate.plot import write_cdfs
 from sllm_vllm.simulate.run import End, RequestOutcome, Run
 from tests.simulate.scripted import asked
+from tests.support.cases import every_case
 
 
 def outcome(
@@ -83,9 +84,7 @@ def test_spread_is_over_seeds() -> None:
     assert ranges({"ours": runs}, {"wait": "startup_mean_s"}) == [{"policy": "ours", "wait": "0–7"}]
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(3.0, "3"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1234"), (nan, "nan")]
-)
+@every_case("value, text", [(3.0, "3"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1234"), (nan, "nan")])
 def test_values_are_shown_with_three_figures(value: float, text: str) -> None:
     assert shown(value) == text
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
-
 from sllm_vllm.router.core.events import Event, FirstByte, MoveFailed, MoveRequest
 from sllm_vllm.simulate.policy import Order
 from sllm_vllm.simulate.run import End
 from sllm_vllm.simulate.world import World
 from tests.simulate.scripted import SMALL, Scripted, asked
 from tests.simulate.test_world import serving, start
+from tests.support.cases import every_case
 
 
-@pytest.mark.parametrize("target", ["b", "nobody"])
+@every_case("target", ["b", "nobody"])
 def test_move_to_an_engine_that_is_not_there_is_told_and_changes_nothing(target: str) -> None:
     inner = serving(start("a"))
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.simulate.hardware import FaultRates, HardwareCluster
 from sllm_vllm.simulate.presets import HERE, PAPER
 from sllm_vllm.simulate.workload import draw_requests
 from sllm_vllm.simulate.world import World
+from tests.support.cases import every_case
 
 ROUGH = FaultRates(
     start_share=0.1, crashes_per_hour=20.0, losses_per_hour=10.0, leave_share=0.1, outlier_share=0.05, node_back_s=20.0
 )
 
 
-@pytest.mark.parametrize("crowding", [1, 6])
-@pytest.mark.parametrize("cluster", [PAPER, HERE], ids=["paper", "here"])
+@every_case("crowding", [1, 6])
+@every_case("cluster", [PAPER, HERE])
 def test_every_request_ends_once_whatever_fails(cluster: HardwareCluster, crowding: int) -> None:
     traffic = replace(cluster.traffic, rate=cluster.traffic.rate * crowding)
     rough = replace(cluster, traffic=traffic, failures=ROUGH)

@@ -10,11 +10,12 @@ from sllm_vllm.router.core.facts import Tier
 from sllm_vllm.simulate.presets import A40_NODE, OPT_30, OPT_67, PRESETS, preset
 from sllm_vllm.simulate.world import World
 from tests.simulate.scripted import Scripted
+from tests.support.cases import every_case
 
 NAMES = sorted(PRESETS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_case("name", NAMES)
 def test_every_model_fits_a_node(name: str) -> None:
     cluster = preset(name)
     for kind, count in cluster.models:
@@ -23,7 +24,7 @@ def test_every_model_fits_a_node(name: str) -> None:
         assert kind.nbytes <= min(cluster.node.host_nbytes, cluster.node.disk_nbytes)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_case("name", NAMES)
 def test_model_names_are_distinct_and_deployed_as_they_are(name: str) -> None:
     cluster = preset(name)
     classes = cluster.classes()

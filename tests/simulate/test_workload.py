@@ -22,6 +22,7 @@ from sllm_vllm.simulate.workload import (
     read_trace,
     shares,
 )
+from tests.support.cases import every_case
 
 MODELS = [f"m{number}" for number in range(10)]
 
@@ -31,7 +32,7 @@ def write_trace(path: Path, rows: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("cv", "tolerance"), [(0.5, 0.01), (1.0, 0.02), (8.0, 0.05)])
+@every_case("cv, tolerance", [(0.5, 0.01), (1.0, 0.02), (8.0, 0.05)])
 def test_gaps_have_the_rate_and_variation_asked_for(cv: float, tolerance: float) -> None:
     times = list(itertools.islice(gaps(4.0, cv, random.Random(1)), 400_000))
     between = [later - earlier for earlier, later in itertools.pairwise(times)]
@@ -55,7 +56,7 @@ def test_requests_come_in_the_order_of_time() -> None:
     assert len({request.id for request in requests}) == 500
 
 
-@pytest.mark.parametrize("is_per_model", [True, False])
+@every_case("is_per_model", [True, False])
 def test_same_seed_draws_the_same_and_another_does_not(is_per_model: bool) -> None:
     traffic = Traffic(rate=5.0, is_per_model=is_per_model)
     assert draw_requests(traffic, MODELS, 200, seed=1) == draw_requests(traffic, MODELS, 200, seed=1)

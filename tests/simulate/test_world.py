@@ -36,6 +36,7 @@ from sllm_vllm.simulate.policy import Order, PreemptRequest
 from sllm_vllm.simulate.run import End, Run
 from sllm_vllm.simulate.world import World
 from tests.simulate.scripted import ONE, SMALL, Scripted, asked
+from tests.support.cases import every_case
 
 GIVEN_UP = RejectRequest("r0", Refusal.NO_START, "test")
 Answer = Callable[[Event, float], Sequence[Order]]
@@ -349,8 +350,8 @@ def test_request_that_nobody_answers_is_counted_as_lost() -> None:
         run.validate(1)
 
 
-@pytest.mark.parametrize(
-    ("orders", "message"),
+@every_case(
+    "orders, message",
     [
         ([start("a"), start("b"), start("c")], "c has no 1 free slots"),
         ([start("a"), start("a")], "started twice"),
@@ -363,8 +364,8 @@ def test_impossible_order_is_refused(orders: list[Order], message: str) -> None:
         World(ONE, policy, seed=1).run([asked(0)])
 
 
-@pytest.mark.parametrize(
-    ("orders", "message"),
+@every_case(
+    "orders, message",
     [
         ([Dispatch("r0", "a", 1), Dispatch("r0", "a", 2)], "sent twice"),
         ([Dispatch("r0", "a", 1), StopReplica("a", "n0000", "test")], "stopped with"),

@@ -20,6 +20,7 @@ from sllm_vllm.store.calibrate import (
     read_calibration,
 )
 from sllm_vllm.units import KIB, MIB
+from tests.support.cases import every_case
 
 PLAN = MeasurePlan(
     sample_nbytes=256 * KIB,
@@ -35,8 +36,8 @@ def figures(*bps: float, depths: Sequence[int] = (1, 2, 4, 8)) -> list[Figure]:
     return [Figure(depth=depth, chunk_nbytes=MIB, bps=rate) for depth, rate in zip(depths, bps, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("bps", "depth"),
+@every_case(
+    "bps, depth",
     [
         ((100, 100, 100, 100), 1),
         ((97, 100, 99, 98), 1),
@@ -145,13 +146,13 @@ def test_a_full_device_is_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"readers": 4}'])
+@every_case("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"readers": 4}'])
 def test_a_broken_calibration_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CALIBRATION_NAME).write_bytes(content)
     assert read_calibration(tmp_path) is None
 
 
-@pytest.mark.parametrize("change", [{"readers": 0}, {"writers": 100}, {"reads": []}, {"surprise": 1}])
+@every_case("change", [{"readers": 0}, {"writers": 100}, {"reads": []}, {"surprise": 1}])
 def test_a_calibration_with_impossible_values_is_none(tmp_path: Path, change: dict[str, object]) -> None:
     measured = measure_device(tmp_path, None, PLAN)
     broken = measured.model_copy(update=change)

@@ -25,6 +25,7 @@ from sllm_vllm.store.protocol import Order
 from sllm_vllm.units import MIB
 from tests.store.builders import data_of, lease_of, load_through, make_checkpoint
 from tests.store.store_daemon import RunningDaemon, store_daemon
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S, wait_until
 
 
@@ -73,7 +74,7 @@ def test_what_is_in_memory_is_used_and_only_the_rest_read(tmp_path: Path) -> Non
         assert read_nbytes(daemon) - before == first.partition(0).record.data_nbytes - resident
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+@every_case("slots", [1, 2, 3, 5])
 def test_a_checkpoint_larger_than_the_pool_streams_through_it(tmp_path: Path, slots: int) -> None:
     checkpoint = make_checkpoint(tmp_path / "store", "a", nbytes=32 * MIB)
     with store_daemon(tmp_path / "store", memory_bytes=slots * 2 * MIB) as daemon:
@@ -336,7 +337,7 @@ def test_chunks_larger_than_a_slot_are_refused(tmp_path: Path) -> None:
         lease_of(client, checkpoint)
 
 
-@pytest.mark.parametrize("name", ["nobody", "../a", ".staging", "/nowhere/at/all"])
+@every_case("name", ["nobody", "../a", ".staging", "/nowhere/at/all"])
 def test_unknown_names_are_missing(tmp_path: Path, name: str) -> None:
     make_checkpoint(tmp_path / "store", "a")
     with store_daemon(tmp_path / "store") as daemon, daemon.client() as client:

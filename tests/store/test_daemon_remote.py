@@ -19,6 +19,7 @@ from tests.faulty_http import Fault, FaultyServer, faulty_server
 from tests.servers import Nginx, nginx_server
 from tests.store.builders import data_of, load_through, make_checkpoint
 from tests.store.store_daemon import RunningDaemon, store_daemon
+from tests.support.cases import every_case
 from tests.waiting import wait_until
 
 
@@ -137,7 +138,7 @@ def test_a_full_disk_is_served_past(tmp_path: Path, nginx: Nginx, mount: Mount) 
         load_all(daemon, [remote])
 
 
-@pytest.mark.parametrize(
+@every_case(
     "faults",
     [
         [Fault(stops_after=1000, how="reset"), Fault(stops_after=5, how="close")],
@@ -145,7 +146,6 @@ def test_a_full_disk_is_served_past(tmp_path: Path, nginx: Nginx, mount: Mount) 
         [Fault(status=503), Fault(status=503)],
         [Fault(flips=77)],
     ],
-    ids=["breaks off", "stalls", "503", "flipped bit"],
 )
 def test_a_network_that_fails_now_and_then_is_survived(tmp_path: Path, faults: list[Fault]) -> None:
     checkpoint = make_checkpoint(tmp_path / "remote", "a", nbytes=6 * MIB)
@@ -155,8 +155,8 @@ def test_a_network_that_fails_now_and_then_is_survived(tmp_path: Path, faults: l
         verify_checkpoint(open_checkpoint(tmp_path / "store" / checkpoint.path.name))
 
 
-@pytest.mark.parametrize(
-    ("fault", "error"),
+@every_case(
+    "fault, error",
     [
         (Fault(flips=77), RemoteCorrupt),
         (Fault(stops_after=10, how="reset"), RemoteUnreachable),
@@ -165,7 +165,6 @@ def test_a_network_that_fails_now_and_then_is_survived(tmp_path: Path, faults: l
         (Fault(extra=64), RemoteCorrupt),
         (Fault(total=7), RemoteCorrupt),
     ],
-    ids=["flipped bit", "reset", "stall", "500", "sends more than asked for", "lies about its length"],
 )
 def test_a_network_that_goes_on_failing_is_told_and_leaves_nothing(
     tmp_path: Path, fault: Fault, error: type[Exception]

@@ -24,6 +24,7 @@ from sllm_vllm.store.remote import open_remote
 from sllm_vllm.units import MIB
 from tests.checkpoint.builders import CHUNK_NBYTES, make_checkpoint
 from tests.faulty_http import DRIP_NBYTES, Fault, FaultyServer, faulty_server
+from tests.support.cases import every_case
 
 NAME, PATH = "model", "partitions/rank-00000.safetensors"
 URL_PATH = f"/{NAME}/{PATH}"
@@ -75,7 +76,7 @@ async def test_range_arrives_as_it_is() -> None:
         assert asked(server) == [(START, END - 1)]
 
 
-@pytest.mark.parametrize("how", ["reset", "close"])
+@every_case("how", ["reset", "close"])
 async def test_after_a_break_only_the_rest_is_asked_for(how: str) -> None:
     faults = [Fault(stops_after=2 * MIB, how=how)]  # type: ignore[arg-type]
     with faulty_server({URL_PATH: DATA}, faults) as server:
@@ -121,9 +122,7 @@ async def test_busy_server_is_asked_again() -> None:
         assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize(
-    "fault", [Fault(status=500), Fault(status=429), Fault(stops_after=5, how="reset")], ids=["500", "429", "reset"]
-)
+@every_case("fault", [Fault(status=500), Fault(status=429), Fault(stops_after=5, how="reset")])
 async def test_number_of_attempts_is_bounded(fault: Fault) -> None:
     with faulty_server({URL_PATH: DATA}, forever=fault) as server:
         with pytest.raises(RemoteUnreachable, match=r"attempts: 4"):
@@ -148,8 +147,8 @@ async def test_pauses_grow_and_have_an_end() -> None:
     assert len(pauses.longest_s) == 9
 
 
-@pytest.mark.parametrize(
-    ("fault", "error", "told"),
+@every_case(
+    "fault, error, told",
     [
         (Fault(extra=10), RemoteCorrupt, "more bytes than were asked for"),
         (Fault(shift=5), RemoteCorrupt, "another range than was asked for"),
@@ -162,7 +161,6 @@ async def test_pauses_grow_and_have_an_end() -> None:
         (Fault(status=403), RemoteUnreachable, "check the credentials"),
         (Fault(status=400), RemoteUnreachable, "HTTP 400"),
     ],
-    ids=lambda value: "" if isinstance(value, Fault | type) else value[:24],
 )
 async def test_refusals_and_lies_end_it_at_once(fault: Fault, error: type[SllmError], told: str) -> None:
     with faulty_server({URL_PATH: DATA}, forever=fault) as server:

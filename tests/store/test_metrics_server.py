@@ -23,6 +23,7 @@ from sllm_vllm.metrics import SERIES_MAX, StoreMetric
 from sllm_vllm.store.metrics_server import HEAD_NBYTES_MAX, KEY_NAME, SCRAPES_MAX, MetricsServer, Status
 from sllm_vllm.units import GIB, MIB
 from tests.store.scripted_daemon import EMPTY, STATUS
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -285,7 +286,7 @@ def test_a_key_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
         open_key(tmp_path / KEY_NAME)
 
 
-@pytest.mark.parametrize("metric", list(StoreMetric), ids=lambda metric: metric.value.name)
+@every_case("metric", list(StoreMetric))
 def test_a_name_ends_in_its_base_unit(metric: StoreMetric) -> None:
     """As Prometheus wants it; bytes and seconds always, counts by what they count."""
     record = metric.value

@@ -30,6 +30,7 @@ from sllm_vllm.store.protocol import (
     decode_request,
     encode,
 )
+from tests.support.cases import every_case
 
 REQUESTS: tuple[Request, ...] = (
     Hello(version=1),
@@ -50,13 +51,13 @@ ANSWERS: tuple[Answer, ...] = (
 )
 
 
-@pytest.mark.parametrize("message", REQUESTS, ids=lambda message: message.kind)
+@every_case("message", REQUESTS)
 def test_requests_come_back_as_they_were(message: Request) -> None:
     (body,) = FrameReader(1 << 16).feed(encode(message))
     assert decode_request(body) == message
 
 
-@pytest.mark.parametrize("message", ANSWERS, ids=lambda message: message.kind)
+@every_case("message", ANSWERS)
 def test_answers_come_back_as_they_were(message: Answer) -> None:
     (body,) = FrameReader(1 << 16).feed(encode(message))
     assert decode_answer(body) == message
@@ -90,7 +91,7 @@ def test_the_reader_never_holds_more_than_it_may(data: bytes) -> None:
     assert all(len(body) <= 64 for body in bodies)
 
 
-@pytest.mark.parametrize(
+@every_case(
     "body",
     [
         b'{"kind":"hello","version":1,"more":2}',

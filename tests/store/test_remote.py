@@ -19,6 +19,7 @@ from sllm_vllm.store.remote import Remote, open_checkpoint_url, open_remote
 from tests.checkpoint.builders import files_below
 from tests.faulty_http import Fault, faulty_server
 from tests.servers import BUCKET, S3, nginx_server, s3_server
+from tests.support.cases import every_case
 
 PATH = "partitions/rank-00000.safetensors"
 DATA = bytes(range(256)) * 40
@@ -211,7 +212,7 @@ async def test_a_redirect_at_the_same_origin_is_followed_but_not_without_end() -
         assert len(server.requests) == 2 + 6
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.1:{}/x", "http://[::ffff:127.0.0.1]:{}/x", "http://localhost:{}/x"])
+@every_case("target", ["http://127.0.0.1:{}/x", "http://[::ffff:127.0.0.1]:{}/x", "http://localhost:{}/x"])
 async def test_a_public_remote_leads_to_no_address_of_this_machine(target: str) -> None:
     """Neither by an address nor by a name, also where the host is allowed: the name's address is looked at."""
     with faulty_server({"/x": DATA}) as victim:
@@ -268,7 +269,7 @@ async def test_user_and_password_are_sent_and_never_shown() -> None:
         assert SECRET not in repr(remote)
 
 
-@pytest.mark.parametrize("fault", [Fault(status=500), Fault(status=403), Fault(status=404), Fault(status=302)], ids=str)
+@every_case("fault", [Fault(status=500), Fault(status=403), Fault(status=404), Fault(status=302)])
 async def test_no_message_tells_a_secret(fault: Fault) -> None:
     with faulty_server({}, forever=fault) as server:
         remote = open_remote(f"http://user:{SECRET}@127.0.0.1:{server.port}")
@@ -282,7 +283,7 @@ async def test_no_message_tells_a_secret(fault: Fault) -> None:
         assert str(error).isprintable()
 
 
-@pytest.mark.parametrize(
+@every_case(
     "url",
     [
         "ftp://host/x",
@@ -306,7 +307,7 @@ def test_what_is_no_remote_is_refused_without_secrets(url: str) -> None:
         assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://host/.hidden", "http://host/a%2Fb", "http://host/", "s3://bucket", "file:///"])
+@every_case("url", ["http://host/.hidden", "http://host/a%2Fb", "http://host/", "s3://bucket", "file:///"])
 def test_last_component_must_be_a_name(url: str) -> None:
     with pytest.raises(ConfigError, match="not a checkpoint name"):
         open_checkpoint_url(url)
@@ -330,7 +331,7 @@ def test_url_of_a_checkpoint_is_its_remote_and_its_name(url: str, shown: str, na
     assert (remote.shown, found) == (shown, name)
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "a/b", ".hidden", "a\0", "a\n", "ä", "x" * 256, "%2e%2e"])
+@every_case("name", ["..", ".", "", "a/b", ".hidden", "a\0", "a\n", "ä", "x" * 256, "%2e%2e"])
 async def test_name_that_no_checkpoint_can_have_is_missing(tmp_path: Path, name: str) -> None:
     write_tree(tmp_path / "m")
     with pytest.raises(RemoteMissing) as caught:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_vllm.store.start_hint import TENSOR_PARALLEL_SIZE_MAX, WORD_NBYTES_MAX, StartHint, plan_hint
+from tests.support.cases import every_case
 
 EXTRA = "--model-loader-extra-config"
 
@@ -17,8 +17,8 @@ def hint_of(line: str, *more: str) -> StartHint | None:
     return plan_hint([*line.split(), *more])
 
 
-@pytest.mark.parametrize(
-    ("line", "hint"),
+@every_case(
+    "line, hint",
     [
         ("vllm serve m --load-format sllm", StartHint("m", 1)),
         ("vllm serve m --load-format=sllm", StartHint("m", 1)),
@@ -45,7 +45,7 @@ def test_a_hint_is_read(line: str, hint: StartHint) -> None:
     assert hint_of(line) == hint
 
 
-@pytest.mark.parametrize(
+@every_case(
     "line",
     [
         "",
@@ -70,8 +70,8 @@ def test_no_hint_is_due(line: str) -> None:
     assert hint_of(line) is None
 
 
-@pytest.mark.parametrize(
-    ("extra", "hint"),
+@every_case(
+    "extra, hint",
     [
         ({}, StartHint("m", 1)),
         ({"store_dir": "/s", "threads": 8}, StartHint("m", 1, "/s")),

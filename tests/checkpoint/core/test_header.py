@@ -14,6 +14,7 @@ from sllm_vllm.checkpoint.core.manifest import TensorRecord
 from sllm_vllm.config import HEADER_NBYTES_MAX
 from sllm_vllm.errors import CheckpointInvalid
 from tests.checkpoint.builders import assert_says_where_and_mend
+from tests.support.cases import every_case
 
 PATH = "partitions/rank-00000.safetensors"
 RECORDS = [
@@ -44,7 +45,7 @@ def test_built_header_is_accepted() -> None:
     check_header(build_header(RECORDS), RECORDS, PATH)
 
 
-@pytest.mark.parametrize("num_tensors", [0, 1, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 400])
+@every_case("num_tensors", [0, 1, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 400])
 def test_data_starts_on_a_page(num_tensors: int) -> None:
     records = [TensorRecord(name=f"t{i}", dtype="int8", shape=[1], offset=i, nbytes=1) for i in range(num_tensors)]
     raw = build_header(records)
@@ -61,31 +62,31 @@ def test_unknown_dtype_is_shown_as_bytes() -> None:
     assert entries()["b"] == {"dtype": "U8", "shape": [3, 16], "data_offsets": [256, 304]}
 
 
-@pytest.mark.parametrize("dtype", DTYPE_CODES)
+@every_case("dtype", DTYPE_CODES)
 def test_known_dtype_is_shown_by_its_code(dtype: str) -> None:
     code, item_nbytes = DTYPE_CODES[dtype]
     assert safetensors_view(dtype, (2, 3), item_nbytes) == (code, [2, 3])
     assert 1 <= item_nbytes <= ITEM_NBYTES_MAX
 
 
-@pytest.mark.parametrize("length", [0, HEADER_NBYTES_MAX + 1, 1 << 63, (1 << 64) - 1])
+@every_case("length", [0, HEADER_NBYTES_MAX + 1, 1 << 63, (1 << 64) - 1])
 def test_impossible_length_is_refused(length: int) -> None:
     assert "impossible length" in refusal(length.to_bytes(LENGTH_NBYTES, "little") + bytes(64))
 
 
-@pytest.mark.parametrize("raw", [b"", b"\x01", b"\x01" * 7])
+@every_case("raw", [b"", b"\x01", b"\x01" * 7])
 def test_header_shorter_than_its_length_field_is_refused(raw: bytes) -> None:
     assert "impossible length" in refusal(raw)
 
 
-@pytest.mark.parametrize("change", [-1, 1])
+@every_case("change", [-1, 1])
 def test_length_that_differs_from_the_manifests_is_refused(change: int) -> None:
     raw = build_header(RECORDS)
     length = int.from_bytes(raw[:LENGTH_NBYTES], "little") + change
     assert "another length" in refusal(length.to_bytes(LENGTH_NBYTES, "little") + raw[LENGTH_NBYTES:])
 
 
-@pytest.mark.parametrize("text", [b"[]", b"{", b"\xff\xff", b"{" * 5000, b'{"a": NaN}'])
+@every_case("text", [b"[]", b"{", b"\xff\xff", b"{" * 5000, b'{"a": NaN}'])
 def test_header_that_is_no_json_object_is_refused(text: bytes) -> None:
     assert "safetensors header" in refusal(with_length(text))
 
@@ -95,7 +96,7 @@ def test_key_that_is_there_twice_is_refused() -> None:
     assert "key 'a' is there twice" in refusal(with_length(raw[LENGTH_NBYTES:] + b'},"a":{}}'))
 
 
-@pytest.mark.parametrize(
+@every_case(
     "change",
     [
         {"dtype": "F64"},
@@ -109,7 +110,6 @@ def test_key_that_is_there_twice_is_refused() -> None:
         {"data_offsets": None},
         {"extra": 1},
     ],
-    ids=str,
 )
 def test_entry_that_differs_from_the_manifest_is_refused(change: dict[str, Any]) -> None:
     value = entries()
@@ -117,7 +117,7 @@ def test_entry_that_differs_from_the_manifest_is_refused(change: dict[str, Any])
     assert "tensor 'a' is not as the manifest says" in refusal(with_length(json.dumps(value).encode()))
 
 
-@pytest.mark.parametrize("entry", [None, [], 1, "F32", {}])
+@every_case("entry", [None, [], 1, "F32", {}])
 def test_entry_of_another_kind_is_refused(entry: object) -> None:
     assert "tensor 'b' is not as" in refusal(with_length(json.dumps(entries() | {"b": entry}).encode()))
 
@@ -139,6 +139,6 @@ def test_header_without_metadata_is_accepted() -> None:
     check_header(with_length(json.dumps(value).encode()), RECORDS, PATH)
 
 
-@pytest.mark.parametrize("metadata", [None, [], 5, "x", {"a": 1}, {"a": {}}])
+@every_case("metadata", [None, [], 5, "x", {"a": 1}, {"a": {}}])
 def test_metadata_that_safetensors_refuses_is_refused(metadata: object) -> None:
     assert "metadata" in refusal(with_length(json.dumps(entries() | {"__metadata__": metadata}).encode()))

@@ -23,6 +23,7 @@ from sllm_vllm.checkpoint.core.manifest import (
 from sllm_vllm.config import MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import CheckpointInvalid
 from tests.checkpoint.builders import assert_says_where_and_mend
+from tests.support.cases import every_case
 
 PATH = "store/model/manifest.json"
 CHECKSUM = "0123456789abcdef"
@@ -223,7 +224,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@every_case("name", BROKEN)
 def test_broken_manifest_is_refused(name: str) -> None:
     change, told = BROKEN[name]
     value = copy.deepcopy(VALID)
@@ -231,7 +232,7 @@ def test_broken_manifest_is_refused(name: str) -> None:
     assert told in refusal(json.dumps(value).encode())
 
 
-@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+@every_case("constant", ["NaN", "Infinity", "-Infinity"])
 def test_number_that_is_none_is_refused_everywhere(constant: str) -> None:
     raw = json.dumps(VALID | {"ignored": "HERE"}).replace('"HERE"', constant)
     assert f"{constant} is not a number" in refusal(raw.encode())
@@ -256,21 +257,20 @@ def test_truncated_manifest_is_refused_at_every_length() -> None:
         refusal(raw[:length])
 
 
-@pytest.mark.parametrize(
+@every_case(
     "raw",
     [b"[]", b"null", b"1", b'"text"', b"", b"{}{}", b"\x00" * 64, b"{" * 100_000, b"[" * 100_000, b'{"a":' * 100_000],
-    ids=["list", "null", "number", "text", "empty", "two", "zeros", "braces", "brackets", "deep"],
 )
 def test_what_is_no_object_is_refused(raw: bytes) -> None:
     refusal(raw)
 
 
-@pytest.mark.parametrize("depth", [900, 950, 960, 970, 975, 980, 985, 990, 995])
+@every_case("depth", [900, 950, 960, 970, 975, 980, 985, 990, 995])
 def test_deep_value_in_place_of_the_format_is_refused(depth: int) -> None:
     refusal(b'{"format": ' + b"[" * depth + b"]" * depth + b"}")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@every_case("encoding", ["utf-16", "utf-32", "utf-8-sig"])
 def test_other_encoding_than_utf8_is_refused(encoding: str) -> None:
     refusal(json.dumps(VALID).encode(encoding))
 
@@ -298,9 +298,7 @@ def test_records_are_frozen() -> None:
         record.offset = 1
 
 
-@pytest.mark.parametrize(
-    ("data_nbytes", "wanted"), [(0, 0), (1, 1), (4095, 1), (4096, 1), (4097, 2), (1 << 40, 1 << 28)]
-)
+@every_case("data_nbytes, wanted", [(0, 0), (1, 1), (4095, 1), (4096, 1), (4097, 2), (1 << 40, 1 << 28)])
 def test_chunks_cover_the_data(data_nbytes: int, wanted: int) -> None:
     assert num_chunks(data_nbytes, 4096) == wanted
 

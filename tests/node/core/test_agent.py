@@ -22,6 +22,7 @@ from sllm_vllm.node.core.events import (
 )
 from sllm_vllm.node.core.replica import ReplicaRow, State
 from tests.node.core.agent_bench import LIMITS, Bench, spec, told
+from tests.support.cases import every_case
 
 ALIVE = [State.STARTING, State.LOADING, State.READY, State.UNWELL]
 HAS_PROCESS = [State.LOADING, State.READY, State.UNWELL, State.STOPPING]
@@ -98,7 +99,7 @@ def test_an_id_that_is_stopping_or_has_ended_is_refused() -> None:
     assert refusal(bench.order("a")) == "a is stopped: order under a new id"
 
 
-@pytest.mark.parametrize("num_slots", [0, -1, 3])
+@every_case("num_slots", [0, -1, 3])
 def test_slots_that_the_node_can_never_give_are_refused_at_once(num_slots: int) -> None:
     bench = Bench(2)
     assert refusal(bench.order("a", num_slots, waits=True)) == f"it wants {num_slots} slots, this node has 2"
@@ -169,7 +170,7 @@ def test_the_core_needs_no_slots() -> None:
 # -------------------------------------------------------------------------------------------------------------- ends
 
 
-@pytest.mark.parametrize("state", ALIVE)
+@every_case("state", ALIVE)
 def test_a_replica_with_slots_is_asked_to_end_and_keeps_them(state: State) -> None:
     bench = Bench(1)
     bench.reach("a", state)
@@ -177,7 +178,7 @@ def test_a_replica_with_slots_is_asked_to_end_and_keeps_them(state: State) -> No
     assert bench.row("a").slots == (0,)
 
 
-@pytest.mark.parametrize("state", [*ALIVE, State.STOPPING])
+@every_case("state", [*ALIVE, State.STOPPING])
 def test_to_ask_twice_is_harmless(state: State) -> None:
     bench = Bench(1)
     bench.reach("a", state)
@@ -192,7 +193,7 @@ def test_to_stop_what_is_not_known_is_harmless() -> None:
     assert Bench().tell(StopAsked("a")) == []
 
 
-@pytest.mark.parametrize("status", [0, 1, -9])
+@every_case("status", [0, 1, -9])
 def test_an_engine_that_ends_after_it_was_asked_is_stopped(status: int) -> None:
     bench = Bench(1)
     bench.reach("a", State.STOPPING)
@@ -200,7 +201,7 @@ def test_an_engine_that_ends_after_it_was_asked_is_stopped(status: int) -> None:
     assert bench.row("a") == ReplicaRow("a", "model-a", State.STOPPED, (), None, bench.now_s, "stop asked", status)
 
 
-@pytest.mark.parametrize("state", ALIVE)
+@every_case("state", ALIVE)
 def test_an_engine_killed_in_any_phase_has_failed_and_its_slots_are_free(state: State) -> None:
     bench = Bench(1)
     bench.reach("a", state)
@@ -211,7 +212,7 @@ def test_an_engine_killed_in_any_phase_has_failed_and_its_slots_are_free(state: 
     assert told(bench.order("b")) == [("b", "starting")]
 
 
-@pytest.mark.parametrize("status", [1, 2])
+@every_case("status", [1, 2])
 def test_a_bad_argument_is_a_failure_with_its_status(status: int) -> None:
     bench = Bench(1)
     bench.reach("a", State.LOADING)
@@ -254,7 +255,7 @@ def test_a_process_without_slots_is_killed() -> None:
     assert bench.row("a").status is None
 
 
-@pytest.mark.parametrize("state", HAS_PROCESS)
+@every_case("state", HAS_PROCESS)
 def test_a_second_process_is_a_programmers_error(state: State) -> None:
     bench = Bench(1)
     bench.reach("a", state)

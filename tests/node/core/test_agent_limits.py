@@ -20,6 +20,7 @@ from sllm_vllm.node.core.events import (
 )
 from sllm_vllm.node.core.replica import STARTED_ONCE, STORY_MAX, State
 from tests.node.core.agent_bench import Bench, spec, told
+from tests.support.cases import every_case
 
 HAS_PROCESS = [State.LOADING, State.READY, State.UNWELL, State.STOPPING]
 
@@ -71,9 +72,7 @@ def test_no_answer_before_it_was_healthy_is_no_news() -> None:
 # ---------------------------------------------------------------------------------------------------- limits, clocks
 
 
-@pytest.mark.parametrize(
-    ("state", "reason"), [(State.STARTING, "no process within 60 s"), (State.LOADING, "not healthy within 60 s")]
-)
+@every_case("state, reason", [(State.STARTING, "no process within 60 s"), (State.LOADING, "not healthy within 60 s")])
 def test_a_start_that_takes_too_long_is_killed_and_has_failed(state: State, reason: str) -> None:
     bench = Bench(1)
     bench.reach("a", state)
@@ -99,8 +98,8 @@ def test_who_waits_for_slots_or_is_ready_waits_for_ever() -> None:
     assert bench.tick(1000) == []
 
 
-@pytest.mark.parametrize("state", HAS_PROCESS)
-@pytest.mark.parametrize("seconds", [1e6, -1e6])
+@every_case("state", HAS_PROCESS)
+@every_case("seconds", [1e6, -1e6])
 def test_a_jump_of_the_clock_ends_nobody(state: State, seconds: float) -> None:
     bench = Bench(1)
     bench.reach("a", state)
@@ -126,7 +125,7 @@ def test_limits_are_looked_at_when_time_is_told_to_pass_alone() -> None:
     assert KillEngine("a") in bench.tell(AgentTicked())
 
 
-@pytest.mark.parametrize(
+@every_case(
     "limits", [{"tick_max_s": 20.0}, {"tick_max_s": 0.0}, {"unwell_max": 0}, {"orders_max": -1}, {"ended_max": 0}]
 )
 def test_limits_that_make_no_sense_are_a_programmers_error(limits: dict[str, float]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_vllm.node.core.failure import CAUSE_MAX, PROCESSES_MAX, FailureWords
+from tests.support.cases import every_case
 
 LOGS = Path(__file__).parent / "logs" / "failures"
 """Of vLLM 0.32 on the CPU, without its lines of information."""
@@ -44,7 +44,7 @@ def cause_of(lines: list[str]) -> str:
     return words.cause
 
 
-@pytest.mark.parametrize("name", CAUSES)
+@every_case("name", CAUSES)
 def test_a_log_of_vllm_tells_why(name: str) -> None:
     cause = cause_of((LOGS / f"{name}.log").read_text().splitlines())
     assert cause.startswith(CAUSES[name])

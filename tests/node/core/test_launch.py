@@ -30,6 +30,7 @@ from sllm_vllm.node.core.launch import (
     with_config,
 )
 from sllm_vllm.units import GIB, MIB
+from tests.support.cases import every_case
 
 CPU = Hardware(cpus=(0, 1, 2, 3, 8, 9, 10, 11), memory_nbytes=32 * GIB)
 CUDA = Hardware(CPU.cpus, CPU.memory_nbytes, gpus=(Gpu("GPU-a", 80 * GIB), Gpu("GPU-b", 80 * GIB)))
@@ -63,7 +64,7 @@ def test_an_engine_listens_where_its_place_is() -> None:
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize(
+@every_case(
     "said",
     [
         (),
@@ -73,15 +74,15 @@ def test_an_engine_listens_where_its_place_is() -> None:
         ("--enforce-eager",),
     ],
 )
-@pytest.mark.parametrize("hardware", [CPU, CUDA], ids=["cpu", "cuda"])
+@every_case("hardware", [CPU, CUDA])
 def test_the_model_comes_first_and_our_host_and_port_come_last(said: tuple[str, ...], hardware: Hardware) -> None:
     arguments = launch(*said, hardware=hardware).arguments
     assert arguments[: 1 + len(said)] == ("org/m", *said)
     assert arguments[-len(LAST) :] == LAST
 
 
-@pytest.mark.parametrize(
-    ("said", "filled_in"),
+@every_case(
+    "said, filled_in",
     [
         ((), True),
         (("--load", "x"), True),  # something else, or an abbreviation: the last of the two counts
@@ -100,7 +101,7 @@ def test_vllms_own_load_format_is_left_alone() -> None:
     assert "--load-format" not in launch(policy=LaunchPolicy(2, load_format="")).arguments
 
 
-@pytest.mark.parametrize(
+@every_case(
     "said",
     [
         ("--kv-cache-memory-bytes", "5"),
@@ -115,7 +116,7 @@ def test_the_size_of_the_kv_cache_is_left_alone_where_something_says_it(said: tu
     assert launch(*said).arguments == ("org/m", *said, *LAST)
 
 
-@pytest.mark.parametrize("of_the_order", [False, True])
+@every_case("of_the_order", [False, True])
 def test_a_variable_may_say_the_size_of_the_kv_cache(of_the_order: bool) -> None:
     said = {"VLLM_CPU_KVCACHE_SPACE": "3"}
     policy = LaunchPolicy(2, environment={} if of_the_order else said)
@@ -124,8 +125,8 @@ def test_a_variable_may_say_the_size_of_the_kv_cache(of_the_order: bool) -> None
     assert planned.environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
-@pytest.mark.parametrize(
-    ("memory_nbytes", "num_slots", "nbytes"),
+@every_case(
+    "memory_nbytes, num_slots, nbytes",
     [
         (32 * GIB, 2, KV_NBYTES_MAX),
         (8 * GIB, 2, GIB // 2),
@@ -151,8 +152,8 @@ def test_on_a_gpu_the_kv_cache_is_vllms_business() -> None:
     assert planned.arguments == ("org/m", *LAST)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "value"),
+@every_case(
+    "arguments, value",
     [
         ((), None),
         (("--a-b", "c"), "c"),
@@ -172,8 +173,8 @@ def test_an_option_is_found_in_vllms_spellings(arguments: tuple[str, ...], value
     assert option_value(arguments, "--a-b", "-x") == value
 
 
-@pytest.mark.parametrize(
-    ("arguments", "num_slots"),
+@every_case(
+    "arguments, num_slots",
     [
         ((), 1),
         (("--tensor-parallel-size", "2"), 2),
@@ -218,7 +219,7 @@ def test_the_platform_is_what_there_is() -> None:
     assert (CPU.platform, CUDA.platform) == ("cpu", "cuda")
 
 
-@pytest.mark.parametrize(("slots", "gpus"), [((0,), "GPU-a"), ((1,), "GPU-b"), ((0, 1), "GPU-a,GPU-b")])
+@every_case("slots, gpus", [((0,), "GPU-a"), ((1,), "GPU-b"), ((0, 1), "GPU-a,GPU-b")])
 def test_slots_are_gpus(slots: tuple[int, ...], gpus: str) -> None:
     planned = launch(hardware=CUDA, slots=slots, environment={"CUDA_VISIBLE_DEVICES": "7"})
     assert planned.environment["CUDA_VISIBLE_DEVICES"] == gpus
@@ -232,9 +233,7 @@ def test_an_engine_has_a_thread_where_there_are_more_slots_than_processors() -> 
     assert launch(hardware=hardware).num_threads == 1
 
 
-@pytest.mark.parametrize(
-    ("slots", "cpus"), [((0,), (0, 1, 2, 3)), ((1,), (8, 9, 10, 11)), ((0, 1), (0, 1, 2, 3, 8, 9, 10, 11))]
-)
+@every_case("slots, cpus", [((0,), (0, 1, 2, 3)), ((1,), (8, 9, 10, 11)), ((0, 1), (0, 1, 2, 3, 8, 9, 10, 11))])
 def test_slots_are_processors(slots: tuple[int, ...], cpus: tuple[int, ...]) -> None:
     planned = launch(slots=slots)
     assert planned.cpus == cpus
@@ -263,8 +262,8 @@ def test_a_slot_has_a_processor_however_many_slots_there_are(
     assert set(share) <= set(cpus)
 
 
-@pytest.mark.parametrize(
-    ("num_slots", "pin", "is_pinned"),
+@every_case(
+    "num_slots, pin, is_pinned",
     [(2, None, True), (3, None, False), (8, None, False), (2, False, False), (8, True, True)],
 )
 def test_a_slot_is_pinned_where_it_has_processors_enough(num_slots: int, pin: bool | None, is_pinned: bool) -> None:
@@ -313,7 +312,7 @@ def test_an_order_may_choose_its_threads_and_the_agents_own_number_is_not_theirs
     assert [launch(policy=policy).environment[name] for name in names] == ["4", "nobind"]
 
 
-@pytest.mark.parametrize("said", [("--api-key", "mine"), ("--api-key=mine",), ("--api_key", "mine")])
+@every_case("said", [("--api-key", "mine"), ("--api-key=mine",), ("--api_key", "mine")])
 def test_a_key_among_the_arguments_is_the_one_that_counts(said: tuple[str, ...]) -> None:
     assert launch(*said).api_key == "mine"
     assert launch().api_key == "secret"
@@ -327,7 +326,7 @@ def test_the_guard_stands_beside_an_orders_own_middleware_and_under_a_file_of_se
     assert "VLLM_USE_RUST_FRONTEND" not in launch(environment={"VLLM_USE_RUST_FRONTEND": "1"}).environment
 
 
-@pytest.mark.parametrize("prefix", COLD_VARIABLES)
+@every_case("prefix", COLD_VARIABLES)
 def test_a_variable_that_is_read_early_needs_a_cold_start(prefix: str) -> None:
     name = f"{prefix}X"
     assert launch(environment={name: "1"}).cold_reason == f"{name} would be read too late"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from sllm_vllm.node.core.load_line import LINE_MAX, read_load_line
+from tests.support.cases import every_case
 
 REPORT = "outcome=loaded rank=0 source=host bytes=1024 wait_s=0.001 weights_s=0.5 total_s=1.25"
 FIELDS = {
@@ -17,14 +16,12 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "before", ["", "(Worker pid=7) INFO 11-20 12:47:08 [vllm_loader.py:99] ", "\x1b[0;36m(x)\x1b[0m "]
-)
+@every_case("before", ["", "(Worker pid=7) INFO 11-20 12:47:08 [vllm_loader.py:99] ", "\x1b[0;36m(x)\x1b[0m "])
 def test_the_fields_that_others_learn_from_are_kept(before: str) -> None:
     assert read_load_line(f"{before}event=load_model {REPORT}") == FIELDS
 
 
-@pytest.mark.parametrize(
+@every_case(
     "line",
     [
         "",

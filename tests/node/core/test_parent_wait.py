@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_vllm.node.core.parent_wait import IMPORT_S, ParentForecast
+from tests.support.cases import every_case
 
 
 def learned(*, imports: tuple[float, ...] = (), cold: tuple[float, ...] = (), num_cpus: int = 2) -> ParentForecast:
@@ -28,7 +28,7 @@ def test_a_start_right_after_the_agents_waits_as_the_parent_is_sooner() -> None:
     assert forecast.wait_s(2.0, wait_s_max=120.0) == 115.0
 
 
-@pytest.mark.parametrize("importing_s", [0.0, 10.0, 29.0])
+@every_case("importing_s", [0.0, 10.0, 29.0])
 def test_before_anything_was_seen_it_waits(importing_s: float) -> None:
     assert learned().wait_s(importing_s, wait_s_max=120.0) > 0
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_vllm.node.core.phases import LINE_MAX, StartPhase, StartPhases, timings_of
+from tests.support.cases import every_case
 
 LOGS = Path(__file__).parent / "logs"
 CPU_END = [
@@ -94,7 +95,7 @@ def test_a_log_of_a_gpu_compiles_while_it_profiles() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["cold.log", "warm.log"])
+@every_case("name", ["cold.log", "warm.log"])
 def test_phases_add_up_to_the_whole(name: str) -> None:
     lines = read_log(name)
     timings = timings_of(lines)
@@ -102,7 +103,7 @@ def test_phases_add_up_to_the_whole(name: str) -> None:
     assert timings.total_s <= lines[-1][0]
 
 
-@pytest.mark.parametrize("without", range(len(GPU)))
+@every_case("without", range(len(GPU)))
 def test_a_line_that_another_version_lacks_costs_its_phase_alone(without: int) -> None:
     lines = [line for number, line in enumerate(GPU) if number != without]
     full, less = timings_of(GPU), timings_of(lines)

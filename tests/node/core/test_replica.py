@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from sllm_vllm.node.core.replica import ENDED, HOLDING, LIFE, STARTED_ONCE, Do, Kind, State, diagram
+from tests.support.cases import every_case
 
 DESIGN = Path(__file__).resolve().parents[3] / "sllm_vllm" / "node" / "DESIGN.md"
 BEGIN, END = "<!-- life-cycle: begin -->", "<!-- life-cycle: end -->"
@@ -26,7 +25,7 @@ def test_every_state_is_reached() -> None:
     assert reachable(State.WAITING) == set(State)
 
 
-@pytest.mark.parametrize("state", [state for state in State if state not in ENDED])
+@every_case("state", [state for state in State if state not in ENDED])
 def test_every_state_can_end_both_ways(state: State) -> None:
     assert reachable(state) >= ENDED
 
@@ -35,18 +34,18 @@ def test_what_ended_stays_so() -> None:
     assert not [state for state, _ in LIFE if state in ENDED]
 
 
-@pytest.mark.parametrize("state", [state for state in State if state in HOLDING])
+@every_case("state", [state for state in State if state in HOLDING])
 def test_whoever_holds_slots_ends_only_when_its_process_is_gone(state: State) -> None:
     ends = {kind for (source, kind), transition in LIFE.items() if source is state and transition.to in ENDED}
     assert ends == ({Kind.GONE, Kind.GONE_AT_FAULT} if state is State.STOPPING else {Kind.GONE})
 
 
-@pytest.mark.parametrize("state", [state for state in State if state in HOLDING - {State.STOPPING}])
+@every_case("state", [state for state in State if state in HOLDING - {State.STOPPING}])
 def test_whoever_has_slots_can_be_stopped(state: State) -> None:
     assert LIFE[state, Kind.STOP_ASKED] == (State.STOPPING, Do.TERMINATE)
 
 
-@pytest.mark.parametrize("state", [state for state in State if state in STARTED_ONCE])
+@every_case("state", [state for state in State if state in STARTED_ONCE])
 def test_an_engine_that_ends_by_itself_has_failed(state: State) -> None:
     assert LIFE[state, Kind.GONE].to is State.FAILED
 

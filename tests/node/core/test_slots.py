@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sllm_vllm.node.core.slots import AcceleratorSlots
+from tests.support.cases import every_case
 
 
 def test_the_lowest_free_slots_are_taken() -> None:
@@ -39,7 +40,7 @@ def test_an_owner_does_not_take_twice() -> None:
         slots.take("a", 1)
 
 
-@pytest.mark.parametrize("num_slots", [0, 3])
+@every_case("num_slots", [0, 3])
 def test_no_more_than_is_free_is_taken_and_no_less_than_one(num_slots: int) -> None:
     slots = AcceleratorSlots(3)
     slots.take("a", 1)

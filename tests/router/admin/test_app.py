@@ -19,6 +19,7 @@ from sllm_vllm.router.config.sections import ModelDefaults
 from sllm_vllm.router.core.facts import RequestFacts
 from tests.router.fake_gate import until
 from tests.router.fake_node import ADMIN_KEY, HUB_TOKEN, ServedAdmin, serving_admin
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
@@ -56,9 +57,7 @@ def kinds(found: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
-@pytest.mark.parametrize(
-    "headers", [{}, {"authorization": "Bearer other"}, {"authorization": "Basic x"}], ids=["none", "wrong", "basic"]
-)
+@every_case("headers", [{}, {"authorization": "Bearer other"}, {"authorization": "Basic x"}])
 async def test_no_route_without_a_key(served: ServedAdmin, headers: dict[str, str]) -> None:
     for method, path in ROUTES:
         answer = await served.ask(method, path, headers=headers)
@@ -164,8 +163,8 @@ async def test_deploying_again_says_what_changes(served: ServedAdmin) -> None:
     assert served.controller.core.models[MODEL].spec.queue_max == 7
 
 
-@pytest.mark.parametrize(
-    ("body", "told"),
+@every_case(
+    "body, told",
     [
         (b"", "line 1: not valid JSON"),
         (b"\xff", "it is not UTF-8: byte 0 is invalid"),
@@ -179,7 +178,6 @@ async def test_deploying_again_says_what_changes(served: ServedAdmin) -> None:
         (b'{"name": "a", "queue_timeout": NaN}', "not valid JSON (NaN is not a number)"),
         (b'{"name": "a", "source": "/models/missing"}', "/models/missing: No such file or directory"),
     ],
-    ids=["empty", "bytes", "list", "deep", "twice", "nameless", "unknown", "order", "owned", "nan", "missing"],
 )
 async def test_a_wrong_model_is_refused_in_one_line(served: ServedAdmin, body: bytes, told: str) -> None:
     answer = await served.ask("POST", f"{V1}/models", body)
@@ -203,8 +201,8 @@ async def test_delete_a_model_with_slashes_and_signs_in_its_name(served: ServedA
     assert served.controller.models == {}
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "code"),
+@every_case(
+    "method, path, code",
     [
         ("GET", f"{V1}/models/nobody/x", "model_not_found"),
         ("DELETE", f"{V1}/models/nobody", "model_not_found"),
@@ -223,8 +221,8 @@ async def test_unknown_names(served: ServedAdmin, method: str, path: str, code: 
     assert (answer.status, answer.error["code"]) == (404, code)
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
+@every_case(
+    "method, path, allowed",
     [
         ("PUT", f"{V1}/models", "GET, POST"),
         ("POST", f"{V1}/models/{MODEL}", "GET, DELETE"),
@@ -319,7 +317,7 @@ async def test_events_are_the_last_ones(served: ServedAdmin) -> None:
     assert all(event["ago_s"] >= 0 for event in found["events"])
 
 
-@pytest.mark.parametrize("last", ["0", "-1", "x", "1.5", str(EVENTS_MAX + 1), "9" * 5000, "%D9%A1"])
+@every_case("last", ["0", "-1", "x", "1.5", str(EVENTS_MAX + 1), "9" * 5000, "%D9%A1"])
 async def test_events_with_a_wrong_number(served: ServedAdmin, last: str) -> None:
     answer = await served.ask("GET", f"{V1}/events?last={last}")
     assert (answer.status, answer.error["param"]) == (400, "last")

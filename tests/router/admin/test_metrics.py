@@ -23,6 +23,7 @@ from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.gate import How, Outcome, Rejected, Ticket
 from tests.router.fake_gate import until
 from tests.router.fake_node import ServedAdmin, serving_admin
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
@@ -197,7 +198,7 @@ def test_what_ends_after_its_model_is_counted_without_a_name() -> None:
     assert counts.requests == {("", "client_left"): 1}
 
 
-@pytest.mark.parametrize("metric", list(RouterMetric), ids=lambda metric: metric.value.name)
+@every_case("metric", list(RouterMetric))
 def test_a_name_says_its_unit(metric: RouterMetric) -> None:
     record = metric.value
     assert record.name.startswith(("sllm_router_", "vllm:"))

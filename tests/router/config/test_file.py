@@ -25,6 +25,7 @@ from sllm_vllm.router.config.file import (
 from sllm_vllm.router.config.problems import PROBLEMS_MAX
 from sllm_vllm.router.config.sections import KeySource, RouterConfig
 from sllm_vllm.router.config.text import DEPTH_MAX, parse_yaml, read_json
+from tests.support.cases import every_case
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 SECTIONS = "keys, server, node, store, migration, poison, ray, defaults, models"
@@ -57,7 +58,7 @@ def test_the_demo_is_three_models_on_two_slots() -> None:
     assert "--max-model-len=512" in config.models[2].engine_arguments
 
 
-@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml", ""])
+@every_case("suffix", [".json", ".yaml", ".yml", ""])
 def test_json_and_yaml_say_the_same(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"router{suffix}"
     values = {"models": [{"name": "a", "source": "./a", "engine_arguments": {"enforce-eager": True}}]}
@@ -78,14 +79,14 @@ def test_a_large_file_is_refused(tmp_path: Path) -> None:
     assert said == f"it can't be read: it is larger than {FILE_NBYTES_MAX} bytes"
 
 
-@pytest.mark.parametrize("text", ["", "# nothing", "null", "- a", "text"])
+@every_case("text", ["", "# nothing", "null", "- a", "text"])
 def test_a_file_holds_a_mapping_of_sections(text: str, tmp_path: Path) -> None:
     said = f"must be a mapping of sections: {SECTIONS}"
     assert refusal(text, tmp_path / "a.yaml") == said
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
+@every_case(
+    "text, problem",
     [
         ("model: []", "model: unknown key; did you mean `models`?"),
         ("models: [{name: a, keepalive: 5}]", "models[0].keepalive: unknown key; did you mean `keep_alive`?"),
@@ -122,13 +123,13 @@ def test_yaml_is_read_as_pyyaml_does() -> None:
     assert yaml_values(text) == yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("text", ["1.10", "007", "+5", "1e10", "1_000", "12:30", "0x10", "2026-01-01", "9" * 19, ".5"])
+@every_case("text", ["1.10", "007", "+5", "1e10", "1_000", "12:30", "0x10", "2026-01-01", "9" * 19, ".5"])
 def test_a_number_that_would_be_printed_otherwise_stays_text(text: str) -> None:
     assert yaml_values(text) == text
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
+@every_case(
+    "text, problem",
     [
         ("a: 1\nb:\n  c: 1\n  c: 2", "line 4: b.c: duplicate key 'c'"),
         (
@@ -172,8 +173,8 @@ def test_json_is_read_as_it_is() -> None:
     assert read_json(json.dumps(values, indent="\t")) == values
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
+@every_case(
+    "text, problem",
     [
         ('{"a": 1,\n "b": {"c": 1,\n\n "c" : 2}}', "line 4: b.c: duplicate key 'c'"),
         ('{"a": 1, "\\u0061": 2}', "line 1: a: duplicate key 'a'"),
@@ -239,7 +240,7 @@ def test_models_come_and_go() -> None:
     assert compare(old, old) == Changes()
 
 
-@pytest.mark.parametrize(
+@every_case(
     "change",
     [
         {"source": "x"},
@@ -255,7 +256,7 @@ def test_what_engines_are_started_with_starts_them_anew(change: dict[str, Any]) 
     assert compare(config_of({"name": "a"}, {"name": "b"}), new) == Changes(restarted=(new.models[0],))
 
 
-@pytest.mark.parametrize(
+@every_case(
     "change",
     [
         {"min_replicas": 1},

@@ -13,6 +13,7 @@ from sllm_vllm.router.config.keys import Keys, bearer_key, digest_of
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.http.serve import require_keys
 from tests.router.fake_gate import ENGINE_KEY, EngineProcess, FakeGate, chat, running_engine, serving
+from tests.support.cases import every_case
 
 KEY = "sk-the-clients-key"
 LOCKED = IngressSettings(key_digests=(digest_of("another"), digest_of(KEY)), drain_s=1)
@@ -39,8 +40,8 @@ def test_each_key_opens_and_nothing_else() -> None:
     assert [keys.allow(key) for key in (b"a", b"b", b"c", b"", b"a ")] == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize(
-    ("values", "key"),
+@every_case(
+    "values, key",
     [
         ([b"Bearer abc"], b"abc"),
         ([b"bearer  abc "], b"abc"),
@@ -55,7 +56,7 @@ def test_bearer_key(values: list[bytes], key: bytes | None) -> None:
     assert bearer_key(values) == key
 
 
-@pytest.mark.parametrize("digest", ["abc", "A" * 64, "g" * 64])
+@every_case("digest", ["abc", "A" * 64, "g" * 64])
 def test_settings_take_digests_alone(digest: str) -> None:
     with pytest.raises(ValidationError, match="sha256sum"):
         IngressSettings(key_digests=(digest,))
@@ -71,8 +72,8 @@ def test_without_keys_only_this_machine_may_connect() -> None:
         assert anyone.getsockname()[0] == "0.0.0.0"
 
 
-@pytest.mark.parametrize(
-    ("path", "headers", "status"),
+@every_case(
+    "path, headers, status",
     [
         ("/v1/chat/completions", {"authorization": f"Bearer {KEY}"}, 200),
         ("/v1/chat/completions", {"authorization": f"bearer {KEY}"}, 200),

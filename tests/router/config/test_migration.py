@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from sllm_vllm.router.config.sections import ModelConfig, RouterConfig
 from sllm_vllm.router.config.settings import MigrationSection
+from tests.support.cases import every_case
 
 
 def model(**fields: object) -> ModelConfig:
@@ -13,8 +12,8 @@ def model(**fields: object) -> ModelConfig:
     return RouterConfig.model_validate({"models": [{"name": "m", **fields}]}).models[0]
 
 
-@pytest.mark.parametrize(
-    ("changed", "is_same"),
+@every_case(
+    "changed, is_same",
     [
         ({"engine_arguments": ["--dtype", "float16"]}, True),
         ({"engine_arguments": {"dtype": "float16", "max-num-seqs": 8}}, True),

@@ -18,6 +18,7 @@ from sllm_vllm.router.config.problems import InvalidConfig
 from sllm_vllm.router.config.sections import ModelConfig, NodeSection
 from sllm_vllm.units import GIB
 from tests.node.commands import Run, caller
+from tests.support.cases import every_case
 
 FILE = """\
 servr: {}
@@ -210,7 +211,7 @@ def test_a_gpu_that_is_not_there(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [problem.key for problem in check_on_this_machine(file).problems] == ["node.gpus"]
 
 
-@pytest.mark.parametrize("values", [{"source": "/no/where"}, {"accelerators": 3}])
+@every_case("values", [{"source": "/no/where"}, {"accelerators": 3}])
 def test_a_model_that_is_deployed_is_checked_alike(values: dict[str, object]) -> None:
     require_model(NodeSection(slots=2), ModelConfig(name="a", source="org/a"))
     with pytest.raises(InvalidConfig) as raised:

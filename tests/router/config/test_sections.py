@@ -20,6 +20,7 @@ from sllm_vllm.router.config.sections import ARGUMENTS_MAX, ModelConfig, RouterC
 from sllm_vllm.router.config.values import merge_arguments, parse_duration
 from sllm_vllm.router.core.facts import ModelSpec
 from sllm_vllm.units import GIB, MIB
+from tests.support.cases import every_case
 
 
 def model(**values: Any) -> ModelConfig:
@@ -39,8 +40,8 @@ def model_refusal(**values: Any) -> str:
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize(
-    ("written", "seconds"),
+@every_case(
+    "written, seconds",
     [
         (0, 0.0),
         (1.5, 1.5),
@@ -56,15 +57,13 @@ def test_duration_is_seconds_or_text(written: object, seconds: float) -> None:
     assert parse_duration(written) == seconds
 
 
-@pytest.mark.parametrize(
-    "written", [True, None, -1, "", "-1s", "soon", "1y", "31d", 31 * 86400, float("nan"), "٣s", []]
-)
+@every_case("written", [True, None, -1, "", "-1s", "soon", "1y", "31d", 31 * 86400, float("nan"), "٣s", []])
 def test_anything_else_is_no_duration(written: object) -> None:
     with pytest.raises(ValueError, match="seconds"):
         parse_duration(written)
 
 
-@pytest.mark.parametrize(("written", "keep_alive"), [("auto", None), (None, None), ("10m", 600.0), (0, 0.0)])
+@every_case("written, keep_alive", [("auto", None), (None, None), ("10m", 600.0), (0, 0.0)])
 def test_keep_alive_is_auto_or_a_duration(written: object, keep_alive: float | None) -> None:
     assert model(keep_alive=written).keep_alive == keep_alive
 
@@ -74,14 +73,14 @@ def test_wrong_keep_alive_says_what_may_be_written() -> None:
     assert said == ("models[0].keep_alive: must be seconds, or text like 30s, 10m or 2h, at most 30 days; or `auto`")
 
 
-@pytest.mark.parametrize("written", [-1, "-1", "forever", "Forever", "infinite"])
+@every_case("written", [-1, "-1", "forever", "Forever", "infinite"])
 def test_a_keep_alive_without_end_points_to_min_replicas(written: object) -> None:
     said = model_refusal(keep_alive=written)
     assert said.startswith("models[0].keep_alive: must not be unlimited")
     assert said.endswith("write `min_replicas: 1` to keep a replica running")
 
 
-@pytest.mark.parametrize("written", ["much", "9" * 400, True, 1.5])
+@every_case("written", ["much", "9" * 400, True, 1.5])
 def test_size_is_bytes_or_text(written: object) -> None:
     assert parse_router_config({"node": {"memory": "8GiB", "kv_memory": 64 * MIB}}).node.memory == 8 * GIB
     assert refusal({"node": {"memory": written}}) == "node.memory: must be bytes, or text like 8GiB or 500MB"
@@ -92,8 +91,8 @@ def test_size_below_its_least_is_refused() -> None:
     assert refusal({"server": {"body_bytes": None}}).startswith("server.body_bytes: must be a whole number")
 
 
-@pytest.mark.parametrize("key", ["min_replicas", "max_replicas", "priority", "ongoing_max", "accelerators"])
-@pytest.mark.parametrize("value", [True, "3", 1.5, 10**30])
+@every_case("key", ["min_replicas", "max_replicas", "priority", "ongoing_max", "accelerators"])
+@every_case("value", [True, "3", 1.5, 10**30])
 def test_counts_are_integers_within_bounds(key: str, value: object) -> None:
     assert model_refusal(**{key: value}).startswith(f"models[0].{key}: ")
 
@@ -101,8 +100,8 @@ def test_counts_are_integers_within_bounds(key: str, value: object) -> None:
 # ---------------------------------------------------------------------------------------------------- engine arguments
 
 
-@pytest.mark.parametrize(
-    ("written", "words"),
+@every_case(
+    "written, words",
     [
         (["--max-model-len", 512, "--enforce-eager"], ("--max-model-len", "512", "--enforce-eager")),
         ({"max-model-len": 512, "enforce-eager": True}, ("--max-model-len=512", "--enforce-eager")),
@@ -119,8 +118,8 @@ def test_engine_arguments_are_words_or_a_mapping(written: object, words: tuple[s
     assert model(engine_arguments=written).engine_arguments == words
 
 
-@pytest.mark.parametrize(
-    ("written", "problem"),
+@every_case(
+    "written, problem",
     [
         ("--max-model-len 512", ": must be a list"),
         ([True], ": must be text or a number; put it in quotes"),
@@ -156,8 +155,8 @@ def test_engines_know_the_model_by_the_name_that_clients_say() -> None:
     assert model().engine_order_arguments() == ("--served-model-name=m",)
 
 
-@pytest.mark.parametrize(
-    ("environment", "problem"),
+@every_case(
+    "environment, problem",
     [
         ({"A": True}, ".A: must be text or a number; put it in quotes"),
         ({"A": None}, ".A: must be text or a number; put it in quotes"),
@@ -188,7 +187,7 @@ def test_accelerators_that_are_said_count_more_than_the_arguments() -> None:
     assert model(engine_arguments=["-tp", 2, "-pp", 2]).num_accelerators == 4
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\n", " a", "a\ud800", "x" * 201, 5, None])
+@every_case("name", ["", " ", "a\n", " a", "a\ud800", "x" * 201, 5, None])
 def test_name_is_printable_and_short(name: object) -> None:
     assert model_refusal(name=name).startswith("models[0].name: ")
     assert model(name="x" * 200).name == "x" * 200
@@ -222,7 +221,7 @@ def test_source_is_a_name_or_a_path(written: dict[str, object], source: str, mon
     assert config.models[0].source == source
 
 
-@pytest.mark.parametrize("source", ["-x", "a\0b", "x" * 5000, 5, []])
+@every_case("source", ["-x", "a\0b", "x" * 5000, 5, []])
 def test_wrong_source_is_refused(source: object) -> None:
     assert model_refusal(source=source).startswith("models[0].source: ")
 
@@ -258,8 +257,8 @@ def test_defaults_are_merged_under_each_model() -> None:
     assert (b.keep_alive, b.priority, b.environment) == (300.0, 1, {"A": "1", "B": "3"})
 
 
-@pytest.mark.parametrize(
-    ("defaults", "own", "merged"),
+@every_case(
+    "defaults, own, merged",
     [
         ({"max_model_len": 1, "seed": 2}, {"max-model-len": 3, "dtype": "auto"}, "max-model-len=3 seed=2 dtype=auto"),
         ({"seed": 2, "dtype": "auto"}, {"seed": None}, "dtype=auto"),
@@ -276,7 +275,7 @@ def test_engine_arguments_of_defaults_are_merged(defaults: object, own: object, 
     assert config.models[0].engine_arguments == tuple(f"--{word}" for word in merged.split())
 
 
-@pytest.mark.parametrize("own", [5, None, {"a b": 1}, [True]])
+@every_case("own", [5, None, {"a b": 1}, [True]])
 def test_what_can_not_be_merged_is_left_to_its_own_check(own: object) -> None:
     assert merge_arguments(["--seed=2"], own) is own
     values = {"defaults": {"engine_arguments": {"a": 1}}, "models": [{"name": "m", "engine_arguments": own}]}
@@ -307,7 +306,7 @@ def test_generation_is_the_same_for_ever() -> None:
     assert config.generation == 1917858727
 
 
-@pytest.mark.parametrize(
+@every_case(
     "change",
     [
         {"source": "b"},
@@ -354,8 +353,8 @@ def test_what_is_left_out_is_as_the_agent_has_it(monkeypatch: pytest.MonkeyPatch
     assert (found.slots, found.gpus, found.memory_bytes) == (None, None, None)
 
 
-@pytest.mark.parametrize(
-    ("node", "has_sockets"),
+@every_case(
+    "node, has_sockets",
     [
         ({}, True),
         ({"engine_sockets": False}, False),
@@ -377,12 +376,12 @@ def test_server_and_keys_become_the_ingress_settings() -> None:
     assert (found.cors_origins, found.key_digests, found.insecure_no_keys) == (("*",), ("0" * 64,), False)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+@every_case("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_needs_no_keys(host: str) -> None:
     assert parse_router_config({"server": {"host": host}}).server.host == host
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org"])
+@every_case("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org"])
 def test_other_hosts_need_keys(host: str) -> None:
     said = refusal({"server": {"host": host}})
     assert said == f"server.host: {host!r} is not loopback: set `keys.clients` or `keys.insecure_no_keys`"
@@ -397,7 +396,7 @@ def test_a_key_itself_is_refused_and_not_repeated() -> None:
     assert said == "keys.clients[0]: a key must not be written here; use {env: NAME}, {file: PATH} or {sha256: HEX}"
 
 
-@pytest.mark.parametrize(
+@every_case(
     "source",
     [
         {},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sllm_vllm.router.core.facts import ModelSpec
 from sllm_vllm.router.core.keep_alive import AutoscaleState, desired_replicas
+from tests.support.cases import every_case
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -29,8 +29,8 @@ class Model:
         return self.num_now
 
 
-@pytest.mark.parametrize(
-    ("ongoing", "waiting", "expected"),
+@every_case(
+    "ongoing, waiting, expected",
     [(0, 0, 0), (0, 1, 1), (8, 0, 1), (8, 1, 2), (16, 0, 2), (9, 8, 3), (8, 1000, 4)],
 )
 def test_enough_for_what_is_asked_and_no_more_than_may_be(ongoing: int, waiting: int, expected: int) -> None:

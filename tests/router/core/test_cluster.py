@@ -7,6 +7,7 @@ import pytest
 from sllm_vllm.router.core import shortlist
 from sllm_vllm.router.core.cluster import NEXT, PREFIXES_MAX, Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.facts import Tier
+from tests.support.cases import every_case
 
 MODELS = ("a", "b", "c")
 LOOKED_AT = 4
@@ -349,7 +350,7 @@ def test_what_is_not_asked_for_does_not_grow(monkeypatch: pytest.MonkeyPatch) ->
 # ----------------------------------------------------------------------------------------------------- invariants
 
 
-@pytest.mark.parametrize("field", ["num_free", "num_busy", "idle_since_s", "load_until_s"])
+@every_case("field", ["num_free", "num_busy", "idle_since_s", "load_until_s"])
 def test_validate_sees_an_index_that_is_wrong(field: str) -> None:
     cluster = cluster_of("n")
     add_ready(cluster, Replica("r", "a", "n"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.events import CopyCheckpoint
 from sllm_vllm.router.core.facts import CopyLimits, ModelSpec, Tier
 from sllm_vllm.router.core.foresight import LOOK_S, Copies
 from sllm_vllm.router.core.model_state import ModelState
+from tests.support.cases import every_case
 
 LIMITS = CopyLimits(holders_max=3, at_once_max=2, copy_s_max=100.0)
 
@@ -72,7 +71,7 @@ def test_a_hot_model_gets_one_holder_more_than_it_has_replicas() -> None:
     assert bench.look() == []  # three are the most
 
 
-@pytest.mark.parametrize("ongoing", [0, 3])
+@every_case("ongoing", [0, 3])
 def test_one_that_is_not_hot_is_not_copied(ongoing: int) -> None:
     bench = Bench(2)
     bench.add("m", "n0", ongoing=ongoing)
@@ -124,7 +123,7 @@ def test_one_that_never_comes_is_tried_again_after_a_while() -> None:
     assert bench.look() == [CopyCheckpoint("m", "n0", "n1")]
 
 
-@pytest.mark.parametrize("lost", ["n0", "n1"])
+@every_case("lost", ["n0", "n1"])
 def test_a_copy_ends_with_either_of_its_nodes(lost: str) -> None:
     bench = Bench(3)
     bench.add("m", "n0", "n2")

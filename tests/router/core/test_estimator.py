@@ -17,6 +17,7 @@ from sllm_vllm.router.core.estimator import (
     StartDefaults,
 )
 from sllm_vllm.router.core.facts import ModelSpec, PrefillSample, StartSample, Term, Tier
+from tests.support.cases import every_case
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -220,7 +221,7 @@ def test_startup_is_what_the_models_starts_took_anywhere() -> None:
 # ------------------------------------------------------------------------------------------------- rubbish and bounds
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), 1e300])
+@every_case("seconds", [-1.0, float("nan"), float("inf"), 1e300])
 def test_samples_that_can_not_be_are_passed_over(seconds: float) -> None:
     estimator = taught([start(seconds=seconds)])
     estimator.observe_stop("m", "n", seconds)

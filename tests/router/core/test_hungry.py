@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
 from sllm_vllm.router.core.queues import SPARE, Hungry, ModelQueues
+from tests.support.cases import every_case
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_case("seed", range(20))
 def test_the_order_is_that_of_sorting(seed: int) -> None:
     chance = random.Random(seed)
     queues = ModelQueues(1000)

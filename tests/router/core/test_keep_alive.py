@@ -19,6 +19,7 @@ from sllm_vllm.router.core.keep_alive import (
     keep_alive_s,
     keep_value_s,
 )
+from tests.support.cases import every_case
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -94,8 +95,8 @@ def test_next_burst_is_within_the_quantile_of_the_exponential() -> None:
 # -------------------------------------------------------------------------------------------------------- keep-alive
 
 
-@pytest.mark.parametrize("times_s", [[], [100.0], [100.0 + one for one in range(7)], [0.0, 1.0, 600.0, 601.0]])
-@pytest.mark.parametrize(("share", "expected_s"), [(1.0, 440.0), (0.5, 880.0), (0.01, 3600.0)])
+@every_case("times_s", [[], [100.0], [100.0 + one for one in range(7)], [0.0, 1.0, 600.0, 601.0]])
+@every_case("share, expected_s", [(1.0, 440.0), (0.5, 880.0), (0.01, 3600.0)])
 def test_until_pauses_are_known_a_replica_stays_as_long_as_it_may_be_worth(
     times_s: list[float], share: float, expected_s: float
 ) -> None:
@@ -116,7 +117,7 @@ def test_a_rare_long_pause_is_not_waited_for() -> None:
     assert keep_alive_s(paused(100.0, 100.0, 7200.0, 100.0), startup_s=20.0, share=1.0) == 125.0
 
 
-@pytest.mark.parametrize(("startup_s", "expected_s"), [(20.0, 40.0), (60.0, 120.0), (1.0, 5.0)])
+@every_case("startup_s, expected_s", [(20.0, 40.0), (60.0, 120.0), (1.0, 5.0)])
 def test_pauses_too_long_to_be_worth_it_leave_the_floor(startup_s: float, expected_s: float) -> None:
     assert keep_alive_s(paused(3600.0, 3600.0, 3600.0), startup_s=startup_s, share=1.0) == expected_s
 

@@ -26,6 +26,7 @@ from sllm_vllm.router.core.migration import (
     TakeOver,
     WentOn,
 )
+from tests.support.cases import every_case
 
 BLOCK = 16
 LONGEST = 8192
@@ -115,13 +116,12 @@ def test_an_open_block_that_nobody_notices_is_not_waited_for() -> None:
     assert run(migration(), told(100, 0, at_s=0.0), Filled(0.1), told(100, 10, at_s=1.0)) == [Switch()]
 
 
-@pytest.mark.parametrize(
+@every_case(
     "events",
     [
         (told(100, 0, 0, at_s=0.0), Filled(1.0), told(100, 10, 10, at_s=1.0)),
         (told(100, 0, at_s=0.0), Filled(1.0), told(100, 0, at_s=1.0)),
     ],
-    ids=["several choices", "a source that stands still"],
 )
 def test_whose_block_does_not_end_alike_or_at_all_is_not_waited_for(events: Sequence[MigrationEvent]) -> None:
     assert run(migration(), *events) == [Switch()]
@@ -149,8 +149,8 @@ def test_a_choice_that_ends_meanwhile_leaves_the_others_with_the_prompt() -> Non
     assert run(migration(), told(100, 10, 20), Filled(1.0), told(100, 60)) == [Fill((160,), num_new=60)]
 
 
-@pytest.mark.parametrize(
-    ("event", "reason", "is_lasting"),
+@every_case(
+    "event, reason, is_lasting",
     [
         (told(LONGEST - 5, 5), f"{LONGEST} tokens fill the target's context", True),
         (told(100), "every choice has ended", False),
@@ -176,7 +176,7 @@ def test_a_target_that_fails_at_the_switch_changes_nothing() -> None:
     assert run(one, told(3, 2), SideFailed("queue full")) == [GiveUp("queue full", is_lasting=False)]
 
 
-@pytest.mark.parametrize("ending", [[told(3, 2), WentOn()], [SideFailed("no")]])
+@every_case("ending", [[told(3, 2), WentOn()], [SideFailed("no")]])
 def test_nothing_follows_its_end(ending: Sequence[MigrationEvent]) -> None:
     one = migration()
     run(one, *ending)

@@ -14,6 +14,7 @@ from sllm_vllm.router.core.events import (
 )
 from sllm_vllm.router.core.facts import MoveLimits, ResumeSample, RouterLimits
 from tests.router.core.router_bench import RouterBench
+from tests.support.cases import every_case
 
 
 def bench_with(num_replicas: int = 2, *, limits: MoveLimits | None = None, **fields: object) -> RouterBench:
@@ -94,7 +95,7 @@ def test_requests_move_a_few_at_once_the_others_when_these_have() -> None:
     assert source in bench.stopping
 
 
-@pytest.mark.parametrize("is_lasting", [False, True])
+@every_case("is_lasting", [False, True])
 def test_a_move_that_fails_is_tried_again_later_unless_it_is_in_vain(is_lasting: bool) -> None:
     bench = bench_with()
     request = bench.ask("a")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from sllm_vllm.router.core.facts import Estimate, ModelSpec, RouterLimits, Term,
 from sllm_vllm.router.core.model_state import CoreState
 from sllm_vllm.router.core.placement import Plan, PlanKind, best_plan, plan_starts
 from sllm_vllm.router.core.rules import RuleBook
+from tests.support.cases import every_case
 
 START, EVICT, MIGRATE = PlanKind
 LOAD_S = {Tier.HOST: 1.0, Tier.DISK: 5.0, Tier.REMOTE: 60.0}
@@ -193,7 +193,7 @@ def test_free_slots_are_used_before_victims_are() -> None:
     assert plan.victims == ("b",)
 
 
-@pytest.mark.parametrize(("load_s", "queue_s"), [(0.0, 2.0), (1.0, 2.0), (5.0, 5.0)])
+@every_case("load_s, queue_s", [(0.0, 2.0), (1.0, 2.0), (5.0, 5.0)])
 def test_eviction_waits_for_loads_or_the_slowest_victim(load_s: float, queue_s: float) -> None:
     cluster = cluster_of(n=2)
     for name in ("a", "b"):
@@ -335,8 +335,8 @@ def test_no_plan_is_best_of_none() -> None:
     assert best_plan([]) is None
 
 
-@pytest.mark.parametrize(
-    ("evict_s", "start_s", "slack_s", "kind"),
+@every_case(
+    "evict_s, start_s, slack_s, kind",
     [
         (1.0, 1.0625, 0.1, START),
         (1.0, 1.25, 0.1, EVICT),

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from sllm_vllm.router.core.deaths import Deaths, DigestTable
 from sllm_vllm.router.core.events import FirstToken, NodeLost, Refusal, ReplicaEnded, RequestFailed
 from sllm_vllm.router.core.facts import FailureSign, PoisonLimits, RequestFacts, RouterLimits
 from tests.router.core.router_bench import RouterBench
+from tests.support.cases import every_case
 
 POISON = "digest of the poison"
 
@@ -106,7 +105,7 @@ def test_what_engines_have_answered_before_is_tried_alone_before_it_is_refused()
     assert bench.ask("m", digest="probe") in bench.books.running
 
 
-@pytest.mark.parametrize("num_first", [1, 2])
+@every_case("num_first", [1, 2])
 def test_what_kills_on_its_trial_is_refused_though_it_was_answered_before(num_first: int) -> None:
     bench = bench_with(num_slots=1)
     running(bench, num_first)
@@ -132,7 +131,7 @@ def test_what_another_engine_answers_meanwhile_is_refused_no_longer() -> None:
     assert bench.ask("m", digest="probe") not in bench.books.rejected
 
 
-@pytest.mark.parametrize("is_unseen", [False, True])
+@every_case("is_unseen", [False, True])
 def test_an_end_that_no_agent_has_seen_makes_no_suspects(is_unseen: bool) -> None:
     """Its agent was started again, and has ended all engines."""
     bench = bench_with()
@@ -194,7 +193,7 @@ def test_an_engine_that_says_that_its_core_died_is_believed_before_it_has_ended(
     assert bench.books.rejected[poison].why is Refusal.KILLED_ENGINE
 
 
-@pytest.mark.parametrize("how", ["node lost", "never ended", "stopped"])
+@every_case("how", ["node lost", "never ended", "stopped"])
 def test_where_no_engine_died_by_itself_nobody_is_suspected(how: str) -> None:
     bench = bench_with()
     bench.node("n2", 1)
@@ -407,7 +406,7 @@ def test_a_stream_whose_engines_die_again_and_again_is_tried_alone_and_then_refu
 # -------------------------------------------------------------------------------------------------------------- orders
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every_case("seed", range(40))
 def test_in_any_order_of_arrivals_a_killer_costs_its_neighbours_nothing(seed: int) -> None:
     """Twelve streams and one poison on two replicas: engines die of the poison as they get to it. Of those that served
     anyone else when the poison came only one dies, and all twelve end."""

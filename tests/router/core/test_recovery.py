@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import pytest
-
 from sllm_vllm.router.core.cluster import Replica, ReplicaState
 from sllm_vllm.router.core.events import ModelDeployed, NodeJoined, RequestArrived, RequestFound, StopReplica
 from sllm_vllm.router.core.facts import FoundReplica, ModelSpec, RequestFacts
 from sllm_vllm.router.core.router import RouterCore
 from tests.router.core.router_bench import RouterBench, deploy_randomly, settle, step
+from tests.support.cases import every_case
 
 NUM_STEPS = 120
 RESTART_SHARE = 0.04
@@ -65,7 +64,7 @@ def restart(bench: Lives) -> None:
         bench.tell(RequestArrived(facts[name]))
 
 
-@pytest.mark.parametrize("seed", range(100))
+@every_case("seed", range(100))
 def test_a_life_with_restarts_keeps_every_invariant_and_serves_or_tells_everybody(seed: int) -> None:
     chance = random.Random(seed)
     bench = Lives()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from sllm_vllm.router.core.alarms import Alarms
 from sllm_vllm.router.core.events import PrefetchModel, Refusal, Ticked
 from sllm_vllm.router.core.facts import FailureSign, RouterLimits, Tier
 from sllm_vllm.router.core.model_state import BACK_OFF_S_MAX, FAILURES_MAX, STEADY_S, BackOff
 from tests.router.core.router_bench import RouterBench
+from tests.support.cases import every_case
 
 
 def bench_with(*, num_slots: int = 1, **fields: object) -> RouterBench:
@@ -33,7 +32,7 @@ def test_a_model_that_is_kept_is_tried_for_ever_and_never_more_often_than_once_a
     assert back_off.until_s - bench.now_s == BACK_OFF_S_MAX
 
 
-@pytest.mark.parametrize("num_failures", [1, 7, 16, 17, 5000])
+@every_case("num_failures", [1, 7, 16, 17, 5000])
 def test_pauses_double_up_to_a_minute(num_failures: int) -> None:
     back_off = BackOff()
     now_s = 0.0
@@ -71,7 +70,7 @@ def test_after_three_in_a_row_who_waits_is_told_and_the_next_attempt_serves() ->
     assert again in bench.books.running
 
 
-@pytest.mark.parametrize("alive_s", [0.0, 3.0, STEADY_S - 1])
+@every_case("alive_s", [0.0, 3.0, STEADY_S - 1])
 def test_an_engine_that_dies_soon_after_it_was_ready_is_started_less_and_less_often(alive_s: float) -> None:
     bench = bench_with(min_replicas=1)
     pauses_s = []

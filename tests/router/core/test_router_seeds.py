@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.router.core.router_bench import drive
+from tests.support.cases import every_case
 
 NUM_STEPS = 150
 
 
-@pytest.mark.parametrize("seed", range(200))
+@every_case("seed", range(200))
 def test_a_random_life_keeps_every_invariant_and_serves_or_tells_everybody(seed: int) -> None:
     bench = drive(seed, NUM_STEPS)
     assert bench.books.ended or bench.books.rejected

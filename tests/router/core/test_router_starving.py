@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from sllm_vllm.router.core.cluster import Cluster, Replica, ReplicaState
 from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import DrainAsked
@@ -12,6 +10,7 @@ from sllm_vllm.router.core.model_state import CoreState, ModelState
 from sllm_vllm.router.core.placement import Room, find_room
 from sllm_vllm.router.core.rules import RuleBook
 from tests.router.core.router_bench import RouterBench
+from tests.support.cases import every_case
 
 STARVE_S = 30.0
 
@@ -154,7 +153,7 @@ def test_a_slot_that_comes_free_sooner_is_taken_and_what_drained_goes_on() -> No
     assert bench.books.running[more] == drained
 
 
-@pytest.mark.parametrize("is_asked", [False, True])
+@every_case("is_asked", [False, True])
 def test_what_drained_for_a_deleted_model_goes_on_unless_an_operator_drains_it(is_asked: bool) -> None:
     bench = bench_of(1)
     _occupied(bench)
@@ -168,7 +167,7 @@ def test_what_drained_for_a_deleted_model_goes_on_unless_an_operator_drains_it(i
     assert draining(bench) == ([drained] if is_asked else [])
 
 
-@pytest.mark.parametrize("how", ["gone", "late"])
+@every_case("how", ["gone", "late"])
 def test_what_drains_for_nobody_any_more_goes_on(how: str) -> None:
     bench = bench_of(1)
     bench.deploy("busy", queue_s_max=1000.0, ongoing_max=2)
@@ -211,8 +210,8 @@ def _occupied(bench: RouterBench) -> str:
     return request
 
 
-@pytest.mark.parametrize(
-    ("num_slots", "expected"),
+@every_case(
+    "num_slots, expected",
     [(1, Room("y", ("y1",), 1)), (2, Room("y", ("y1", "y2"), 3)), (3, Room("z", ("z1",), 4)), (4, None)],
 )
 def test_the_fewest_requests_are_in_the_way(num_slots: int, expected: Room | None) -> None:

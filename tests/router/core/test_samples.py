@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sllm_vllm.router.core.estimator import POINTS_MAX, SAMPLE_WEIGHTS, fit_line, weighted_median
+from tests.support.cases import every_case
 
 on_any_machine = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -31,13 +32,13 @@ def test_one_strange_sample_among_three_leaves_the_median_among_the_others(
     assert 9 <= weighted_median(samples) <= 11
 
 
-@pytest.mark.parametrize("num_before", list(range(1, 12)))
+@every_case("num_before", list(range(1, 12)))
 def test_one_slow_sample_never_moves_the_median(num_before: int) -> None:
     assert weighted_median([5.0] * num_before + [50.0]) == 5.0
 
 
-@pytest.mark.parametrize("new", [0.5, 50.0])
-@pytest.mark.parametrize("num_before", list(range(6, 12)))
+@every_case("new", [0.5, 50.0])
+@every_case("num_before", list(range(6, 12)))
 def test_two_strange_samples_do_not_move_a_full_median_and_three_do(num_before: int, new: float) -> None:
     assert weighted_median([5.0] * num_before + [new] * 2) == 5.0
     assert weighted_median([5.0] * num_before + [new] * 3) == new

@@ -8,6 +8,7 @@ from sllm_vllm.router.core.estimator import Estimator
 from sllm_vllm.router.core.events import Refusal, RejectRequest
 from sllm_vllm.router.core.facts import StartSample, Tier
 from tests.router.core.router_bench import RouterBench
+from tests.support.cases import every_case
 
 
 def bench_of(num_slots: int = 1, **fields: object) -> RouterBench:
@@ -91,7 +92,7 @@ def test_a_start_may_take_what_its_model_says() -> None:
     assert [order.timeout_s for order in bench.starting.values()] == [77.0]
 
 
-@pytest.mark.parametrize(("nbytes", "timeout_s"), [(1, 120.0), (4 << 40, 600.0)])
+@every_case("nbytes, timeout_s", [(1, 120.0), (4 << 40, 600.0)])
 def test_else_between_two_and_ten_minutes(nbytes: int, timeout_s: float) -> None:
     bench = bench_of(nbytes=nbytes)
     bench.core.estimator.observe_start(StartSample("a", "n", True, Tier.DISK, nbytes, 0.2, 0.2, nbytes / 2e9))

@@ -23,6 +23,7 @@ from sllm_vllm.router.engine_client.connection import (
     EngineFailed,
     Upstream,
 )
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S, wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -137,8 +138,8 @@ async def test_large_body_arrives_whole() -> None:
     assert script.requests[0].endswith(b"\r\n\r\n" + body)
 
 
-@pytest.mark.parametrize(
-    ("answer", "body"),
+@every_case(
+    "answer, body",
     [
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nx-late: 1\r\n\r\n", b"ok"),
         (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, b"ok"),
@@ -152,7 +153,7 @@ async def test_every_framing_is_read(answer: bytes, body: bytes) -> None:
         assert (await ask(upstream, script))[1] == body
 
 
-@pytest.mark.parametrize(
+@every_case(
     "answer",
     [
         CLOSES,
@@ -186,7 +187,7 @@ async def test_connection_serves_one_request_after_another() -> None:
     assert script.num_connections == 1
 
 
-@pytest.mark.parametrize(
+@every_case(
     "first",
     [
         b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok",

@@ -19,6 +19,7 @@ from sllm_vllm.router.http.admission import (
     read_json,
 )
 from sllm_vllm.router.http.errors import ApiError
+from tests.support.cases import every_case
 
 JSON = b"application/json"
 FORM = b"multipart/form-data; boundary=xyz"
@@ -55,8 +56,8 @@ def test_facts_carry_what_was_read() -> None:
     assert (facts.id, facts.model, facts.prompt_tokens, facts.prefix) == ("request-1", "m", 12, "abc")
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
+@every_case(
+    "body, message",
     [
         (b"", "not JSON"),
         (b"   ", "not JSON"),
@@ -92,13 +93,13 @@ def test_what_is_wrong_is_refused_and_said(body: bytes, message: str) -> None:
     assert message in error.message
 
 
-@pytest.mark.parametrize("body", [b"{}", b'{"model": null}', b' { "a": "model" } '])
+@every_case("body", [b"{}", b'{"model": null}', b' { "a": "model" } '])
 def test_body_may_leave_the_model_to_the_ingress(body: bytes) -> None:
     assert read_json(body).model == ""
     assert read_body(form(("file", "RIFF")), FORM, takes_form=True).model == ""
 
 
-@pytest.mark.parametrize("kind", [b"", b"text/plain", b"application/x-www-form-urlencoded", b"application/xml"])
+@every_case("kind", [b"", b"text/plain", b"application/x-www-form-urlencoded", b"application/xml"])
 def test_missing_header_is_named(kind: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         read_body(b'{"model": "a"}', kind, takes_form=False)
@@ -106,8 +107,8 @@ def test_missing_header_is_named(kind: bytes) -> None:
     assert "`Content-Type: application/json`" in caught.value.message
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
+@every_case(
+    "body, message",
     [
         (b'{"model": "a", "n": [' + b"[[[0]]]," * 200_000 + b"0]}", "arrays and objects"),
         (b'{"model": "a", "n": ' + b"[" * 300 + b"]" * 300 + b"}", "nested"),
@@ -186,8 +187,8 @@ def test_quoted_boundary_is_one() -> None:
     assert read_body(form(("model", "whisper")), kind, takes_form=True).model == "whisper"
 
 
-@pytest.mark.parametrize(
-    ("body", "kind", "status"),
+@every_case(
+    "body, kind, status",
     [
         (form(("model", "a"), ("model", "b")), FORM, 400),
         (form(*[("x", "1")] * (PARTS_MAX + 1)), FORM, 400),

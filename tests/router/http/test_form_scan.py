@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers, UploadFile
@@ -13,6 +12,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from sllm_vllm.router.http.admission import read_body
 from sllm_vllm.router.http.errors import ApiError
+from tests.support.cases import every_case
 
 MISSING = "no model"
 REFUSED = "refused"
@@ -74,8 +74,8 @@ def test_what_is_taken_is_read_as_vllm_reads_it(
         assert ours == as_vllm_reads(body, kind)
 
 
-@pytest.mark.parametrize(
-    ("kind", "parts", "expected"),
+@every_case(
+    "kind, parts, expected",
     [
         (TYPES[3], [(b"C", DISPOSITIONS[0], b"right"), (b"B", DISPOSITIONS[0], b"wrong")], None),
         (TYPES[0], [(b"B", DISPOSITIONS[0], b"a"), (b"B", DISPOSITIONS[0], b"b")], REFUSED),

@@ -28,6 +28,7 @@ from tests.router.fake_gate import (
     serving,
     until,
 )
+from tests.support.cases import every_case
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +152,8 @@ async def test_head_is_get_without_a_body(gate: FakeGate) -> None:
     assert answer.headers["content-length"] == str(len(full.text))
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
+@every_case(
+    "method, path, allowed",
     [
         ("POST", "/health", "GET, HEAD"),
         ("DELETE", "/v1/models", "GET, HEAD"),
@@ -209,15 +210,15 @@ async def test_gates_refusal_is_told(gate: FakeGate, rejected: Rejected, status:
     assert answer.error["code"] == rejected.code
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"model": 1}', b"[" * 100_000, b'{"model": "\xff"}'])
+@every_case("body", [b"", b"[]", b"{", b'{"model": 1}', b"[" * 100_000, b'{"model": "\xff"}'])
 async def test_body_that_can_not_be_read_is_400(gate: FakeGate, body: bytes) -> None:
     async with serving(gate) as served:
         answer = await served.post(body)
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
 
 
-@pytest.mark.parametrize("times", [1.5, 40])
-@pytest.mark.parametrize("is_chunked", [False, True])
+@every_case("times", [1.5, 40])
+@every_case("is_chunked", [False, True])
 async def test_body_that_is_too_large_is_413(gate: FakeGate, times: float, is_chunked: bool) -> None:
     pad = b" " * int(1024 * times)
     pieces = [b"%x\r\n%b\r\n" % (len(pad), pad), b"0\r\n\r\n"] if is_chunked else [pad]

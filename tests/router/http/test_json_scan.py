@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sllm_vllm.router.http import json_scan
 from sllm_vllm.router.http.json_scan import JsonLimits, NotJson, scan_members
+from tests.support.cases import every_case
 
 BOUNDS = JsonLimits(depth=64, containers=10_000, members=1000)
 # Quotes, backslashes and brackets are what can go wrong.
@@ -56,7 +57,7 @@ def test_what_the_standard_library_reads_is_never_read_otherwise(body: bytes) ->
         assert [name for name, _ in found] == [name for name, _ in expected]
 
 
-@pytest.mark.parametrize(
+@every_case(
     "body",
     [
         b"",

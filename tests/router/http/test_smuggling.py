@@ -10,6 +10,7 @@ import pytest
 
 from sllm_vllm.router.config.settings import IngressSettings
 from tests.router.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
+from tests.support.cases import every_case
 from tests.waiting import DEADLINE_S
 
 BODY = json.dumps(chat()).encode()
@@ -57,7 +58,7 @@ CHUNKED = JSON + b"transfer-encoding: chunked\r\n"
 WHOLE_CHUNK = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 
-@pytest.mark.parametrize(
+@every_case(
     "data",
     [
         request(head=SIZED + b"transfer-encoding: chunked\r\n", body=WHOLE_CHUNK),
@@ -93,7 +94,7 @@ async def test_framing_that_can_be_read_two_ways_is_refused(gate: FakeGate, data
     assert gate.num_given == 0
 
 
-@pytest.mark.parametrize(
+@every_case(
     "path",
     [
         b"/v1/../sleep",
@@ -138,8 +139,8 @@ async def test_nothing_else_of_an_engine_can_be_reached(gate: FakeGate, path: by
     assert gate.facts == []
 
 
-@pytest.mark.parametrize(
-    ("path", "reached"),
+@every_case(
+    "path, reached",
     [
         (b"/v1/chat/completions", "/v1/chat/completions"),
         (b"http://other/v1/completions", "/v1/completions"),

@@ -16,6 +16,7 @@ from sllm_vllm.router.migration.leg import Leg
 from tests.router.fake_gate import until
 from tests.router.move_bench import NUM_TOKENS, assert_whole, bench
 from tests.router.moving_engine import CREATED, owned_text, text_of
+from tests.support.cases import every_case
 
 
 async def test_a_stream_goes_on_at_its_target() -> None:
@@ -188,7 +189,7 @@ async def test_the_source_dies_at_the_switch() -> None:
     assert len(one.gate.moves) == 1
 
 
-@pytest.mark.parametrize("when", ["fill", "resumed"])
+@every_case("when", ["fill", "resumed"])
 async def test_the_target_dies_before_it_goes_on(when: str) -> None:
     async with bench() as one:
         one.b.gates[when] = asyncio.Event()
@@ -252,8 +253,8 @@ async def test_a_stream_outlives_several_engines() -> None:
         assert_whole(await one.ended())
 
 
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
+@every_case(
+    "wrong, reason",
     [
         ({"resumed_status": 400}, "it answers 400: queue full"),
         ({"says_error": True}, "no blocks left"),
@@ -298,8 +299,8 @@ async def test_notes_are_not_for_clients() -> None:
     assert client.comments == []
 
 
-@pytest.mark.parametrize(
-    ("wrong", "reason", "is_lasting"),
+@every_case(
+    "wrong, reason, is_lasting",
     [
         ({"fill_status": 503}, "the target answers 503", False),
         ({"resumed_status": 429}, "the target answers 429: queue full", False),
@@ -385,7 +386,7 @@ async def test_an_order_for_where_it_is_no_more_is_refused() -> None:
         assert_whole(await one.ended())
 
 
-@pytest.mark.parametrize("when", ["tokens", "fill", "resumed", "moved"])
+@every_case("when", ["tokens", "fill", "resumed", "moved"])
 async def test_a_client_that_leaves_leaves_nothing_behind(when: str) -> None:
     async with bench() as one:
         await one.a.allow(10)

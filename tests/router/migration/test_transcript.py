@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sllm_vllm.router.migration import transcript
 from sllm_vllm.router.migration.transcript import FOLD_NBYTES, Continuation, NotAligned, Transcript, split_events
+from tests.support.cases import every_case
 
 DONE = b"data: [DONE]\n\n"
 TEXTS = st.lists(st.sampled_from(["a", "", "Ü", '"x":1', '"created":7', "\n\n", "東京", "{", "\\"]), max_size=30)
@@ -203,8 +204,8 @@ def test_events_pass_as_they_are_once_the_client_is_reached() -> None:
     assert continuation.feed(odd) == odd.replace(b"1764000009", b"1764000000")
 
 
-@pytest.mark.parametrize(
-    ("events", "problem"),
+@every_case(
+    "events, problem",
     [
         (b'data: {"error": {"message": "no blocks left"}}\n\n', "no blocks left"),
         (b'data: {"error": "odd"}\n\n', "odd"),

@@ -25,6 +25,7 @@ from sllm_vllm.router.state.store import (
     open_state_store,
 )
 from tests.servers import redis_server
+from tests.support.cases import every_case
 
 PASSWORD = "not-for-logs"
 KINDS = ("sqlite", "redis")
@@ -160,7 +161,7 @@ async def test_a_wrong_password_is_refused(redis_url: str) -> None:
     await store.close()
 
 
-@pytest.mark.parametrize("url", ["", "file:/a", "sqlite:", "etcd://host:2379", "http://a"])
+@every_case("url", ["", "file:/a", "sqlite:", "etcd://host:2379", "http://a"])
 def test_a_url_that_names_no_store_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="names no store"):
         open_state_store(url)

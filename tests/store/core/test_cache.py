@@ -19,6 +19,7 @@ from sllm_vllm.store.core.events import (
 )
 from sllm_vllm.store.core.policy import policy_named
 from tests.store.core.cache_bench import Bench, only
+from tests.support.cases import every_case
 
 # -------------------------------------------------------------------------------------------- rules 1, 2: reads, gifts
 
@@ -156,7 +157,7 @@ def test_words_about_a_closed_lease_are_ignored() -> None:
     assert bench.tell(SpansReleased(1, (0,)), LeaseClosed(1)) == []
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 5, 64, 65_536])
+@every_case("num_slots", [1, 2, 5, 64, 65_536])
 def test_limits_fit_any_pool(num_slots: int) -> None:
     cache = Cache(num_slots, policy=policy_named("cost"))
     assert 1 <= cache.slots.transit <= num_slots

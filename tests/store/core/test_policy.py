@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sllm_vllm.store.core.policy import CostAware, EvictionPolicy, Lru, Usage, policy_named
+from tests.support.cases import every_case
 
 
 def used(policy: EvictionPolicy, *, span_s: float = 1.0, uses: int = 1, now_s: float = 0.0) -> Usage:
@@ -52,7 +53,7 @@ def test_cost_keeps_a_head_and_lru_a_tail() -> None:
     assert (CostAware.tail_first, Lru.tail_first) == (True, False)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("cost", CostAware), ("lru", Lru)])
+@every_case("name, kind", [("cost", CostAware), ("lru", Lru)])
 def test_a_policy_has_a_name(name: str, kind: type) -> None:
     assert isinstance(policy_named(name), kind)
 

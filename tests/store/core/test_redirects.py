@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-import pytest
-
 from sllm_vllm.store.core.redirects import HUB_HOSTS, RedirectRules, is_public
+from tests.support.cases import every_case
 
 PUBLIC, OTHER = "93.184.216.34", "151.101.1.1"
 
@@ -15,7 +14,7 @@ def rules(named: str, *hosts: str) -> RedirectRules:
     return RedirectRules(urlsplit(named), hosts)
 
 
-@pytest.mark.parametrize(
+@every_case(
     "address",
     [
         "127.0.0.1",
@@ -45,13 +44,13 @@ def test_an_address_of_this_machine_or_a_private_network_is_not_public(address: 
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", [PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d822", f"::ffff:{PUBLIC}"])
+@every_case("address", [PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d822", f"::ffff:{PUBLIC}"])
 def test_an_address_of_the_internet_is_public(address: str) -> None:
     assert is_public(address)
 
 
-@pytest.mark.parametrize(
-    ("named", "target", "told"),
+@every_case(
+    "named, target, told",
     [
         ("https://a.com/x", "https://a.com/y", ""),
         ("https://a.com/x", "https://A.com:443/y", ""),
@@ -75,7 +74,7 @@ def test_a_redirect_stays_at_the_origin(named: str, target: str, told: str) -> N
     assert bool(problem) == bool(told)
 
 
-@pytest.mark.parametrize("host", ["huggingface.co", "cdn-lfs.huggingface.co", "cas-bridge.xethub.hf.co"])
+@every_case("host", ["huggingface.co", "cdn-lfs.huggingface.co", "cas-bridge.xethub.hf.co"])
 def test_the_hub_may_redirect_to_its_own_networks(host: str) -> None:
     hub = rules("https://huggingface.co/org/repo", *HUB_HOSTS)
     assert hub.why_not(urlsplit(f"https://{host}/x?sig=1")) == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sllm_vllm.store.core.schedule import IoSchedule, Urgency
+from tests.support.cases import every_case
 
 LOAD, FILL, WRITE = Urgency
 
@@ -87,7 +88,7 @@ def test_a_promoted_fill_is_the_last_load() -> None:
     assert io.take(0.0) == [2, 3, 1]
 
 
-@pytest.mark.parametrize("job", [1, 2, 3, 9])
+@every_case("job", [1, 2, 3, 9])
 def test_a_promotion_of_another_job_changes_nothing(job: int) -> None:
     io = queued({1: FILL})
     io.take(0.0)
