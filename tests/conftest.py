@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm_fill import prepare_environment
+# Helpers that assert say what differs, as tests do. They are named before the first of them is imported.
+HELPERS = ("support", "checkpoint", "e2e", "loader", "node", "router", "store")
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in HELPERS))
+
+from tests.support.vllm_fill import prepare_environment
 
 ModelDir = Callable[..., Path]
 
 prepare_environment()
-
-# Helpers that assert say what differs, as tests do.
-HELPERS = ("resumed", "ray_bench", "servers", "faulty_http", "checkpoint", "e2e", "loader", "node", "router", "store")
-pytest.register_assert_rewrite(*(f"tests.{name}" for name in HELPERS))
 
 with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may have torch and pytest alone
     from hypothesis import HealthCheck, settings

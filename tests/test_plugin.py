@@ -18,7 +18,7 @@ import pytest
 
 from sllm_vllm.plugin import register
 from sllm_vllm.store.channel import PROTOCOL_VERSION, short_address
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.waiting import DEADLINE_S, wait_until
 
 LOADED = """
 import sys

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sllm_vllm.config import child_environment
-from tests.router.router_process import running_router, write_config
+from tests.support.router_process import running_router, write_config
 
 BLOCKED = {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent / "without_ray", Path(__file__).parents[1])))}
 OF_RAY = {

@@ -23,7 +23,7 @@ from benchmarks.loading.job import Job, Measurement
 from benchmarks.loading.module_digest import digest_module
 from benchmarks.loading.peak_memory import PeakMemory
 from sllm_vllm.config import child_environment
-from tests.vllm_fill import Fill, engine_config, join_model_parallel, load_model, module_after_load_weights
+from tests.support.vllm_fill import Fill, engine_config, join_model_parallel, load_model, module_after_load_weights
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -26,8 +26,8 @@ from rich.table import Table
 from benchmarks.common.progress import Progress
 from benchmarks.common.supervise import CACHE_DEFAULT, Workspace, run_supervised
 from sllm_vllm.units import MIB
-from tests.router.router_process import RouterUnderTest, running_router, write_config
-from tests.waiting import wait_until
+from tests.support.router_process import RouterUnderTest, running_router, write_config
+from tests.support.waiting import wait_until
 
 MODEL = "hangs"
 HELD_SHARE_MAX = 1.2

@@ -30,8 +30,8 @@ from rich.table import Table
 from benchmarks.common.progress import Progress
 from benchmarks.common.supervise import CACHE_DEFAULT, Workspace, run_supervised
 from sllm_vllm.config import child_environment
-from tests.router.router_process import RouterUnderTest, running_router, write_config
-from tests.waiting import wait_until
+from tests.support.router_process import RouterUnderTest, running_router, write_config
+from tests.support.waiting import wait_until
 
 STREAMED = "fine"
 NUM_GONE = 10

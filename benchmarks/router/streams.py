@@ -1,8 +1,8 @@
 """A thousand clients that stream through one router for a minute: is anything lost or mixed up, does its memory grow?
 
-Runs a real router over one engine that only sends events (``tests/fake_engine.py``). Every stream has its own name,
-which each of its events contains with a number; the client compares what arrived with what should have. Half of the
-clients keep their connections from stream to stream. At first they stream without pauses, until what the router keeps
+Runs a real router over one engine that only sends events (``tests/support/fake_engine.py``). Every stream has its own
+name, which each of its events contains with a number; the client compares what arrived with what should have. Half of
+the clients keep their connections from stream to stream. At first they stream without pauses, until what the router keeps
 on purpose (its last 20,000 events and actions) is full; from then on its resident memory is recorded every second.
 Exits with 1 if an event is lost, duplicated or from another stream, or if memory grew by more than ``--growth-max``.
 
@@ -277,7 +277,7 @@ def running_router(workspace: Workspace, plan: Plan) -> Iterator[tuple[subproces
             "memory": "1GiB",
             "warm": False,
             "node_dir": str(workspace.tmp / "node"),
-            "engine_command": [sys.executable, str(ROOT / "tests" / "fake_engine.py"), "serve"],
+            "engine_command": [sys.executable, str(ROOT / "tests" / "support" / "fake_engine.py"), "serve"],
         },
         "store": {"directory": str(workspace.run / "store")},
         "models": [{"name": MODEL, "source": f"/models/{MODEL}", **limits_of(plan.clients)}],

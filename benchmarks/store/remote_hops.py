@@ -18,7 +18,7 @@ from benchmarks.store.job import StoreAnswer, StoreJob, StoreJobFailed
 from benchmarks.store.setting import StoreSetting, data_nbytes, forget_on_disk, load_job, partition_file
 from benchmarks.store.shares import Share
 from sllm_vllm.checkpoint.reader import Checkpoint
-from tests.servers import BUCKET, S3, nginx_server, s3_server
+from tests.support.servers import BUCKET, S3, nginx_server, s3_server
 
 REMOTE_GOAL = 0.90
 CUT_THROUGH_GOAL = 1.15

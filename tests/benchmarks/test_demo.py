@@ -27,8 +27,8 @@ from benchmarks.demo.loading import Start, problems_of, table_of
 from benchmarks.loading.bytecode import bytecode_environment
 from benchmarks.loading.spans import SpanReceiver, logged_load_s
 from sllm_vllm.config import child_environment
-from tests.benchmarks.process_tree import Identity, alive, descendants, read_until
 from tests.support.cases import every_case
+from tests.support.process_tree import Identity, alive, descendants, read_until
 
 START_TIMEOUT_S = 900.0
 END_TIMEOUT_S = 300.0

@@ -15,7 +15,7 @@ from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.config import LoaderConfig, default_store_socket
 from sllm_vllm.errors import StoreUnavailable
 from tests.loader.test_module_state import Tied, assert_equal, stored
-from tests.store.lease_daemon import LeaseDaemon, Script
+from tests.support.lease_daemon import LeaseDaemon, Script
 
 SLOT_NBYTES = 8192
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -36,8 +36,8 @@ from benchmarks.loading.peak_memory import PeakMemory
 from benchmarks.loading.report import limit_of, limits_as_json, rows_of, table_of, verdicts_of
 from benchmarks.store.device_limits import Limits, measure_limits, read_direct_s
 from sllm_vllm.units import MIB
-from tests.benchmarks.process_tree import alive, descendants
 from tests.support.cases import every_case
+from tests.support.process_tree import alive, descendants
 
 NBYTES = 2_000_000_000
 RUN_TIMEOUT_S = 240.0

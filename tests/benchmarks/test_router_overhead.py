@@ -33,7 +33,7 @@ from benchmarks.router.overhead_report import (
 )
 from benchmarks.router.overhead_targets import PEERS, Peer, TargetFailed, ensure_peer
 from tests.support.cases import every_case
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 CHUNKS = 5
 

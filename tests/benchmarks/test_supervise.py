@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.supervise import ROOT
-from tests.benchmarks.process_tree import alive, descendants, read_until
-from tests.waiting import DEADLINE_S
+from tests.support.process_tree import alive, descendants, read_until
+from tests.support.waiting import DEADLINE_S
 
 SCRIPT = """
 import subprocess, sys

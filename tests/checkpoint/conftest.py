@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.checkpoint.reader import Checkpoint
-from tests.checkpoint.builders import make_checkpoint
 from tests.checkpoint.writers import Writers
+from tests.support.checkpoints import make_checkpoint
 
 
 @pytest.fixture(scope="package")

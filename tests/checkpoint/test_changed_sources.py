@@ -24,7 +24,7 @@ from sllm_vllm.checkpoint.fingerprint import fingerprint_directory, scan_source
 from sllm_vllm.checkpoint.source_records import SourceRecords
 from sllm_vllm.errors import ConfigError
 from tests.support.cases import every_case
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 SETTLED_NS = 30_000_000
 """Longer than the tick of any kernel's clock, so that a run meets states that prove something, and others."""

@@ -18,9 +18,9 @@ import pytest
 
 from sllm_vllm.checkpoint.chunk_file import ChunkFile
 from sllm_vllm.errors import CheckpointCorrupt
-from tests.checkpoint.builders import assert_says_where_and_mend
 from tests.checkpoint.conftest import Mount
-from tests.waiting import DEADLINE_S
+from tests.support.checkpoints import assert_says_where_and_mend
+from tests.support.waiting import DEADLINE_S
 
 CHUNK_NBYTES = 1 << 16
 CONTENT = random.Random(0).randbytes(10 * CHUNK_NBYTES + 12_345)

@@ -13,7 +13,8 @@ import pytest
 from sllm_vllm.checkpoint.reader import verify_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.errors import CheckpointMissing
-from tests.checkpoint.builders import (
+from tests.checkpoint.writers import Job, Writers
+from tests.support.checkpoints import (
     CHUNK_NBYTES,
     files_but_locks,
     files_of,
@@ -21,7 +22,6 @@ from tests.checkpoint.builders import (
     make_key,
     write_rank,
 )
-from tests.checkpoint.writers import Job, Writers
 
 ROUNDS = 8
 

@@ -13,8 +13,8 @@ import pytest
 from sllm_vllm.checkpoint.fingerprint import fingerprint_directory, has_weight_files, read_digests, scan_source
 from sllm_vllm.checkpoint.repository import VerifiedMarks
 from sllm_vllm.errors import ConfigError
-from tests.checkpoint.builders import as_nobody
 from tests.checkpoint.conftest import Mount
+from tests.support.checkpoints import as_nobody
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB: the samples do not touch all of it
 BLOB = hashlib.sha256(CONTENT).hexdigest()

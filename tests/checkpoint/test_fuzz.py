@@ -18,7 +18,7 @@ from sllm_vllm.checkpoint.core.header import build_header, check_header
 from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME, Manifest, parse_manifest, partition_path
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint, verify_checkpoint
 from sllm_vllm.errors import CheckpointError, CheckpointInvalid
-from tests.checkpoint.builders import assert_says_where_and_mend, make_checkpoint, make_key
+from tests.support.checkpoints import assert_says_where_and_mend, make_checkpoint, make_key
 
 
 def fuzzed(examples_max: int) -> settings:

@@ -13,7 +13,7 @@ from sllm_vllm.checkpoint.fingerprint import scan_source
 from sllm_vllm.checkpoint.prune import find_unused
 from sllm_vllm.checkpoint.repository import CheckpointKey, CheckpointRepository
 from sllm_vllm.checkpoint.source_records import SourceRecords
-from tests.checkpoint.builders import make_checkpoint, make_key
+from tests.support.checkpoints import make_checkpoint, make_key
 
 VLLM = "0.32.0"
 

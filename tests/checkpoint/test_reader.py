@@ -23,7 +23,7 @@ from sllm_vllm.errors import (
     CheckpointMissing,
     CheckpointUnreadable,
 )
-from tests.checkpoint.builders import (
+from tests.support.checkpoints import (
     CHUNK_NBYTES,
     as_nobody,
     assert_says_where_and_mend,

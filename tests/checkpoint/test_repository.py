@@ -25,7 +25,8 @@ from sllm_vllm.errors import (
     WriteError,
     WriterBusy,
 )
-from tests.checkpoint.builders import (
+from tests.support.cases import every_case
+from tests.support.checkpoints import (
     CHUNK_NBYTES,
     as_nobody,
     assert_says_where_and_mend,
@@ -37,7 +38,6 @@ from tests.checkpoint.builders import (
     make_key,
     write_rank,
 )
-from tests.support.cases import every_case
 
 NAME = make_key().name
 

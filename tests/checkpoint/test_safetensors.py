@@ -16,8 +16,8 @@ from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.loader.module_state import dtype_name, named_state
 from sllm_vllm.loader.save import save_state
 from sllm_vllm.loader.sink import byte_view
-from tests.checkpoint.builders import CHUNK_NBYTES, make_key
 from tests.support.cases import every_case
+from tests.support.checkpoints import CHUNK_NBYTES, make_key
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 PLAIN = [dtype for dtype in DTYPES if not dtype_name(dtype).startswith(("quint", "qint"))]

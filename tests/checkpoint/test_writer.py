@@ -19,7 +19,9 @@ from sllm_vllm.checkpoint.reader import verify_checkpoint
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.checkpoint.writer import WrittenPartition, write_errors, write_file_durably, write_partition
 from sllm_vllm.errors import DiskFull, NotConvertible, WriteError
-from tests.checkpoint.builders import (
+from tests.checkpoint.conftest import Mount, Mounted
+from tests.support.cases import every_case
+from tests.support.checkpoints import (
     CHUNK_NBYTES,
     TENSORS,
     Blob,
@@ -33,8 +35,6 @@ from tests.checkpoint.builders import (
     make_key,
     write_rank,
 )
-from tests.checkpoint.conftest import Mount, Mounted
-from tests.support.cases import every_case
 
 MIB = 1 << 20
 PARTITION = partition_path(0)

@@ -21,8 +21,8 @@ from typing import Any, Self
 
 from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.errors import WriteError
-from tests.checkpoint.builders import CHUNK_NBYTES, make_key, write_rank
-from tests.waiting import DEADLINE_S
+from tests.support.checkpoints import CHUNK_NBYTES, make_key, write_rank
+from tests.support.waiting import DEADLINE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("open", "pwrite", "fsync", "rename", "mkdir", "unlink", "rmdir")

@@ -18,10 +18,10 @@ from sllm_vllm.cli import engines as cli_engines
 from sllm_vllm.cli.engines import progress_line
 from sllm_vllm.node import launcher
 from sllm_vllm.node.client import NodeClient
-from tests.node.commands import Run, caller, command, use_folders
-from tests.node.fake_agent import KEY, ServedAgent, agent_command, agent_process, start_report
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.commands import Run, caller, command, use_folders
+from tests.support.fake_agent import KEY, ServedAgent, agent_command, agent_process, start_report
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import typer
 
 from sllm_vllm import __version__
 from sllm_vllm.cli import main as cli
-from tests.node.commands import Run, caller, command
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.commands import Run, caller, command
+from tests.support.waiting import DEADLINE_S
 
 GUIDE = "\n".join(
     page.read_text() for page in sorted((Path(__file__).resolve().parents[2] / "docs" / "guide").glob("*.md"))

@@ -29,8 +29,8 @@ from sllm_vllm.loader.limits import LIMITS_NAME
 from sllm_vllm.units import KIB
 from tests.conftest import ModelDir
 from tests.support.cases import every_case
-from tests.vllm_server import vllm_server
-from tests.waiting import DEADLINE_S
+from tests.support.vllm_server import vllm_server
+from tests.support.waiting import DEADLINE_S
 
 SCRIPT = Path(sys.executable).with_name("sllm-vllm")
 

@@ -15,10 +15,10 @@ from sllm_vllm.config import NodeConfig
 from sllm_vllm.errors import NodeBusy
 from sllm_vllm.node import launcher
 from sllm_vllm.units import GIB, MIB
-from tests.node.commands import Run, caller, use_folders
-from tests.node.fake_agent import ServedAgent, agent_process
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.commands import Run, caller, use_folders
+from tests.support.fake_agent import ServedAgent, agent_process
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 @pytest.fixture

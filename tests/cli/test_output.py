@@ -10,7 +10,7 @@ import sys
 from sllm_vllm.cli.engines import REPLICA_CUT
 from sllm_vllm.cli.output import cell_width, table_lines
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 LONG = "/data/models/an-organisation/" + "a-model-with-a-long-name-" * 4 + "instruct"
 ID = "a-model-with-a-long-name-3f2a9c"

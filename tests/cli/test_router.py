@@ -24,10 +24,10 @@ from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.admin.client import AdminClient, write_url
 from sllm_vllm.router.config.file import FILE_NBYTES_MAX
 from sllm_vllm.router.config.sections import ModelConfig
-from tests.node.commands import Run, caller, use_folders
-from tests.router.fake_node import ADMIN_KEY, ENGINE_KEY, AdminThread
 from tests.support.cases import every_case
-from tests.waiting import wait_until
+from tests.support.commands import Run, caller, use_folders
+from tests.support.fake_node import ADMIN_KEY, ENGINE_KEY, AdminThread
+from tests.support.waiting import wait_until
 
 MODEL = "meta/tiny"
 

@@ -22,8 +22,8 @@ from sllm_vllm.store import calibrate
 from sllm_vllm.store.calibrate import MeasurePlan, read_calibration
 from sllm_vllm.store.protocol import Order, RefusedReply, StoreReply
 from sllm_vllm.units import GIB, KIB, MIB
-from tests.store.scripted_daemon import EMPTY, STATUS, ScriptedDaemon
 from tests.support.cases import every_case
+from tests.support.scripted_daemon import EMPTY, STATUS, ScriptedDaemon
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

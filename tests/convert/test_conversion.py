@@ -24,7 +24,7 @@ from sllm_vllm.convert.parent import (
     watch_ranks,
 )
 from sllm_vllm.errors import ConfigError, SllmError, WriteError, WriterBusy
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 LONELY_RANK = """
 import sys

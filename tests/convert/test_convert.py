@@ -33,8 +33,8 @@ from sllm_vllm.convert.parent import (
 )
 from sllm_vllm.errors import LayoutMismatch, SllmError
 from tests.conftest import ModelDir
-from tests.vllm_fill import Fill, prepare_environment, run_ranks, tensors_after_load_weights
-from tests.vllm_server import vllm_server
+from tests.support.vllm_fill import Fill, prepare_environment, run_ranks, tensors_after_load_weights
+from tests.support.vllm_server import vllm_server
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def load(fill: Fill) -> tuple[dict[str, torch.Tensor], str, str]:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
-    from tests.vllm_fill import cloned_tensors, empty_module, engine_config
+    from tests.support.vllm_fill import cloned_tensors, empty_module, engine_config
 
     config = engine_config(fill)
     module = empty_module(config)

@@ -17,7 +17,7 @@ from sllm_vllm.convert.tensorizer_file import read_tensorizer
 from sllm_vllm.errors import NotExportable, WriteError
 from sllm_vllm.units import MIB
 from tests.conftest import ModelDir
-from tests.vllm_fill import Fill, empty_module, engine_config, tensors_after_load_weights
+from tests.support.vllm_fill import Fill, empty_module, engine_config, tensors_after_load_weights
 
 if TYPE_CHECKING:
     import torch

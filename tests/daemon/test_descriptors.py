@@ -24,8 +24,8 @@ from sllm_vllm.node.client import NodeClient
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
 from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Order
-from tests.router.router_process import FAKE_ENGINE, RouterUnderTest, running_router, write_config
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.router_process import FAKE_ENGINE, RouterUnderTest, running_router, write_config
+from tests.support.waiting import DEADLINE_S, wait_until
 
 FLOOD = 300
 LIMITS = (64, 128, 256)

@@ -27,8 +27,8 @@ from sllm_vllm.router.config.file import read_router_config
 from sllm_vllm.router.state.estimates import read_estimates
 from sllm_vllm.store.calibrate import CALIBRATION_NAME, read_calibration
 from sllm_vllm.store.staged_file import StagedCheckpoint
-from tests.router.router_process import write_config
-from tests.waiting import wait_until
+from tests.support.router_process import write_config
+from tests.support.waiting import wait_until
 
 NAME = "from-elsewhere"
 COMMAND = str(Path(sys.executable).with_name("sllm-vllm"))

@@ -15,8 +15,8 @@ import pytest
 
 from sllm_vllm.daemon import run_loops
 from sllm_vllm.daemon.run_loops import FAILURES_MAX, RunLoops
-from tests.router.fake_gate import until
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.fake_gate import until
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcom
 from sllm_vllm.router.http.ingress import Ingress
 from sllm_vllm.router.http.serve import serve_app
 from tests.e2e.real_agent import order, ready, warm_agent
-from tests.resumed import Answer, Client
-from tests.waiting import DEADLINE_S, wait_until
+from tests.e2e.resumed import Answer, Client
+from tests.support.waiting import DEADLINE_S, wait_until
 
 STEP_S = 0.01
 """Of an engine, at least: so that a switch comes soon after the token that it was ordered at."""

@@ -17,7 +17,7 @@ from sllm_vllm.config import NodeConfig
 from sllm_vllm.node.agent import NodeAgent
 from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
-from tests.vllm_server import SERVER_ENVIRONMENT
+from tests.support.vllm_server import SERVER_ENVIRONMENT
 
 WARM_MAX_S = 400.0
 ARGUMENTS = ("--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "64M")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.resumed import CHAT, COMPLETIONS
+from tests.e2e.resumed import CHAT, COMPLETIONS
 
 NUM_TOKENS = 64
 LONG = 400

@@ -13,14 +13,14 @@ import pytest
 
 from tests.conftest import ModelDir
 from tests.e2e.resume_cases import CARRYING, CASES, Case, completion
+from tests.e2e.resumed import COMPLETIONS, Answer, Client
 from tests.e2e.test_migration_exact import differs
 from tests.e2e.test_resume_exact import with_marks
 from tests.e2e.test_router_faults import START_MAX_S
 from tests.e2e.test_router_moves import expect_no_port
-from tests.resumed import COMPLETIONS, Answer, Client
-from tests.router.router_process import RouterUnderTest, running_router, write_config
-from tests.vllm_server import SERVER_ENVIRONMENT
-from tests.waiting import wait_until
+from tests.support.router_process import RouterUnderTest, running_router, write_config
+from tests.support.vllm_server import SERVER_ENVIRONMENT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.e2e_long
 

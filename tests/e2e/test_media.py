@@ -17,9 +17,9 @@ import pytest
 
 from tests.conftest import ModelDir
 from tests.e2e.test_router_moves import expect_no_port
-from tests.engine_http import ask_engine
-from tests.router.router_process import RouterUnderTest, running_router, write_config
-from tests.vllm_server import SERVER_ENVIRONMENT
+from tests.support.engine_http import ask_engine
+from tests.support.router_process import RouterUnderTest, running_router, write_config
+from tests.support.vllm_server import SERVER_ENVIRONMENT
 
 pytestmark = pytest.mark.e2e_long
 

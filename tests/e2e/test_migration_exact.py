@@ -12,8 +12,8 @@ import pytest_asyncio
 from tests.conftest import ModelDir
 from tests.e2e.move_bench import MoveBench, move_bench
 from tests.e2e.resume_cases import CASES, SAMPLE, SEEDED, completion
+from tests.e2e.resumed import Answer, compare
 from tests.e2e.test_resume_exact import with_marks
-from tests.resumed import Answer, compare
 
 ARGUMENTS = (
     *("--max-model-len", "1024", "--dtype", "float32", "--block-size", "32", "--max-num-seqs", "16"),

@@ -34,9 +34,9 @@ from tests.e2e.real_agent import (
     warm_agent,
     watched,
 )
-from tests.listening import listening_addresses
-from tests.vllm_server import vllm_server
-from tests.waiting import wait_until
+from tests.support.listening import listening_addresses
+from tests.support.vllm_server import vllm_server
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e_long, pytest.mark.asyncio(loop_scope="module")]
 

@@ -16,8 +16,8 @@ from sllm_vllm.config import child_environment
 from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import all_processes
 from tests.conftest import ModelDir
-from tests.vllm_server import SERVER_ENVIRONMENT
-from tests.waiting import wait_until
+from tests.support.vllm_server import SERVER_ENVIRONMENT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.e2e_long
 

@@ -13,10 +13,10 @@ pytest.importorskip("ray")
 
 from benchmarks.ray.cluster import sections_of
 from tests.conftest import ModelDir
-from tests.ray_bench import RayBench, ray_bench
-from tests.router.router_process import Cut, is_alive
-from tests.vllm_server import SERVER_ENVIRONMENT
-from tests.waiting import wait_until
+from tests.support.ray_bench import RayBench, ray_bench
+from tests.support.router_process import Cut, is_alive
+from tests.support.vllm_server import SERVER_ENVIRONMENT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.e2e_long
 

@@ -28,9 +28,9 @@ from tests.e2e.resume_cases import (
     completion,
     structured,
 )
-from tests.resumed import Answer, Client, carried, compare, take_over
-from tests.vllm_server import vllm_server
-from tests.waiting import wait_until
+from tests.e2e.resumed import Answer, Client, carried, compare, take_over
+from tests.support.vllm_server import vllm_server
+from tests.support.waiting import wait_until
 
 KEY = "a key of the engine"
 ARGUMENTS = (

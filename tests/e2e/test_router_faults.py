@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ModelDir
-from tests.router.router_process import RouterUnderTest, is_alive, running_router, write_config
-from tests.vllm_server import SERVER_ENVIRONMENT
-from tests.waiting import wait_until
+from tests.support.router_process import RouterUnderTest, is_alive, running_router, write_config
+from tests.support.vllm_server import SERVER_ENVIRONMENT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.e2e_long
 

@@ -15,10 +15,10 @@ from sllm_vllm.daemon.unix_listener import socket_of_url
 from sllm_vllm.node.engine_process import living_members
 from tests.conftest import ModelDir
 from tests.e2e.move_bench import write_slow_plugin
-from tests.listening import own_addresses, servers_of
-from tests.router.router_process import RouterUnderTest, Stream, running_router, write_config
-from tests.vllm_server import SERVER_ENVIRONMENT
-from tests.waiting import wait_until
+from tests.support.listening import own_addresses, servers_of
+from tests.support.router_process import RouterUnderTest, Stream, running_router, write_config
+from tests.support.vllm_server import SERVER_ENVIRONMENT
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.e2e_long
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ModelDir
-from tests.vllm_server import Server, vllm_server
+from tests.support.vllm_server import Server, vllm_server
 
 PROMPTS = ("hello world", "a b c d e f g", "The quick brown fox")
 SAMPLINGS: tuple[dict[str, Any], ...] = ({"temperature": 0}, {"temperature": 0.8, "seed": 7})

@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import ModelDir
 from tests.e2e.test_serve import answers, outcome_of, sllm_arguments
-from tests.vllm_server import vllm_server
-from tests.waiting import wait_until
+from tests.support.vllm_server import vllm_server
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.e2e_long

@@ -11,8 +11,8 @@ import pytest
 from sllm_vllm.node.protocol import ReplicaOrder
 from tests.conftest import ModelDir
 from tests.e2e.real_agent import answers, order, ready, stopped, warm_agent
-from tests.store.store_daemon import RunningDaemon, store_daemon
-from tests.waiting import wait_until
+from tests.support.store_daemon import RunningDaemon, store_daemon
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -23,8 +23,8 @@ from sllm_vllm.node.logs import BoundedLog, OutputPipe
 from sllm_vllm.node.warm_order import WarmOrder
 from sllm_vllm.node.warm_pool import NotWarm, WarmPool
 from tests.conftest import ModelDir
-from tests.vllm_server import SERVER_ENVIRONMENT, Server, vllm_server
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.vllm_server import SERVER_ENVIRONMENT, Server, vllm_server
+from tests.support.waiting import DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.e2e_long
 

@@ -15,7 +15,7 @@ from sllm_vllm.engine.endpoints import SllmEndpoints, _respond
 from sllm_vllm.engine.hook_points import HookPoints
 from sllm_vllm.engine.self_test import why_unable
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 
 class App:

@@ -11,7 +11,7 @@ import pytest
 from sllm_vllm.engine.guard import EngineGuard
 from sllm_vllm.node.core.launch import GUARD
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 KEY = "the-engines-key"
 KEYLESS = "/health"

@@ -18,8 +18,8 @@ from sllm_vllm.config import LoaderConfig
 from sllm_vllm.loader.load import load_module
 from sllm_vllm.loader.report import LoadReport
 from tests.loader.test_module_state import assert_equal, stored
-from tests.store.lease_daemon import LeaseDaemon, Script, open_fds
-from tests.waiting import DEADLINE_S
+from tests.support.lease_daemon import LeaseDaemon, Script, open_fds
+from tests.support.waiting import DEADLINE_S
 
 CHUNK_NBYTES = 4096
 NUM_SPANS = 5  # of 4 chunks each, the last one shorter

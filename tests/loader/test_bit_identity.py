@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.common.random_models import ARCHITECTURES
 from tests.conftest import ModelDir
-from tests.vllm_fill import Fill, engine_config, join_model_parallel, run_ranks, tensors_after_load_weights
+from tests.support.vllm_fill import Fill, engine_config, join_model_parallel, run_ranks, tensors_after_load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def _fill_and_tell(fill: Fill) -> tuple[str, dict[str, torch.Tensor]]:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
-    from tests.vllm_fill import cloned_tensors, empty_module
+    from tests.support.vllm_fill import cloned_tensors, empty_module
 
     config = engine_config(fill)
     join_model_parallel(config)

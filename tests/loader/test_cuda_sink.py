@@ -24,7 +24,7 @@ from sllm_vllm.loader.sink import ChunkSink
 from sllm_vllm.loader.span_lease import SpanLease
 from sllm_vllm.loader.span_ways import CopyWay, RegisterWay, SpanWay
 from tests.loader.test_module_state import Tied, assert_equal, stored
-from tests.store.lease_daemon import LeaseDaemon, Script
+from tests.support.lease_daemon import LeaseDaemon, Script
 
 FillFromStore = Callable[[nn.Module, Script, str], dict[str, int]]
 

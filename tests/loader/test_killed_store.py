@@ -14,8 +14,8 @@ from sllm_vllm.config import LoaderConfig
 from sllm_vllm.loader.load import load_module
 from sllm_vllm.units import MIB
 from tests.loader.test_module_state import assert_equal, stored
-from tests.store.store_daemon import store_daemon
-from tests.waiting import wait_until
+from tests.support.store_daemon import store_daemon
+from tests.support.waiting import wait_until
 
 NUM_ENGINES = 3
 NUM_KILLS = 4

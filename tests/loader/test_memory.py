@@ -8,7 +8,7 @@ from pathlib import Path
 from sllm_vllm.units import MIB
 from tests.conftest import ModelDir
 from tests.loader.test_bit_identity import wait_until_written
-from tests.vllm_fill import Fill, engine_config, join_model_parallel, load_model, run_ranks
+from tests.support.vllm_fill import Fill, engine_config, join_model_parallel, load_model, run_ranks
 
 OVERHEAD_NBYTES_MAX = 256 * MIB
 

@@ -9,8 +9,8 @@ import pytest
 
 from sllm_vllm.loader.core.plan import LoadPlan
 from sllm_vllm.loader.partition_memory import PartitionMemory, Serial
-from tests.checkpoint.builders import CHUNK_NBYTES, make_checkpoint
-from tests.waiting import DEADLINE_S
+from tests.support.checkpoints import CHUNK_NBYTES, make_checkpoint
+from tests.support.waiting import DEADLINE_S
 
 
 def test_a_call_made_by_a_call_runs_after_it() -> None:

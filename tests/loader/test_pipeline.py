@@ -9,7 +9,7 @@ import pytest
 
 from sllm_vllm.loader.pipeline import ChunkPipeline
 from sllm_vllm.loader.sink import Target
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 
 class FakeSource:

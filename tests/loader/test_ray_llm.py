@@ -31,7 +31,7 @@ def test_its_engine_gets_our_loader(model_dir: ModelDir, tmp_path: Path) -> None
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.model_executor.model_loader import get_model_loader
 
-    from tests.vllm_fill import empty_module, join_model_parallel, look_at_models_here
+    from tests.support.vllm_fill import empty_module, join_model_parallel, look_at_models_here
 
     look_at_models_here()
     told = initialization_of(model_dir("llama"), tmp_path / "store")

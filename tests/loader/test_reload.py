@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import ModelDir
 from tests.loader.test_bit_identity import wait_until_written
-from tests.vllm_fill import Fill, engine_config, join_model_parallel, load_model, tensors_after_load_weights
+from tests.support.vllm_fill import Fill, engine_config, join_model_parallel, load_model, tensors_after_load_weights
 
 
 @pytest.mark.parametrize("is_converted", [True, False])

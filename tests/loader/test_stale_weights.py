@@ -22,7 +22,7 @@ from sllm_vllm.checkpoint.fingerprint import read_samples, scan_source
 from sllm_vllm.errors import SourceChanged
 from tests.conftest import ModelDir
 from tests.loader.test_bit_identity import _fill_and_tell, _same, wait_until_written
-from tests.vllm_fill import Fill, empty_module, engine_config, tensors_after_load_weights
+from tests.support.vllm_fill import Fill, empty_module, engine_config, tensors_after_load_weights
 
 if TYPE_CHECKING:
     import torch

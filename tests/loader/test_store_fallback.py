@@ -22,7 +22,7 @@ from tests.loader.store_bench import (
     nothing_left_behind,
 )
 from tests.loader.test_module_state import assert_equal
-from tests.store.lease_daemon import Script
+from tests.support.lease_daemon import Script
 
 
 @pytest.fixture

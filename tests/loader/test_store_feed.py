@@ -28,8 +28,8 @@ from tests.loader.store_bench import (
     spans_of,
 )
 from tests.loader.test_module_state import assert_equal
-from tests.store.lease_daemon import Script, open_fds
-from tests.waiting import DEADLINE_S
+from tests.support.lease_daemon import Script, open_fds
+from tests.support.waiting import DEADLINE_S
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.errors import CheckpointCorrupt, ConfigError, LayoutMismatch
 from tests.conftest import ModelDir
 from tests.loader.test_bit_identity import wait_until_written
-from tests.vllm_fill import Fill, engine_config, load_model
+from tests.support.vllm_fill import Fill, engine_config, load_model
 
 
 @dataclass(slots=True)

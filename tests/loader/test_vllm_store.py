@@ -13,9 +13,9 @@ from sllm_vllm.checkpoint.core.manifest import MANIFEST_NAME
 from sllm_vllm.checkpoint.reader import Checkpoint, open_checkpoint
 from tests.conftest import ModelDir
 from tests.loader.test_bit_identity import wait_until_written
-from tests.store.lease_daemon import LeaseDaemon, Script
-from tests.vllm_fill import Fill, load_model, tensors_after_load_weights
-from tests.waiting import DEADLINE_S
+from tests.support.lease_daemon import LeaseDaemon, Script
+from tests.support.vllm_fill import Fill, load_model, tensors_after_load_weights
+from tests.support.waiting import DEADLINE_S
 
 CHUNK_NBYTES = 8192
 

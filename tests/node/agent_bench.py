@@ -23,9 +23,9 @@ from sllm_vllm.node.engine import http_base, session_to
 from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.protocol import ReplicaOrder, ReplicaReport
 from sllm_vllm.units import GIB
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.waiting import DEADLINE_S, wait_until
 
-FAKE_ENGINE = Path(__file__).resolve().parent.parent / "fake_engine.py"
+FAKE_ENGINE = Path(__file__).resolve().parents[1] / "support" / "fake_engine.py"
 TICK_S = 0.1
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -18,11 +18,11 @@ from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import find_process
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import NodeReport, ReplicaOrder
-from tests.listening import listening_addresses as session_listeners
-from tests.listening import servers_of
 from tests.node.agent_bench import Bench, ask, descriptors, node_config, running_agent, text_of
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.listening import listening_addresses as session_listeners
+from tests.support.listening import servers_of
+from tests.support.waiting import DEADLINE_S
 
 _LISTENING = "0A"
 

@@ -16,7 +16,7 @@ from sllm_vllm.daemon.unix_listener import socket_of_url
 from sllm_vllm.node.engine_process import living_members
 from sllm_vllm.node.orphans import find_process
 from tests.node.agent_bench import ask, node_config, running_agent
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 _AGENT = """
 import asyncio, sys

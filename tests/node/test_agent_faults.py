@@ -19,7 +19,7 @@ from sllm_vllm.node.orphans import find_process
 from sllm_vllm.node.protocol import ReplicaReport
 from tests.node.agent_bench import Bench, adopt_no_more, ask, descriptors, node_config, running_agent, until
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 EAGER_S = 0.25
 """Between two health questions, where a test waits for several."""

@@ -17,9 +17,9 @@ from sllm_vllm.errors import ReplicaUnknown
 from sllm_vllm.node.logs import BoundedLog, read_log
 from sllm_vllm.units import KIB, MIB
 from tests.checkpoint.conftest import Mount, mount  # noqa: F401 (a fixture)
-from tests.fake_engine import NOISE, NOISE_NBYTES
 from tests.node.agent_bench import Bench, ask, running_agent, text_of, until
-from tests.waiting import DEADLINE_S
+from tests.support.fake_engine import NOISE, NOISE_NBYTES
+from tests.support.waiting import DEADLINE_S
 
 _PAGE = b"\0" * 4096
 

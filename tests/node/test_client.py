@@ -20,10 +20,10 @@ from sllm_vllm.node import launcher
 from sllm_vllm.node.client import NodeClient
 from sllm_vllm.node.launcher import LOG_NBYTES_MAX, start_in_background
 from sllm_vllm.node.protocol import ReplicaOrder
-from tests.node import fake_agent
-from tests.node.fake_agent import KEY, ServedAgent, agent_command, agent_process
+from tests.support import fake_agent
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.fake_agent import KEY, ServedAgent, agent_command, agent_process
+from tests.support.waiting import DEADLINE_S, wait_until
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")

@@ -16,7 +16,7 @@ from sllm_vllm.node.cold_start import serve_command
 from sllm_vllm.node.engine_process import EngineProcess, start_cold
 from sllm_vllm.node.logs import BoundedLog, OutputPipe
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.waiting import DEADLINE_S, wait_until
 
 _SLEEPER = (
     "import subprocess, sys, time; subprocess.Popen(['sleep', '1000']); print('up', flush=True); time.sleep(1000)"

@@ -25,10 +25,10 @@ from sllm_vllm.node.engine import ask_health, http_base, keep_asking, session_to
 from sllm_vllm.node.ports import Ports
 from sllm_vllm.node.protocol import ReplicaOrder
 from sllm_vllm.node.running_time import within
-from tests.node.commands import command
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.commands import command
+from tests.support.waiting import DEADLINE_S, wait_until
 
-FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
+FAKE_ENGINE = Path(__file__).parents[1] / "support" / "fake_engine.py"
 SHORT_S = 0.1
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sllm_vllm.node.logs import BoundedLog, OutputPipe, read_log
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 def test_a_log_is_two_files_of_bounded_size(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from sllm_vllm.node import orphans
 from sllm_vllm.node.hardware import pss_nbytes
 from sllm_vllm.node.orphans import DeathWatch, Record, find_process, sweep
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 WATCH_NBYTES_MAX = 20 * 10**6
 _ENGINE = """

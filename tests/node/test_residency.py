@@ -14,9 +14,9 @@ from sllm_vllm.errors import CheckpointMissing, StoreUnavailable
 from sllm_vllm.node.protocol import CheckpointReport
 from sllm_vllm.node.residency import hint_store, prefetch_checkpoint, read_residency
 from sllm_vllm.units import MIB
-from tests.store.builders import make_checkpoint
-from tests.store.store_daemon import RunningDaemon, store_daemon
-from tests.waiting import wait_until
+from tests.support.store_checkpoints import make_checkpoint
+from tests.support.store_daemon import RunningDaemon, store_daemon
+from tests.support.waiting import wait_until
 
 NBYTES = 6 * MIB
 

@@ -31,9 +31,9 @@ from sllm_vllm.errors import (
 )
 from sllm_vllm.node.protocol import REQUEST_NBYTES_MAX
 from sllm_vllm.node.server import CONNECTIONS_MAX
-from tests.node.fake_agent import KEY, ServedAgent, agent_process
 from tests.support.cases import every_case
-from tests.waiting import wait_until
+from tests.support.fake_agent import KEY, ServedAgent, agent_process
+from tests.support.waiting import wait_until
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")

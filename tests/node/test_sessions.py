@@ -14,7 +14,7 @@ import pytest
 
 from sllm_vllm.node.engine_process import end_session, living_members, reap_adopted
 from sllm_vllm.node.orphans import find_process
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.waiting import DEADLINE_S, wait_until
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LEADER = """

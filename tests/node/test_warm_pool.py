@@ -16,7 +16,7 @@ from sllm_vllm.node import warm_pool
 from sllm_vllm.node.warm_order import WarmOrder, installation
 from sllm_vllm.node.warm_pool import NotWarm, WarmPool
 from tests.node.agent_bench import until
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 
 def parent() -> Any:

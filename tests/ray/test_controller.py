@@ -13,7 +13,7 @@ from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.ray import controller as ray_controller
 from sllm_vllm.ray.controller import RayController
 from sllm_vllm.ray.nodes import RayNodeFacts
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 NODES = ("a", "b")
 

@@ -19,9 +19,9 @@ from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.controller import Controller, ControllerLimits
 from sllm_vllm.router.core.facts import FailureSign, RequestFacts
 from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, Outcome, Rejected, Ticket
-from tests.router.fake_gate import until
-from tests.router.fake_node import FakeNode
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import until
+from tests.support.fake_node import FakeNode
+from tests.support.waiting import DEADLINE_S
 
 T = TypeVar("T")
 MODEL = "meta/tiny"

@@ -15,8 +15,8 @@ from sllm_vllm.errors import RemoteCorrupt, RemoteMissing, RemoteRefused
 from sllm_vllm.ray import peer_server
 from sllm_vllm.ray.peer_server import PeerServer
 from sllm_vllm.store.transfer import pull_checkpoint
-from tests.checkpoint.builders import blob, files_below, make_checkpoint
 from tests.support.cases import every_case
+from tests.support.checkpoints import blob, files_below, make_checkpoint
 
 TENSORS = (blob("large", 600, 1000), blob("tail", 77))
 

@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("ray")
 
-from tests.ray_bench import RayBench, end_of, fake_sections, ray_bench
-from tests.router.router_process import Stream, is_alive
-from tests.waiting import wait_until
+from tests.support.ray_bench import RayBench, end_of, fake_sections, ray_bench
+from tests.support.router_process import Stream, is_alive
+from tests.support.waiting import wait_until
 
 NODES = ("a", "b")
 CAPACITY = 2

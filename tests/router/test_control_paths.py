@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sllm_vllm.router.config.settings import IngressSettings
-from tests.router.fake_gate import EngineProcess, FakeGate, Served, running_engine, serving
 from tests.support.cases import every_case
+from tests.support.fake_gate import EngineProcess, FakeGate, Served, running_engine, serving
 
 CONTROLS = (
     "/abort_requests",

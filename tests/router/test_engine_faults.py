@@ -13,10 +13,10 @@ import pytest
 
 from sllm_vllm.node.protocol import ReplicaReport
 from sllm_vllm.router.engines import reason_of
-from tests.router.router_process import RouterUnderTest, is_alive, running_router, write_config
-from tests.store.builders import make_checkpoint
-from tests.store.store_daemon import store_daemon
-from tests.waiting import wait_until
+from tests.support.router_process import RouterUnderTest, is_alive, running_router, write_config
+from tests.support.store_checkpoints import make_checkpoint
+from tests.support.store_daemon import store_daemon
+from tests.support.waiting import wait_until
 
 SOON = {"start_s": 5.5, "stop_s": 5.5, "health_s": 0.6}
 """Of an agent: as short as it takes them; an engine on a busy machine may still miss two answers."""

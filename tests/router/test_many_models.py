@@ -25,7 +25,7 @@ from sllm_vllm.router.core.facts import ModelSpec, RequestFacts
 from sllm_vllm.router.core.model_state import Request
 from sllm_vllm.router.core.router import RouterCore
 from sllm_vllm.router.gate import ServedModel
-from tests.router.router_process import running_router
+from tests.support.router_process import running_router
 
 NUM_MODELS = 10_000
 START_S_MAX = 25.0

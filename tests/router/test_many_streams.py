@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks.router.streams import MODEL, Plan, limits_of, problem_of, stream_all
 from sllm_vllm.router.engine_client.connection import IDLE_MAX
-from tests.router.router_process import running_router, write_config
 from tests.support.cases import every_case
-from tests.waiting import wait_until
+from tests.support.router_process import running_router, write_config
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 PLAN = Plan(clients=200, seconds=3.0, events=10, pace_s=0.1, warm_up=2)

@@ -22,10 +22,10 @@ from sllm_vllm.router.core.events import PrefetchModel, ReplicaEnded
 from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.node_watch import NodeWatch
-from tests.router.fake_gate import until
-from tests.router.fake_node import FakeNode
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import until
+from tests.support.fake_node import FakeNode
+from tests.support.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 DONE = Outcome("done", 200, first_byte_s=None, seconds=0.1, prompt_tokens=None, output_tokens=None)

@@ -18,9 +18,9 @@ from sllm_vllm.router.controller import Controller, ControllerLimits
 from sllm_vllm.router.core import foresight as copies
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.gate import Ticket
-from tests.router.fake_gate import until
-from tests.router.fake_node import FakeNode
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import until
+from tests.support.fake_node import FakeNode
+from tests.support.waiting import DEADLINE_S
 
 MODEL = ModelConfig(name="m", source="/models/m", max_replicas=2, ongoing_max=4, target_ongoing=4)
 CHECKPOINT = CheckpointReport(name="m-c0ffee", nbytes=100, resident_nbytes=0, tiers=("DISK",), model="/models/m")

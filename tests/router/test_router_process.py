@@ -15,10 +15,10 @@ import pytest
 
 from sllm_vllm.config import child_environment
 from sllm_vllm.daemon.unix_listener import socket_of_url
-from tests.benchmarks.process_tree import descendants
-from tests.listening import listening_addresses
-from tests.router.router_process import RouterUnderTest, is_alive, running_router, write_config
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.listening import listening_addresses
+from tests.support.process_tree import descendants
+from tests.support.router_process import RouterUnderTest, is_alive, running_router, write_config
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 def test_the_first_request_starts_an_engine_and_the_next_finds_it(tmp_path: Path) -> None:

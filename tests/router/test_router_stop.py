@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.router.router_process import is_alive, running_router, write_config
-from tests.waiting import wait_until
+from tests.support.router_process import is_alive, running_router, write_config
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from sllm_vllm.store import client as client_module
 from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Order
 from sllm_vllm.units import MIB
-from tests.store.builders import data_of, lease_of, load_through, make_checkpoint
-from tests.store.store_daemon import RunningDaemon, store_daemon
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.store_checkpoints import data_of, lease_of, load_through, make_checkpoint
+from tests.support.store_daemon import RunningDaemon, store_daemon
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 def row_of(daemon: RunningDaemon, name: str) -> dict[str, object]:

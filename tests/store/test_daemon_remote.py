@@ -15,12 +15,12 @@ from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.errors import CheckpointCorrupt, CheckpointMissing, RemoteCorrupt, RemoteUnreachable
 from sllm_vllm.units import MIB
 from tests.checkpoint.conftest import Mount, mount  # noqa: F401 (a fixture)
-from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.servers import Nginx, nginx_server
-from tests.store.builders import data_of, load_through, make_checkpoint
-from tests.store.store_daemon import RunningDaemon, store_daemon
+from tests.store.faulty_http import Fault, FaultyServer, faulty_server
 from tests.support.cases import every_case
-from tests.waiting import wait_until
+from tests.support.servers import Nginx, nginx_server
+from tests.support.store_checkpoints import data_of, load_through, make_checkpoint
+from tests.support.store_daemon import RunningDaemon, store_daemon
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

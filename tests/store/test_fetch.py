@@ -22,9 +22,9 @@ from sllm_vllm.store.fetch import (
 )
 from sllm_vllm.store.remote import open_remote
 from sllm_vllm.units import MIB
-from tests.checkpoint.builders import CHUNK_NBYTES, make_checkpoint
-from tests.faulty_http import DRIP_NBYTES, Fault, FaultyServer, faulty_server
+from tests.store.faulty_http import DRIP_NBYTES, Fault, FaultyServer, faulty_server
 from tests.support.cases import every_case
+from tests.support.checkpoints import CHUNK_NBYTES, make_checkpoint
 
 NAME, PATH = "model", "partitions/rank-00000.safetensors"
 URL_PATH = f"/{NAME}/{PATH}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sllm_vllm.units import MIB
-from tests.store.builders import lease_of, make_checkpoint
-from tests.store.store_daemon import store_daemon
-from tests.waiting import wait_until
+from tests.support.store_checkpoints import lease_of, make_checkpoint
+from tests.support.store_daemon import store_daemon
+from tests.support.waiting import wait_until
 
 
 def test_a_thousand_loads_and_evictions_leak_nothing(tmp_path: Path) -> None:

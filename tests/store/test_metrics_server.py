@@ -22,9 +22,9 @@ from sllm_vllm.errors import ConfigError, StoreUnavailable
 from sllm_vllm.metrics import SERIES_MAX, StoreMetric
 from sllm_vllm.store.metrics_server import HEAD_NBYTES_MAX, KEY_NAME, SCRAPES_MAX, MetricsServer, Status
 from sllm_vllm.units import GIB, MIB
-from tests.store.scripted_daemon import EMPTY, STATUS
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.scripted_daemon import EMPTY, STATUS
+from tests.support.waiting import DEADLINE_S
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 Serve = Callable[[Status], MetricsServer]

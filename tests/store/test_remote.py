@@ -16,10 +16,10 @@ from sllm_vllm.errors import ConfigError, RemoteCorrupt, RemoteMissing, RemoteRe
 from sllm_vllm.store import remote as remote_module
 from sllm_vllm.store.http_source import HttpSource
 from sllm_vllm.store.remote import Remote, open_checkpoint_url, open_remote
-from tests.checkpoint.builders import files_below
-from tests.faulty_http import Fault, faulty_server
-from tests.servers import BUCKET, S3, nginx_server, s3_server
+from tests.store.faulty_http import Fault, faulty_server
 from tests.support.cases import every_case
+from tests.support.checkpoints import files_below
+from tests.support.servers import BUCKET, S3, nginx_server, s3_server
 
 PATH = "partitions/rank-00000.safetensors"
 DATA = bytes(range(256)) * 40

@@ -21,9 +21,9 @@ from sllm_vllm.store.channel import connect_to
 from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Hello, LeaseOrder, Order, Release, encode
 from sllm_vllm.units import MIB
-from tests.store.builders import data_of, lease_of, load_through, make_checkpoint, read_slot
-from tests.store.store_daemon import RunningDaemon, store_daemon
-from tests.waiting import wait_until
+from tests.support.store_checkpoints import data_of, lease_of, load_through, make_checkpoint, read_slot
+from tests.support.store_daemon import RunningDaemon, store_daemon
+from tests.support.waiting import wait_until
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")

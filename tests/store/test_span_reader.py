@@ -15,8 +15,8 @@ from sllm_vllm.store.pool import Pool
 from sllm_vllm.store.remote import Remote
 from sllm_vllm.store.span_reader import KnownPartition, SpanFile, SpanReader, spec_of
 from sllm_vllm.units import MIB
-from tests.store.builders import make_checkpoint
-from tests.waiting import DEADLINE_S
+from tests.support.store_checkpoints import make_checkpoint
+from tests.support.waiting import DEADLINE_S
 
 
 class Broken(SpanFile):

@@ -19,7 +19,7 @@ from sllm_vllm.checkpoint.repository import CheckpointRepository
 from sllm_vllm.errors import CheckpointCorrupt, CheckpointInvalid, DiskFull, WriteError, WriterBusy
 from sllm_vllm.store.staged_file import StagedCheckpoint, StagedPartition
 from tests.checkpoint import conftest
-from tests.checkpoint.builders import CHUNK_NBYTES, blob, files_but_locks, make_checkpoint, make_key
+from tests.support.checkpoints import CHUNK_NBYTES, blob, files_but_locks, make_checkpoint, make_key
 
 mount = conftest.mount
 

@@ -41,7 +41,8 @@ from sllm_vllm.store.remote import open_checkpoint_url
 from sllm_vllm.store.transfer import pull_checkpoint, push_checkpoint
 from sllm_vllm.units import MIB
 from tests.checkpoint import conftest
-from tests.checkpoint.builders import (
+from tests.store.faulty_http import Fault, FaultyServer, faulty_server
+from tests.support.checkpoints import (
     CHUNK_NBYTES,
     blob,
     files_below,
@@ -50,8 +51,7 @@ from tests.checkpoint.builders import (
     make_key,
     write_rank,
 )
-from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.servers import BUCKET, nginx_server, s3_server
+from tests.support.servers import BUCKET, nginx_server, s3_server
 
 mount = conftest.mount
 
@@ -315,7 +315,9 @@ def memory_in_child(url: str, target: str, store_dir: str, growth_mib: Any) -> N
 def children() -> Any:
     """Processes that are forked from one that has all modules and no thread: obstore does not survive a fork."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "sllm_vllm.store.transfer", "tests.faulty_http", "tests.servers"])
+    context.set_forkserver_preload(
+        [__name__, "sllm_vllm.store.transfer", "tests.store.faulty_http", "tests.support.servers"]
+    )
     return context
 
 

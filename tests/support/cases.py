@@ -47,11 +47,11 @@ def every_case(names: str, cases: Iterable[Any]) -> Callable[[Callable[..., Any]
                     await test(**arguments)
             _tell(failures, len(known))
 
-        looped: Any = run_async if inspect.iscoroutinefunction(test) else run
+        looped: Callable[..., Any] = run_async if inspect.iscoroutinefunction(test) else run
         signature = inspect.signature(test)
         left = [one for name, one in signature.parameters.items() if name not in keys]
         assert len(left) == len(signature.parameters) - len(keys), f"{names} are not arguments of {test.__name__}"
-        looped.__signature__ = signature.replace(parameters=left)
+        vars(looped)["__signature__"] = signature.replace(parameters=left)
         return looped
 
     return decorate

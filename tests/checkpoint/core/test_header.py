@@ -13,8 +13,8 @@ from sllm_vllm.checkpoint.core.header import LENGTH_NBYTES, build_header, check_
 from sllm_vllm.checkpoint.core.manifest import TensorRecord
 from sllm_vllm.config import HEADER_NBYTES_MAX
 from sllm_vllm.errors import CheckpointInvalid
-from tests.checkpoint.builders import assert_says_where_and_mend
 from tests.support.cases import every_case
+from tests.support.checkpoints import assert_says_where_and_mend
 
 PATH = "partitions/rank-00000.safetensors"
 RECORDS = [

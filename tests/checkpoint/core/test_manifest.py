@@ -22,8 +22,8 @@ from sllm_vllm.checkpoint.core.manifest import (
 )
 from sllm_vllm.config import MANIFEST_NBYTES_MAX
 from sllm_vllm.errors import CheckpointInvalid
-from tests.checkpoint.builders import assert_says_where_and_mend
 from tests.support.cases import every_case
+from tests.support.checkpoints import assert_says_where_and_mend
 
 PATH = "store/model/manifest.json"
 CHECKSUM = "0123456789abcdef"

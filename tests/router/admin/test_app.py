@@ -17,10 +17,10 @@ from sllm_vllm.router.admin.app import BODY_NBYTES_MAX, EVENTS_MAX
 from sllm_vllm.router.config.keys import digest_of
 from sllm_vllm.router.config.sections import ModelDefaults
 from sllm_vllm.router.core.facts import RequestFacts
-from tests.router.fake_gate import until
-from tests.router.fake_node import ADMIN_KEY, HUB_TOKEN, ServedAdmin, serving_admin
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import until
+from tests.support.fake_node import ADMIN_KEY, HUB_TOKEN, ServedAdmin, serving_admin
+from tests.support.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 V1 = "/sllm/v1"

@@ -21,10 +21,10 @@ from sllm_vllm.router.core.events import ModelDeleted, ModelDeployed
 from sllm_vllm.router.core.facts import RequestFacts
 from sllm_vllm.router.counts import Counts
 from sllm_vllm.router.gate import How, Outcome, Rejected, Ticket
-from tests.router.fake_gate import until
-from tests.router.fake_node import ServedAdmin, serving_admin
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import until
+from tests.support.fake_node import ServedAdmin, serving_admin
+from tests.support.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 Samples = dict[tuple[str, ...], float]

@@ -21,9 +21,9 @@ from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.core.events import NodeReported, Refusal, RejectRequest
 from sllm_vllm.router.core.facts import RequestFacts, Tier
 from sllm_vllm.router.gate import Outcome
-from tests.router.fake_gate import until
-from tests.router.fake_node import ADMIN_KEY, FakeNode
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import until
+from tests.support.fake_node import ADMIN_KEY, FakeNode
+from tests.support.waiting import DEADLINE_S
 
 MODEL = "meta/tiny"
 

@@ -12,8 +12,8 @@ from sllm_vllm.errors import ConfigError
 from sllm_vllm.router.config.keys import Keys, bearer_key, digest_of
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.http.serve import require_keys
-from tests.router.fake_gate import ENGINE_KEY, EngineProcess, FakeGate, chat, running_engine, serving
 from tests.support.cases import every_case
+from tests.support.fake_gate import ENGINE_KEY, EngineProcess, FakeGate, chat, running_engine, serving
 
 KEY = "sk-the-clients-key"
 LOCKED = IngressSettings(key_digests=(digest_of("another"), digest_of(KEY)), drain_s=1)

@@ -17,8 +17,8 @@ from sllm_vllm.router.config.places import check_on_this_machine, read_checked_c
 from sllm_vllm.router.config.problems import InvalidConfig
 from sllm_vllm.router.config.sections import ModelConfig, NodeSection
 from sllm_vllm.units import GIB
-from tests.node.commands import Run, caller
 from tests.support.cases import every_case
+from tests.support.commands import Run, caller
 
 FILE = """\
 servr: {}

@@ -24,7 +24,7 @@ from sllm_vllm.router.engine_client.connection import (
     Upstream,
 )
 from tests.support.cases import every_case
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.waiting import DEADLINE_S, wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 CLOSES = b"<close>"

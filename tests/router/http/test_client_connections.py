@@ -14,8 +14,8 @@ import pytest
 
 from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.http.client_state import ClientCounts
-from tests.router.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
+from tests.support.waiting import DEADLINE_S
 
 BODY = json.dumps(chat()).encode()
 JSON = b"host: x\r\ncontent-type: application/json\r\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.router.hostile_bodies import MODEL, measure_memory, measure_waits
 from sllm_vllm.units import MIB
-from tests.router.router_process import running_router, write_config
+from tests.support.router_process import running_router, write_config
 
 WAIT_S_MAX = 0.5
 """Of the router's processor time, which other processes change little: five times what a quiet machine may wait."""

@@ -9,8 +9,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.router.router_process import RouterUnderTest, running_router, write_config
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.router_process import RouterUnderTest, running_router, write_config
+from tests.support.waiting import DEADLINE_S, wait_until
 
 MIB = 1 << 20
 NUM_SLOW = 24

@@ -16,7 +16,8 @@ from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.gate import Rejected
 from sllm_vllm.router.http.ingress import Ingress
 from sllm_vllm.router.http.openapi import openapi_document
-from tests.router.fake_gate import (
+from tests.support.cases import every_case
+from tests.support.fake_gate import (
     CHAT,
     MODELS,
     Answer,
@@ -28,7 +29,6 @@ from tests.router.fake_gate import (
     serving,
     until,
 )
-from tests.support.cases import every_case
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.router.router_process import RouterUnderTest, running_router, write_config
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.router_process import RouterUnderTest, running_router, write_config
+from tests.support.waiting import DEADLINE_S, wait_until
 
 SEED = 20_261_120
 NUM_EXAMPLES = 5

@@ -15,8 +15,8 @@ from sllm_vllm.router.config.settings import IngressSettings
 from sllm_vllm.router.core.facts import FailureSign
 from sllm_vllm.router.gate import Rejected
 from sllm_vllm.router.http.proxy import Report
-from tests.router.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import CHAT, EngineProcess, FakeGate, Served, chat, running_engine, serving, until
+from tests.support.waiting import DEADLINE_S
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.fake_engine import MAX_MODEL_LEN
-from tests.router.router_process import Answer, RouterUnderTest, running_router, write_config
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.fake_engine import MAX_MODEL_LEN
+from tests.support.router_process import Answer, RouterUnderTest, running_router, write_config
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 def waiting(router: RouterUnderTest, model: str) -> int:

@@ -9,8 +9,8 @@ import hypothesis
 from hypothesis import strategies as st
 
 from sllm_vllm.router.http.openapi import openapi_document
-from tests.router.fake_gate import MODELS, FakeGate, Served, running_engine, serving
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import MODELS, FakeGate, Served, running_engine, serving
+from tests.support.waiting import DEADLINE_S
 
 FUZZ_EXAMPLES = 300
 

@@ -13,10 +13,10 @@ import pytest
 
 from sllm_vllm.router.migration import mover
 from sllm_vllm.router.migration.leg import Leg
-from tests.router.fake_gate import until
-from tests.router.move_bench import NUM_TOKENS, assert_whole, bench
-from tests.router.moving_engine import CREATED, owned_text, text_of
+from tests.router.migration.move_bench import NUM_TOKENS, assert_whole, bench
+from tests.router.migration.moving_engine import CREATED, owned_text, text_of
 from tests.support.cases import every_case
+from tests.support.fake_gate import until
 
 
 async def test_a_stream_goes_on_at_its_target() -> None:

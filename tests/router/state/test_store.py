@@ -24,8 +24,8 @@ from sllm_vllm.router.state.store import (
     StateStore,
     open_state_store,
 )
-from tests.servers import redis_server
 from tests.support.cases import every_case
+from tests.support.servers import redis_server
 
 PASSWORD = "not-for-logs"
 KINDS = ("sqlite", "redis")

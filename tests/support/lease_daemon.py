@@ -38,7 +38,7 @@ from sllm_vllm.store.protocol import (
     decode_request,
     encode,
 )
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from typing import Any
 import aiohttp
 
 from sllm_vllm.router.config.settings import IngressSettings, MigrationSection
-from tests.router.fake_gate import MODELS, FakeGate, Served, serving, until
-from tests.router.moving_engine import MovingEngine, moving_engines, text_of
-from tests.waiting import DEADLINE_S
+from tests.router.migration.moving_engine import MovingEngine, moving_engines, text_of
+from tests.support.fake_gate import MODELS, FakeGate, Served, serving, until
+from tests.support.waiting import DEADLINE_S
 
 NUM_TOKENS = 40
 DONE = "[DONE]"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 BUCKET = "models"
 SERVERS_REQUIRED = "SLLM_TEST_SERVERS_REQUIRED"

@@ -37,7 +37,7 @@ from sllm_vllm.node.server import Agent, AgentServer
 
 KEY = "sk-this-is-secret"
 ANSWER_MAX_S = 300.0
-"""As ``tests.waiting.DEADLINE_S``, which it does not find as a program."""
+"""As ``tests.support.waiting.DEADLINE_S``, which it does not find as a program."""
 T = TypeVar("T")
 
 
@@ -273,7 +273,7 @@ def agent_command(node_dir: Path) -> list[str]:
 @contextlib.contextmanager
 def agent_process(node_dir: Path) -> Iterator[tuple[NodeClient, subprocess.Popen[bytes]]]:
     """A fake agent in a process of its own, for the whole of `daemon.serve`."""
-    from tests.waiting import wait_until  # as a program, it does not find the tests
+    from tests.support.waiting import wait_until  # as a program, it does not find the tests
 
     client = NodeClient(node_dir / "socket", timeout_s=ANSWER_MAX_S)
     process = subprocess.Popen(agent_command(node_dir), stderr=subprocess.DEVNULL)

@@ -36,8 +36,8 @@ from sllm_vllm.router.gate import Outcome
 from sllm_vllm.router.http.deadline import Message, Receive, Send
 from sllm_vllm.router.http.serve import serve_app
 from sllm_vllm.router.state.store import StateBusy, StateDamaged, StateError, StateFull
-from tests.router.fake_gate import Answer, until
-from tests.waiting import DEADLINE_S
+from tests.support.fake_gate import Answer, until
+from tests.support.waiting import DEADLINE_S
 
 T = TypeVar("T")
 

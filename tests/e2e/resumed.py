@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sllm_vllm.engine.resume import RESUME_KEY, OwnedChoice, Resume, digest_tokens, parse_resume, sign_resume
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 REQUEST_MAX_S = 300.0
 TAKE_OVER_TRIES_MAX = 50

@@ -21,8 +21,8 @@ from typing import Any
 
 from sllm_vllm.config import child_environment
 from sllm_vllm.node.client import NodeClient
-from tests.engine_http import ask_engine
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.engine_http import ask_engine
+from tests.support.waiting import DEADLINE_S, wait_until
 
 _WITH_OTHER_LIMITS = """
 import json, sys
@@ -41,7 +41,7 @@ log_to_stderr()
 sys.exit(serve(Path(sys.argv[1])))
 """
 """`sllm-vllm serve` with limits that its configuration has no keys for: by themselves they are minutes."""
-FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
+FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 _URL = re.compile(r"event=router_serving url=(\S+)")
 
 

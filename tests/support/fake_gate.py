@@ -24,7 +24,7 @@ from sllm_vllm.router.gate import Failure, MoveOrder, MoveReport, OnMove, Outcom
 from sllm_vllm.router.http.client_state import ClientCounts
 from sllm_vllm.router.http.ingress import Ingress
 from sllm_vllm.router.http.serve import serve_app
-from tests.waiting import DEADLINE_S
+from tests.support.waiting import DEADLINE_S
 
 ENGINE_KEY = "the-engines-own-key"
 MODELS = ("meta/tiny", "other")
@@ -235,8 +235,8 @@ async def serving(gate: FakeGate, settings: IngressSettings | None = None) -> As
 
 
 async def until(is_so: Any, what: str) -> None:
-    """As ``tests.waiting.wait_until``, without holding up the loop that the ingress runs on."""
-    from tests.waiting import wait_until
+    """As ``tests.support.waiting.wait_until``, without holding up the loop that the ingress runs on."""
+    from tests.support.waiting import wait_until
 
     done = asyncio.get_running_loop().run_in_executor(None, wait_until, is_so, what)
     await done

@@ -1,8 +1,8 @@
 """A stand-in for a ready engine that streams to many clients at once: one process, one loop, raw sockets.
 
-``python tests/router/stream_engine.py NAME KEY`` prints its port and ends when its standard input does. What it answers
-stands in the request, under ``fake`` (see ``Fake``), or under ``fake`` and its own name, if it alone shall behave so.
-Any answer that is JSON holds under ``echo`` what reached it. ``GET /stats`` says what it counted.
+``python tests/support/stream_engine.py NAME KEY`` prints its port and ends when its standard input does. What it
+answers stands in the request, under ``fake`` (see ``Fake``), or under ``fake`` and its own name, if it alone shall
+behave so. Any answer that is JSON holds under ``echo`` what reached it. ``GET /stats`` says what it counted.
 """
 
 from __future__ import annotations

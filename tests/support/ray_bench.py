@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.ray import cluster as ray_cluster
 from benchmarks.ray.cluster import ADMIN_KEY, RayCluster, sections_of
-from tests.router.router_process import FAKE_ENGINE, Cut, RouterUnderTest, Stream
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.router_process import FAKE_ENGINE, Cut, RouterUnderTest, Stream
+from tests.support.waiting import DEADLINE_S, wait_until
 
 
 class RayBench(RayCluster):

@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from sllm_vllm.engine.resume import check_signature
-from tests.router.fake_gate import ENGINE_KEY
+from tests.support.fake_gate import ENGINE_KEY
 
 KEY = "sllm_resume"
 CREATED = {"a": 1_764_000_000, "b": 1_764_000_077, "c": 1_764_000_099}

@@ -1,7 +1,7 @@
 """A stand-in for `vllm serve`: a real process with real sockets that is up in a moment. Standard library only.
 
-``python tests/fake_engine.py serve MODEL --host H --port P …``, or ``--uds PATH`` in place of both; unknown arguments
-are ignored. The last part of MODEL's path says how it behaves:
+``python tests/support/fake_engine.py serve MODEL --host H --port P …``, or ``--uds PATH`` in place of both; unknown
+arguments are ignored. The last part of MODEL's path says how it behaves:
 
 =============  ======================================================================================================
 fine           binds the port, prints what vLLM prints, listens, answers

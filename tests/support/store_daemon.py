@@ -17,7 +17,7 @@ from sllm_vllm.config import StoreConfig
 from sllm_vllm.errors import StoreUnavailable
 from sllm_vllm.store.client import StoreClient
 from sllm_vllm.store.protocol import Order
-from tests.waiting import DEADLINE_S, wait_until
+from tests.support.waiting import DEADLINE_S, wait_until
 
 _PR_SET_PDEATHSIG = 1
 _SCRIPT = """
