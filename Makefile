@@ -38,11 +38,11 @@ WORKERS ?= 2
 test: $(READY) ## all tests but the longer matrix on real vLLM; ARGS="-k name" for some, WORKERS=0 for one at a time
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not e2e_long and not gpu" $(ARGS)
 
-test-busy: $(READY) ## the same beside two busy loops, as on a CI machine that runs other work
-	@trap 'kill $$(jobs -p)' EXIT; for _ in 1 2; do $(BIN)/python -c 'while True: pass' & done; $(MAKE) test
-
 cover: $(READY) ## the same with branch coverage, which must be 90 %
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not e2e_long and not gpu" --cov --cov-report=term $(ARGS)
+
+test-busy: $(READY) ## the tests beside two busy loops, as on a CI machine that runs other work
+	@trap 'kill $$(jobs -p)' EXIT; for _ in 1 2; do $(BIN)/python -c 'while True: pass' & done; $(MAKE) test
 
 e2e: $(READY) ## every test on real vLLM, the longer matrix too
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "e2e or e2e_long" $(ARGS)

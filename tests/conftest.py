@@ -10,7 +10,7 @@ import pytest
 HELPERS = ("support", "checkpoint", "e2e", "loader", "node", "router", "store")
 pytest.register_assert_rewrite(*(f"tests.{name}" for name in HELPERS))
 
-from tests.support.vllm_fill import prepare_environment
+from tests.support.vllm_fill import prepare_environment  # noqa: E402
 
 ModelDir = Callable[..., Path]
 

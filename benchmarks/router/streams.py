@@ -2,9 +2,10 @@
 
 Runs a real router over one engine that only sends events (``tests/support/fake_engine.py``). Every stream has its own
 name, which each of its events contains with a number; the client compares what arrived with what should have. Half of
-the clients keep their connections from stream to stream. At first they stream without pauses, until what the router keeps
-on purpose (its last 20,000 events and actions) is full; from then on its resident memory is recorded every second.
-Exits with 1 if an event is lost, duplicated or from another stream, or if memory grew by more than ``--growth-max``.
+the clients keep their connections from stream to stream. At first they stream without pauses, until what the router
+keeps on purpose (its last 20,000 events and actions) is full; from then on its resident memory is recorded every
+second. Exits with 1 if an event is lost, duplicated or from another stream, or if memory grew by more than
+``--growth-max``.
 
     python -m benchmarks.router.streams --json FILE
 """
