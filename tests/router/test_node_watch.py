@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sllm_vllm.daemon import run_loops
 from sllm_vllm.daemon.run_loops import RunLoops
 from sllm_vllm.errors import ReplicaUnknown
 from sllm_vllm.node.protocol import CheckpointReport, NodeReport, ReplicaOrder, ReplicaReport
@@ -138,7 +139,10 @@ async def test_with_many_nodes_each_is_asked_less_often(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("store", ["", "no daemon answers"])
-async def test_a_prefetch_that_comes_to_nothing_is_not_followed_for_ever(tmp_path: Path, store: str) -> None:
+async def test_a_prefetch_that_comes_to_nothing_is_not_followed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    monkeypatch.setattr(node_watch, "_PREFETCH_PAUSE_S_MAX", 0.1)
     node = FakeNode()
     node.store = store
     node.checkpoints = (checkpoint(resident=10),)
@@ -271,6 +275,7 @@ async def failing_order(order: ReplicaOrder) -> ReplicaReport:
 
 
 async def test_a_router_is_not_ready_while_a_loop_of_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_loops, "SETTLED_S", 1.0)
     node = FakeNode()
     async with running(node, tmp_path, ModelConfig(name=MODEL)) as controller:
         assert controller.is_ready()
