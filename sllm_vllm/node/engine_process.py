@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from sllm_vllm.daemon.file_limit import Spare
 from sllm_vllm.daemon.run_loops import is_shortage
@@ -22,8 +22,12 @@ _POLL_S = 0.01
 
 
 def living_members(session: int) -> list[int]:
-    """The running processes of a session."""
-    return [process.pid for process in all_processes() if process.session == session and not process.is_ended]
+    """The running processes of a session. Lists all processes of the machine, which may take tens of milliseconds."""
+    return list(_living_members(session))
+
+
+def _living_members(session: int) -> Iterator[int]:
+    return (process.pid for process in all_processes() if process.session == session and not process.is_ended)
 
 
 def kill_members(session: int, *, also_trackers: bool = False) -> list[int]:
@@ -31,8 +35,9 @@ def kill_members(session: int, *, also_trackers: bool = False) -> list[int]:
 
     While one of them exists, the session's id can't be reused. Returns those that still ran.
     """
-    members = living_members(session)
-    for pid in members:
+    members = []
+    for pid in _living_members(session):  # each is killed as soon as it is found, before its id can be reused
+        members.append(pid)
         if also_trackers or not is_tracker(pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -50,18 +55,22 @@ async def end_session(session: int, *, timeout_s: float) -> bool:
     ``timeout_s``."""
     loop = asyncio.get_running_loop()
     start_s = loop.time()
-    while _has_members(session, also_trackers=loop.time() - start_s > TRACKER_S_MAX):
+    while await _has_members(session, also_trackers=loop.time() - start_s > TRACKER_S_MAX):
         if loop.time() - start_s > timeout_s:
             return False
         await asyncio.sleep(_POLL_S)
     return True
 
 
-def _has_members(session: int, *, also_trackers: bool) -> bool:
-    """Kill the members and return whether there were any; if they can't be listed, assume that there are."""
+async def _has_members(session: int, *, also_trackers: bool) -> bool:
+    """Kill the members and return whether there were any; if they can't be listed, assume that there are.
+
+    Listed in a thread: each look into the system's process table releases the interpreter lock, and the loop would
+    wait up to a switch interval for it again, hundreds of times, while another thread computes.
+    """
     try:
-        return bool(kill_members(session, also_trackers=also_trackers))
-    except OSError as error:
+        return bool(await asyncio.to_thread(kill_members, session, also_trackers=also_trackers))
+    except (OSError, RuntimeError) as error:
         if not is_shortage(error):
             raise
         return True
@@ -73,12 +82,21 @@ def reap_adopted(sessions: Collection[int]) -> int:
     An engine's children become this process's when their parent ends before them. Leaders are left to the code that
     started them, which waits for their status.
     """
+    if not _has_ended_children():  # called often, and listing all processes is slow: see ``_has_members``
+        return 0
     num_reaped = 0
     for process in all_processes():
         if process.is_ended and process.session in sessions and process.pid != process.session:
             with contextlib.suppress(ChildProcessError):
                 num_reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
     return num_reaped
+
+
+def _has_ended_children() -> bool:
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 logger = logging.getLogger(__name__)

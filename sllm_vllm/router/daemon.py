@@ -37,7 +37,7 @@ from sllm_vllm.router.controller import Controller
 from sllm_vllm.router.http.deadline import Message, Receive, Send
 from sllm_vllm.router.http.ingress import Ingress, IngressSwitch
 from sllm_vllm.router.http.serve import serve_app
-from sllm_vllm.router.pauses import freeze_heap, no_collections
+from sllm_vllm.router.pauses import no_collections, prepare_to_serve
 from sllm_vllm.router.state.estimates import read_estimates, write_record
 from sllm_vllm.router.state.store import SqliteStore, StateError
 
@@ -245,7 +245,7 @@ class RouterProcess:
             await served.deploy()
         except StateError as error:
             raise ConfigError(str(error)) from None
-        freeze_heap()
+        prepare_to_serve()
         await controller.start(self._loops)
         await controller.add_node(NODE_NAME, agent)
         saving = self._loops.start("saving estimates", lambda: _save_later(controller, path))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from sllm_vllm.node.engine_process import end_session, living_members, reap_adopted
-from sllm_vllm.node.orphans import find_process
+from sllm_vllm.node.orphans import Process, find_process
 from tests.support.waiting import DEADLINE_S, wait_until
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -85,7 +85,8 @@ async def test_a_session_is_ended_without_its_leader(leader: subprocess.Popen[st
 
 async def test_a_session_that_does_not_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose members can't be killed, as those that wait for a dead disk can't."""
-    monkeypatch.setattr("sllm_vllm.node.engine_process.living_members", lambda session: [2**22 + 1])
+    stuck = Process(pid=2**22 + 1, group=5, session=5, start=1, is_ended=False)
+    monkeypatch.setattr("sllm_vllm.node.engine_process.all_processes", lambda: iter([stuck]))
     async with asyncio.timeout(DEADLINE_S):
         assert not await end_session(5, timeout_s=0.05)
 
@@ -103,6 +104,19 @@ async def test_what_was_adopted_is_reaped(leader: subprocess.Popen[str]) -> None
     assert reap_adopted([leader.pid]) == 2
     assert [find_process(pid) for pid in children] == [None, None]
     assert reap_adopted([leader.pid]) == 0
+
+
+def test_processes_are_not_listed_while_no_child_has_ended(
+    leader: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were, every second on the event loop: while a thread read a large configuration, that took a second."""
+    listed = []
+    monkeypatch.setattr("sllm_vllm.node.engine_process.all_processes", lambda: listed.append("all") or iter(()))
+    assert reap_adopted([leader.pid]) == 0
+    assert listed == []
+    leave(leader)
+    assert reap_adopted([leader.pid]) == 0
+    assert listed == ["all"]
 
 
 def test_a_leaders_status_is_left_to_whoever_started_it(leader: subprocess.Popen[str]) -> None:
