@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 
@@ -110,13 +111,13 @@ def test_processes_are_not_listed_while_no_child_has_ended(
     leader: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They were, every second on the event loop: while a thread read a large configuration, that took a second."""
-    listed = []
-    monkeypatch.setattr("sllm_vllm.node.engine_process.all_processes", lambda: listed.append("all") or iter(()))
+    listing = Mock(return_value=())
+    monkeypatch.setattr("sllm_vllm.node.engine_process.all_processes", listing)
     assert reap_adopted([leader.pid]) == 0
-    assert listed == []
+    listing.assert_not_called()
     leave(leader)
     assert reap_adopted([leader.pid]) == 0
-    assert listed == ["all"]
+    listing.assert_called_once()
 
 
 def test_a_leaders_status_is_left_to_whoever_started_it(leader: subprocess.Popen[str]) -> None:
