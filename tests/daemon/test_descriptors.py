@@ -117,7 +117,7 @@ def test_an_agent_outlives_a_flood_with_all_slots(tmp_path: Path, limit: int) ->
                 os.kill(one.pid or 0, signal.SIGKILL)
             wait_until(lambda: not any(is_there(one.pid) for one in (first, second)), "both engines to be reaped")
         wait_until(lambda: answers(client), "the agent to answer")
-        assert all(client.replica(one.id).has_ended for one in (first, second))
+        wait_until(lambda: all(client.replica(one.id).has_ended for one in (first, second)), "both replicas to end")
         third, fourth = (order(client) for _ in range(2))
         assert {third.is_ready, fourth.is_ready} == {True}
         assert client.report().problem == ""
