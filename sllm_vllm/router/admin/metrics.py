@@ -48,16 +48,20 @@ async def _families(controller: Controller) -> AsyncIterator[Family]:
         plain[metric].add_metric(labels, value)
     for family in plain.values():
         yield family
-    yield await _histogram(RouterMetric.START_SECONDS, {(kind,): one for kind, one in counts.start_s.items()})
-    yield await _histogram(RouterMetric.MOVE_HELD_SECONDS, {(): counts.held_s})
+    yield await _histogram(RouterMetric.START_SECONDS, [((kind,), one) for kind, one in counts.start_s.items()])
+    yield await _histogram(RouterMetric.MOVE_HELD_SECONDS, [((), counts.held_s)])
     yield await _histogram(RouterMetric.TTFT, _by_model(counts.ttft_s, models))
     yield await _histogram(RouterMetric.DURATION, _by_model(counts.duration_s, models))
     yield await _histogram(RouterMetric.QUEUE_WAIT, _by_model(counts.queue_wait_s, models))
 
 
-def _by_model(histograms: Mapping[str, Histogram], models: Iterable[str]) -> dict[tuple[str, ...], Histogram]:
-    """Return the histograms of these models; an empty one for a model without requests."""
-    return {(model,): histograms.get(model) or Histogram(REQUEST_BUCKETS) for model in models}
+def _by_model(
+    histograms: Mapping[str, Histogram], models: Iterable[str]
+) -> Iterator[tuple[tuple[str, ...], Histogram]]:
+    """Yield each of these models' labels and histogram; an empty one for a model without requests."""
+    empty = Histogram(REQUEST_BUCKETS)
+    for model in models:
+        yield (model,), histograms.get(model, empty)
 
 
 def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
@@ -66,11 +70,13 @@ def _family(metric: RouterMetric) -> CounterMetricFamily | GaugeMetricFamily:
     return kind(record.name, record.help, labels=record.labels)
 
 
-async def _histogram(metric: RouterMetric, histograms: Mapping[tuple[str, ...], Histogram]) -> HistogramMetricFamily:
-    """Return the family of a histogram metric. ``histograms``: by label values."""
+async def _histogram(
+    metric: RouterMetric, histograms: Iterable[tuple[tuple[str, ...], Histogram]]
+) -> HistogramMetricFamily:
+    """Return the family of a histogram metric. ``histograms``: label values, and the histogram for them."""
     record = metric.value
     family = HistogramMetricFamily(record.name, record.help, labels=record.labels)
-    async for labels, histogram in in_slices(histograms.items()):
+    async for labels, histogram in in_slices(histograms):
         bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
         buckets = list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
         family.add_metric(labels, buckets, histogram.total)
